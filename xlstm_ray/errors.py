@@ -1,0 +1,33 @@
+"""One exception tree. The command line turns these into one line and their exit code; anything else is a bug."""
+
+
+class XlstmRayError(Exception):
+    """A user's mistake or a limit that was met: what was given, what is allowed, what to do. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(XlstmRayError):
+    """An option or argument that cannot be honoured."""
+
+
+class ConfigError(XlstmRayError):
+    """config.json says something that this program cannot honour."""
+
+
+class CheckpointError(XlstmRayError):
+    """Weights or tokenizer files are missing, damaged, or not what the configuration describes."""
+
+
+class StateError(XlstmRayError):
+    """A saved state is damaged, or belongs to another model, grid or prompt."""
+
+
+class KernelError(XlstmRayError):
+    """A kernel does not compile or is not to be had on this device. Compilation is strict: nothing falls back."""
+
+
+class Interrupted(XlstmRayError):
+    """The run was stopped at a tile boundary by Ctrl-C or SIGTERM."""
+
+    exit_code = 130
