@@ -1,0 +1,97 @@
+"""The registry: every kernel and backend by the name its users know. The one place where a name becomes code.
+
+A chunkwise backend's name is `<executor>_<kernel>`; `chunkwise--` may stand before it, as in model configurations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from xlstm_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xlstm_ray.kernels.native import State
+
+Entry = TypeVar("Entry")
+
+
+class Cell(Protocol):
+    """The mLSTM over T tokens: q, k (B, NH, T, K), v (B, NH, T, V), i, f (B, NH, T) -> h (B, NH, T, V), new state."""
+
+    def __call__(
+        self, q: "Tensor", k: "Tensor", v: "Tensor", *, i: "Tensor", f: "Tensor", state: "State", eps: float
+    ) -> "tuple[Tensor, State]": ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table of chunkwise backends: who moves the tiles, and which kernel works on them."""
+
+    name: str
+    executor: str  # queued (this process) or ray
+    kernel: str  # compiled_chunks, compiled_steps or native
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernel != "native"
+
+    def cell_inside(self, tokens: int) -> bool:
+        """Whether the cell is compiled together with the projections around it."""
+        return self.kernel == "compiled_chunks" or (self.kernel == "compiled_steps" and tokens == 1)
+
+    def cell(self, tokens: int, *, chunk_size: int, t_inner: int) -> Cell:
+        """The cell for windows of `tokens` tokens; `chunk_size` L divides them, unless they are one decode step."""
+        from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
+        from xlstm_ray.kernels.compiled import UnrolledSequence
+        from xlstm_ray.kernels.native import mlstm_sequence
+
+        if tokens == 1 or self.kernel == "native":
+            return mlstm_sequence
+        if self.kernel == "compiled_steps":
+            return UnrolledSequence(t_inner)
+        return partial(mlstm_chunkwise, chunk_size=chunk_size)
+
+
+CHUNKWISE_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("queued_compiled_chunks", "queued", "compiled_chunks"),
+        Backend("queued_compiled_steps", "queued", "compiled_steps"),
+        Backend("native", "queued", "native"),
+    )
+}
+
+
+def lookup(table: dict[str, Entry], kind: str, name: str) -> Entry:
+    """The entry of that name; UsageError lists the names there are."""
+    if name not in table:
+        raise UsageError(f"{kind} {name!r} is not known; there are: {', '.join(table)}")
+    return table[name]
+
+
+def chunkwise_backend(name: str) -> Backend:
+    """A chunkwise backend by name, with or without `chunkwise--` before it."""
+    return lookup(CHUNKWISE_BACKENDS, "chunkwise backend", name.removeprefix("chunkwise--"))
+
+
+def step_kernel(name: str) -> Callable[..., Any]:
+    """A step kernel by name: `native` (the reference) or `metal` (compiled), with mlstm_step's signature."""
+    from xlstm_ray.kernels.compiled import compiled_step
+    from xlstm_ray.kernels.native import mlstm_step
+
+    return lookup({"native": lambda: mlstm_step, "metal": compiled_step}, "step kernel", name)()
+
+
+def sequence_kernel(name: str, *, t_inner: int = 8) -> Cell:
+    """A sequence kernel by name: `native_sequence__native` or `native_sequence__metal`, as mlstm_sequence."""
+    from xlstm_ray.kernels.compiled import UnrolledSequence
+    from xlstm_ray.kernels.native import mlstm_sequence
+
+    table: dict[str, Callable[[], Cell]] = {
+        "native_sequence__native": lambda: mlstm_sequence,
+        "native_sequence__metal": lambda: UnrolledSequence(t_inner),
+    }
+    return lookup(table, "sequence kernel", name)()

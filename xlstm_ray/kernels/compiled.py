@@ -1,0 +1,85 @@
+"""Strict torch.compile: what is asked for is compiled as one graph for one shape, or a KernelError says why not.
+
+"metal" is the field's name for these kernels on Apple's GPU; the same functions compile for whatever device the
+tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls back to eager or to another device.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.errors import KernelError
+from xlstm_ray.kernels.native import State, mlstm_sequence, mlstm_step
+
+
+def compile_strict(fn: Callable, name: str) -> Callable:
+    """`fn` compiled on its first call, for the shapes, dtypes and device of that call.
+
+    The code object is copied: torch.compile keeps its variants on the code object, so without a copy every shape in
+    the process would share one list of variants, its guards and its limit. Raises KernelError naming the kernel, the
+    shapes and the device where the compilation fails or would have broken the graph.
+    """
+    own = types.FunctionType(
+        fn.__code__.replace(co_name=f"{fn.__code__.co_name}"), fn.__globals__, name, fn.__defaults__, fn.__closure__
+    )
+    own.__kwdefaults__ = fn.__kwdefaults__
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    ready = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal ready
+        if ready:
+            return compiled(*args, **kwargs)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            result = compiled(*args, **kwargs)
+        except TorchDynamoException as err:
+            reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+            raise KernelError(
+                f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
+                "--chunkwise-backend native runs the eager reference instead"
+            ) from err
+        ready = True
+        return result
+
+    return call
+
+
+def _describe(args: tuple) -> str:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+    return f"{shapes} on {tensors[0].device}"
+
+
+class UnrolledSequence:
+    """native_sequence__metal: `t_inner` steps unrolled in one compiled kernel, called in strict time order."""
+
+    def __init__(self, t_inner: int):
+        self.t_inner = t_inner
+        self._kernel = compile_strict(mlstm_sequence, f"mlstm_steps_{t_inner}")
+        self._rest = compile_strict(mlstm_sequence, "mlstm_steps_rest")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, i: Tensor, f: Tensor, state: State, eps: float = 1e-6
+    ) -> tuple[Tensor, State]:
+        """As mlstm_sequence: q, k (B, NH, T, K), v (B, NH, T, V), i, f (B, NH, T) -> h (B, NH, T, V), state."""
+        T = q.shape[2]
+        h = torch.empty(*q.shape[:2], T, v.shape[-1], dtype=q.dtype, device=q.device)
+        for t in range(0, T, self.t_inner):
+            part = slice(t, min(t + self.t_inner, T))
+            kernel = self._kernel if part.stop - t == self.t_inner else self._rest
+            # Contiguous copies: a slice's strides are those of the whole run, and would be compiled into the kernel.
+            qkv = [x[:, :, part].contiguous() for x in (q, k, v)]
+            h[:, :, part], state = kernel(
+                *qkv, i=i[:, :, part].contiguous(), f=f[:, :, part].contiguous(), state=state, eps=eps
+            )
+        return h, state
+
+
+def compiled_step() -> Callable:
+    """metal: mlstm_step compiled."""
+    return compile_strict(mlstm_step, "mlstm_step")
