@@ -23,7 +23,7 @@ def compile_strict(fn: Callable, name: str) -> Callable:
     shapes and the device where the compilation fails or would have broken the graph.
     """
     own = types.FunctionType(
-        fn.__code__.replace(co_name=f"{fn.__code__.co_name}"), fn.__globals__, name, fn.__defaults__, fn.__closure__
+        fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__
     )
     own.__kwdefaults__ = fn.__kwdefaults__
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
@@ -38,7 +38,9 @@ def compile_strict(fn: Callable, name: str) -> Callable:
         try:
             result = compiled(*args, **kwargs)
         except TorchDynamoException as err:
-            reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+            cause = getattr(err, "inner_exception", err)
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            reason = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
             raise KernelError(
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
                 "--chunkwise-backend native runs the eager reference instead"

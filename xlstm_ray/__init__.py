@@ -1,0 +1,27 @@
+"""xlstm-ray: prefill prompts of any length through xLSTM language models, in flat memory.
+
+    import xlstm_ray
+    lm = xlstm_ray.load()
+    result = lm.prefill("The capital of France is")
+    result.state.save("france.state")
+    print("".join(lm.generate(state=result.state, max_new_tokens=8)))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine import Engine, PrefillResult, load
+    from xlstm_ray.state import RecurrentState
+
+__all__ = ["Engine", "PrefillResult", "RecurrentState", "load"]
+__version__ = "0.1.0"
+
+_HOME = {"Engine": "engine", "PrefillResult": "engine", "load": "engine", "RecurrentState": "state"}
+
+
+def __getattr__(name: str) -> object:
+    """torch is imported with the first name that needs it, so that `xlstm-ray --help` answers at once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"xlstm_ray.{_HOME[name]}"), name)

@@ -1,0 +1,1 @@
+"""A prompt through a model: the plan (what), the executor (where), the driver (when)."""

@@ -1,0 +1,198 @@
+"""Executor: the protocol that moves windows of tokens through workers, and the executor of this process."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.model import Worker
+
+
+class Tile(NamedTuple):
+    """A window's tokens for all rows of a batch: one task's worth."""
+
+    index: int
+    tokens: Tensor  # (B, T) int64, on the CPU; 0 where a row has none
+    first: Tensor  # (B,) int64: row b's tokens are first[b] <= t < last[b], the others are padding
+    last: Tensor  # (B,) int64
+
+
+class TileResult(NamedTuple):
+    index: int
+    hidden: Tensor  # (B, D) residual stream after the last block, of each row's last token in the tile
+    logits: Tensor | None  # (B, T, vocabulary) float32, where all were asked for
+    seconds: float
+
+
+class Executor(Protocol):
+    """What the driver needs of the place where weights and state live. One state at a time."""
+
+    def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
+        """Compile what windows of these sizes need, for `batch` rows; size 1 is decoding."""
+
+    def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
+        """Start from these tensors (named as in RecurrentState, on the CPU), or from a fresh state."""
+
+    def get_state(self) -> dict[str, Tensor]:
+        """The state after all tiles so far, on the CPU."""
+
+    def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
+        """Pull tiles as there is room for them, push them through all blocks in order, yield results in order."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, D) -> logits (B, vocabulary) float32, on the CPU."""
+
+    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
+        """One more token a row: tokens (B,) int64, active (B,) bool -> logits (B, vocabulary) float32, on the CPU.
+
+        The state of rows that are not active stays as it is, and their logits mean nothing.
+        """
+
+    def close(self) -> None:
+        """Let go of threads, weights and state."""
+
+
+class InProcessExecutor:
+    """All stages and bands in this process: direct calls with one band, a thread a band with several.
+
+    stages: [stage][band] workers on one device. threads: how many bands work at once. On cuda each thread has a stream
+    of its own; on the CPU the cores are shared out among the threads.
+    """
+
+    def __init__(self, stages: list[list[Worker]], *, threads: int):
+        self.stages = stages
+        self.device = stages[0][0].device
+        self._bands = len(stages[0])
+        self._pool: ThreadPoolExecutor | None = None
+        self._streams: list[torch.cuda.Stream] = []
+        if self._bands > 1:
+            cores = max(1, torch.get_num_threads() // threads)
+            self._pool = ThreadPoolExecutor(threads, "band", initializer=torch.set_num_threads, initargs=(cores,))
+            if self.device.type == "cuda":
+                own = [torch.cuda.Stream(self.device) for _ in range(threads)]
+                self._streams = [own[band % threads] for band in range(self._bands)]
+
+    def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
+        for size in sizes:
+            for bands in self.stages:
+                # One after the other, but in the pool: the number of threads is compiled in.
+                for worker in bands:
+                    self._call(worker.warm_up, batch, size, alone=self._bands == 1)
+        self._synchronize()
+
+    def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
+        for bands in self.stages:
+            for worker in bands:
+                worker.reset(batch)
+                if tensors is not None:
+                    heads = slice(worker.band.heads.start, worker.band.heads.stop)
+                    worker.state = [
+                        tuple(tensors[f"blocks.{n}.{part}"][:, heads].to(self.device).contiguous() for part in "Cnm")
+                        for n in worker.band.blocks
+                    ]
+
+    def get_state(self) -> dict[str, Tensor]:
+        self._synchronize()
+        tensors = {}
+        for bands in self.stages:
+            for at, n in enumerate(bands[0].band.blocks):
+                for part, name in enumerate("Cnm"):
+                    pieces = [worker.state[at][part].cpu() for worker in bands]
+                    tensors[f"blocks.{n}.{name}"] = torch.cat(pieces, 1)
+        return tensors
+
+    def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
+        # A device works while the next tile is prepared, so one tile is under way when another is submitted.
+        pending: deque[tuple[TileResult, Callable[[], None]]] = deque()
+        before = perf_counter()
+
+        def finish() -> TileResult:
+            nonlocal before
+            result, wait = pending.popleft()
+            wait()
+            now = perf_counter()
+            result, before = result._replace(seconds=now - before), now
+            return result
+
+        for tile in tiles:
+            hidden, logits = self._run(tile, all_logits)
+            pending.append((TileResult(tile.index, hidden, logits, 0.0), self._fence()))
+            if len(pending) > 1 or self.device.type == "cpu":
+                yield finish()
+        while pending:
+            yield finish()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.stages[-1][0].logits(hidden).cpu()
+
+    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
+        x = self._forward(tokens.unsqueeze(1), torch.zeros_like(tokens), active.long())
+        return self.logits(x[:, 0])
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self.stages = []
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _run(self, tile: Tile, all_logits: bool) -> tuple[Tensor, Tensor | None]:
+        x = self._forward(tile.tokens, tile.first, tile.last)
+        rows = torch.arange(x.shape[0], device=x.device)
+        hidden = x[rows, (tile.last - 1).clamp(min=0).to(x.device)]
+        return hidden, self.stages[-1][0].logits(x) if all_logits else None
+
+    def _forward(self, tokens: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        """tokens (B, T) -> residual stream (B, T, D) after the last block; the state moves on."""
+        x = self.stages[0][0].embed(tokens)
+        first, last = first.to(self.device), last.to(self.device)
+        for bands in self.stages:
+            for n in range(len(bands[0].blocks)):
+                if self._bands == 1:
+                    x = bands[0].run_block(n, x, first, last)
+                else:
+                    x = self._add(x, [lambda w=worker, x=x: w.mix(n, x, first, last) for worker in bands])
+                    x = self._add(x, [lambda w=worker, x=x: w.feed(n, x) for worker in bands])
+        return x
+
+    def _add(self, x: Tensor, calls: list[Callable[[], Tensor]]) -> Tensor:
+        """x plus every band's partial sum, always in the order of the bands."""
+        assert self._pool is not None
+        if not self._streams:
+            for future in [self._pool.submit(call) for call in calls]:
+                x = x + future.result()
+            return x
+        main = torch.cuda.current_stream(self.device)
+        ready = main.record_event()
+
+        def on(stream: torch.cuda.Stream, call: Callable[[], Tensor]) -> tuple[Tensor, torch.cuda.Event]:
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                x.record_stream(stream)
+                return call(), stream.record_event()
+
+        for future in [self._pool.submit(on, s, c) for s, c in zip(self._streams, calls, strict=True)]:
+            part, done = future.result()
+            main.wait_event(done)
+            part.record_stream(main)
+            x = x + part
+        return x
+
+    def _call(self, fn: Callable, *args: object, **kwargs: object) -> None:
+        if self._pool is None:
+            fn(*args, **kwargs)
+        else:
+            self._pool.submit(fn, *args, **kwargs).result()
+
+    def _fence(self) -> Callable[[], None]:
+        """A call that waits until the device has done what has been asked of it so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.current_stream(self.device).record_event().synchronize
+        return self._synchronize
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)

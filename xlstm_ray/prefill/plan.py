@@ -1,0 +1,53 @@
+"""Which tokens go into which window. Integers only: no torch, no device.
+
+Windows lie on an absolute grid: a full window starts at a multiple of tile_size, a tail window at a multiple of
+chunk_size. So there are two window sizes at most, and a prefill that is stopped at a window's end and resumed goes
+through the very windows of an uninterrupted one. Rows of a batch share the windows; what a row does not have in a
+window, before its first new token or after its last, is padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Window(NamedTuple):
+    """The tokens start <= t < start + size of every row."""
+
+    index: int
+    start: int
+    size: int
+
+    def part(self, begin: int, end: int) -> tuple[int, int]:
+        """The part first <= t < last of this window that a row with new tokens begin..end has in it; may be empty."""
+        first = min(max(begin - self.start, 0), self.size)
+        return first, min(max(end - self.start, first), self.size)
+
+
+def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> Iterator[Window]:
+    """The windows for rows whose tokens begin..end are new, in time order.
+
+    A rest shorter than a tile takes chunk windows, unless it is over 3/4 of a tile: then one padded tile costs less
+    than that many small calls.
+    """
+    assert tile_size % chunk_size == 0
+    pending = [(b, e) for b, e in zip(begin, end, strict=True) if b < e]
+    if not pending:
+        return
+    position = min(b for b, _ in pending) // chunk_size * chunk_size
+    stop = max(e for _, e in pending)
+    index = 0
+    while position < stop:
+        full = position % tile_size == 0 and (stop - position) * 4 > tile_size * 3
+        size = tile_size if full else chunk_size
+        yield Window(index, position, size)
+        position, index = position + size, index + 1
+
+
+def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> list[int]:
+    """The sizes among the planned windows: what has to be compiled, at most two."""
+    sizes: set[int] = set()
+    for window in plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size):
+        sizes.add(window.size)
+        if len(sizes) == len({tile_size, chunk_size}):
+            break
+    return sorted(sizes, reverse=True)

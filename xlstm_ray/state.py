@@ -1,0 +1,204 @@
+"""RecurrentState: what remains of a prompt, whatever its length. Saved as one safetensors file, checked when read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.errors import StateError
+
+FORMAT = "xlstm-ray state 1"
+EMPTY_PROMPT = hashlib.blake2b(b"xlstm-ray prompt", digest_size=16).hexdigest()
+
+
+def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
+    """The hash of a prompt lengthened by `tokens`. A chain, so that a saved state can go on without its prompt."""
+    link = bytes.fromhex(prompt_hash)
+    for token in tokens:
+        link = hashlib.blake2b(link + token.to_bytes(8, "little"), digest_size=16).digest()
+    return link.hex()
+
+
+class Grid(BaseModel):
+    """What decides the bits of a result, beside model and prompt: on the same grid the same prompt gives the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kernel: Annotated[str, Field(pattern="^(compiled_chunks|compiled_steps|native)$")]
+    tile_size: Annotated[int, Field(gt=0, le=1 << 20)]
+    chunk_size: Annotated[int, Field(gt=0, le=1 << 16)]
+    heads_per_band: Annotated[int, Field(gt=0)]
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")]
+
+    def differences(self, other: "Grid") -> str:
+        """`name mine, not theirs` for every field that differs."""
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields]
+        return "; ".join(f"{name} {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs)
+
+
+class _Metadata(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: str
+    model: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    grid: Grid
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 16)]
+    prompt_hash: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
+    complete: bool
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class RecurrentState:
+    """The state of B prompts after some of their tokens.
+
+    tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1), and `logits`
+    (B, vocabulary) of the last token consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how
+    many tokens and which. `complete` is false for a prefill that was stopped on the way.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        tokens: Sequence[int],
+        prompt_hash: Sequence[str],
+        model: str,
+        grid: Grid,
+        complete: bool,
+    ):
+        self.tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
+        self.model, self.grid, self.complete = model, grid, complete
+
+    @property
+    def batch(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def digest(self) -> str:
+        """sha256 of all tensors, token counts and prompt hashes: equal digests are equal states, to the bit."""
+        total = hashlib.sha256(json.dumps([self.tokens, self.prompt_hash]).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            total.update(json.dumps([name, list(tensor.shape)]).encode())
+            total.update(memoryview(tensor.view(torch.uint8).numpy()))
+        return total.hexdigest()
+
+    def row(self, b: int) -> "RecurrentState":
+        """One prompt's state out of a batch."""
+        return RecurrentState(
+            {name: tensor[b : b + 1].clone() for name, tensor in self.tensors.items()},
+            tokens=self.tokens[b : b + 1],
+            prompt_hash=self.prompt_hash[b : b + 1],
+            model=self.model,
+            grid=self.grid,
+            complete=self.complete,
+        )
+
+    def save(self, path: str | Path) -> str:
+        """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
+
+        Raises StateError where the place cannot be written.
+        """
+        path = Path(path)
+        digest = self.digest()
+        metadata = _Metadata(
+            format=FORMAT,
+            model=self.model,
+            grid=self.grid,
+            tokens=self.tokens,
+            prompt_hash=self.prompt_hash,
+            complete=self.complete,
+            digest=digest,
+        )
+        text = metadata.model_dump_json()
+        check = hashlib.sha256(text.encode()).hexdigest()
+        data = save({k: v.contiguous() for k, v in self.tensors.items()}, {"xlstm_ray": text, "check": check})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+        except OSError as err:
+            temporary.unlink(missing_ok=True)
+            raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
+        return digest
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RecurrentState":
+        """Read a state and check all of it against its digest. StateError says what is wrong, in one line."""
+        path = Path(path)
+        if not path.is_file():
+            raise StateError(f"{path}: there is no such state file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as err:
+            raise StateError(f"{path}: is not a whole state file: {err}") from None
+        text = header.get("xlstm_ray", "")
+        if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
+            raise StateError(f"{path}: is no state of this program, or its header is damaged")
+        try:
+            metadata = _Metadata.model_validate_json(text)
+        except ValidationError as err:
+            first = err.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise StateError(f"{path}: the header's {where or 'text'} is wrong: {first['msg']}") from None
+        if metadata.format != FORMAT:
+            raise StateError(f"{path}: has format {metadata.format!r}; this program reads {FORMAT!r}")
+        if len(metadata.prompt_hash) != len(metadata.tokens):
+            raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.prompt_hash)} hashes")
+        state = cls(
+            tensors,
+            tokens=metadata.tokens,
+            prompt_hash=metadata.prompt_hash,
+            model=metadata.model,
+            grid=metadata.grid,
+            complete=metadata.complete,
+        )
+        if state.digest() != metadata.digest:
+            raise StateError(f"{path}: is damaged, its digest does not match its contents")
+        return state
+
+    def check(self, config: ModelConfig, model: str) -> None:
+        """Raise StateError unless this is a state of that model: by fingerprint, then every tensor's shape."""
+        if self.model != model:
+            raise StateError(
+                f"the state belongs to another model (fingerprint {self.model}, this model has {model}); "
+                "use the model directory that it was made with"
+            )
+        B, nh, K, V = self.batch, config.num_heads, config.dhqk, config.dhhv
+        expected: dict[str, tuple[int, ...]] = {"logits": (B, config.vocab_size)}
+        for n in range(config.num_blocks):
+            expected |= {f"blocks.{n}.C": (B, nh, K, V), f"blocks.{n}.n": (B, nh, K), f"blocks.{n}.m": (B, nh, 1)}
+        if set(expected) != set(self.tensors):
+            odd = sorted(set(expected) ^ set(self.tensors))
+            raise StateError(f"the state's tensors are not those of the model: {odd[0]} is missing or too many")
+        for name, shape in expected.items():
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise StateError(f"the state's {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
