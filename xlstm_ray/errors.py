@@ -27,6 +27,10 @@ class KernelError(XlstmRayError):
     """A kernel does not compile or is not to be had on this device. Compilation is strict: nothing falls back."""
 
 
+class RayError(XlstmRayError):
+    """Ray is missing, does not start, does not answer, or is somebody else's."""
+
+
 class Interrupted(XlstmRayError):
     """The run was stopped at a tile boundary by Ctrl-C or SIGTERM."""
 

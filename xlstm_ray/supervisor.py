@@ -1,0 +1,983 @@
+"""Ray's life cycle: start a head of our own, connect to one, say what is there, and stop exactly what we started.
+
+A managed head is three layers, all in one POSIX session of their own:
+
+    guard (this file, a few lines of Python)  ->  ray start --head --block  ->  Ray's processes and the workers
+
+The guard's pid is the session's id, so "ours" is a question to the kernel and not a search for names. The guard watches
+the driver by pid and start time; when the driver is gone, however it ended, the guard takes the session down. A head
+that stays (`up`, or a run with keep-alive) has the same guard, which then waits for `stop_head` or `down` instead.
+What was started is recorded in `<state_dir>/heads/<id>.json`, written whole or not at all, before anything runs.
+
+Only `connect` imports Ray. This module reads no settings; it passes the environment on to Ray, with token
+authentication switched on and every listener on loopback.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xlstm_ray.errors import RayError, UsageError
+
+LOOPBACK = "127.0.0.1"
+NAMESPACE = "xlstm-ray"
+State = Literal["starting", "alive", "orphaned", "dead", "elsewhere"]
+DASHBOARD_PORT = 8265  # where people look for it; the next free one is taken when nobody asked for this one
+MIN_OBJECT_STORE = 75 << 20  # bytes; Ray refuses less
+POLL_S = 0.1
+GRACE_S = 5.0  # what each group of processes gets between SIGTERM and SIGKILL; Ray's dashboard takes 3
+PROBE_S = 3.0
+
+
+class Mode(StrEnum):
+    """Where the actors live: in this process, on a head of our own, or on somebody's head."""
+
+    LOCAL = "local"
+    MANAGED = "managed"
+    ATTACHED = "attached"
+
+
+class Process(BaseModel):
+    """A process beyond doubt: pids are reused, a pid with its start time is not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    started: float  # seconds since boot: a corrected wall clock does not move it
+
+
+class Head(BaseModel):
+    """The record of one head. Only its guard writes it, once `start_head` has laid it down.
+
+    `mode` "run" goes with its driver, "up" stays until it is stopped. `address`, `members` and `dashboard_url` are
+    empty until the head answers. `error` says why Ray ended by itself.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    host: str
+    mode: Literal["run", "up"]
+    created: float  # seconds since the epoch, to show
+    driver: Process
+    guard: Process | None = None
+    members: tuple[Process, ...] = ()
+    command: tuple[str, ...]
+    address: str | None = None
+    dashboard_port: int | None = None
+    client_port: int
+    metrics_port: int
+    token_path: Path
+    folder: Path  # Ray's sockets, logs and spilled objects
+    error: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The guard's pid, which is the session's id."""
+        return self.guard.pid if self.guard else None
+
+    @property
+    def dashboard_url(self) -> str | None:
+        """Where the dashboard is, or None without one. It asks for the token; no token is part of an address."""
+        return f"http://{LOOPBACK}:{self.dashboard_port}" if self.dashboard_port else None
+
+    @property
+    def metrics_url(self) -> str:
+        """What Prometheus scrapes. Ray does not authenticate it; it listens on loopback only."""
+        return f"http://{LOOPBACK}:{self.metrics_port}/metrics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """What a head of ours is to be. Ports left None are chosen free; the object store is bounded, in bytes."""
+
+    state_dir: Path
+    stays: bool = False
+    dashboard: bool = False
+    dashboard_port: int | None = None
+    port: int | None = None
+    client_port: int | None = None  # `ray start` cannot leave Ray Client's server out
+    metrics_port: int | None = None
+    object_store_bytes: int = 1 << 30
+    num_cpus: int | None = None
+    num_gpus: int | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    start_timeout_s: float = 90.0
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A Ray worker of ours. Without a dashboard only its title and pid are known."""
+
+    name: str
+    class_name: str
+    state: str
+    pid: int
+    namespace: str
+    rss_bytes: int
+
+
+@dataclass(frozen=True)
+class HeadStatus:
+    """A head of ours.
+
+    starting; alive; orphaned (runs on though its driver is gone); dead (only the record is left);
+    elsewhere (on another machine that shares the state directory)."""
+
+    head: Head
+    state: State
+    processes: int
+    rss_bytes: int  # summed over processes, so pages that they share count more than once
+    actors: tuple[Actor, ...]
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """A Ray session on this machine that this project's records do not know. It is never touched."""
+
+    session: str
+    address: str
+    user: str
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StatusReport:
+    """All Ray sessions of this machine: ours, and those that are not."""
+
+    heads: tuple[HeadStatus, ...]
+    strangers: tuple[Stranger, ...]
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        out = []
+        for item in self.heads:
+            head = item.head
+            kind = f"of the run with pid {head.driver.pid}" if head.mode == "run" else "stays until `xlstm-ray down`"
+            out.append(f"head {head.id}: {item.state}, {kind}")
+            if item.state == "elsewhere":
+                out.append(f"  on another machine: {head.host}; ask there")
+                continue
+            if item.state == "dead":
+                out.append(f"  {head.error or 'nothing of it runs'}; logs in {head.folder}; `xlstm-ray down` clears it")
+                continue
+            out.append(f"  address {head.address or 'not yet known'}, metrics {head.metrics_url}")
+            if head.dashboard_url:
+                out.append(f"  dashboard {head.dashboard_url}; log in with the token in {head.token_path}")
+            out.append(f"  {item.processes} processes, {item.rss_bytes / 2**20:.0f} MiB")
+            out.extend(
+                f"  actor {a.name} ({a.class_name}) {a.state}, pid {a.pid}, {a.rss_bytes / 2**20:.0f} MiB"
+                for a in item.actors
+            )
+            if item.state == "orphaned":
+                out.append("  its driver is gone: `xlstm-ray down` stops it")
+        out.extend(
+            f"not ours: {s.session} of {s.user}, address {s.address}, pids {', '.join(map(str, s.pids))}"
+            for s in self.strangers
+        )
+        return out or ["no Ray head runs on this machine"]
+
+
+def default_state_dir() -> Path:
+    """Where records and the token live unless told otherwise."""
+    return Path.home() / ".local" / "state" / "xlstm-ray"
+
+
+def choose_mode(
+    *,
+    local_mode: bool,
+    address: str | None = None,
+    dashboard: bool = False,
+    dashboard_port: int | None = None,
+    keep_alive: bool = False,
+) -> Mode:
+    """The one place that decides where actors live. Raises UsageError for options that cannot be honoured together."""
+    if dashboard_port is not None and not dashboard:
+        raise UsageError(f"--ray-dashboard-port {dashboard_port} without a dashboard: add --ray-dashboard")
+    if address is not None:
+        if dashboard or keep_alive:
+            flag = "--ray-dashboard" if dashboard else "--ray-keep-alive"
+            raise UsageError(f"{flag} with --ray-address {address}: that head is not ours to configure; leave one out")
+        return Mode.ATTACHED
+    if not local_mode:
+        return Mode.MANAGED
+    if dashboard:
+        raise UsageError(
+            "--ray-dashboard in local mode: everything runs in this process and there is no Ray to look at; "
+            "set XLSTM_RAY_LOCAL_MODE=0, or leave the dashboard out"
+        )
+    if keep_alive:
+        raise UsageError(
+            "--ray-keep-alive in local mode: there is no Ray head to keep; set XLSTM_RAY_LOCAL_MODE=0, or leave it out"
+        )
+    return Mode.LOCAL
+
+
+# Starting
+
+
+def start_head(options: HeadOptions) -> Head:
+    """Start a head on loopback, wait until it answers, and return its record.
+
+    Unless `options.stays`, it goes when this process goes. Takes 4 to 10 s. Raises RayError, with nothing left behind,
+    when Ray is missing, a port is busy, or Ray does not come up within `options.start_timeout_s`.
+    """
+    spec = importlib.util.find_spec("ray")
+    if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
+        raise RayError("Ray is not installed: pip install 'xlstm-ray[ray]', or stay in local mode")
+    _check_options(options)
+    _private_directory(options.state_dir)
+    token_path = _own_token(options.state_dir)
+    # Under /tmp because the paths of Ray's sockets must fit in 103 bytes on macOS. Ray makes its own folders 0777 and
+    # its sockets know no token, so it is our 0700 above them that keeps other users out.
+    root = Path("/tmp") / f"xr-{os.getuid()}"
+    _private_directory(root)
+    identity = secrets.token_hex(3)
+    folder = root / identity
+    client_port = options.client_port or _free_port()
+    metrics_port = options.metrics_port or _free_port()
+    dashboard_port = (options.dashboard_port or _free_port(DASHBOARD_PORT)) if options.dashboard else None
+    head = Head(
+        id=identity,
+        host=platform.node(),
+        mode="up" if options.stays else "run",
+        created=time.time(),
+        driver=_identify(psutil.Process()),
+        command=_ray_start(options, folder, client_port, metrics_port, dashboard_port),
+        dashboard_port=dashboard_port,
+        client_port=client_port,
+        metrics_port=metrics_port,
+        token_path=token_path,
+        folder=folder,
+    )
+    record = _record(options.state_dir, identity)
+    _private_directory(record.parent)
+    folder.mkdir(mode=0o700)
+    _write(record, head)
+    try:
+        with open(folder / "start.log", "ab") as log:
+            guard = subprocess.Popen(
+                [sys.executable, "-P", "-c", _GUARD, "xlstm-ray-guard", str(Path(__file__).parents[1]), str(record)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_environment(token_path),
+            )
+        _guards[identity] = guard
+        ready = _await_ready(record, guard, options.start_timeout_s)
+        if ready.dashboard_port and not _listens(_session(ready), ready.dashboard_port):
+            raise RayError(
+                f"another program took port {ready.dashboard_port} before the dashboard did: give another one with "
+                "--ray-dashboard-port"
+            )
+        return ready
+    except BaseException:  # Ctrl-C too: a head that nobody was told of must not stay
+        stop_head(_read(record) or head, options.state_dir)
+        raise
+
+
+@contextmanager
+def managed(options: HeadOptions) -> Iterator[Head]:
+    """A head for as long as the block runs; with `options.stays` it is left running. Raises as `start_head`."""
+    head = start_head(options)
+    try:
+        yield head
+    finally:
+        if not options.stays:
+            stop_head(head, options.state_dir)
+
+
+def up(options: HeadOptions) -> Head:
+    """`xlstm-ray up`: one head that stays across runs. Raises RayError when there is one already."""
+    for head in _heads(options.state_dir):
+        if head.mode == "up" and _state(head, _session(head)) in ("alive", "starting"):
+            raise RayError(
+                f"head {head.id} is up already at {head.address}: use it with --ray-address {head.address}, "
+                f"or stop it with `xlstm-ray down {head.id}`"
+            )
+    return start_head(options)
+
+
+def stays_lines(head: Head) -> list[str]:
+    """What to print when a head stays: where it is, how to log in, and how to stop it. The token is not shown."""
+    out = [f"Ray's head stays: use it with --ray-address {head.address}"]
+    if head.dashboard_url:
+        out.append(f"dashboard: {head.dashboard_url} (it asks for a token: paste what is in {head.token_path})")
+    return [*out, f"stop it with: xlstm-ray down {head.id}"]
+
+
+# Connecting
+
+
+@contextmanager
+def connect(
+    target: Head | str,
+    *,
+    state_dir: Path | None = None,
+    token_path: Path | None = None,
+    namespace: str = NAMESPACE,
+    log_to_driver: bool = False,
+) -> Iterator[ModuleType]:
+    """Connect this process to a head and yield the `ray` module; disconnects at the end.
+
+    `target` is a head of ours or HOST:PORT. For an address that is in the records of `state_dir` the token is known;
+    else it is `token_path`, or where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
+    Import nothing that imports Ray before: Ray reads its authentication from the environment at import, once, and the
+    environment stays set for that reason. Raises RayError within seconds when nobody answers, when the token is
+    refused, or when the head would let anybody in.
+    """
+    if isinstance(target, str) and state_dir is not None:
+        target = next((h for h in _heads(state_dir) if h.address == target), target)
+    if isinstance(target, Head):
+        address, token_path = target.address, target.token_path
+        if address is None or not _listens(_session(target), _split(address)[1]):
+            raise RayError(f"head {target.id} is gone or not up yet: see `xlstm-ray status`")
+    else:
+        address = target
+        _probe(address, _token(token_path))
+    ray = _import_ray(address, token_path)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise RayError(f"the head at {address} did not accept this process: {_first_line(error)}") from error
+    finally:
+        if main:  # ray.init puts its own in its place, which would end the run between two tiles without a state
+            signal.signal(signal.SIGTERM, handler)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _import_ray(address: str, token_path: Path | None) -> ModuleType:
+    """Ray, imported with authentication on. Raises RayError where it was imported before in another way."""
+    # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
+    wanted = {"RAY_AUTH_MODE": "token", _CLUSTER: "0" if _is_loopback(address) else "1"}
+    if token_path is not None:
+        wanted["RAY_AUTH_TOKEN_PATH"] = str(token_path)
+    missing = [name for name, value in wanted.items() if os.environ.get(name) != value]
+    if token_path is not None and "RAY_AUTH_TOKEN" in os.environ:
+        missing.append("RAY_AUTH_TOKEN")
+    if missing and "ray" in sys.modules:
+        raise RayError(
+            f"ray was imported before the connection to {address}, with other {', '.join(missing)}: "
+            "import what needs Ray inside `connect`, and use one state directory a process"
+        )
+    os.environ.update(wanted)
+    if token_path is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+    import ray
+
+    return ray
+
+
+def _probe(address: str, token: str | None) -> None:
+    """Refuse at once what Ray would wait for: a dead address, a wrong token, a head without authentication."""
+    host, port = _split(address)
+    try:
+        socket.create_connection((host, port), timeout=PROBE_S).close()
+    except OSError as error:
+        raise RayError(
+            f"nothing answers at --ray-address {address} ({error.strerror or error}): "
+            "start a head with `xlstm-ray up`, or see `xlstm-ray status` for the right address"
+        ) from None
+    if _asks_for_token(address, None) is False:
+        raise RayError(
+            f"the head at {address} lets anybody in: stop it, and start it with RAY_AUTH_MODE=token and a token"
+        )
+    if token is None:
+        raise RayError(f"the head at {address} asks for a token: say where it is with --ray-token-path")
+    if _asks_for_token(address, token):
+        raise RayError(
+            f"the head at {address} refuses the token: --ray-token-path must name the file it was started with"
+        )
+
+
+def _asks_for_token(address: str, token: str | None) -> bool:
+    """Whether the head turns this token away. Raises RayError where no Ray head answers."""
+    import grpc  # comes with ray[default]
+
+    metadata = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=PROBE_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return True
+            raise RayError(
+                f"what answers at {address} is not a Ray head ({error.code().name.lower()}): "
+                "give the port of the head itself, not of the dashboard or the client; TLS is not supported"
+            ) from None
+    return False
+
+
+def _token(token_path: Path | None) -> str | None:
+    """The token for a head that is not ours, from where Ray itself would take it. None when there is none."""
+    if token_path is None:
+        if "RAY_AUTH_TOKEN" in os.environ:
+            return os.environ["RAY_AUTH_TOKEN"].strip()
+        token_path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+        if not token_path.exists():
+            return None
+    try:
+        return token_path.read_text().strip()
+    except OSError as error:
+        raise RayError(f"the token file {token_path} cannot be read: {error.strerror}") from None
+
+
+# Watching
+
+
+def status(state_dir: Path) -> StatusReport:
+    """Every Ray session on this machine: heads of ours with their actors and memory, and sessions that are not ours."""
+    heads = []
+    ours: set[int] = set()
+    for head in _heads(state_dir):
+        processes = _session(head)
+        ours.update(p.pid for p in processes)
+        state = _state(head, processes)
+        heads.append(
+            HeadStatus(
+                head=head,
+                state=state,
+                processes=len(processes),
+                rss_bytes=sum(_rss(p) for p in processes),
+                actors=_actors(head, processes) if state in ("alive", "orphaned") else (),
+            )
+        )
+    return StatusReport(tuple(heads), _strangers(ours))
+
+
+def _state(head: Head, processes: list[psutil.Process]) -> State:
+    if head.host != platform.node():  # a home directory that several machines share
+        return "elsewhere"
+    driven = _find(head.driver) is not None
+    if not processes:
+        return "starting" if driven and head.guard is None and head.error is None else "dead"
+    if not driven and (head.mode == "run" or head.address is None):
+        return "orphaned"
+    return "alive" if head.address else "starting"
+
+
+def _actors(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
+    """From Ray's State API where there is a dashboard, else from the titles that Ray gives its workers."""
+    rss = {p.pid: _rss(p) for p in processes}
+    # The token goes only to a port that a process of ours holds.
+    if head.dashboard_port and _listens(processes, head.dashboard_port):
+        try:
+            found = _state_api(head, "actors")
+        except (OSError, ValueError, KeyError, TypeError):  # a dashboard that hangs or is dying: the titles remain
+            pass
+        else:
+            return tuple(
+                Actor(
+                    name=a["name"] or a["class_name"],
+                    class_name=a["class_name"],
+                    state=a["state"],
+                    pid=a["pid"],
+                    namespace=a["ray_namespace"],
+                    rss_bytes=rss.get(a["pid"], 0),
+                )
+                for a in found
+            )
+    out = []
+    for process in processes:
+        title = re.match(r"ray::(\w+)", _title(process))
+        if title and title[1] not in ("IDLE", "DashboardAgent", "RuntimeEnvAgent"):
+            out.append(Actor(title[1], title[1], "RUNNING", process.pid, "", rss[process.pid]))
+    return tuple(out)
+
+
+def _state_api(head: Head, what: str) -> list[dict[str, Any]]:
+    """One question to Ray's State API over HTTP, which works whether or not this process ever imported Ray."""
+    query = urllib.parse.urlencode(
+        {"limit": 1000, "filter_keys": "state", "filter_predicates": "!=", "filter_values": "DEAD"}
+    )
+    request = urllib.request.Request(f"{head.dashboard_url}/api/v0/{what}?{query}")
+    request.add_header("Authorization", f"Bearer {head.token_path.read_text()}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see the token
+    with opener.open(request, timeout=PROBE_S) as answer:
+        return json.load(answer)["data"]["result"]["result"]
+
+
+def _strangers(ours: set[int]) -> tuple[Stranger, ...]:
+    """Ray sessions by their programs' names, which is good enough for a list and never a reason to stop anything."""
+    found: dict[str, dict[str, Any]] = {}
+    for process in psutil.process_iter():
+        try:
+            if process.pid in ours or process.name() not in ("gcs_server", "raylet"):
+                continue
+            user = process.username()
+            arguments = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:  # another user's, on macOS
+            user, arguments = "another user", []
+        flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+        session = flags.get("session-name", f"Ray process {process.pid}")
+        entry = found.setdefault(session, {"address": "unknown", "user": user, "pids": []})
+        entry["pids"].append(process.pid)
+        if "gcs-address" in flags:
+            entry["address"] = flags["gcs-address"]
+    return tuple(Stranger(name, e["address"], e["user"], tuple(e["pids"])) for name, e in sorted(found.items()))
+
+
+# Stopping
+
+
+def down(state_dir: Path, head_id: str | None = None) -> list[Head]:
+    """Stop heads of ours and clear their records; returns those heads.
+
+    Without `head_id`: heads that stay, orphans, and records of dead ones. A head whose run is alive is left to that
+    run, unless it is named. Raises RayError for an unknown id, or when a process does not end.
+    """
+    heads = [h for h in _heads(state_dir) if h.host == platform.node()]
+    if head_id is not None:
+        known = ", ".join(h.id for h in heads) or "none"
+        heads = [h for h in heads if h.id == head_id]
+        if not heads:
+            raise RayError(f"no head {head_id} of ours on this machine; there are: {known}")
+    stopped = []
+    for head in heads:
+        if head_id is None and head.mode == "run" and _find(head.driver) is not None:
+            continue
+        stop_head(head, state_dir)
+        stopped.append(head)
+    return stopped
+
+
+def stop_head(head: Head, state_dir: Path) -> None:
+    """Stop one head of ours and remove its record and folder; one that is gone already is no error.
+
+    Takes 2 to 5 s. Only processes of the recorded session are signalled. Raises RayError when one of them survives.
+    """
+    record = _record(state_dir, head.id)
+    head = _read(record) or head  # what the guard has learnt since
+    guard = _find(head.guard) if head.guard else None
+    if guard is not None:
+        _signal([guard], signal.SIGTERM)
+        _wait([guard], 4 * GRACE_S)
+    child = _guards.pop(head.id, None)
+    if child is not None and head.guard is None:  # it has not got as far as its record
+        child.terminate()
+    left = _end(lambda: _session(head))
+    if child is not None:
+        child.wait(GRACE_S)  # ours to reap
+    if left:
+        raise RayError(f"head {head.id}: processes {', '.join(str(p.pid) for p in left)} do not end; stop them by hand")
+    _remove(record, head)
+
+
+def _end(find: Callable[[], Iterable[psutil.Process]]) -> list[psutil.Process]:
+    """End processes in the order that Ray can bear; returns those that survive even SIGKILL."""
+    known: set[psutil.Process] = set()  # children that made a session of their own are lost once their parents are gone
+
+    def left(chosen: Callable[[str], bool] = lambda name: True) -> list[psutil.Process]:
+        known.update(find())
+        return [p for p in known if _running(p) and chosen(_name(p))]
+
+    # The raylet first, so that it does not restart workers; the GCS last, so that nobody misses it.
+    for chosen in (lambda name: name == "raylet", lambda name: name != "gcs_server", lambda name: True):
+        group = left(chosen)
+        _signal(group, signal.SIGTERM)
+        _wait(group, GRACE_S)
+    for _ in range(3):  # a worker may be born while others die
+        group = left()
+        if not group:
+            break
+        _signal(group, signal.SIGKILL)
+        _wait(group, GRACE_S)
+    return left()
+
+
+def _remove(record: Path, head: Head) -> None:
+    try:
+        shutil.rmtree(head.folder)
+    except FileNotFoundError:  # somebody else stops it too
+        pass
+    record.unlink(missing_ok=True)
+
+
+# The guard
+
+_GUARD = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from xlstm_ray.supervisor import _guard
+_guard(sys.argv[3])
+"""
+_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" makes GCS, raylet and metrics listen on loopback, on Linux too
+_guards: dict[str, subprocess.Popen[bytes]] = {}  # this process's children, to be reaped
+
+
+def _guard(path: str) -> None:
+    """The session's leader: runs Ray, completes the record, and ends the session when told to or left alone."""
+    stopping = False
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    record = Path(path)
+    head = _read(record)
+    if head is None:  # stopped before it began
+        return
+    me = psutil.Process()
+    head = head.model_copy(update={"guard": _identify(me)})
+    _write(record, head)
+    # A group of its own: when `ray start` dies, Ray's reaper kills that group, and it must not be the guard's.
+    ray = subprocess.Popen(head.command, stdin=subprocess.DEVNULL, process_group=0)
+    try:
+        while not stopping:
+            if ray.poll() is not None:
+                head = head.model_copy(update={"error": f"Ray ended by itself with code {ray.returncode}"})
+                break
+            if (head.mode == "run" or head.address is None) and _find(head.driver) is None:
+                break
+            address = None if head.address else _announced(head.folder)
+            if address:
+                head = head.model_copy(update={"address": address, "members": _identify_all(_members(me.pid))})
+                _write(record, head)
+            time.sleep(POLL_S)
+    finally:  # a bug here or a full disk must not leave a head that nobody watches
+        _end(lambda: [p for p in _members(me.pid) if p.pid != me.pid])
+    if head.error:
+        _write(record, head)
+    else:
+        _remove(record, head)
+
+
+def _announced(folder: Path) -> str | None:
+    """The address that `ray start` writes as its last act, once everything answers."""
+    try:
+        text = (folder / "ray_current_cluster").read_text()
+    except FileNotFoundError:
+        return None
+    return text if re.fullmatch(r"127\.0\.0\.1:\d+", text) else None
+
+
+def _await_ready(record: Path, guard: subprocess.Popen[bytes], timeout_s: float) -> Head:
+    """The completed record. Raises RayError, saying what Ray said last, when it does not come."""
+    deadline = time.monotonic() + timeout_s
+    reason = f"no answer within {timeout_s:.0f} s"
+    while time.monotonic() < deadline:
+        ended = guard.poll() is not None
+        head = _read(record)
+        if head is None or head.error or ended:
+            reason = "it ended at once"
+            break
+        if head.address:
+            return head
+        time.sleep(POLL_S)
+    # The folder goes with the head; what Ray said must stay.
+    head = _read(record)
+    kept = record.parent.parent / "failed-start.log"
+    said = ""
+    if head is not None:
+        shutil.copyfile(head.folder / "start.log", kept)
+        said = next((line for line in reversed(kept.read_text(errors="replace").splitlines()) if "Error" in line), "")
+    raise RayError(f"Ray's head did not start ({reason}): {said or 'no error was printed'}; its output is in {kept}")
+
+
+def _ray_start(
+    options: HeadOptions, folder: Path, client_port: int, metrics_port: int, dashboard_port: int | None
+) -> tuple[str, ...]:
+    resources = dict(options.resources)
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        resources.setdefault("mps", 1.0)  # one GPU a Mac
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--node-ip-address={LOOPBACK}", f"--port={options.port or 0}", f"--temp-dir={folder}"]
+    # Ray's own defaults are fixed numbers, which a second head on the machine would meet.
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+    command += [f"--ray-client-server-port={client_port}", f"--metrics-export-port={metrics_port}"]
+    command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", f"--dashboard-host={LOOPBACK}"]
+    if dashboard_port:
+        command.append(f"--dashboard-port={dashboard_port}")
+    if options.num_cpus is not None:
+        command.append(f"--num-cpus={options.num_cpus}")
+    if options.num_gpus is not None:
+        command.append(f"--num-gpus={options.num_gpus}")
+    command += [f"--object-store-memory={options.object_store_bytes}", f"--resources={json.dumps(resources)}"]
+    return (*command, "--disable-usage-stats", "--log-color=false")
+
+
+def _environment(token_path: Path) -> dict[str, str]:
+    """Ours, with what Ray must know; the token itself is in no environment and no argument, only its file's path."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path), _CLUSTER: "0"}
+
+
+def _check_options(options: HeadOptions) -> None:
+    if options.object_store_bytes < MIN_OBJECT_STORE:
+        raise RayError(f"an object store of {options.object_store_bytes} bytes: Ray needs at least {MIN_OBJECT_STORE}")
+    ports = {
+        "--ray-dashboard-port": options.dashboard_port,
+        "port": options.port,
+        "client_port": options.client_port,
+        "metrics_port": options.metrics_port,
+    }
+    for name, port in ports.items():
+        if port is None:
+            continue
+        if not 1024 <= port <= 65535:
+            raise RayError(f"{name} {port}: a port is a number from 1024 to 65535")
+        if not _is_free(port):
+            raise RayError(f"{name} {port} is in use on this machine: give another one, or leave it out for a free one")
+
+
+# Ports, files, processes
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a port closed a minute ago looks busy
+        try:
+            server.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    with socket.socket() as client:  # macOS lets us bind beside a listener on all addresses
+        client.settimeout(PROBE_S)
+        return client.connect_ex((LOOPBACK, port)) != 0
+
+
+def _free_port(first: int | None = None) -> int:
+    """`first` or the next free port after it; any free one without `first`."""
+    if first is None:
+        with socket.socket() as server:
+            server.bind((LOOPBACK, 0))
+            return server.getsockname()[1]
+    return next(port for port in range(first, 65536) if _is_free(port))
+
+
+def _listens(processes: list[psutil.Process], port: int) -> bool:
+    """Whether one of these processes, and not somebody else's, holds the port."""
+    for process in processes:
+        try:
+            connections = process.net_connections("tcp")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if any(c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in connections):
+            return True
+    return False
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise RayError(f"--ray-address {address}: give HOST:PORT, as `xlstm-ray up` and `xlstm-ray status` print it")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(address: str) -> bool:
+    host = _split(address)[0]
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _private_directory(path: Path) -> None:
+    """Make it 0700. Raises RayError where it exists and others may enter, or somebody else made it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise RayError(f"{path} must be a folder of yours that nobody else may enter: chmod 700 it, or remove it")
+
+
+def _own_token(state_dir: Path) -> Path:
+    """The token's file, made at first use with 256 random bits, 0600. Raises RayError where others could read it."""
+    path = state_dir / "auth_token"
+    if not path.exists():
+        handle, temporary = tempfile.mkstemp(dir=state_dir, prefix=".auth_token.")  # 0600
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(temporary, path)  # whole, and never over a token that another process made just now
+        except FileExistsError:
+            pass
+        os.unlink(temporary)
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise RayError(
+            f"the token file {path} has mode {found.st_mode & 0o777:04o}, so others may have read it: stop the heads "
+            "that use it with `xlstm-ray down`, remove it, and start again"
+        )
+    return path
+
+
+def _record(state_dir: Path, head_id: str) -> Path:
+    return state_dir / "heads" / f"{head_id}.json"
+
+
+def _heads(state_dir: Path) -> list[Head]:
+    found = (_read(path) for path in sorted((state_dir / "heads").glob("*.json")))
+    return sorted((head for head in found if head is not None), key=lambda head: head.created)
+
+
+def _read(record: Path) -> Head | None:
+    """None when it is not there. Raises RayError for a damaged record: nothing is stopped on a guess."""
+    try:
+        return Head.model_validate_json(record.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise RayError(
+            f"the record {record} is damaged ({error.error_count()} errors): look for its processes by hand, "
+            "then remove it"
+        ) from None
+
+
+def _write(record: Path, head: Head) -> None:
+    """Whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=record.parent, prefix=".head.")
+    with os.fdopen(handle, "w") as file:
+        file.write(head.model_dump_json(indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, record)
+
+
+def _identify(process: psutil.Process) -> Process:
+    return Process(pid=process.pid, started=_since_boot(process))
+
+
+def _identify_all(processes: Iterable[psutil.Process]) -> tuple[Process, ...]:
+    found = []
+    for process in processes:
+        try:
+            found.append(_identify(process))
+        except psutil.NoSuchProcess:
+            continue
+    return tuple(found)
+
+
+def _since_boot(process: psutil.Process) -> float:
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
+def _find(wanted: Process) -> psutil.Process | None:
+    """The very process, or None when it is gone, is a zombie, or its pid is somebody else's by now."""
+    try:
+        process = psutil.Process(wanted.pid)
+        same = abs(_since_boot(process) - wanted.started) < 0.05  # the clock ticks in 0.01 s
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _session(head: Head) -> list[psutil.Process]:
+    """Every process of the head. Empty unless a recorded one still is in that session.
+
+    A session's id is not given to another process while the session has members, so one recorded member proves that
+    the id still means our session; without one it may have become a stranger's.
+    """
+    if head.guard is None or head.host != platform.node():
+        return []
+    known = (head.guard, *head.members)
+    if not any(_find(p) is not None and _session_id(p.pid) == head.guard.pid for p in known):
+        return []
+    return _members(head.guard.pid)
+
+
+def _members(session: int) -> list[psutil.Process]:
+    """The session's processes and their descendants (jobs make sessions of their own), without zombies."""
+    found: dict[int, psutil.Process] = {}
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        try:
+            children.setdefault(process.ppid(), []).append(process)
+        except psutil.NoSuchProcess:
+            continue
+        if _session_id(process.pid) == session:
+            found[process.pid] = process
+    queue = list(found)
+    while queue:
+        for child in children.get(queue.pop(), ()):
+            if child.pid not in found:
+                found[child.pid] = child
+                queue.append(child.pid)
+    return [p for p in found.values() if _running(p)]
+
+
+def _session_id(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _running(process: psutil.Process) -> bool:
+    """Alive, the same process as when it was found, and not a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    """psutil compares the start time first, so a pid that was reused meanwhile is not hit."""
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _wait(processes: list[psutil.Process], timeout_s: float) -> None:
+    """Until all are gone or zombies (which psutil.wait_procs would wait for, as their parents may never reap)."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and any(_running(p) for p in processes):
+        time.sleep(POLL_S / 2)
