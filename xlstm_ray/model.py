@@ -253,6 +253,13 @@ class Worker:
         """Forget everything."""
         self.state = [self.fresh_state(batch) for _ in self.band.blocks]
 
+    def set_state(self, blocks: list[tuple[Tensor, ...]]) -> None:
+        """Go on from these (C, n, m), a block each; copied, with the strides that the kernels are compiled for."""
+        self.state = []
+        for C, n, m in blocks:
+            fresh = self.fresh_state(C.shape[0])
+            self.state.append((fresh[0].copy_(C), fresh[1].copy_(n), fresh[2].copy_(m)))
+
     def warm_up(self, batch: int, tokens: int, *, alone: bool) -> None:
         """Compile for windows (batch, tokens) by running block 0 once on zeros; the state stays as it is."""
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)

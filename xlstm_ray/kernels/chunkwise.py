@@ -64,6 +64,6 @@ def mlstm_chunkwise(
     numerator = (q @ Cs[:, :, :-1].to(operand)).to(acc) * qw.unsqueeze(-1) + (S.to(operand) @ v).to(acc)
     denominator = (q.to(acc) * ns[:, :, :-1].unsqueeze(-2)).sum(-1) * qw + S.sum(-1)
     h = numerator / (torch.maximum(denominator.abs(), torch.exp(-mt)) + eps).unsqueeze(-1)
-    # Contiguous: a view would keep every chunk's state alive, and its strides would ask for another compilation.
-    state = Cs[:, :, -1].contiguous(), ns[:, :, -1].contiguous(), ms[..., -1:].contiguous()
-    return h.to(operand).reshape(B, NH, T, V), state
+    # Copies: a view would keep every chunk's state alive, and its strides would ask for another compilation.
+    C, n, m = (x.clone(memory_format=torch.contiguous_format) for x in (Cs[:, :, -1], ns[:, :, -1], ms[..., -1:]))
+    return h.to(operand).reshape(B, NH, T, V), (C, n, m)

@@ -10,34 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.errors import KernelError
 from xlstm_ray.kernels.native import State, mlstm_sequence, mlstm_step
 
 
 def compile_strict(fn: Callable, name: str) -> Callable:
-    """`fn` compiled on its first call, for the shapes, dtypes and device of that call.
+    """`fn` compiled on its first call, for the shapes, strides, dtypes and device of that call and no other.
 
     The code object is copied: torch.compile keeps its variants on the code object, so without a copy every shape in
     the process would share one list of variants, its guards and its limit. Raises KernelError naming the kernel, the
-    shapes and the device where the compilation fails or would have broken the graph.
+    shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
     """
     own = types.FunctionType(
         fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__
     )
     own.__kwdefaults__ = fn.__kwdefaults__
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
-    ready = False
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, recompile_limit=1)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal ready
-        if ready:
-            return compiled(*args, **kwargs)
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            result = compiled(*args, **kwargs)
-        except TorchDynamoException as err:
+            return compiled(*args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as err:
             cause = getattr(err, "inner_exception", err)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
             reason = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
@@ -45,8 +42,20 @@ def compile_strict(fn: Callable, name: str) -> Callable:
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
                 "--chunkwise-backend native runs the eager reference instead"
             ) from err
-        ready = True
-        return result
+
+    return call
+
+
+def compile_each(fn: Callable, name: str) -> Callable:
+    """`fn` compiled once for every combination of shapes, dtypes and device that it is called with."""
+    variants: dict[tuple, Callable] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = tree_leaves((args, kwargs))
+        key = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors)
+        if key not in variants:
+            variants[key] = compile_strict(fn, name)
+        return variants[key](*args, **kwargs)
 
     return call
 
@@ -62,8 +71,7 @@ class UnrolledSequence:
 
     def __init__(self, t_inner: int):
         self.t_inner = t_inner
-        self._kernel = compile_strict(mlstm_sequence, f"mlstm_steps_{t_inner}")
-        self._rest = compile_strict(mlstm_sequence, "mlstm_steps_rest")
+        self._kernel = compile_each(mlstm_sequence, f"mlstm_steps_{t_inner}")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, i: Tensor, f: Tensor, state: State, eps: float = 1e-6
@@ -73,10 +81,9 @@ class UnrolledSequence:
         h = torch.empty(*q.shape[:2], T, v.shape[-1], dtype=q.dtype, device=q.device)
         for t in range(0, T, self.t_inner):
             part = slice(t, min(t + self.t_inner, T))
-            kernel = self._kernel if part.stop - t == self.t_inner else self._rest
             # Contiguous copies: a slice's strides are those of the whole run, and would be compiled into the kernel.
             qkv = [x[:, :, part].contiguous() for x in (q, k, v)]
-            h[:, :, part], state = kernel(
+            h[:, :, part], state = self._kernel(
                 *qkv, i=i[:, :, part].contiguous(), f=f[:, :, part].contiguous(), state=state, eps=eps
             )
         return h, state
@@ -84,4 +91,4 @@ class UnrolledSequence:
 
 def compiled_step() -> Callable:
     """metal: mlstm_step compiled."""
-    return compile_strict(mlstm_step, "mlstm_step")
+    return compile_each(mlstm_step, "mlstm_step")

@@ -48,8 +48,8 @@ def make_tile(window: Window, rows: Sequence[Tensor], begin: Sequence[int]) -> T
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
     for b, (first, last) in enumerate(parts):
         tokens[b, first:last] = rows[b][window.start + first : window.start + last]
-    first, last = torch.tensor(parts, dtype=torch.long).unbind(1)
-    return Tile(window.index, tokens, first, last)
+    first, last = zip(*parts, strict=True)
+    return Tile(window.index, tokens, torch.tensor(first), torch.tensor(last))
 
 
 def prefill(

@@ -90,10 +90,7 @@ class InProcessExecutor:
                 worker.reset(batch)
                 if tensors is not None:
                     heads = slice(worker.band.heads.start, worker.band.heads.stop)
-                    worker.state = [
-                        tuple(tensors[f"blocks.{n}.{part}"][:, heads].to(self.device).contiguous() for part in "Cnm")
-                        for n in worker.band.blocks
-                    ]
+                    worker.set_state([tuple(tensors[f"blocks.{n}.{x}"][:, heads] for x in "Cnm") for n in worker.band.blocks])
 
     def get_state(self) -> dict[str, Tensor]:
         self._synchronize()
