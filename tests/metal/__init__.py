@@ -1,0 +1,1 @@
+"""An "mps" device for tests on machines without one: see README.md."""
