@@ -43,7 +43,7 @@ class Sampling:
         generator = torch.Generator().manual_seed(self.seed)
 
         def sample(logits: Tensor) -> list[int]:
-            p, order = torch.softmax(logits.double() / self.temperature, -1).sort(-1, descending=True, stable=True)
+            p, order = torch.softmax(logits.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
             p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)  # keeps the token that crosses top_p
             return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1).tolist()
 

@@ -41,13 +41,21 @@ class NextToken(NamedTuple):
 class Statistics:
     """Figures of a run: counts in tokens, times in seconds, memory in bytes."""
 
-    prompt_tokens: int  # all rows
-    resumed_tokens: int  # of these, found in the given state
+    row_tokens: list[int]  # prompt tokens, a row
+    row_resumed: list[int]  # of these, found in the given state
     compile_s: float
     prefill_s: float
     ttft_s: float  # from the first tile to the first token's logits; loading and compiling are not in it
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.row_tokens)
+
+    @property
+    def resumed_tokens(self) -> int:
+        return sum(self.row_resumed)
 
     @property
     def prefill_tok_s(self) -> float | None:
@@ -157,8 +165,7 @@ class Engine:
             if state is None:
                 raise UsageError("neither a prompt nor a state was given")
             self.executor.set_state(state.tensors, state.batch)
-            total = sum(state.tokens)
-            stats = Statistics(total, total, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
+            stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
         begin, hashes, logits = self._resume(rows, state)
@@ -179,8 +186,8 @@ class Engine:
             should_stop=should_stop,
         )
         stats = Statistics(
-            sum(len(r) for r in rows),
-            sum(begin),
+            [len(row) for row in rows],
+            list(begin),
             compile_s,
             outcome.seconds,
             outcome.seconds,

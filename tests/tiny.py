@@ -1,0 +1,50 @@
+"""Small random models in the Hugging Face layout, written by transformers: the independent oracle of the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import xLSTMConfig, xLSTMForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 128,  # times qk_dim_factor 0.5 is a multiple of 64, where transformers' own cache shapes are right
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "chunk_size": 16,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+}
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """A tokenizer.json in which a byte is a token (ids 0 to 255)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path))
+
+
+def make_model(directory: Path, *, seed: int = 0, out_norm: bool = True, **config: Any) -> xLSTMForCausalLM:
+    """Write a random model to `directory` and return transformers' own of it, float32, eval mode.
+
+    All weights are drawn, biases and norms too, wide enough that gates reach their caps and forgetting matters.
+    out_norm False replaces the norm that transformers always has.
+    """
+    torch.manual_seed(seed)
+    model = xLSTMForCausalLM(xLSTMConfig(**{**SIZES, "add_out_norm": out_norm, **config})).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.5 if weight.ndim == 1 else weight.shape[-1] ** -0.5)
+            if "norm" in name and name.endswith("weight"):
+                weight.add_(1)
+            if "gate_preact" in name:
+                weight.mul_(3)
+    if not out_norm:
+        model.backbone.out_norm = torch.nn.Identity()
+    model.save_pretrained(directory)
+    write_byte_tokenizer(directory / "tokenizer.json")
+    return model

@@ -1,0 +1,491 @@
+"""The command line. torch is imported only inside commands, so that --help answers at once."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from xlstm_ray.errors import Interrupted, StateError, UsageError, XlstmRayError
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine import Engine, PrefillResult
+    from xlstm_ray.prefill.driver import Progress
+    from xlstm_ray.state import RecurrentState
+
+app = typer.Typer(
+    name="xlstm-ray",
+    help="Prefill prompts of any length through xLSTM language models, in flat memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ProgressKind = Literal["auto", "bar", "ndjson", "none"]
+
+PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt's text.")]
+PromptFileOption = Annotated[
+    str | None,
+    typer.Option("--prompt-file", help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped."),
+]
+JsonlOption = Annotated[
+    bool,
+    typer.Option("--jsonl", help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key."),
+]
+ModelOption = Annotated[
+    Path | None, typer.Option("--model", help="A model directory in the Hugging Face layout [default: the demo model]")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, mps, cuda or cpu [default: auto, the first that is there]")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="auto, float32 or bfloat16 [default: auto, bfloat16 on a GPU, else as stored]"),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--chunkwise-backend",
+        help="queued_compiled_chunks, queued_compiled_steps or native (the eager reference) "
+        "[env: XLSTM_CHUNKWISE_BACKEND] [default: queued_compiled_chunks]",
+    ),
+]
+TileOption = Annotated[
+    int | None, typer.Option("--tile-size", help="Tokens a task, a multiple of the chunk size [default: by device]")
+]
+ChunkOption = Annotated[
+    int | None, typer.Option("--chunk-size", help="Tokens a chunk of the closed form [default: the model's]")
+]
+HeadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--heads-per-band", help="Heads a band [env: XLSTM_MPS_HEADS_PER_BAND] [default: all; 4 on mps]"
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", help="Threads that work on bands, at most one a band [env: XLSTM_MPS_WORKERS] [default: one a band]"
+    ),
+]
+StateInOption = Annotated[
+    Path | None,
+    typer.Option("--state-in", help="Go on from this saved state; settings not given are taken from it."),
+]
+StateOutOption = Annotated[Path | None, typer.Option("--state-out", help="Write the state to this file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+ProgressOption = Annotated[
+    ProgressKind,
+    typer.Option("--progress", help="On standard error: a bar, JSON lines, or nothing; auto is a bar on a terminal."),
+]
+
+
+@app.command()
+def prefill(
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    jsonl: JsonlOption = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    chunkwise_backend: BackendOption = None,
+    tile_size: TileOption = None,
+    chunk_size: ChunkOption = None,
+    heads_per_band: HeadsOption = None,
+    workers: WorkersOption = None,
+    state_in: StateInOption = None,
+    state_out: StateOutOption = None,
+    json_output: JsonOption = False,
+    progress: ProgressOption = "auto",
+) -> None:
+    """Compute a prompt's state and the likeliest next tokens."""
+    prompts = _prompts(prompt, prompt_file, jsonl, state_in)
+    _check_writable(state_out)
+    state, engine = _open(
+        state_in,
+        model=model,
+        device=device,
+        dtype=dtype,
+        chunkwise_backend=chunkwise_backend,
+        tile_size=tile_size,
+        chunk_size=chunk_size,
+        heads_per_band=heads_per_band,
+        workers=workers,
+    )
+    with _stop_on_signals() as stop, _reporter(progress) as on_progress:
+        result = engine.prefill(prompts, state=state, on_progress=on_progress, should_stop=stop)
+    _require_some(result)
+    digest = result.state.save(state_out) if state_out else None
+    if not result.complete:
+        raise _interrupted(result, state_out, stop)
+    _print_results(engine, result, state_out, digest, json_output=json_output, a_line_each=jsonl)
+
+
+@app.command()
+def generate(
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    jsonl: JsonlOption = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy [default: 0; 1 with --top-p or --seed]")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling [default: 0]")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    chunkwise_backend: BackendOption = None,
+    tile_size: TileOption = None,
+    chunk_size: ChunkOption = None,
+    heads_per_band: HeadsOption = None,
+    workers: WorkersOption = None,
+    state_in: StateInOption = None,
+    state_out: StateOutOption = None,
+    json_output: JsonOption = False,
+    progress: ProgressOption = "auto",
+) -> None:
+    """Prefill, then stream the text that the model makes of it."""
+    prompts = _prompts(prompt, prompt_file, jsonl, state_in)
+    _check_writable(state_out)
+    state, engine = _open(
+        state_in,
+        model=model,
+        device=device,
+        dtype=dtype,
+        chunkwise_backend=chunkwise_backend,
+        tile_size=tile_size,
+        chunk_size=chunk_size,
+        heads_per_band=heads_per_band,
+        workers=workers,
+    )
+    streams = not (json_output or jsonl)
+    with _stop_on_signals() as stop:
+        with _reporter(progress) as on_progress:
+            generation = engine.generate(
+                prompts,
+                state=state,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_progress=on_progress,
+                should_stop=stop,
+            )
+        for pieces in generation.rows():
+            if streams:
+                sys.stdout.write(pieces[0])
+                sys.stdout.flush()
+    result = generation.prefill
+    _require_some(result)
+    digest = None
+    if state_out:
+        state = generation.state()
+        digest = state.save(state_out)
+    if not result.complete:
+        raise _interrupted(result, state_out, stop)
+    speed = {"decode_s": generation.decode_s, "decode_tok_s": generation.decode_tok_s}
+    if streams:
+        sys.stdout.write("\n")
+        summary = _summary(engine, result, state_out, digest)
+        made = len(generation.tokens[0])
+        _err(
+            f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
+            f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
+            f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
+            f"compile {summary['compile_s'] + generation.compile_s:.1f} s"
+        )
+        if state_out:
+            _err(f"state {state_out} (digest {digest})")
+    else:
+        for b, text in enumerate(generation.texts):
+            row = _summary(engine, result, state_out, digest, row=b if jsonl else None)
+            row["compile_s"] += generation.compile_s
+            _json_line({**row, "text": text, "new_tokens": len(generation.tokens[b]), **speed})
+    if stop():
+        raise _stopped("stopped; the text so far is above", stop)
+
+
+def main() -> None:
+    """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as err:  # an unknown option, a word where a number is due
+        _err(f"error: {err.format_message()}; see xlstm-ray --help")
+        sys.exit(2)
+    except typer.Abort:
+        _err("interrupted")
+        sys.exit(130)
+    except XlstmRayError as err:
+        _err(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
+        sys.exit(err.exit_code)
+    except BrokenPipeError:
+        # The reader of our output has gone; point stdout elsewhere so that the interpreter's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+# -- input -------------------------------------------------------------------------------------------------------------
+def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None) -> Any:
+    """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is."""
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file were both given; give one")
+    if jsonl and prompt_file is None:
+        raise UsageError("--jsonl describes a --prompt-file, and none was given")
+    if prompt == "":
+        raise UsageError("the prompt is empty; give at least one token")
+    if prompt is not None:
+        return prompt
+    if prompt_file is None:
+        if state_in is None:
+            raise UsageError("there is no prompt; give --prompt TEXT, --prompt-file FILE or --state-in FILE")
+        return None
+    try:
+        data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as err:
+        raise UsageError(f"{prompt_file}: cannot be read ({err.strerror})") from None
+    except UnicodeDecodeError as err:
+        raise UsageError(f"{prompt_file}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
+    if not jsonl:
+        return text.removesuffix("\n")
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise UsageError(f"{prompt_file}, line {number}: is not JSON ({err})") from None
+        row = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(row, str) or not row:
+            raise UsageError(f"{prompt_file}, line {number}: is neither a text nor an object with a 'prompt' text")
+        rows.append(row)
+    if not rows:
+        raise UsageError(f"{prompt_file}: has no prompts")
+    return rows
+
+
+def _check_writable(path: Path | None) -> None:
+    """Find out before the work, not after it, that its result has no place."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise StateError(f"{path}: is a directory; --state-out takes a file")
+    if not path.parent.is_dir():
+        raise StateError(f"{path.parent}: there is no such directory for --state-out")
+    if not os.access(path.parent, os.W_OK):
+        raise StateError(f"{path.parent}: may not be written to; choose another place for --state-out")
+
+
+def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, Engine]":
+    """The saved state, and the model; what was not asked for is taken from the state, so that grids agree."""
+    from xlstm_ray.settings import Settings
+
+    settings = Settings.make(**asked)  # before torch: a wrong flag answers at once
+    state = None
+    if state_in is not None:
+        from xlstm_ray.state import RecurrentState
+
+        state = RecurrentState.load(state_in)
+        grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
+        del grid["kernel"]
+        settings = Settings.make(**{**grid, **{k: v for k, v in asked.items() if v is not None}})
+    from xlstm_ray.engine import Engine
+
+    return state, Engine(settings)
+
+
+def _backend_of(kernel: str) -> str:
+    from xlstm_ray.kernels import CHUNKWISE_BACKENDS
+
+    return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts at once."""
+    came: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def stop() -> bool:
+        return bool(came)
+
+    stop.signals = came  # type: ignore[attr-defined]
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _stopped(text: str, stop: Any) -> Interrupted:
+    error = Interrupted(text)
+    if signal.SIGTERM in getattr(stop, "signals", ()):
+        error.exit_code = 128 + signal.SIGTERM
+    return error
+
+
+def _interrupted(result: "PrefillResult", state_out: Path | None, stop: Any) -> Interrupted:
+    done, total = sum(result.state.tokens), result.stats.prompt_tokens
+    text = f"stopped after {done} of {total} tokens"
+    if state_out is None:
+        return _stopped(f"{text}; with --state-out FILE the run could be resumed", stop)
+    return _stopped(f"{text}; state in {state_out}\nto go on: {_resume_command(state_out)}", stop)
+
+
+def _resume_command(state_out: Path) -> str:
+    """This very command, but from the state."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip or word == "--state-in" or word.startswith("--state-in="):
+            skip = word == "--state-in"
+            continue
+        words.append(word)
+    return shlex.join(["xlstm-ray", *words, "--state-in", str(state_out)])
+
+
+def _require_some(result: "PrefillResult") -> None:
+    if sum(result.state.tokens) == 0:
+        raise Interrupted("stopped before the first tile; there is nothing to save")
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+def _err(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _json_line(row: dict[str, Any]) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return f" ({tokens_per_s:,.0f} tokens/s)" if tokens_per_s else ""
+
+
+def _resumed(summary: dict[str, Any]) -> str:
+    return f" (and {summary['resumed_tokens']} from the state)" if summary["resumed_tokens"] else ""
+
+
+@contextmanager
+def _reporter(kind: ProgressKind) -> "Iterator[Callable[[Progress], None] | None]":
+    """Where progress goes: a bar, JSON lines, or nowhere."""
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "none"
+    if kind == "none":
+        yield None
+        return
+    if kind == "ndjson":
+
+        def line(p: "Progress") -> None:
+            row = {
+                "event": "tile",
+                "tiles_done": p.tiles_done,
+                "tokens_done": p.tokens_done,
+                "tokens_total": p.tokens_total,
+                "tile_s": p.tile_seconds,
+                "tok_s": p.tokens_per_s,
+                "eta_s": p.eta_s,
+            }
+            _err(json.dumps(row))
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("loading, compiling", total=None, rate=0)
+        bar.tasks[0].total = 0
+        yield lambda p: bar.update(
+            task, description="prefill", completed=p.tokens_done, total=p.tokens_total, rate=p.tokens_per_s
+        )
+
+
+def _summary(
+    engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None, *, row: int | None = None
+) -> dict[str, Any]:
+    """What --json prints; of one prompt of a batch where `row` is given."""
+    stats, state = result.stats, result.state
+    state_digest = digest if digest is not None and row is None else (state if row is None else state.row(row)).digest()
+    return {
+        "model": str(engine.model_path),
+        "device": str(engine.device),
+        "dtype": engine.grid.dtype,
+        "backend": engine.backend.name,
+        "prompt_tokens": stats.prompt_tokens if row is None else stats.row_tokens[row],
+        "resumed_tokens": stats.resumed_tokens if row is None else stats.row_resumed[row],
+        "tile_size": engine.grid.tile_size,
+        "chunk_size": engine.grid.chunk_size,
+        "bands": engine.bands,
+        "stages": engine.stages,
+        "workers": engine.workers,
+        "load_s": engine.load_s,
+        "compile_s": stats.compile_s,
+        "ttft_s": stats.ttft_s,
+        "prefill_s": stats.prefill_s,
+        "prefill_tok_s": stats.prefill_tok_s,
+        "peak_memory_bytes": stats.peak_memory_bytes,
+        "state_path": None if state_out is None else str(state_out),
+        "state_digest": state_digest,
+        "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[row or 0])],
+    }
+
+
+def _print_results(
+    engine: "Engine",
+    result: "PrefillResult",
+    state_out: Path | None,
+    digest: str | None,
+    *,
+    json_output: bool,
+    a_line_each: bool,
+) -> None:
+    if a_line_each:
+        for b in range(result.state.batch):
+            _json_line(_summary(engine, result, state_out, digest, row=b))
+        return
+    summary = _summary(engine, result, state_out, digest)
+    if json_output:
+        _json_line(summary)
+        return
+    s = summary
+    lines = [
+        f"device          {s['device']} ({s['dtype']})",
+        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, {s['bands']} band(s)",
+        f"prompt tokens   {s['prompt_tokens']}{_resumed(s).replace('and ', '')}",
+        f"first token in  {s['ttft_s']:.3f} s{_rate(s['prefill_tok_s'])}",
+        f"compile time    {s['compile_s']:.1f} s",
+        f"peak memory     {s['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"state           {s['state_path'] or 'not written'} (digest {s['state_digest'][:16]}...)",
+        "next tokens",
+        *(f"  {math.exp(t['logprob']):6.1%}  {t['text']!r} ({t['id']})" for t in s["next_tokens"]),
+    ]
+    print("\n".join(lines), flush=True)
