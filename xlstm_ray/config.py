@@ -1,18 +1,55 @@
 """ModelConfig: what config.json of an xLSTM-Large model says, checked, with the derived sizes. No torch here."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from xlstm_ray.errors import ConfigError
+from xlstm_ray.errors import ConfigError, XlstmRayError
 
 Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
-Factor = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)]
-Epsilon = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-Cap = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False, strict=True)]
+Epsilon = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
+Cap = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False, strict=True)]  # cap tanh(x / cap) fits float32
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON in UTF-8. ValueError or RecursionError where it is none, or an object has a key twice."""
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def read_json(path: Path, error: type[XlstmRayError]) -> Any:
+    """The JSON value in a file; `error`, in one line, where it cannot be read."""
+    try:
+        if path.exists() and not path.is_file():
+            raise error(f"{path}: is not a file")  # a pipe would be waited for
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise error(f"{path}: is missing; a model directory has config.json, tokenizer.json and weights") from None
+    except OSError as err:
+        raise error(f"{path}: cannot be read ({err.strerror})") from None
+    except UnicodeDecodeError as err:
+        raise error(f"{path}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
+    except (ValueError, RecursionError) as err:
+        raise error(f"{path}: is not JSON ({err})") from None
+
+
+def _one_edit_apart(a: str, b: str) -> bool:
+    """Whether one letter changed, added or left out makes one of the other."""
+    a, b = sorted((a.lower(), b.lower()), key=len)
+    n = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    return a[n + (len(a) == len(b)) :] == b[n + 1 :]
 
 
 def _id_list(value: Any) -> Any:
@@ -62,6 +99,11 @@ class ModelConfig(BaseModel):
         data = dict(data)
         if data.get("model_type") != "xlstm":
             raise ValueError(f"model_type is {data.get('model_type')!r}, only 'xlstm' is served")
+        # Configurations carry keys of other programs; but a misspelt one of ours would silently mean its default.
+        for name in (name for name in data if name not in _KNOWN):
+            meant = next((known for known in sorted(_KNOWN) if _one_edit_apart(name, known)), None)
+            if meant:
+                raise ValueError(f"{name[:80]!r} is not a known key; is {meant} meant?")
         for name, other in (("hidden_size", "embedding_dim"), ("num_blocks", "num_hidden_layers")):
             first, second = data.get(name), data.get(other)
             if first is not None and second is not None and first != second:
@@ -127,17 +169,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
         """Read and check config.json; ConfigError in one line where it cannot be read or honoured."""
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except OSError as err:
-            raise ConfigError(f"{path}: cannot be read ({err.strerror}); a model directory has a config.json") from None
-        except UnicodeDecodeError as err:
-            raise ConfigError(f"{path}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as err:
-            raise ConfigError(f"{path}: is not JSON ({err})") from None
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(read_json(path, ConfigError), source=str(path))
 
 
 # Values other than these would change the function that the model computes into one that is not implemented.
@@ -150,3 +182,4 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "norm_reduction_force_float32": (True, None),
     "return_last_states": (True, None),
 }
+_KNOWN = {*ModelConfig.model_fields, *_ONLY, "model_type", "embedding_dim", "num_hidden_layers"}

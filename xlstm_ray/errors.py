@@ -35,3 +35,8 @@ class Interrupted(XlstmRayError):
     """The run was stopped at a tile boundary by Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+def one_line(text: object) -> str:
+    """What a library says about a file in one printable line of moderate length: it may quote the file."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:300]
