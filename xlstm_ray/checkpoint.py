@@ -6,15 +6,14 @@ fused. One table renames; every tensor that the configuration asks for must be t
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xlstm_ray.config import ModelConfig
-from xlstm_ray.errors import CheckpointError
+from xlstm_ray.config import ModelConfig, parse_json, read_json
+from xlstm_ray.errors import CheckpointError, one_line
 from xlstm_ray.model import Band, BlockWeights, EndWeights
 
 EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
@@ -86,7 +85,7 @@ class Checkpoint:
         for path in sorted(set(self._files.values())):
             for name, entry in _read_header(path).items():
                 if name not in self._files or self._files[name] != path:
-                    raise CheckpointError(f"{path}: tensor {name} is not in the index of the checkpoint")
+                    raise CheckpointError(f"{path}: tensor {name!r} is not there by the index of the checkpoint")
                 self._header[name] = entry
         self._check(directory)
 
@@ -98,9 +97,9 @@ class Checkpoint:
             expected[HEAD] = (self.config.vocab_size, self.config.hidden_size)
         for name, path in self._files.items():
             if name not in self._header:
-                raise CheckpointError(f"{path}: tensor {name}, which the index promises, is missing")
+                raise CheckpointError(f"{path}: tensor {name!r}, which the index promises, is missing")
             if name not in expected:
-                raise CheckpointError(f"{path}: tensor {name} is not part of the model that config.json describes")
+                raise CheckpointError(f"{path}: tensor {name!r} is not part of the model that config.json describes")
         for name, shape in expected.items():
             if name not in self._header:
                 raise CheckpointError(f"{directory}: tensor {name} {shape} is missing from the weights")
@@ -165,7 +164,9 @@ class Checkpoint:
             for part, r in zip(parts.split(), rows, strict=True):
                 name, first, _ = table[part]
                 size = r.stop - r.start
-                out[filled : filled + size] = self._read(f"{at}{name}.{kind}", slice(first + r.start, first + r.stop))
+                full_name, rows_of_part = f"{at}{name}.{kind}", out[filled : filled + size]
+                rows_of_part.copy_(self._read(full_name, slice(first + r.start, first + r.stop)))
+                self._finite(rows_of_part, full_name)
                 filled += size
             return out
 
@@ -201,7 +202,16 @@ class Checkpoint:
     def _tensor(self, name: str, dtype: torch.dtype, device: torch.device, *where: slice) -> Tensor:
         part = self._read(name, *where)
         out = torch.empty(part.shape, dtype=dtype, device=device)
-        return out.copy_(part)
+        return self._finite(out.copy_(part), name)
+
+    def _finite(self, tensor: Tensor, name: str) -> Tensor:
+        """The tensor, or CheckpointError where it holds a NaN or an infinity, which would spread to every result."""
+        # A sum is one pass without a temporary; it may overflow where every value is finite, hence the second look.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{self._files[name]}: tensor {name} holds values that are not finite in {tensor.dtype}"
+            )
+        return tensor
 
     def _read(self, name: str, *where: slice) -> Tensor:
         path = self._files[name]
@@ -209,55 +219,52 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 return file.get_slice(name)[where if where else slice(None)]
         except (SafetensorError, OSError) as err:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read: {err}") from None
+            raise CheckpointError(f"{path}: tensor {name} cannot be read: {one_line(err)}") from None
 
 
 def _locate(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor, from model.safetensors or its index."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a directory; --model takes one with config.json and weights")
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
         return dict.fromkeys(_read_header(single), single)
     if not index.is_file():
-        pickled = next((p.name for p in _sorted(directory) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")), None)
+        try:
+            beside = sorted(directory.iterdir())
+        except OSError as err:
+            raise CheckpointError(f"{directory}: cannot be read ({err.strerror})") from None
+        pickled = next((p for p in beside if p.suffix in (".bin", ".pt", ".pth", ".ckpt")), None)
         if pickled:
             raise CheckpointError(
-                f"{directory / pickled}: pickled weights can run code when opened and are refused; "
+                f"{pickled}: pickled weights can run code when opened and are refused; "
                 f"convert them to {SINGLE_FILE}"
             )
         raise CheckpointError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except OSError as err:
-        raise CheckpointError(f"{index}: cannot be read ({err.strerror})") from None
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{index}: is not JSON ({err})") from None
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{index}: has no weight_map object") from None
+    content = read_json(index, CheckpointError)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
     files = {}
     for name, file in weight_map.items():
         # A file name, never a path: an index from elsewhere must not make us read outside the model's directory.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: tensor {name} is said to be in {file!r}, which is no .safetensors file name")
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is said to be in {str(file)[:80]!r}, which is no .safetensors file name"
+            )
         files[name] = directory / file
-    for path in set(files.values()):
+    for path in sorted(set(files.values())):
         if not path.is_file():
-            raise CheckpointError(f"{path}: is missing, but {INDEX_FILE} names it")
+            raise CheckpointError(f"{directory}: {path.name!r} is missing, but {INDEX_FILE} names it")
     return files
-
-
-def _sorted(directory: Path) -> Iterator[Path]:
-    return iter(sorted(directory.iterdir()))
 
 
 def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
     """Every tensor's shape and dtype name; the library checks offsets and the file's length."""
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as err:
-        raise CheckpointError(f"{path}: is not a whole safetensors file: {err}") from None
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+        with path.open("rb") as raw:
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")))  # the library takes the last of equal names
+        return header
+    except (SafetensorError, OSError, ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path}: is not a whole safetensors file: {one_line(err)}") from None
