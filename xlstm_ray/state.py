@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated
 
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.errors import StateError
+from xlstm_ray.errors import StateError, one_line
 
 FORMAT = "xlstm-ray state 1"
 EMPTY_PROMPT = hashlib.blake2b(b"xlstm-ray prompt", digest_size=16).hexdigest()
@@ -62,7 +64,7 @@ class RecurrentState:
 
     tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1), and `logits`
     (B, vocabulary) of the last token consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how
-    many tokens and which. `complete` is false for a prefill that was stopped on the way.
+    many tokens and which. `complete` is false for a prefill that was stopped on the way. `name` is what errors call it.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class RecurrentState:
         model: str,
         grid: Grid,
         complete: bool,
+        name: str = "the state",
     ):
         self.tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
-        self.model, self.grid, self.complete = model, grid, complete
+        self.model, self.grid, self.complete, self.name = model, grid, complete, name
 
     @property
     def batch(self) -> int:
@@ -104,6 +107,7 @@ class RecurrentState:
             model=self.model,
             grid=self.grid,
             complete=self.complete,
+            name=self.name,
         )
 
     def save(self, path: str | Path) -> str:
@@ -125,31 +129,41 @@ class RecurrentState:
         text = metadata.model_dump_json()
         check = hashlib.sha256(text.encode()).hexdigest()
         data = save({k: v.contiguous() for k, v in self.tensors.items()}, {"xlstm_ray": text, "check": check})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        target = Path(os.path.realpath(path))  # a link stays a link
+        temporary = target.with_name(f".xlstm-ray.{token_hex(8)}.tmp")
         try:
+            if target.exists() and not target.is_file():
+                raise StateError(f"{path}: is not a file, so the state cannot be written there")
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_directory(path.parent)
+            os.replace(temporary, target)
+            _sync_directory(target.parent)
         except OSError as err:
-            temporary.unlink(missing_ok=True)
             raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
+        finally:  # also after Ctrl-C
+            with suppress(OSError):
+                temporary.unlink()
         return digest
 
     @classmethod
     def load(cls, path: str | Path) -> "RecurrentState":
         """Read a state and check all of it against its digest. StateError says what is wrong, in one line."""
         path = Path(path)
-        if not path.is_file():
-            raise StateError(f"{path}: there is no such state file")
         try:
+            if not path.is_file():
+                what = "is not a file" if path.exists() else "there is no such state file"
+                raise StateError(f"{path}: {what}")
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():
+                    dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+                    if dtype != "F32" or not shape:
+                        raise StateError(f"{path}: tensor {name!r} is {dtype} {shape}; those of a state are F32")
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (SafetensorError, OSError, ValueError) as err:
-            raise StateError(f"{path}: is not a whole state file: {err}") from None
+            raise StateError(f"{path}: is not a whole state file: {one_line(err)}") from None
         text = header.get("xlstm_ray", "")
         if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
             raise StateError(f"{path}: is no state of this program, or its header is damaged")
@@ -158,7 +172,7 @@ class RecurrentState:
         except ValidationError as err:
             first = err.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise StateError(f"{path}: the header's {where or 'text'} is wrong: {first['msg']}") from None
+            raise StateError(f"{path}: the header's {where or 'text'} is wrong: {one_line(first['msg'])}") from None
         if metadata.format != FORMAT:
             raise StateError(f"{path}: has format {metadata.format!r}; this program reads {FORMAT!r}")
         if len(metadata.prompt_hash) != len(metadata.tokens):
@@ -170,6 +184,7 @@ class RecurrentState:
             model=metadata.model,
             grid=metadata.grid,
             complete=metadata.complete,
+            name=f"the state {path}",
         )
         if state.digest() != metadata.digest:
             raise StateError(f"{path}: is damaged, its digest does not match its contents")
@@ -179,7 +194,7 @@ class RecurrentState:
         """Raise StateError unless this is a state of that model: by fingerprint, then every tensor's shape."""
         if self.model != model:
             raise StateError(
-                f"the state belongs to another model (fingerprint {self.model}, this model has {model}); "
+                f"{self.name} belongs to another model (fingerprint {self.model}, this model has {model}); "
                 "use the model directory that it was made with"
             )
         B, nh, K, V = self.batch, config.num_heads, config.dhqk, config.dhhv
@@ -188,11 +203,13 @@ class RecurrentState:
             expected |= {f"blocks.{n}.C": (B, nh, K, V), f"blocks.{n}.n": (B, nh, K), f"blocks.{n}.m": (B, nh, 1)}
         if set(expected) != set(self.tensors):
             odd = sorted(set(expected) ^ set(self.tensors))
-            raise StateError(f"the state's tensors are not those of the model: {odd[0]} is missing or too many")
+            raise StateError(f"{self.name} has not the tensors of the model: {odd[0]!r} is missing or too many")
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                raise StateError(f"the state's {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
+                raise StateError(f"{self.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
+            if not tensor.isfinite().all():
+                raise StateError(f"{self.name}: {name} holds values that are not finite; make the state anew")
 
 
 def _sync_directory(directory: Path) -> None:
