@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -9,8 +10,16 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.prefill.executor import Executor
+
+
+def require_finite(logits: Tensor, model: Path) -> None:
+    """Raise CheckpointError where the model's numbers have become NaN or infinite: no token may be chosen from them."""
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Decoder:
     of each row's last token that the state has seen.
     """
 
-    def __init__(self, executor: Executor, logits: Tensor, sampling: Sampling, eos: tuple[int, ...]):
+    def __init__(self, executor: Executor, logits: Tensor, sampling: Sampling, eos: tuple[int, ...], *, model: Path):
+        self._model = model
         self._executor, self.logits, self._sample, self._eos = executor, logits, sampling.sampler(), eos
         self.tokens: list[list[int]] = [[] for _ in range(len(logits))]
         self._behind = torch.zeros(len(logits), dtype=torch.bool)  # rows whose last token the state has not seen
@@ -102,4 +112,5 @@ class Decoder:
         last = torch.tensor([row[-1] if row else 0 for row in self.tokens])
         logits = self._executor.decode(last, self._behind)
         self.logits = torch.where(self._behind.unsqueeze(-1), logits, self.logits)
+        require_finite(self.logits, self._model)
         self._behind = torch.zeros_like(self._behind)

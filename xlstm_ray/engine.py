@@ -1,22 +1,24 @@
 """The composition root: Settings -> Engine. The only place that picks a device, a backend and an executor."""
 
-import json
-import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.config import ModelConfig
-from xlstm_ray.decode import Decoder, Sampling, TextStream
-from xlstm_ray.errors import CheckpointError, KernelError, StateError, UsageError
-from xlstm_ray.kernels import Backend, chunkwise_backend
+from xlstm_ray.config import ModelConfig, read_json
+from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
+from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateError, UsageError, one_line
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.memory import peak_device_bytes
 from xlstm_ray.model import Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
@@ -86,10 +88,12 @@ class Engine:
         self.settings = settings
         self.device = _device(settings)
         self.model_path = settings.model or DEMO_MODEL
-        self.config = ModelConfig.from_file(_directory(self.model_path) / "config.json")
-        self.backend, self.grid = _grid(settings, self.config, self.device)
+        config_file = _directory(self.model_path) / "config.json"
+        self.config = ModelConfig.from_file(config_file)
+        self.backend, self.grid = _grid(settings, self.config, self.device, config_file)
         _require_compiler(self.backend, self.device)
-        self.tokenizer = _tokenizer(self.model_path / "tokenizer.json", self.config)
+        self._tokenizer_file = self.model_path / "tokenizer.json"
+        self.tokenizer = _tokenizer(self._tokenizer_file)
         checkpoint = Checkpoint(self.model_path, self.config)
         dtype = checkpoint.dtype if self.device.type == "cpu" else torch.bfloat16
         if settings.dtype != "auto":
@@ -105,7 +109,10 @@ class Engine:
         self.workers = min(settings.workers or self.bands, self.bands)
         self.executor: Executor = InProcessExecutor(
             [
-                [Worker(self.config, band, *checkpoint.load(band, dtype=dtype, device=self.device), kernels) for band in bands]
+                [
+                    Worker(self.config, band, *checkpoint.load(band, dtype=dtype, device=self.device), kernels)
+                    for band in bands
+                ]
                 for bands in stages
             ],
             threads=self.workers,
@@ -119,24 +126,39 @@ class Engine:
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        tokens = list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else [int(t) for t in prompt]
-        bos = self.config.bos_token_id
-        if isinstance(prompt, str) and self.config.force_bos_token_insert and bos is not None and tokens[:1] != [bos]:
-            tokens = [bos, *tokens] if tokens else tokens
+        tokens = self._encode_text(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not tokens:
             raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
         odd = next((t for t in tokens if not 0 <= t < self.config.vocab_size), None)
+        if odd is not None and isinstance(prompt, str):
+            raise CheckpointError(
+                f"{self._tokenizer_file}: makes token {odd} of the prompt, but config.json says vocab_size "
+                f"{self.config.vocab_size}"
+            )
         if odd is not None:
             raise UsageError(f"token {odd} is outside the model's vocabulary of {self.config.vocab_size}")
+        return tokens
+
+    def _encode_text(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as err:  # bytes of the command line that are no text, or half a pair in JSON
+            raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
+        with _tokenizing(self._tokenizer_file):
+            tokens = list(self.tokenizer.encode(prompt).ids)
+        bos = self.config.bos_token_id
+        if self.config.force_bos_token_insert and bos is not None and tokens and tokens[0] != bos:
+            tokens.insert(0, bos)
         return tokens
 
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
         """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability."""
         top = torch.log_softmax(logits.double(), -1).topk(min(count, len(logits)))
-        return [
-            NextToken(i, self.tokenizer.decode([i], skip_special_tokens=False), p)
-            for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
+        with _tokenizing(self._tokenizer_file):
+            return [
+                NextToken(i, self.tokenizer.decode([i], skip_special_tokens=False), p)
+                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
 
     # -- prefill -------------------------------------------------------------------------------------------------------
     def prefill(
@@ -158,12 +180,17 @@ class Engine:
             state.check(self.config, self.fingerprint)
             if state.grid != self.grid:
                 raise StateError(
-                    f"the state was made on another grid ({state.grid.differences(self.grid)}); "
+                    f"{state.name} was made on another grid ({state.grid.differences(self.grid)}); "
                     "use the same settings, or leave them out to take the state's"
                 )
         if prompt is None:
             if state is None:
                 raise UsageError("neither a prompt nor a state was given")
+            if not state.complete:
+                raise StateError(
+                    f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
+                    "give the same prompt to go on"
+                )
             self.executor.set_state(state.tensors, state.batch)
             stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
             return PrefillResult(state, state.tensors["logits"], stats)
@@ -198,6 +225,7 @@ class Engine:
             extend_prompt_hash(h, row[b:c].tolist())
             for h, row, b, c in zip(hashes, rows, begin, outcome.consumed, strict=True)
         ]
+        require_finite(outcome.logits, self.model_path)
         complete = outcome.consumed == [len(r) for r in rows]
         state = self._state(outcome.logits, outcome.consumed, hashes, complete)
         return PrefillResult(state, outcome.logits, stats, outcome.all_logits)
@@ -242,16 +270,18 @@ class Engine:
         if state is None:
             return [0] * len(rows), [EMPTY_PROMPT] * len(rows), None
         if state.batch != len(rows):
-            raise StateError(f"the state is of {state.batch} prompts, but {len(rows)} were given")
+            raise StateError(f"{state.name} is of {state.batch} prompts, but {len(rows)} were given")
         for b, (row, known, prompt_hash) in enumerate(zip(rows, state.tokens, state.prompt_hash, strict=True)):
             which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
             if len(row) < known:
                 raise StateError(
-                    f"{which} has {len(row)} tokens, but the state has already seen {known}; give the same prompt or a longer one"
+                    f"{which} has {len(row)} tokens, but {state.name} has already seen {known}; "
+                    "give the same prompt or a longer one"
                 )
             if extend_prompt_hash(EMPTY_PROMPT, row[:known].tolist()) != prompt_hash:
                 raise StateError(
-                    f"the first {known} tokens of {which} are not those that the state has seen; the state is of another prompt"
+                    f"the first {known} tokens of {which} are not those that {state.name} has seen; "
+                    "it is of another prompt"
                 )
         return state.tokens, state.prompt_hash, state.tensors["logits"]
 
@@ -276,7 +306,9 @@ class Generation:
     ):
         self.prefill = prefill
         self._engine, self._limit, self._should_stop = engine, max_new_tokens, should_stop
-        self._decoder = Decoder(engine.executor, prefill.logits, sampling, engine.config.eos_token_id)
+        self._decoder = Decoder(
+            engine.executor, prefill.logits, sampling, engine.config.eos_token_id, model=engine.model_path
+        )
         self.compile_s = engine.warm_up(prefill.state.batch, [1]) if prefill.complete and max_new_tokens > 1 else 0.0
         self.texts = [""] * prefill.state.batch
 
@@ -286,9 +318,8 @@ class Generation:
             return  # stopped on the way: there is nothing to decode from yet
         streams = [TextStream(self._engine.tokenizer) for _ in self.texts]
         for step in self._decoder.run(self._limit, self._should_stop):
-            pieces = [
-                "" if token is None else stream.step(token) for stream, token in zip(streams, step, strict=True)
-            ]
+            with _tokenizing(self._engine._tokenizer_file):
+                pieces = ["" if t is None else stream.step(t) for stream, t in zip(streams, step, strict=True)]
             self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
             yield pieces
 
@@ -337,15 +368,29 @@ def load(model: str | Path | None = None, **options: Any) -> Engine:
 def _batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompt, str):
         return [prompt]
-    if not len(prompt):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
+    if not prompt:
         raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
-    return [prompt] if isinstance(prompt[0], int) else list(prompt)  # type: ignore[list-item, arg-type]
+    return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise UsageError(f"a prompt is a text or a list of token ids, not {repr(prompt)[:80]}") from None
 
 
 def _directory(path: Path) -> Path:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: is not a directory; --model takes one with config.json and weights")
-    return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
+    raise CheckpointError(
+        f"{path}: is not a directory; --model takes one with config.json, tokenizer.json and safetensors weights"
+    )
 
 
 def _device(settings: Settings) -> torch.device:
@@ -362,18 +407,19 @@ def _device(settings: Settings) -> torch.device:
         have = ", ".join(n for n, is_there in there.items() if is_there)
         raise UsageError(f"--device is {name!r}, but this machine has none; available: {have}")
     if name == "mps" and settings.enable_mps_fallback:
-        raise UsageError(
-            "PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently; set it to 0"
-        )
+        raise UsageError("PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently; set it to 0")
     return torch.device(name)
 
 
-def _grid(settings: Settings, config: ModelConfig, device: torch.device) -> tuple[Backend, Grid]:
+def _grid(settings: Settings, config: ModelConfig, device: torch.device, config_file: Path) -> tuple[Backend, Grid]:
     """Backend and grid: what was asked, else what the model's configuration says, else the device's defaults."""
     name = settings.chunkwise_backend
     if name is None:
         own = config.chunkwise_kernel.removeprefix("chunkwise--")
         name = own if own.startswith(("queued_", "ray_")) else DEFAULT_BACKEND
+        if name not in CHUNKWISE_BACKENDS:
+            known = ", ".join(CHUNKWISE_BACKENDS)
+            raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
     backend = chunkwise_backend(name)
     chunk = settings.chunk_size or config.chunk_size
     tile = settings.tile_size
@@ -381,7 +427,9 @@ def _grid(settings: Settings, config: ModelConfig, device: torch.device) -> tupl
         # A tile long enough to keep the matrix products efficient, short enough to stop and report within a second.
         tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": 512}[device.type] // chunk)
     if tile % chunk:
-        raise UsageError(f"--tile-size is {tile}, which is no multiple of the chunk size {chunk}; try {-(-tile // chunk) * chunk}")
+        raise UsageError(
+            f"--tile-size is {tile}, which is no multiple of the chunk size {chunk}; try {-(-tile // chunk) * chunk}"
+        )
     heads = settings.heads_per_band
     if heads is not None and heads > config.num_heads:
         raise UsageError(f"--heads-per-band is {heads}, but the model has {config.num_heads} heads")
@@ -406,19 +454,43 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
         ) from None
 
 
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
-    try:
-        text = path.read_bytes().decode("utf-8")
-        json.loads(text)
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path}: is not JSON ({err})") from None
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as err:  # noqa: BLE001 the library raises nothing narrower; the text is all it was given
-        raise CheckpointError(f"{path}: is no tokenizer of the tokenizers library ({err})") from None
-    # A file may ask for these, and a prompt would be cut or filled up without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+def _tokenizer(path: Path) -> Tokenizer:
+    read_json(path, CheckpointError)
+    with _tokenizing(path), _muted_stderr():
+        tokenizer = Tokenizer.from_file(str(path))
+        # A file may ask for these, and a prompt would be cut, filled up or changed at random without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if isinstance(tokenizer.model, BPE):
+            tokenizer.model.dropout = None
+        # Panics come here, before anything is loaded; a character that the vocabulary lacks is no reason to refuse.
+        with suppress(Exception):
+            tokenizer.decode(tokenizer.encode("A word, 1 \u00e9\u8a9e\n").ids)
     return tokenizer
+
+
+@contextmanager
+def _tokenizing(path: Path) -> Iterator[None]:
+    """Every failure of the tokenizers library becomes a CheckpointError; it raises nothing narrower than Exception.
+
+    A panic of its Rust code, which arrives as a BaseException whose class cannot be imported, is one of them.
+    """
+    try:
+        yield
+    except BaseException as err:
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{path}: the tokenizers library cannot work with it: {one_line(err)}") from None
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Drop what is written to file descriptor 2, where a panic prints a backtrace before it can be caught."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")] = "auto"
     chunkwise_backend: Annotated[str | None, Field(validation_alias="XLSTM_CHUNKWISE_BACKEND")] = None
     tile_size: Count | None = None
-    chunk_size: Annotated[int, Field(gt=0, le=1024)] | None = None
+    chunk_size: Count | None = None
     heads_per_band: Annotated[Count | None, Field(validation_alias="XLSTM_MPS_HEADS_PER_BAND")] = None
     workers: Annotated[Annotated[int, Field(gt=0, le=256)] | None, Field(validation_alias="XLSTM_MPS_WORKERS")] = None
     t_inner: Annotated[int, Field(gt=0, le=64, validation_alias="XLSTM_T_INNER")] = 8
@@ -47,6 +47,8 @@ class Settings(BaseSettings):
         except ValidationError as err:
             first = err.errors()[0]
             name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                raise UsageError(f"{name!r} is no option; there are: {', '.join(cls.model_fields)}") from None
             flag = name if name.isupper() else "--" + name.replace("_", "-")
             allowed = {"device": DEVICES, "dtype": DTYPES}.get(name)
             what = f"allowed: {', '.join(allowed)}" if allowed else first["msg"].replace("Input", "it")
