@@ -30,15 +30,13 @@ def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
     than that many small calls.
     """
     assert tile_size % chunk_size == 0
-    pending = [(b, e) for b, e in zip(begin, end, strict=True) if b < e]
-    if not pending:
-        return
-    position = min(b for b, _ in pending) // chunk_size * chunk_size
-    stop = max(e for _, e in pending)
-    index = 0
-    while position < stop:
-        full = position % tile_size == 0 and (stop - position) * 4 > tile_size * 3
-        size = tile_size if full else chunk_size
+    rows = [(b, e) for b, e in zip(begin, end, strict=True) if b < e]
+    position, index = 0, 0
+    while rows := [(b, e) for b, e in rows if position < e]:
+        # No window without a token: what no row has is skipped, just as a run resumed here would skip it.
+        position = max(position, min(b for b, _ in rows) // chunk_size * chunk_size)
+        rest = max(e for _, e in rows) - position
+        size = tile_size if position % tile_size == 0 and rest * 4 > tile_size * 3 else chunk_size
         yield Window(index, position, size)
         position, index = position + size, index + 1
 
