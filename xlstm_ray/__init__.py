@@ -1,10 +1,10 @@
 """xlstm-ray: prefill prompts of any length through xLSTM language models, in flat memory.
 
-    import xlstm_ray
-    lm = xlstm_ray.load()
-    result = lm.prefill("The capital of France is")
-    result.state.save("france.state")
-    print("".join(lm.generate(state=result.state, max_new_tokens=8)))
+import xlstm_ray
+lm = xlstm_ray.load()
+result = lm.prefill("The capital of France is")
+result.state.save("france.state")
+print("".join(lm.generate(state=result.state, max_new_tokens=8)))
 """
 
 from importlib import import_module

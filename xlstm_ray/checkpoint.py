@@ -85,7 +85,7 @@ class Checkpoint:
         for path in sorted(set(self._files.values())):
             for name, entry in _read_header(path).items():
                 if name not in self._files or self._files[name] != path:
-                    raise CheckpointError(f"{path}: tensor {name!r} is not there by the index of the checkpoint")
+                    raise CheckpointError(f"{path}: tensor {name!r} is in it, but {INDEX_FILE} does not say so")
                 self._header[name] = entry
         self._check(directory)
 
@@ -102,7 +102,9 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: tensor {name!r} is not part of the model that config.json describes")
         for name, shape in expected.items():
             if name not in self._header:
-                raise CheckpointError(f"{directory}: tensor {name} {shape} is missing from the weights")
+                raise CheckpointError(
+                    f"{directory}: tensor {name} {shape}, which config.json asks for, is missing from the weights"
+                )
             found, dtype = self._header[name]
             if tuple(found) != shape:
                 raise CheckpointError(
@@ -252,8 +254,12 @@ def _locate(directory: Path) -> dict[str, Path]:
             )
         files[name] = directory / file
     for path in sorted(set(files.values())):
-        if not path.is_file():
-            raise CheckpointError(f"{directory}: {path.name!r} is missing, but {INDEX_FILE} names it")
+        try:
+            missing = not path.is_file()
+        except OSError:  # a name that no file can have
+            missing = True
+        if missing:
+            raise CheckpointError(f"{directory}: {path.name[:80]!r} is missing, but {INDEX_FILE} names it")
     return files
 
 

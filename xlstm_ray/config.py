@@ -20,7 +20,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
+        raise ValueError(f"the key {_shown(twice)} is there twice")
     return found
 
 
@@ -43,6 +43,11 @@ def read_json(path: Path, error: type[XlstmRayError]) -> Any:
         raise error(f"{path}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
     except (ValueError, RecursionError) as err:
         raise error(f"{path}: is not JSON ({err})") from None
+
+
+def _shown(value: object) -> str:
+    """A value from a file, fit for an error's line."""
+    return repr(value)[:80]
 
 
 def _one_edit_apart(a: str, b: str) -> bool:
@@ -98,16 +103,16 @@ class ModelConfig(BaseModel):
             raise ValueError("must be a JSON object")
         data = dict(data)
         if data.get("model_type") != "xlstm":
-            raise ValueError(f"model_type is {data.get('model_type')!r}, only 'xlstm' is served")
+            raise ValueError(f"model_type is {_shown(data.get('model_type'))}, only 'xlstm' is served")
         # Configurations carry keys of other programs; but a misspelt one of ours would silently mean its default.
         for name in (name for name in data if name not in _KNOWN):
             meant = next((known for known in sorted(_KNOWN) if _one_edit_apart(name, known)), None)
             if meant:
-                raise ValueError(f"{name[:80]!r} is not a known key; is {meant} meant?")
+                raise ValueError(f"{_shown(name)} is not a known key; is {meant} meant?")
         for name, other in (("hidden_size", "embedding_dim"), ("num_blocks", "num_hidden_layers")):
             first, second = data.get(name), data.get(other)
             if first is not None and second is not None and first != second:
-                raise ValueError(f"{name} is {first!r} but {other} is {second!r}; they name the same size")
+                raise ValueError(f"{name} is {_shown(first)} but {other} is {_shown(second)}; they name the same size")
             value = first if first is not None else second
             if value is None:
                 raise ValueError(f"{name} (or {other}) is missing")
@@ -117,7 +122,7 @@ class ModelConfig(BaseModel):
         for name, served in _ONLY.items():
             if name in data and data[name] not in served:
                 allowed = " or ".join(repr(value) for value in served)
-                raise ValueError(f"{name} is {data[name]!r}, which cannot be honoured; allowed: {allowed}")
+                raise ValueError(f"{name} is {_shown(data[name])}, which cannot be honoured; allowed: {allowed}")
         return data
 
     @model_validator(mode="after")
@@ -163,7 +168,7 @@ class ModelConfig(BaseModel):
             first = err.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             what = first["msg"].removeprefix("Value error, ")
-            given = f" (given: {str(first['input'])[:80]!r})" if where else ""
+            given = f" (given: {_shown(first['input'])})" if where else ""
             raise ConfigError(f"{source}: {where + ': ' if where else ''}{what}{given}") from None
 
     @classmethod

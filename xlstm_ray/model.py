@@ -20,6 +20,8 @@ from xlstm_ray.kernels import Backend, Cell
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import PAD_F, PAD_I, State
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 
 class BlockWeights(NamedTuple):
     """One block's weights, sliced to a band. Biases are None where the model has none."""
@@ -70,6 +72,28 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+@torch.library.custom_op("xlstm_ray::linear_f32", mutates_args=())
+def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 x @ weight^T + bias on the CPU, by oneDNN.
+
+    torch takes MKL for float32, which reaches 170 to 200 GFLOP/s on two Zen 4 cores where oneDNN reaches 200 to 220, of
+    a peak of 225. An operator of our own, because Inductor's lowering of oneDNN's wants weights that are constants.
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@linear_f32.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) @ weight (out, in) transposed + bias (out,)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not weight.requires_grad:
+        return linear_f32(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square; statistics in float32, result in float32."""
     x = x.float()
@@ -93,7 +117,7 @@ def mix_in(
     """
     B, T, _ = x.shape
     y = rms_norm(x, w.mix_norm, w.mix_norm_bias, s.norm_eps)
-    qkvo = F.linear(y.to(x.dtype), w.qkvo, w.qkvo_bias)
+    qkvo = linear(y.to(x.dtype), w.qkvo, w.qkvo_bias)
     q, k, v, o = qkvo.split([s.heads * s.dhqk, s.heads * s.dhqk, s.heads * s.dhhv, s.heads * s.dhhv], -1)
     i, f = soft_cap(F.linear(y, w.gates, w.gates_bias), s.gate_soft_cap).transpose(1, 2).split(s.heads, 1)
     t = torch.arange(T, device=x.device)
@@ -108,14 +132,14 @@ def mix_in(
 def mix_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
     """h (B, nh, T, V), output gate o (B, T, nh V) -> this band's share of the layer's output (B, T, D)."""
     y = head_norm(h.transpose(1, 2), w.head_norm, w.head_norm_bias, s.norm_eps)
-    return F.linear((y * torch.sigmoid(o.float())).to(o.dtype), w.out, w.out_bias)
+    return linear((y * torch.sigmoid(o.float())).to(o.dtype), w.out, w.out_bias)
 
 
 def feed(x: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
     """Gated feed-forward of x (B, T, D): this band's share of its output (B, T, D)."""
     y = rms_norm(x, w.feed_norm, w.feed_norm_bias, s.norm_eps).to(x.dtype)
-    gate, up = F.linear(y, w.up, w.up_bias).chunk(2, -1)
-    return F.linear((F.silu(gate.float()) * up.float()).to(x.dtype), w.down, w.down_bias)
+    gate, up = linear(y, w.up, w.up_bias).chunk(2, -1)
+    return linear((F.silu(gate.float()) * up.float()).to(x.dtype), w.down, w.down_bias)
 
 
 def mix(
@@ -234,9 +258,7 @@ class Worker:
     band's partial sums of x (B, T, D), which the executor adds up.
     """
 
-    def __init__(
-        self, config: ModelConfig, band: Band, blocks: list[BlockWeights], ends: EndWeights, kernels: Kernels
-    ):
+    def __init__(self, config: ModelConfig, band: Band, blocks: list[BlockWeights], ends: EndWeights, kernels: Kernels):
         self.config, self.band, self.blocks, self.ends, self.kernels = config, band, blocks, ends, kernels
         self.shape = BandShape.of(config, len(band.heads))
         self.device, self.dtype = blocks[0].qkvo.device, blocks[0].qkvo.dtype

@@ -23,9 +23,7 @@ def compile_strict(fn: Callable, name: str) -> Callable:
     the process would share one list of variants, its guards and its limit. Raises KernelError naming the kernel, the
     shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
     """
-    own = types.FunctionType(
-        fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__
-    )
+    own = types.FunctionType(fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
     compiled = torch.compile(own, fullgraph=True, dynamic=False, recompile_limit=1)
 

@@ -90,8 +90,8 @@ def prefill(
     for result in executor.stream(tiles(), all_logits=all_logits):
         window, tile = submitted.pop(result.index)
         has = tile.last > tile.first
-        hidden = result.hidden if hidden is None else torch.where(
-            has.unsqueeze(-1).to(hidden.device), result.hidden, hidden
+        hidden = (
+            result.hidden if hidden is None else torch.where(has.unsqueeze(-1).to(hidden.device), result.hidden, hidden)
         )
         for b, (first, last) in enumerate(zip(tile.first.tolist(), tile.last.tolist(), strict=True)):
             if first < last:

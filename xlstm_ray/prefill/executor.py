@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -90,7 +91,9 @@ class InProcessExecutor:
                 worker.reset(batch)
                 if tensors is not None:
                     heads = slice(worker.band.heads.start, worker.band.heads.stop)
-                    worker.set_state([tuple(tensors[f"blocks.{n}.{x}"][:, heads] for x in "Cnm") for n in worker.band.blocks])
+                    worker.set_state(
+                        [tuple(tensors[f"blocks.{n}.{x}"][:, heads] for x in "Cnm") for n in worker.band.blocks]
+                    )
 
     def get_state(self) -> dict[str, Tensor]:
         self._synchronize()
@@ -151,8 +154,8 @@ class InProcessExecutor:
                 if self._bands == 1:
                     x = bands[0].run_block(n, x, first, last)
                 else:
-                    x = self._add(x, [lambda w=worker, x=x: w.mix(n, x, first, last) for worker in bands])
-                    x = self._add(x, [lambda w=worker, x=x: w.feed(n, x) for worker in bands])
+                    x = self._add(x, [partial(worker.mix, n, x, first, last) for worker in bands])
+                    x = self._add(x, [partial(worker.feed, n, x) for worker in bands])
         return x
 
     def _add(self, x: Tensor, calls: list[Callable[[], Tensor]]) -> Tensor:

@@ -1,0 +1,277 @@
+#!/usr/bin/env python
+"""Prefill, side by side: this project, transformers' xLSTM, and the bare matrix products of the same random model.
+
+    python scripts/bench_prefill.py                      # speed on 8192 tokens, memory at 4096 and 65536
+    python scripts/bench_prefill.py --tokens 2048 --rounds 3 --memory-tokens ''
+
+Every contestant runs in a process of its own and the rounds alternate between them, so that a machine whose speed
+drifts treats all alike; medians over the rounds, ratios of medians. Contestants:
+
+    this float32, this bfloat16    lm.prefill of the whole prompt, last logits and state kept
+    transformers float32           backbone over the whole prompt with its cache, last logits; native torch kernels
+    products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
+                                   (the faster of the two), on prepared operands: what no prefill can be faster than
+
+Peak memory: what a prefill adds to the resident memory of a process that has loaded, compiled and run once on a short
+prompt; the kernel's high-water mark (Linux) is reset before the run.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SELF = Path(__file__).resolve()
+
+
+def make_model(directory: Path, args: argparse.Namespace) -> None:
+    """A random model in the Hugging Face layout, float32."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+
+    sys.path.insert(0, str(SELF.parents[1]))
+    from xlstm_ray.checkpoint import HEAD, OUT_NORM, expected_tensors
+    from xlstm_ray.config import ModelConfig
+
+    config = {
+        "model_type": "xlstm", "hidden_size": args.hidden, "num_hidden_layers": args.blocks, "num_heads": args.heads,
+        "vocab_size": args.vocab, "chunk_size": 64, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    parsed = ModelConfig.from_dict(config)
+    shapes = {**expected_tensors(parsed), OUT_NORM: (args.hidden,), HEAD: (args.vocab, args.hidden)}
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(s) * (s[-1] ** -0.5 if len(s) > 1 else 0.1) for n, s in shapes.items()}
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor.add_(1)
+        elif name.endswith("fgate_preact.bias"):
+            tensor.add_(torch.linspace(3, 6, len(tensor)))
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(64)}, merges=[])).save(str(directory / "tokenizer.json"))
+
+
+# -- contestants: each returns a function of a token count that does one run -------------------------------------------
+def this_project(directory: Path, dtype: str, args: argparse.Namespace):
+    import torch
+
+    import xlstm_ray
+
+    lm = xlstm_ray.load(
+        directory, device=args.device, dtype=dtype, tile_size=args.tile_size, chunk_size=args.chunk_size
+    )
+    prompts: dict[int, list[int]] = {}
+
+    def run(tokens: int) -> None:
+        if tokens not in prompts:
+            prompts[tokens] = torch.randint(0, args.vocab, (tokens,)).tolist()
+        lm.prefill(prompts[tokens])
+
+    return run
+
+
+def transformers_xlstm(directory: Path, dtype: str, args: argparse.Namespace):
+    import torch
+    from transformers import xLSTMForCausalLM
+    from transformers.models.xlstm import modeling_xlstm
+
+    assert not modeling_xlstm.external_xlstm, "the xlstm package is installed; this compares with the native code"
+    device = args.device if args.device != "auto" else "cpu"
+    model = xLSTMForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+
+    def run(tokens: int) -> None:
+        with torch.no_grad():
+            out = model.backbone(torch.randint(0, args.vocab, (1, tokens), device=device), use_cache=True)
+            model.lm_head(out.last_hidden_state[:, -1])
+            if device != "cpu":
+                torch.accelerator.synchronize()
+
+    return run
+
+
+def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
+    import torch
+    import torch.nn.functional as F
+    from safetensors import safe_open
+
+    device = args.device if args.device != "auto" else "cpu"
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        weights = {n: file.get_tensor(n).to(device, getattr(torch, dtype)) for n in file.keys()}
+    blocks = []
+    for n in range(args.blocks):
+        at = f"backbone.blocks.{n}."
+        w = [weights[f"{at}mlstm_layer.{x}.weight"] for x in ("q", "k", "v", "ogate_preact")]
+        w += [torch.cat([weights[f"{at}mlstm_layer.{x}.weight"] for x in ("igate_preact", "fgate_preact")])]
+        mix_in = [torch.cat(w[:4]), w[4]]
+        up = torch.cat([weights[f"{at}ffn.proj_up_gate.weight"], weights[f"{at}ffn.proj_up.weight"]])
+        blocks.append([*mix_in, weights[f"{at}mlstm_layer.out_proj.weight"], up, weights[f"{at}ffn.proj_down.weight"]])
+    operands: dict[tuple[int, int], torch.Tensor] = {}
+
+    def operand(rows: int, columns: int) -> torch.Tensor:
+        if (rows, columns) not in operands:
+            operands[rows, columns] = torch.randn(rows, columns).to(device, getattr(torch, dtype))
+        return operands[rows, columns]
+
+    def products(tokens: int, at_once: int) -> None:
+        for _ in range(0, tokens, at_once):
+            for block in blocks:
+                for w in block:
+                    F.linear(operand(at_once, w.shape[1]), w)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
+    sizes: dict[int, int] = {}
+
+    def run(tokens: int) -> None:
+        if tokens not in sizes:
+            times = {}
+            for at_once in (args.tile_size or 512, tokens):
+                products(tokens, at_once)
+                began = time.perf_counter()
+                products(tokens, at_once)
+                times[at_once] = time.perf_counter() - began
+            sizes[tokens] = min(times, key=times.get)
+        products(tokens, sizes[tokens])
+
+    return run
+
+
+CONTESTANTS = {"this": this_project, "transformers": transformers_xlstm, "products": bare_products}
+
+
+# -- the process of a contestant: reads token counts, answers seconds and bytes ----------------------------------------
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def serve(kind: str, dtype: str, args: argparse.Namespace) -> None:
+    run = CONTESTANTS[kind](args.model, dtype, args)
+    for line in sys.stdin:
+        tokens = int(line)
+        before = None
+        if sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            before = status_bytes("VmRSS")
+        began = time.perf_counter()
+        run(tokens)
+        seconds = time.perf_counter() - began
+        added = None if before is None else status_bytes("VmHWM") - before
+        print(json.dumps({"s": seconds, "bytes": added}), flush=True)
+
+
+class Contestant:
+    """A child process that runs on demand."""
+
+    def __init__(self, kind: str, dtype: str, args: argparse.Namespace):
+        self.name = f"{kind} {dtype}"
+        command = [
+            sys.executable,
+            str(SELF),
+            "--serve",
+            kind,
+            "--dtype",
+            dtype,
+            *args.passed,
+            "--model",
+            str(args.model),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(SELF.parents[1])}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, tokens: int) -> dict:
+        self._process.stdin.write(f"{tokens}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended; its message is above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("hidden", 512), ("blocks", 8), ("heads", 4), ("vocab", 2048)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tile-size", type=int)
+    parser.add_argument("--chunk-size", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--memory-tokens", default="4096,65536", help="prompt lengths for the memory table; '' for none"
+    )
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.passed = [word for word in sys.argv[1:] if args.serve is None]
+    if args.serve:
+        serve(args.serve, args.dtype, args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        args.model = Path(folder) / "model"
+        make_model(args.model, args)
+        compare_speed(args)
+        if args.memory_tokens:
+            compare_memory(args)
+
+
+def compare_speed(args: argparse.Namespace) -> None:
+    kinds = [
+        ("this", "float32"), ("transformers", "float32"), ("products", "float32"),
+        ("this", "bfloat16"), ("products", "bfloat16"),
+    ]  # fmt: skip
+    field = [Contestant(kind, dtype, args) for kind, dtype in kinds]
+    for contestant in field:
+        contestant.run(args.tokens)  # warm-up: compiles, and the products choose their size
+    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in field}
+    for _ in range(args.rounds):
+        for contestant in field:
+            seconds[contestant.name].append(contestant.run(args.tokens)["s"])
+    for contestant in field:
+        contestant.close()
+    median = {name: statistics.median(runs) for name, runs in seconds.items()}
+    print(
+        f"{args.tokens} tokens, D {args.hidden}, {args.blocks} blocks, {args.heads} heads, vocabulary {args.vocab}; ",
+        end="",
+    )
+    print(f"{os.cpu_count()} cores; medians of {args.rounds} alternating rounds")
+    for name, runs in seconds.items():
+        print(f"  {name:22s} {args.tokens / median[name]:9,.0f} tokens/s   {min(runs):6.2f} to {max(runs):6.2f} s")
+    for ours, other in (
+        ("this float32", "transformers float32"), ("this float32", "products float32"),
+        ("this bfloat16", "transformers float32"), ("this bfloat16", "products bfloat16"),
+    ):  # fmt: skip
+        print(f"  {ours} / {other}: {median[other] / median[ours]:.2f}")
+
+
+def compare_memory(args: argparse.Namespace) -> None:
+    lengths = [int(word) for word in args.memory_tokens.split(",")]
+    print("peak memory that a prefill adds to a loaded, compiled process, MiB")
+    for kind, dtype in (("this", "float32"), ("this", "bfloat16"), ("transformers", "float32")):
+        row = []
+        for tokens in lengths:
+            contestant = Contestant(kind, dtype, args)
+            contestant.run(1024)
+            row.append(contestant.run(tokens)["bytes"])
+            contestant.close()
+        cells = "   ".join(f"{n} tokens {b / 2**20:8.1f}" for n, b in zip(lengths, row, strict=True))
+        print(f"  {kind + ' ' + dtype:22s} {cells}   ratio {row[-1] / row[0]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
