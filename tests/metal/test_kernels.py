@@ -1,0 +1,237 @@
+"""Every compiled kernel on mps, in both dtypes and for one and two rows, against the steps of native.py in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, step_kernel
+from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
+from xlstm_ray.kernels.compiled import compile_each
+from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence
+from xlstm_ray.model import Band, BlockWeights, EndWeights, Kernels, Worker
+
+from . import shaders
+from .simulator import Simulator
+
+NH, K, V = 2, 16, 24
+DTYPES = (torch.float32, torch.bfloat16)
+BATCHES = (1, 2)
+
+# ||out - ref|| / ||ref||. bfloat16: inputs are rounded before both sides see them, what is left is the operands' and
+# the output's own rounding (2^-9 each); the state of the step kernels is float32 throughout.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "bfloat16"))
+both_batches = pytest.mark.parametrize("batch", BATCHES)
+
+
+def draw(dtype: torch.dtype, batch: int, T: int) -> tuple[dict[str, Tensor], State]:
+    """Inputs q, k, v (B, NH, T, .) in `dtype`, i, f (B, NH, T) up to their cap of 15, and a state, on the CPU.
+
+    q, k and n are positive: a denominator near zero would magnify the rounding of inputs beyond any tolerance.
+    """
+    g = torch.Generator().manual_seed(T)
+    shapes = {"q": (T, K), "k": (T, K), "v": (T, V), "i": (T,), "f": (T,)}
+    inputs = {name: torch.randn(batch, NH, *shape, generator=g) for name, shape in shapes.items()}
+    inputs |= {"q": inputs["q"].abs().to(dtype), "k": inputs["k"].abs().to(dtype), "v": inputs["v"].to(dtype)}
+    inputs["i"] = 15 * torch.tanh(inputs["i"] / 3)
+    inputs["f"] = 15 * torch.tanh((inputs["f"] * 5 + 5) / 15)
+    shapes = {"C": (K, V), "n": (K,), "m": (1,)}
+    C, n, m = (torch.randn(batch, NH, *shape, generator=g) for shape in shapes.values())
+    return inputs, (C, n.abs(), m)
+
+
+def reference(inputs: dict[str, Tensor], state: State) -> list[Tensor]:
+    """h, C, n, m of the float64 steps."""
+    wide = {name: x.double() for name, x in inputs.items()}
+    C, n, m = (x.double() for x in state)
+    h, state = mlstm_sequence(wide["q"], wide["k"], wide["v"], i=wide["i"], f=wide["f"], state=(C, n, m))
+    return [h, *state]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.cpu().double() - want).norm() / want.norm()).item()
+
+
+def assert_close(got: tuple[Tensor, State], want: list[Tensor], dtype: torch.dtype, *, state: float) -> None:
+    """`state` is the tolerance of the state after the last token, always float32."""
+    h, (C, n, m) = got
+    assert h.dtype == dtype
+    assert C.dtype == n.dtype == m.dtype == torch.float32
+    errors = {name: error(x, y) for name, x, y in zip("hCnm", (h, C, n, m), want, strict=True)}
+    allowed = {"h": TOLERANCE[dtype], "C": state, "n": state, "m": 1e-6}
+    assert all(errors[name] <= allowed[name] for name in errors), errors
+
+
+def to_mps(inputs: dict[str, Tensor], state: State) -> tuple[dict[str, Tensor], State]:
+    C, n, m = (x.to("mps") for x in state)
+    return {name: x.to("mps") for name, x in inputs.items()}, (C, n, m)
+
+
+@both_dtypes
+@both_batches
+def test_step(simulator: Simulator, dtype: torch.dtype, batch: int) -> None:
+    inputs, state = draw(dtype, batch, 1)
+    want = reference(inputs, state)
+    x, on_mps = to_mps({name: value[:, :, 0] for name, value in inputs.items()}, state)
+    kernel = step_kernel("metal")
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            h, new = kernel(x["q"], x["k"], x["v"], i=x["i"], f=x["f"], state=on_mps)
+        assert_close((h.unsqueeze(2), new), want, dtype, state=TOLERANCE[torch.float32])
+    assert len(simulator.launches()) <= 2 * 4
+
+
+@both_dtypes
+@both_batches
+def test_unrolled_steps(simulator: Simulator, dtype: torch.dtype, batch: int) -> None:
+    inputs, state = draw(dtype, batch, 7)
+    want = reference(inputs, state)
+    x, on_mps = to_mps(inputs, state)
+    kernel = sequence_kernel("native_sequence__metal", t_inner=4)  # 4 and 3: a part shorter than T_inner too
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            got = kernel(x["q"], x["k"], x["v"], i=x["i"], f=x["f"], state=on_mps, eps=1e-6)
+        assert_close(got, want, dtype, state=TOLERANCE[torch.float32])
+
+
+@both_dtypes
+@both_batches
+def test_chunks(simulator: Simulator, dtype: torch.dtype, batch: int) -> None:
+    inputs, state = draw(dtype, batch, 48)
+    want = reference(inputs, state)
+    x, on_mps = to_mps(inputs, state)
+    kernel = compile_each(mlstm_chunkwise, "mlstm_chunks")
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            got = kernel(x["q"], x["k"], x["v"], i=x["i"], f=x["f"], state=on_mps, chunk_size=16)
+        # What a chunk adds to the state is a product of operands in the model's dtype.
+        assert_close(got, want, dtype, state=TOLERANCE[dtype])
+
+
+# ---- whole blocks, as prefill and decoding call them
+
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "xlstm", "vocab_size": 64, "hidden_size": 48, "num_blocks": 1, "num_heads": NH,
+        "qk_dim_factor": 2 * K / 48, "v_dim_factor": 1.0, "ffn_round_up_to_multiple_of": 8, "chunk_size": 16,
+    }
+)  # fmt: skip
+
+
+def random_weights(dtype: torch.dtype) -> BlockWeights:
+    g = torch.Generator().manual_seed(1)
+    D, F = CONFIG.hidden_size, CONFIG.ffn_dim
+    shapes = {
+        "mix_norm": (D,), "qkvo": (2 * NH * (K + V), D), "gates": (2 * NH, D), "gates_bias": (2 * NH,),
+        "head_norm": (NH * V,), "out": (D, NH * V), "feed_norm": (D,), "up": (2 * F, D), "down": (D, F),
+    }  # fmt: skip
+    weights = {}
+    for name, shape in shapes.items():
+        w = torch.randn(shape, generator=g) * (1.0 if len(shape) == 1 else shape[1] ** -0.5) + name.endswith("norm")
+        weights[name] = w if name.startswith("gates") else w.to(dtype)
+    weights["gates_bias"] += torch.tensor([-2.0] * NH + [4.0] * NH)  # gates that remember
+    return BlockWeights(**{name: weights.get(name) for name in BlockWeights._fields})  # type: ignore[arg-type]
+
+
+def run_block(
+    backend: str, weights: BlockWeights, x: Tensor, *, alone: bool, state: State, first: list[int], last: list[int]
+) -> list[Tensor]:
+    """The residual stream after a block, and the state, both on the CPU in float64."""
+    device = x.device
+    on_device = BlockWeights(*(None if w is None else w.to(device) for w in weights))
+    kernels = Kernels(CHUNKWISE_BACKENDS[backend], chunk_size=CONFIG.chunk_size, t_inner=4)
+    band = Band(range(1), range(NH), range(CONFIG.ffn_dim))
+    worker = Worker(CONFIG, band, [on_device], EndWeights(None, None, None), kernels)
+    worker.set_state([state])
+    parts = torch.tensor(first, device=device), torch.tensor(last, device=device)
+    if alone:
+        x = worker.run_block(0, x, *parts)
+    else:
+        x = x + worker.mix(0, x, *parts)
+        x = x + worker.feed(0, x)
+    return [y.cpu().double() for y in (x, *worker.state[0])]
+
+
+@both_dtypes
+@both_batches
+@pytest.mark.parametrize(
+    ("backend", "T"), [("queued_compiled_chunks", 32), ("queued_compiled_chunks", 1), ("queued_compiled_steps", 8)]
+)
+def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: torch.dtype) -> None:
+    weights = random_weights(dtype)
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, T, CONFIG.hidden_size, generator=g).to(dtype)
+    _, state = draw(dtype, batch, 1)
+    # The reference in float32: what is left is float32's own error, and that of the dtype under test.
+    wide = BlockWeights(*(None if w is None else w.float() for w in weights))
+    part = {"state": state, "first": [0, 2][:batch], "last": [T, T - 1][:batch]}  # the second row is padded
+    want = run_block("native", wide, x.float(), alone=True, **part)  # type: ignore[arg-type]
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            got = run_block(backend, weights, x.to("mps"), alone=batch == 1, **part)  # type: ignore[arg-type]
+        rows = [slice(a, b) for a, b in zip(part["first"], part["last"], strict=True)]  # type: ignore[call-overload]
+        for b, row in enumerate(rows):
+            if row.start < row.stop:
+                assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
+        for g_, w_ in zip(got[1:], want[1:], strict=True):
+            assert error(g_, w_) < (3e-6 if dtype == torch.float32 else 2e-2)
+    assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
+
+
+# ---- the forget gate at its cap, where a token forgets 3e-7
+
+TOKENS = 102_400
+
+
+def state_after(kernel: str, f: Tensor) -> tuple[list[Tensor], State]:
+    """The state after TOKENS tokens with forget gates f, as the float64 closed form has it, and as the kernel on mps.
+
+    One head of 4 x 4.
+    """
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 1, TOKENS, 4, generator=g) for _ in range(3))
+    i = torch.randn(1, 1, TOKENS, generator=g)
+    fresh = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1, 1)
+    wide = (x.double() for x in (q, k, v))
+    C, n, m = (x.double() for x in fresh)
+    _, want = mlstm_chunkwise(*wide, i=i.double(), f=f.double(), state=(C, n, m), chunk_size=512)
+
+    chunks = compile_each(mlstm_chunkwise, "mlstm_chunks")
+    steps = sequence_kernel("native_sequence__metal", t_inner=8)
+    C, n, m = (x.to("mps") for x in fresh)
+    state = C, n, m
+    for t in range(0, TOKENS, 2048):
+        part = slice(t, t + 2048)
+        window = [x[:, :, part].contiguous().to("mps") for x in (q, k, v, i, f)]
+        if kernel == "chunks":
+            _, state = chunks(*window[:3], i=window[3], f=window[4], state=state, chunk_size=64)
+        else:
+            _, state = steps(*window[:3], i=window[3], f=window[4], state=state, eps=1e-6)
+    return list(want), state
+
+
+# What float32 leaves. The steps lose more: each adds log f = -3e-7 to an m near 1.5, where float32 has steps of 1e-7,
+# so that m, and with it C and n, drift by up to 6e-8 a token. The chunks add whole tiles.
+@pytest.mark.parametrize(("kernel", "tolerance"), [("chunks", 3e-5), ("steps", 8e-3)])
+def test_a_hundred_thousand_tokens_at_the_cap(simulator: Simulator, kernel: str, tolerance: float) -> None:
+    f = torch.full((1, 1, TOKENS), 15.0)
+    (C, n, m), (C_got, n_got, m_got) = state_after(kernel, f)
+    scale = torch.exp(m_got.cpu().double() - m)  # m may differ: C exp(m) and n exp(m) are what is stored
+    assert (m_got.cpu() - m).abs().max() < tolerance
+    assert error(C_got.cpu() * scale.unsqueeze(-1), C) < tolerance
+    assert error(n_got.cpu() * scale, n) < tolerance
+
+
+def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:
+    """Inductor writes log1p(x) as log(1 + x) on Metal, which is off by 20 % at f = 15; the kernels' form is not."""
+    f = torch.cat([torch.linspace(-15, 15, 100_001), torch.full((64,), 15.0)])
+    want = -torch.log1p(torch.exp(-f.double()))
+
+    def largest_error(form: object) -> float:
+        got = torch.compile(form, fullgraph=True, dynamic=False)(f.to("mps")).cpu().double()  # type: ignore[arg-type]
+        return ((got - want) / want).abs().max().item()
+
+    assert largest_error(log_sigmoid) < 4e-7
+    assert largest_error(torch.nn.functional.logsigmoid) > 0.1  # once this fails, log_sigmoid may become torch's
