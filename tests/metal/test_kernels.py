@@ -1,5 +1,7 @@
 """Every compiled kernel on mps, in both dtypes and for one and two rows, against the steps of native.py in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,20 +134,23 @@ def random_weights(dtype: torch.dtype) -> BlockWeights:
         w = torch.randn(shape, generator=g) * (1.0 if len(shape) == 1 else shape[1] ** -0.5) + name.endswith("norm")
         weights[name] = w if name.startswith("gates") else w.to(dtype)
     weights["gates_bias"] += torch.tensor([-2.0] * NH + [4.0] * NH)  # gates that remember
-    return BlockWeights(**{name: weights.get(name) for name in BlockWeights._fields})  # type: ignore[arg-type]
+    biases = dict.fromkeys(name for name in BlockWeights._fields if name not in weights)
+    return BlockWeights(**weights, **biases)  # type: ignore[arg-type]
+
+
+def cast(weights: BlockWeights, to: torch.dtype | str) -> BlockWeights:
+    return BlockWeights._make(None if w is None else w.to(to) for w in weights)
 
 
 def run_block(
-    backend: str, weights: BlockWeights, x: Tensor, *, alone: bool, state: State, first: list[int], last: list[int]
+    backend: str, weights: BlockWeights, x: Tensor, state: State, rows: list[slice], *, alone: bool
 ) -> list[Tensor]:
-    """The residual stream after a block, and the state, both on the CPU in float64."""
-    device = x.device
-    on_device = BlockWeights(*(None if w is None else w.to(device) for w in weights))
+    """The residual stream after a block and the state, on the CPU in float64; rows[b] of row b are no padding."""
     kernels = Kernels(CHUNKWISE_BACKENDS[backend], chunk_size=CONFIG.chunk_size, t_inner=4)
     band = Band(range(1), range(NH), range(CONFIG.ffn_dim))
-    worker = Worker(CONFIG, band, [on_device], EndWeights(None, None, None), kernels)
+    worker = Worker(CONFIG, band, [weights], EndWeights(None, None, None), kernels)
     worker.set_state([state])
-    parts = torch.tensor(first, device=device), torch.tensor(last, device=device)
+    parts = [torch.tensor(ends, device=x.device) for ends in ([r.start for r in rows], [r.stop for r in rows])]
     if alone:
         x = worker.run_block(0, x, *parts)
     else:
@@ -164,14 +169,13 @@ def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: to
     g = torch.Generator().manual_seed(2)
     x = torch.randn(batch, T, CONFIG.hidden_size, generator=g).to(dtype)
     _, state = draw(dtype, batch, 1)
+    rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
     # The reference in float32: what is left is float32's own error, and that of the dtype under test.
-    wide = BlockWeights(*(None if w is None else w.float() for w in weights))
-    part = {"state": state, "first": [0, 2][:batch], "last": [T, T - 1][:batch]}  # the second row is padded
-    want = run_block("native", wide, x.float(), alone=True, **part)  # type: ignore[arg-type]
+    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, alone=True)
+    on_mps = cast(weights, "mps")
     for order in shaders.ORDERS:
         with simulator.order(order):
-            got = run_block(backend, weights, x.to("mps"), alone=batch == 1, **part)  # type: ignore[arg-type]
-        rows = [slice(a, b) for a, b in zip(part["first"], part["last"], strict=True)]  # type: ignore[call-overload]
+            got = run_block(backend, on_mps, x.to("mps"), state, rows, alone=batch == 1)
         for b, row in enumerate(rows):
             if row.start < row.stop:
                 assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
@@ -229,8 +233,8 @@ def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:
     f = torch.cat([torch.linspace(-15, 15, 100_001), torch.full((64,), 15.0)])
     want = -torch.log1p(torch.exp(-f.double()))
 
-    def largest_error(form: object) -> float:
-        got = torch.compile(form, fullgraph=True, dynamic=False)(f.to("mps")).cpu().double()  # type: ignore[arg-type]
+    def largest_error(form: Callable[[Tensor], Tensor]) -> float:
+        got = torch.compile(form, fullgraph=True, dynamic=False)(f.to("mps")).cpu().double()
         return ((got - want) / want).abs().max().item()
 
     assert largest_error(log_sigmoid) < 4e-7
