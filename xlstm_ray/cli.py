@@ -4,12 +4,14 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="xlstm-ray",
     help="Prefill prompts of any length through xLSTM language models, in flat memory.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -123,7 +124,7 @@ def prefill(
     )
     with _stop_on_signals() as stop, _reporter(progress) as on_progress:
         result = engine.prefill(prompts, state=state, on_progress=on_progress, should_stop=stop)
-    _require_some(result)
+    _require_some(result, stop)
     digest = result.state.save(state_out) if state_out else None
     if not result.complete:
         raise _interrupted(result, state_out, stop)
@@ -157,6 +158,7 @@ def generate(
     """Prefill, then stream the text that the model makes of it."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
+    _check_generation(max_new_tokens, temperature, top_p, seed)
     state, engine = _open(
         state_in,
         model=model,
@@ -183,10 +185,9 @@ def generate(
             )
         for pieces in generation.rows():
             if streams:
-                sys.stdout.write(pieces[0])
-                sys.stdout.flush()
+                _out(pieces[0], end="")
     result = generation.prefill
-    _require_some(result)
+    _require_some(result, stop)
     digest = None
     if state_out:
         state = generation.state()
@@ -195,7 +196,7 @@ def generate(
         raise _interrupted(result, state_out, stop)
     speed = {"decode_s": generation.decode_s, "decode_tok_s": generation.decode_tok_s}
     if streams:
-        sys.stdout.write("\n")
+        _out("")
         summary = _summary(engine, result, state_out, digest)
         made = len(generation.tokens[0])
         _err(
@@ -212,15 +213,17 @@ def generate(
             row["compile_s"] += generation.compile_s
             _json_line({**row, "text": text, "new_tokens": len(generation.tokens[b]), **speed})
     if stop():
-        raise _stopped("stopped; the text so far is above", stop)
+        go_on = f"; to go on: {_program()} generate --state-in {shlex.quote(str(state_out))} ..." if state_out else ""
+        raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
 
 
 def main() -> None:
     """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
+    _open_standard_files()
     try:
         sys.exit(app(standalone_mode=False))
     except typer.TyperException as err:  # an unknown option, a word where a number is due
-        _err(f"error: {err.format_message()}; see xlstm-ray --help")
+        _err(f"error: {_usage_text(err)}; see xlstm-ray --help")
         sys.exit(2)
     except typer.Abort:
         _err("interrupted")
@@ -229,9 +232,27 @@ def main() -> None:
         _err(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
         sys.exit(err.exit_code)
     except BrokenPipeError:
-        # The reader of our output has gone; point stdout elsewhere so that the interpreter's last flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # its reader has gone
         sys.exit(1)
+
+
+def _usage_text(err: typer.TyperException) -> str:
+    """What the parser says, and what it was given."""
+    text = err.format_message().replace("Value error, ", "").removesuffix(".")
+    cause: Any = err.__cause__
+    if hasattr(cause, "errors"):  # pydantic's, which is not imported for --help
+        text += f" (given: {str(cause.errors()[0]['input'])[:80]!r})"
+    return text
+
+
+def _open_standard_files() -> None:
+    """Where the caller closed standard input, output or error, open nothing in its place, before another file does."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
@@ -249,29 +270,33 @@ def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in:
         if state_in is None:
             raise UsageError("there is no prompt; give --prompt TEXT, --prompt-file FILE or --state-in FILE")
         return None
+    source = "standard input" if prompt_file == "-" else prompt_file
     try:
         data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
         text = data.decode("utf-8")
     except OSError as err:
-        raise UsageError(f"{prompt_file}: cannot be read ({err.strerror})") from None
+        raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
     except UnicodeDecodeError as err:
-        raise UsageError(f"{prompt_file}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
+        raise UsageError(f"{source}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
     if not jsonl:
-        return text.removesuffix("\n")
+        text = text.removesuffix("\n")
+        if not text:
+            raise UsageError(f"{source}: is empty; give at least one token")
+        return text
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028 as it is
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as err:
-            raise UsageError(f"{prompt_file}, line {number}: is not JSON ({err})") from None
+            raise UsageError(f"{source}, line {number}: is not JSON ({err})") from None
         row = row.get("prompt") if isinstance(row, dict) else row
         if not isinstance(row, str) or not row:
-            raise UsageError(f"{prompt_file}, line {number}: is neither a text nor an object with a 'prompt' text")
+            raise UsageError(f"{source}, line {number}: is neither a text nor an object with a 'prompt' text")
         rows.append(row)
     if not rows:
-        raise UsageError(f"{prompt_file}: has no prompts")
+        raise UsageError(f"{source}: has no prompts")
     return rows
 
 
@@ -279,12 +304,25 @@ def _check_writable(path: Path | None) -> None:
     """Find out before the work, not after it, that its result has no place."""
     if path is None:
         return
-    if path.is_dir():
-        raise StateError(f"{path}: is a directory; --state-out takes a file")
-    if not path.parent.is_dir():
-        raise StateError(f"{path.parent}: there is no such directory for --state-out")
-    if not os.access(path.parent, os.W_OK):
-        raise StateError(f"{path.parent}: may not be written to; choose another place for --state-out")
+    try:
+        if path.exists() and not path.is_file():
+            raise StateError(f"{path}: is not a file; --state-out takes the name of one")
+        parent = Path(os.path.realpath(path)).parent
+        if not parent.is_dir():
+            raise StateError(f"{parent}: there is no such directory for --state-out")
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as err:
+        raise StateError(f"{path}: cannot be written ({err.strerror}); choose another --state-out") from None
+
+
+def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
+    """Find out before a model is read that it cannot be asked this."""
+    from xlstm_ray.decode import Sampling
+
+    Sampling.make(temperature, top_p, seed)
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
 
 
 def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, Engine]":
@@ -360,12 +398,19 @@ def _resume_command(state_out: Path) -> str:
             skip = word == "--state-in"
             continue
         words.append(word)
-    return shlex.join(["xlstm-ray", *words, "--state-in", str(state_out)])
+    return shlex.join([_program(), *words, "--state-in", str(state_out)])
 
 
-def _require_some(result: "PrefillResult") -> None:
+def _program() -> str:
+    """The name that starts this program: without its directory, where that is found."""
+    found = shutil.which("xlstm-ray")
+    same = found is not None and os.path.realpath(found) == os.path.realpath(sys.argv[0])
+    return "xlstm-ray" if same else sys.argv[0]
+
+
+def _require_some(result: "PrefillResult", stop: Any) -> None:
     if sum(result.state.tokens) == 0:
-        raise Interrupted("stopped before the first tile; there is nothing to save")
+        raise _stopped("stopped before the first tile; there is nothing to save", stop)
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -373,8 +418,26 @@ def _err(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _out(text: str, *, end: str = "\n") -> None:
+    """Write to standard output at once, with escapes for what its encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write((text + end).encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _drop_stdout()
+        raise UsageError(f"standard output cannot be written ({err.strerror})") from None
+
+
+def _drop_stdout() -> None:
+    """Point standard output elsewhere, so that the interpreter's last flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _json_line(row: dict[str, Any]) -> None:
-    print(json.dumps(row, ensure_ascii=False), flush=True)
+    _out(json.dumps(row))
 
 
 def _rate(tokens_per_s: float | None) -> str:
@@ -488,4 +551,4 @@ def _print_results(
         "next tokens",
         *(f"  {math.exp(t['logprob']):6.1%}  {t['text']!r} ({t['id']})" for t in s["next_tokens"]),
     ]
-    print("\n".join(lines), flush=True)
+    _out("\n".join(lines))
