@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Backend, Cell
-from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.compiled import Compiler, compile_strict
 from xlstm_ray.kernels.native import PAD_F, PAD_I, State
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -210,8 +210,8 @@ class Kernels:
     specialised again behind the caller's back.
     """
 
-    def __init__(self, backend: Backend, *, chunk_size: int, t_inner: int):
-        self.backend, self.chunk_size, self.t_inner = backend, chunk_size, t_inner
+    def __init__(self, backend: Backend, *, chunk_size: int, t_inner: int, compiler: Compiler = compile_strict):
+        self.backend, self.chunk_size, self.t_inner, self.compiler = backend, chunk_size, t_inner, compiler
         self.built: dict[tuple, Calls] = {}
 
     def calls(self, s: BandShape, w: BlockWeights, B: int, T: int) -> Calls:
@@ -223,10 +223,10 @@ class Kernels:
 
     def _build(self, s: BandShape, B: int, T: int) -> Calls:
         backend = self.backend
-        cell = backend.cell(T, chunk_size=self.chunk_size, t_inner=self.t_inner)
+        cell = backend.cell(T, chunk_size=self.chunk_size, t_inner=self.t_inner, compiler=self.compiler)
 
         def build(name: str, fn: Callable) -> Callable:
-            return compile_strict(fn, f"{name}_{B}x{T}") if backend.compiled else fn
+            return self.compiler(fn, f"{name}_{B}x{T}") if backend.compiled else fn
 
         feed_call = build("feed", lambda x, w: feed(x, w, s))
         if backend.cell_inside(T):

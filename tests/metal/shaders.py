@@ -128,8 +128,8 @@ def _signature(name: str, max_threads: str | None, text: str) -> Signature:
             raise SyntaxError(f"kernel {name}: parameter {piece!r} is of a kind the simulator does not know")
     if len(signature.parameters) > MAX_BUFFERS:
         raise SyntaxError(
-            f"kernel {name} takes {len(signature.parameters)} buffers, Metal allows {MAX_BUFFERS} "
-            "('buffer' attribute parameter is out of bounds: must be between 0 and 30)"
+            f"program_source: error: kernel {name} takes {len(signature.parameters)} buffers, Metal allows "
+            f"{MAX_BUFFERS} ('buffer' attribute parameter is out of bounds: must be between 0 and 30)"
         )
     return signature
 

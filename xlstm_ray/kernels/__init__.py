@@ -13,6 +13,7 @@ from xlstm_ray.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from xlstm_ray.kernels.compiled import Compiler
     from xlstm_ray.kernels.native import State
 
 Entry = TypeVar("Entry")
@@ -42,7 +43,7 @@ class Backend:
         """Whether the cell is compiled together with the projections around it."""
         return self.kernel == "compiled_chunks" or (self.kernel == "compiled_steps" and tokens == 1)
 
-    def cell(self, tokens: int, *, chunk_size: int, t_inner: int) -> Cell:
+    def cell(self, tokens: int, *, chunk_size: int, t_inner: int, compiler: "Compiler") -> Cell:
         """The cell for windows of `tokens` tokens; `chunk_size` L divides them, unless they are one decode step."""
         from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
         from xlstm_ray.kernels.compiled import UnrolledSequence
@@ -51,7 +52,7 @@ class Backend:
         if tokens == 1 or self.kernel == "native":
             return mlstm_sequence
         if self.kernel == "compiled_steps":
-            return UnrolledSequence(t_inner)
+            return UnrolledSequence(t_inner, compiler)
         return partial(mlstm_chunkwise, chunk_size=chunk_size)
 
 

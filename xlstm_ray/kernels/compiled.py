@@ -15,17 +15,26 @@ from torch.utils._pytree import tree_leaves
 from xlstm_ray.errors import KernelError
 from xlstm_ray.kernels.native import State, mlstm_sequence, mlstm_step
 
+Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
-def compile_strict(fn: Callable, name: str) -> Callable:
-    """`fn` compiled on its first call, for the shapes, strides, dtypes and device of that call and no other.
 
-    The code object is copied: torch.compile keeps its variants on the code object, so without a copy every shape in
-    the process would share one list of variants, its guards and its limit. Raises KernelError naming the kernel, the
-    shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
-    """
+def own_code(fn: Callable, name: str) -> Callable:
+    """`fn` under another name, with a code object of its own: torch.compile keeps its variants on the code object."""
+    assert isinstance(fn, types.FunctionType)
     own = types.FunctionType(fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
-    compiled = torch.compile(own, fullgraph=True, dynamic=False, recompile_limit=1)
+    return own
+
+
+def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) -> Callable:
+    """`fn` compiled on its first call, for the shapes, strides, dtypes and device of that call and no other.
+
+    The code object is copied: without a copy every shape in the process would share one list of variants, its guards
+    and its limit. fusion_limit: the buffers at which Inductor stops fusing. Raises KernelError naming the kernel, the
+    shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
+    """
+    options = None if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
+    compiled = torch.compile(own_code(fn, name), fullgraph=True, dynamic=False, options=options, recompile_limit=1)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -35,7 +44,8 @@ def compile_strict(fn: Callable, name: str) -> Callable:
         except (TorchDynamoException, FailOnRecompileLimitHit) as err:
             cause = getattr(err, "inner_exception", err)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            reason = f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+            line = next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
+            reason = f"{type(cause).__name__}: {line}"  # a compiler's own error comes after the source it quotes
             raise KernelError(
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
                 "--chunkwise-backend native runs the eager reference instead"
@@ -44,7 +54,7 @@ def compile_strict(fn: Callable, name: str) -> Callable:
     return call
 
 
-def compile_each(fn: Callable, name: str) -> Callable:
+def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -> Callable:
     """`fn` compiled once for every combination of shapes, dtypes and device that it is called with."""
     variants: dict[tuple, Callable] = {}
 
@@ -52,7 +62,7 @@ def compile_each(fn: Callable, name: str) -> Callable:
         tensors = tree_leaves((args, kwargs))
         key = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors)
         if key not in variants:
-            variants[key] = compile_strict(fn, name)
+            variants[key] = compiler(fn, name)
         return variants[key](*args, **kwargs)
 
     return call
@@ -67,9 +77,9 @@ def _describe(args: tuple) -> str:
 class UnrolledSequence:
     """native_sequence__metal: `t_inner` steps unrolled in one compiled kernel, called in strict time order."""
 
-    def __init__(self, t_inner: int):
+    def __init__(self, t_inner: int, compiler: Compiler = compile_strict):
         self.t_inner = t_inner
-        self._kernel = compile_each(mlstm_sequence, f"mlstm_steps_{t_inner}")
+        self._kernel = compile_each(mlstm_sequence, f"mlstm_steps_{t_inner}", compiler)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, i: Tensor, f: Tensor, state: State, eps: float = 1e-6
