@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import index
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,6 +22,8 @@ from xlstm_ray.config import ModelConfig, read_json
 from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
 from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateError, UsageError, one_line
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
+from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.probe import Fit, fit_t_inner
 from xlstm_ray.memory import peak_device_bytes
 from xlstm_ray.model import Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
@@ -105,7 +108,14 @@ class Engine:
         self.dtype = dtype
         self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         self.fingerprint = checkpoint.fingerprint()
-        kernels = Kernels(self.backend, chunk_size=self.grid.chunk_size, t_inner=settings.t_inner)
+        steps = _steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
+        self.t_inner, self.note = steps.t_inner, steps.note
+        kernels = Kernels(
+            self.backend,
+            chunk_size=self.grid.chunk_size,
+            t_inner=steps.t_inner,
+            compiler=partial(compile_strict, fusion_limit=steps.fusion_limit),
+        )
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band)
         self.bands, self.stages = len(stages[0]), len(stages)
         self.workers = min(settings.workers or self.bands, self.bands)
@@ -458,6 +468,17 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
             f"--chunkwise-backend {backend.name} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
             "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
         ) from None
+
+
+def _steps(
+    settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
+) -> Fit:
+    """T_inner as asked, or on mps what Metal's limits leave of it."""
+    if device.type != "mps" or backend.kernel != "compiled_steps":
+        return Fit(settings.t_inner)
+    return fit_t_inner(
+        settings.t_inner, batch=1, heads=heads, dhqk=config.dhqk, dhhv=config.dhhv, dtype=dtype, device=device
+    )
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -66,7 +66,7 @@ def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = Non
         found.append((code, V.graph.count_bytes()[0]))
         raise _CodeIsThere
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         # Without the caches: a hit would generate nothing.
         with (
             mock.patch.object(GraphLowering, "save_output_code", take_code),
@@ -143,7 +143,7 @@ def fit_t_inner(
             name = f"mlstm_steps_{T}"
             return generate(mlstm_sequence, name, *qkv, i=i, f=f, state=state, fusion_limit=fusion_limit)
 
-    few, more = 2, 4
+    few, more = 4, 8
     first = steps(min(asked, more))
     if asked <= more and first.most_buffers <= MAX_BUFFERS:
         return Fit(asked)

@@ -1,0 +1,134 @@
+"""What this machine has, and what a model's kernels take on Metal: the answers of `xlstm-ray doctor`."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import torch
+
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels import Backend
+from xlstm_ray.kernels.probe import MAX_BUFFERS, Generated, Probe
+from xlstm_ray.model import BandShape, BlockWeights, EndWeights, Kernels, Worker, make_grid
+
+PACKAGES = ("xlstm-ray", "torch", "safetensors", "tokenizers")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, memory in bytes, and the devices that torch has here."""
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "cpu": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    if torch.backends.mps.is_available():
+        facts["mps"] = f"{torch.backends.mps.get_name()}, {torch.backends.mps.get_core_count()} cores"
+        facts["mps_recommended_bytes"] = torch.mps.recommended_max_memory()
+    if torch.cuda.is_available():
+        facts["cuda"] = torch.cuda.get_device_name()
+    return facts
+
+
+@dataclass(frozen=True)
+class WindowKernels:
+    """What one block of one band runs for a window of `tokens` tokens of every row."""
+
+    tokens: int
+    functions: list[Generated]
+
+    @property
+    def launches_per_token(self) -> float:
+        """Metal kernels and torch's own, of one block and band."""
+        return sum(f.calls * f.all_launches for f in self.functions) / self.tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(f.calls * f.bytes for f in self.functions) / self.tokens
+
+    @property
+    def most_buffers(self) -> int:
+        return max(f.most_buffers for f in self.functions)
+
+
+def metal_kernels(
+    config: ModelConfig,
+    backend: Backend,
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    windows: list[int],
+    chunk_size: int,
+    heads_per_band: int,
+    t_inner: int,
+) -> Iterator[WindowKernels]:
+    """For every window size in turn: all compiled functions of a block of the first band on mps.
+
+    Generates code only: neither weights nor state are allocated, nothing is launched.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    bands = make_grid(config, heads_per_band=heads_per_band)[0]
+    for tokens in windows:
+        probe = Probe()
+        kernels = Kernels(backend, chunk_size=chunk_size, t_inner=t_inner, compiler=probe)
+        with torch.no_grad(), FakeTensorMode():
+            weights = _empty_weights(config, len(bands[0].heads), len(bands[0].ffn), dtype)
+            worker = Worker(config, bands[0], [weights], EndWeights(None, None, None), kernels)
+            worker.warm_up(batch, tokens, alone=len(bands) == 1)
+        yield WindowKernels(tokens, probe.functions)
+
+
+def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> BlockWeights:
+    """A block's weights of one band, with no values, on mps."""
+    s, D = BandShape.of(config, heads), config.hidden_size
+    rows, v = 2 * heads * (s.dhqk + s.dhhv), heads * s.dhhv
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="mps")
+
+    def bias(size: int) -> torch.Tensor | None:
+        return empty(size) if config.use_bias else None
+
+    return BlockWeights(
+        mix_norm=empty(D),
+        mix_norm_bias=bias(D),
+        qkvo=empty(rows, D),
+        qkvo_bias=bias(rows),
+        gates=empty(2 * heads, D).float(),
+        gates_bias=empty(2 * heads).float(),
+        head_norm=empty(v),
+        head_norm_bias=bias(v),
+        out=empty(D, v),
+        out_bias=bias(D),
+        feed_norm=empty(D),
+        feed_norm_bias=bias(D),
+        up=empty(2 * ffn, D),
+        up_bias=bias(2 * ffn),
+        down=empty(D, ffn),
+        down_bias=bias(D),
+    )
+
+
+def kernel_lines(window: WindowKernels, config: ModelConfig, bands: int) -> list[str]:
+    """The table for one window size, as text: a line for each compiled function, and the whole model's sums."""
+    lines = [
+        f"window of {window.tokens} token(s), one block, one band",
+        "  function           calls  Metal kernels  torch's  most buffers  launches/token  MiB/token",
+    ]
+    for f in window.functions:
+        rate, size = f.calls * f.all_launches / window.tokens, f.calls * f.bytes / window.tokens
+        lines.append(
+            f"  {f.name:<18} {f.calls:5}  {f.launches:13}  {f.library_calls.total():7}  "
+            f"{f.most_buffers:6} of {MAX_BUFFERS}  {rate:14.3f}  {size / 2**20:9.3f}"
+        )
+    times = config.num_blocks * bands
+    lines.append(
+        f"  {config.num_blocks} blocks x {bands} band(s): {times * window.launches_per_token:.2f} launches and "
+        f"{times * window.bytes_per_token / 2**20:.1f} MiB a token"
+    )
+    return lines
