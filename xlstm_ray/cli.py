@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -473,23 +474,19 @@ def _reporter(kind: ProgressKind) -> "Iterator[Callable[[Progress], None] | None
         yield line
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[numbers]}")
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loading, compiling", total=None, rate=0)
-        bar.tasks[0].total = 0
-        yield lambda p: bar.update(
-            task, description="prefill", completed=p.tokens_done, total=p.tokens_total, rate=p.tokens_per_s
-        )
+        task = bar.add_task("loading, compiling", total=None, numbers="")
+
+        def update(p: "Progress") -> None:
+            left = timedelta(seconds=math.ceil(p.eta_s))
+            numbers = f"{p.tokens_done:,}/{p.tokens_total:,} tokens  {p.tokens_per_s:,.0f} tokens/s  {left} left"
+            bar.update(task, description="prefill", completed=p.tokens_done, total=p.tokens_total, numbers=numbers)
+
+        yield update
 
 
 def _summary(
