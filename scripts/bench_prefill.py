@@ -30,31 +30,39 @@ SELF = Path(__file__).resolve()
 
 
 def make_model(directory: Path, args: argparse.Namespace) -> None:
-    """A random model in the Hugging Face layout, float32."""
+    """A random model in the Hugging Face layout, a shard a block, drawn on the GPU where there is one."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
 
     sys.path.insert(0, str(SELF.parents[1]))
-    from xlstm_ray.checkpoint import HEAD, OUT_NORM, expected_tensors
+    from xlstm_ray.checkpoint import HEAD, INDEX_FILE, OUT_NORM, expected_tensors
     from xlstm_ray.config import ModelConfig
 
     config = {
         "model_type": "xlstm", "hidden_size": args.hidden, "num_hidden_layers": args.blocks, "num_heads": args.heads,
         "vocab_size": args.vocab, "chunk_size": 64, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
-    parsed = ModelConfig.from_dict(config)
-    shapes = {**expected_tensors(parsed), OUT_NORM: (args.hidden,), HEAD: (args.vocab, args.hidden)}
+    shapes = expected_tensors(ModelConfig.from_dict(config))
+    shapes |= {OUT_NORM: (args.hidden,), HEAD: (args.vocab, args.hidden)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    tensors = {n: torch.randn(s) * (s[-1] ** -0.5 if len(s) > 1 else 0.1) for n, s in shapes.items()}
-    for name, tensor in tensors.items():
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, device=device) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
         if "norm" in name:
             tensor.add_(1)
         elif name.endswith("fgate_preact.bias"):
-            tensor.add_(torch.linspace(3, 6, len(tensor)))
+            tensor.add_(torch.linspace(3, 6, len(tensor), device=device))
+        part = name.split(".")[2] if ".blocks." in name else "ends"
+        shards.setdefault(f"model-{part}.safetensors", {})[name] = tensor.to("cpu", getattr(torch, args.store))
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    index = {}
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(64)}, merges=[])).save(str(directory / "tokenizer.json"))
 
 
@@ -102,8 +110,10 @@ def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
     from safetensors import safe_open
 
     device = args.device if args.device != "auto" else "cpu"
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        weights = {n: file.get_tensor(n).to(device, getattr(torch, dtype)) for n in file.keys()}
+    weights = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            weights |= {name: file.get_tensor(name).to(device, getattr(torch, dtype)) for name in file.keys()}
     blocks = []
     for n in range(args.blocks):
         at = f"backbone.blocks.{n}."
@@ -153,18 +163,35 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def start_measuring_memory(device: str) -> int:
+    """Bytes in use now; the high-water mark starts from here. On Linux, of the process; on cuda, of the allocator."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """The high-water mark in bytes."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return status_bytes("VmHWM")
+
+
 def serve(kind: str, dtype: str, args: argparse.Namespace) -> None:
     run = CONTESTANTS[kind](args.model, dtype, args)
     for line in sys.stdin:
         tokens = int(line)
-        before = None
-        if sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            before = status_bytes("VmRSS")
+        before = start_measuring_memory(args.device)
         began = time.perf_counter()
         run(tokens)
         seconds = time.perf_counter() - began
-        added = None if before is None else status_bytes("VmHWM") - before
+        added = peak_memory(args.device) - before
         print(json.dumps({"s": seconds, "bytes": added}), flush=True)
 
 
@@ -184,7 +211,8 @@ class Contestant:
             "--model",
             str(args.model),
         ]
-        environment = {**os.environ, "PYTHONPATH": str(SELF.parents[1])}
+        paths = [str(SELF.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -214,6 +242,12 @@ def main() -> None:
     parser.add_argument(
         "--memory-tokens", default="4096,65536", help="prompt lengths for the memory table; '' for none"
     )
+    parser.add_argument("--store", default="float32", help="dtype that the random model is stored in")
+    parser.add_argument(
+        "--contestants",
+        default="this:float32,transformers:float32,products:float32,this:bfloat16,products:bfloat16",
+        help="kind:dtype, with commas between them",
+    )
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -225,16 +259,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.model = Path(folder) / "model"
         make_model(args.model, args)
-        compare_speed(args)
+        if args.rounds:
+            compare_speed(args)
         if args.memory_tokens:
             compare_memory(args)
 
 
 def compare_speed(args: argparse.Namespace) -> None:
-    kinds = [
-        ("this", "float32"), ("transformers", "float32"), ("products", "float32"),
-        ("this", "bfloat16"), ("products", "bfloat16"),
-    ]  # fmt: skip
+    kinds = [tuple(word.split(":")) for word in args.contestants.split(",")]
     field = [Contestant(kind, dtype, args) for kind, dtype in kinds]
     for contestant in field:
         contestant.run(args.tokens)  # warm-up: compiles, and the products choose their size
@@ -252,17 +284,16 @@ def compare_speed(args: argparse.Namespace) -> None:
     print(f"{os.cpu_count()} cores; medians of {args.rounds} alternating rounds")
     for name, runs in seconds.items():
         print(f"  {name:22s} {args.tokens / median[name]:9,.0f} tokens/s   {min(runs):6.2f} to {max(runs):6.2f} s")
-    for ours, other in (
-        ("this float32", "transformers float32"), ("this float32", "products float32"),
-        ("this bfloat16", "transformers float32"), ("this bfloat16", "products bfloat16"),
-    ):  # fmt: skip
-        print(f"  {ours} / {other}: {median[other] / median[ours]:.2f}")
+    for ours in (name for name in median if name.startswith("this")):
+        for other in median:
+            if other == "transformers float32" or other == ours.replace("this", "products"):
+                print(f"  {ours} / {other}: {median[other] / median[ours]:.2f}")
 
 
 def compare_memory(args: argparse.Namespace) -> None:
     lengths = [int(word) for word in args.memory_tokens.split(",")]
     print("peak memory that a prefill adds to a loaded, compiled process, MiB")
-    for kind, dtype in (("this", "float32"), ("this", "bfloat16"), ("transformers", "float32")):
+    for kind, dtype in (word.split(":") for word in args.contestants.split(",") if "products" not in word):
         row = []
         for tokens in lengths:
             contestant = Contestant(kind, dtype, args)

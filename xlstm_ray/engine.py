@@ -436,6 +436,10 @@ def _grid(settings: Settings, config: ModelConfig, device: torch.device, config_
             raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
     backend = chunkwise_backend(name)
     chunk = settings.chunk_size or config.chunk_size
+    if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
+        # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
+        # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for its precision.
+        chunk = max(chunk, 256)
     tile = settings.tile_size
     if tile is None:
         # Long enough to keep the matrix products efficient, short enough to stop and report within seconds: on two CPU
