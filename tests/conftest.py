@@ -15,7 +15,8 @@ __all__ = ["mps", "simulator"]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlstm-ray" / "tests" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
-logging.getLogger("torch.__trace").propagate = False  # a line for every step of a compilation in each failure's report
+# pytest listens to loggers that do not propagate, and torch writes a line for each step of a compilation to a listener.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture
@@ -23,3 +24,23 @@ def eager() -> Iterator[None]:
     """Compiled kernels run as the plain torch that they are made of: breadth without a compilation a shape."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Fresh memory holds NaN, in torch and in compiled code; yields how many buffers the compiled code asked for."""
+    asked: list[int] = []
+    plain = torch._C._dynamo.guards._empty_strided_cpu
+
+    def empty_strided(size: tuple, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
+        out = plain(size, stride, dtype)
+        asked.append(out.numel())
+        return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(torch.iinfo(dtype).max)
+
+    # Compiled modules take the function by this name when they are loaded, so only kernels compiled here see it.
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty_strided)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield asked
+    torch.use_deterministic_algorithms(False)

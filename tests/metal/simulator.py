@@ -64,7 +64,7 @@ class Simulator:
             self.engine.order = before
 
     def clear_counts(self) -> None:
-        """Forgets launches, operators and compiled libraries so far."""
+        """Forgets launches, operators, bytes moved and compiled libraries so far."""
         self.engine.launches.clear()
         self.libraries.clear()
         self._device.sim_device_reset_counts()
@@ -79,6 +79,12 @@ class Simulator:
         """
         lines = self._device.sim_device_operator_counts().decode().splitlines()
         return Counter({name: int(count) for name, count in (line.split("\t") for line in lines)})
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes copied to the device and to the host since clear_counts(), but for what operators() did."""
+        moved = (ctypes.c_long * 2)()
+        self._device.sim_device_bytes_moved(moved)
+        return moved[0], moved[1]
 
     def _compile_shader(self, source: str) -> shaders.Library:
         library = shaders.Library(self.engine, source)

@@ -245,6 +245,12 @@ def test_operators_are_counted_and_unknown_ones_refused(simulator: Simulator) ->
         torch.linalg.svd(x)
 
 
+def test_bytes_moved_are_counted(simulator: Simulator) -> None:
+    x = torch.ones(10, 10).to("mps")
+    assert ((x @ x)[:2] + 1).cpu().sum() == 220
+    assert simulator.bytes_moved() == (400, 80)
+
+
 def test_what_apples_device_refuses(simulator: Simulator) -> None:
     x = torch.ones(3, device="mps")
     with pytest.raises(RuntimeError, match="same device"):

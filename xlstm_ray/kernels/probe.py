@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -123,6 +123,7 @@ class Fit:
     note: str | None = None
 
 
+@cache
 def fit_t_inner(
     asked: int, *, batch: int, heads: int, dhqk: int, dhhv: int, dtype: torch.dtype, device: torch.device
 ) -> Fit:

@@ -30,7 +30,7 @@
 #include <set>
 #include <sstream>
 #include <string>
-#include <vector>
+#include <utility>
 
 namespace {
 
@@ -291,13 +291,22 @@ at::Tensor on_cpu(const at::Tensor& t) {
   return t.is_cpu() ? t : at::from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options().device(at::kCPU));
 }
 
-at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool) {
+// Bytes that a program moved; what run_on_cpu() below moves is not the program's doing.
+std::atomic<long> bytes_to_device{0}, bytes_to_host{0};
+thread_local bool inside_operator = false;
+
+void copy(const at::Tensor& from, const at::Tensor& to) {
+  if (from.is_cpu() != to.is_cpu() && !inside_operator) (to.is_cpu() ? bytes_to_host : bytes_to_device) += long(from.nbytes());
   on_cpu(to).copy_(on_cpu(from));
+}
+
+at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool) {
+  copy(from, to);
   return to;
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
-  on_cpu(to).copy_(on_cpu(from));
+  copy(from, to);
   return to;
 }
 
@@ -370,6 +379,10 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->cpu();
     }
   }
+  struct Inside {
+    bool before = std::exchange(inside_operator, true);
+    ~Inside() { inside_operator = before; }
+  } inside;
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 
@@ -405,7 +418,15 @@ void sim_device_install(int present) {
   installed = present != 0;
 }
 
-void sim_device_reset_counts() { operators.reset(); }
+void sim_device_reset_counts() {
+  operators.reset();
+  bytes_to_device = bytes_to_host = 0;
+}
+
+void sim_device_bytes_moved(long* to_device_and_host) {
+  to_device_and_host[0] = bytes_to_device;
+  to_device_and_host[1] = bytes_to_host;
+}
 
 // "name<tab>count" lines; the text lives until this thread asks again.
 const char* sim_device_operator_counts() {

@@ -1,0 +1,123 @@
+"""The command line with --device mps, in this process: the CPU's next tokens, and nothing silently leaves the GPU."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_model
+
+from xlstm_ray import cli
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine import DEMO_MODEL
+
+from .operators import operators_with_mps_kernels
+from .simulator import Simulator
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 2
+
+# Everything that may run on mps besides the Metal kernels made for the model, and why it does. On a Mac these are
+# kernels of torch's own; the simulated device runs them on the CPU. What is not here fails the tests below.
+OUT_NORM = "out norm and soft cap of the last token's logits, not compiled: once a prompt and once a new token"
+CHECKS = "weights, once they are loaded, are checked for values that are not finite"
+OPERATORS = {
+    "aten::mm.out": "the projections: MPS's matrix products",
+    "aten::bmm.out": "the products within chunks and over their states",
+    "aten::cumsum.out": "Inductor makes no scan on Metal",
+    "aten::index_select": "the embedding",
+    "aten::add.out": "the sum over bands, and the residual around it; the out norm's eps",
+    "aten::index.Tensor_out": "each row's last token, once a tile",
+    "aten::arange.start_out": "the rows of that index",
+    "aten::where.self": "the last hidden state of rows that end in this tile",
+    "aten::zero_": "a fresh state",
+    "aten::pow.Tensor_Scalar_out": OUT_NORM,
+    "aten::mean.out": OUT_NORM,
+    "aten::rsqrt.out": OUT_NORM,
+    "aten::mul.out": OUT_NORM,
+    "aten::div.out": OUT_NORM,
+    "aten::tanh.out": OUT_NORM,
+    "aten::sum.IntList_out": CHECKS,
+    "aten::abs.out": CHECKS,
+    "aten::eq.Tensor_out": CHECKS,
+    "aten::ne.Scalar_out": CHECKS,
+    "aten::_local_scalar_dense": CHECKS + "; constants, folded while Inductor compiles",
+    "aten::fill_.Scalar": "constants, folded while Inductor compiles",
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """The JSON that `xlstm-ray ...` prints."""
+    monkeypatch.setattr(sys, "argv", ["xlstm-ray", *words, "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert not ended.value.code, printed.err
+    return json.loads(printed.out)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    make_model(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "heads_per_band"),
+    [
+        ("tiny", "queued_compiled_chunks", 4),
+        ("tiny", "queued_compiled_steps", 2),
+        ("demo", "queued_compiled_chunks", 4),
+    ],
+)
+def test_same_tokens_as_on_the_cpu(
+    simulator: Simulator,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    backend: str,
+    heads_per_band: int,
+) -> None:
+    monkeypatch.setenv("XLSTM_T_INNER", "4")  # quicker to compile than 8
+    directory = tiny if model == "tiny" else DEMO_MODEL
+    asked = ["--model", str(directory), "--prompt", TEXT, "--dtype", "float32", "--tile-size", "64"]
+    want = run(monkeypatch, capsys, "prefill", *asked, "--device", "cpu", "--chunkwise-backend", "native")
+    text = run(monkeypatch, capsys, "generate", *asked, "--device", "cpu", "--chunkwise-backend", "native",
+               "--max-new-tokens", "6")["text"]  # fmt: skip
+
+    asked += ["--device", "mps", "--chunkwise-backend", backend, "--heads-per-band", str(heads_per_band)]
+    simulator.clear_counts()
+    got = run(monkeypatch, capsys, "prefill", *asked)
+    assert (got["device"], got["backend"], got["bands"]) == ("mps", backend, 4 // heads_per_band)
+    assert [t["id"] for t in got["next_tokens"]] == [t["id"] for t in want["next_tokens"]]
+    for g, w in zip(got["next_tokens"], want["next_tokens"], strict=True):
+        assert g["logprob"] == pytest.approx(w["logprob"], abs=2e-5)
+
+    assert simulator.launches()
+    assert set(simulator.operators()) <= set(OPERATORS)
+    _, to_host = simulator.bytes_moved()
+    config = ModelConfig.from_file(directory / "config.json")
+    state = config.num_blocks * config.num_heads * (config.dhqk * config.dhhv + config.dhqk + 1) * 4
+    assert to_host <= state + 2 * config.vocab_size * 4  # the state once, and the logits
+
+    generated = run(monkeypatch, capsys, "generate", *asked, "--max-new-tokens", "6")
+    assert generated["text"] == text
+    assert set(simulator.operators()) <= set(OPERATORS)
+
+
+def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:
+    assert set(OPERATORS) <= operators_with_mps_kernels()
+
+
+def test_cpu_fallback_is_refused(
+    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "prefill", "--model", str(tiny), "--prompt", "x", "--device", "mps"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently" in capsys.readouterr().err
