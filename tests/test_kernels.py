@@ -4,7 +4,7 @@ Relative error means ||out - reference|| / ||reference||, the worst of all heads
 exp(m), and any m may be chosen with it: what is compared is C exp(m), and m itself apart from it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -109,6 +109,10 @@ def by_steps(step: Callable) -> Callable:
     return cell
 
 
+def backend_cell(name: str, T: int, L: int) -> Callable:
+    return chunkwise_backend(name).cell(T, chunk_size=L, t_inner=4, compiler=compile_strict)
+
+
 def positional(cell: Callable) -> Callable:
     """A plain function of a cell: what compile_strict takes."""
     return lambda q, k, v, i, f, state, eps: cell(q, k, v, i=i, f=f, state=state, eps=eps)
@@ -117,8 +121,8 @@ def positional(cell: Callable) -> Callable:
 EAGER: dict[str, Callable[[int, int], Callable]] = {  # (tokens, chunk size) -> cell
     "step native": lambda T, L: by_steps(step_kernel("native")),
     "sequence native": lambda T, L: sequence_kernel("native_sequence__native"),
-    "backend native": lambda T, L: chunkwise_backend("native").cell(T, chunk_size=L, t_inner=8),
-    "closed form": lambda T, L: chunkwise_backend("queued_compiled_chunks").cell(T, chunk_size=L, t_inner=8),
+    "backend native": lambda T, L: backend_cell("native", T, L),
+    "closed form": lambda T, L: backend_cell("queued_compiled_chunks", T, L),
 }
 
 
@@ -130,10 +134,9 @@ def compiled(name: str) -> Callable:
     if name == "sequence metal":
         return sequence_kernel("native_sequence__metal", t_inner=8)  # does not divide 20: a kernel of 8, one of 4
     if name == "backend steps":
-        return chunkwise_backend("chunkwise--queued_compiled_steps").cell(20, chunk_size=10, t_inner=4)
+        return backend_cell("chunkwise--queued_compiled_steps", 20, 10)
     assert name == "closed form compiled"
-    cell = chunkwise_backend("chunkwise--queued_compiled_chunks").cell(20, chunk_size=10, t_inner=4)
-    return compile_each(positional(cell), "chunks")
+    return compile_each(positional(backend_cell("chunkwise--queued_compiled_chunks", 20, 10)), "chunks")
 
 
 COMPILED = ["step metal", "sequence metal", "backend steps", "closed form compiled"]
@@ -280,16 +283,11 @@ def long_run() -> tuple[Run, Tensor, tuple[Tensor, State]]:
     return (q, k, v, i, f, state), rows, at_once(q, k, v, i=i, f=f, state=state, rows=rows)
 
 
-def compiled_chunks(L: int) -> Callable:
-    cell = chunkwise_backend("queued_compiled_chunks").cell(1000, chunk_size=L, t_inner=4)
-    return compile_strict(positional(cell), "tile")
-
-
 LONG_KERNELS: dict[str, tuple[int, Callable[[], Callable]]] = {  # tile size, cell
     "sequence native": (LONG, lambda: sequence_kernel("native_sequence__native")),
     "sequence metal": (LONG, lambda: sequence_kernel("native_sequence__metal", t_inner=4)),
     "closed form, one tile": (LONG, lambda: EAGER["closed form"](LONG, 40)),
-    "closed form compiled": (1000, lambda: compiled_chunks(40)),
+    "closed form compiled": (1000, lambda: compile_strict(positional(EAGER["closed form"](1000, 40)), "tile")),
 }
 
 
@@ -319,26 +317,6 @@ def test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates(compile_it):
 
 
 # -- buffers nobody wrote ----------------------------------------------------------------------------------------------
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Fresh memory holds NaN, in torch and in compiled code; yields how many buffers the compiled code asked for."""
-    asked: list[int] = []
-    plain = torch._C._dynamo.guards._empty_strided_cpu
-
-    def empty_strided(size: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
-        out = plain(size, stride, dtype)
-        asked.append(out.numel())
-        return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(torch.iinfo(dtype).max)
-
-    # Compiled modules take the function by this name when they are loaded, so only kernels compiled here see it.
-    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty_strided)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield asked
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("kernel", ["sequence metal", "closed form", "closed form compiled"])
 def test_no_kernel_reads_memory_that_nobody_wrote(kernel, poisoned):
     # Sizes of their own: a module that was loaded before would not see the poison.
