@@ -218,6 +218,45 @@ def generate(
         raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
 
 
+@app.command()
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="On mps: the Metal kernels of a model, without running any.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    chunkwise_backend: BackendOption = None,
+    tile_size: TileOption = None,
+    chunk_size: ChunkOption = None,
+    heads_per_band: HeadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what this machine has, and with --kernels what a model's kernels take on Apple's GPU."""
+    from xlstm_ray.settings import Settings
+
+    settings = Settings.make(
+        model=model,
+        device=device,
+        dtype=dtype,
+        chunkwise_backend=chunkwise_backend,
+        tile_size=tile_size,
+        chunk_size=chunk_size,
+        heads_per_band=heads_per_band,
+    )
+    from xlstm_ray.doctor import kernel_report, machine
+
+    facts: dict[str, Any] = {"machine": machine()}
+    lines = [f"{name:<22} {value}" for name, value in facts["machine"].items()]
+    if kernels:
+        facts["kernels"], more = kernel_report(settings)
+        lines += ["", *more]
+    if json_output:
+        _json_line(facts)
+    else:
+        print("\n".join(lines), flush=True)
+
+
 def main() -> None:
     """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
     _open_standard_files()
@@ -341,7 +380,10 @@ def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, 
         settings = Settings.make(**{**grid, **{k: v for k, v in asked.items() if v is not None}})
     from xlstm_ray.engine import Engine
 
-    return state, Engine(settings)
+    engine = Engine(settings)
+    if engine.note:
+        _err(f"note: {engine.note}")
+    return state, engine
 
 
 def _backend_of(kernel: str) -> str:
@@ -504,6 +546,7 @@ def _summary(
         "resumed_tokens": stats.resumed_tokens if row is None else stats.row_resumed[row],
         "tile_size": engine.grid.tile_size,
         "chunk_size": engine.grid.chunk_size,
+        "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
         "bands": engine.bands,
         "stages": engine.stages,
         "workers": engine.workers,

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -10,9 +10,12 @@ import psutil
 import torch
 
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine import DEMO_MODEL, choose_device, choose_grid, choose_steps
+from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.probe import MAX_BUFFERS, Generated, Probe
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, Kernels, Worker, make_grid
+from xlstm_ray.settings import Settings
 
 PACKAGES = ("xlstm-ray", "torch", "safetensors", "tokenizers")
 
@@ -32,6 +35,57 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["cuda"] = torch.cuda.get_device_name()
     return facts
+
+
+def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """What the model's kernels take on this machine's mps: as figures, and as lines of text.
+
+    Of the model's directory only config.json is read. Raises UsageError where the device or backend has no such table.
+    """
+    device = choose_device(settings)
+    if device.type != "mps":
+        raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
+    config_file = (settings.model or DEMO_MODEL) / "config.json"
+    config = ModelConfig.from_file(config_file)
+    backend, grid = choose_grid(settings, config, device, config_file)
+    if not backend.compiled:
+        raise UsageError(f"--chunkwise-backend is {backend.name!r}, which compiles no kernels; leave it out")
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    steps = choose_steps(settings, backend, config, grid.heads_per_band, dtype, device)
+    bands = len(make_grid(config, heads_per_band=grid.heads_per_band)[0])
+    windows = metal_kernels(
+        config,
+        backend,
+        dtype=dtype,
+        batch=1,
+        windows=sorted({grid.tile_size, grid.chunk_size, 1}, reverse=True),
+        chunk_size=grid.chunk_size,
+        heads_per_band=grid.heads_per_band,
+        t_inner=steps.t_inner,
+    )
+    figures: dict[str, Any] = {
+        "backend": backend.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "blocks": config.num_blocks,
+        "bands": bands,
+        "t_inner": steps.t_inner,
+        "note": steps.note,
+        "windows": [],
+    }
+    lines = [f"{backend.name}, {figures['dtype']}, {config.num_blocks} blocks, {bands} band(s)"]
+    lines += [steps.note] if steps.note else []
+    for window in windows:
+        figures["windows"].append(
+            {
+                "tokens": window.tokens,
+                "functions": [asdict(f) for f in window.functions],
+                "most_buffers": window.most_buffers,
+                "launches_per_token": window.launches_per_token * config.num_blocks * bands,
+                "bytes_per_token": window.bytes_per_token * config.num_blocks * bands,
+            }
+        )
+        lines += kernel_lines(window, config, bands)
+    return figures, lines
 
 
 @dataclass(frozen=True)
@@ -123,7 +177,7 @@ def kernel_lines(window: WindowKernels, config: ModelConfig, bands: int) -> list
     for f in window.functions:
         rate, size = f.calls * f.all_launches / window.tokens, f.calls * f.bytes / window.tokens
         lines.append(
-            f"  {f.name:<18} {f.calls:5}  {f.launches:13}  {f.library_calls.total():7}  "
+            f"  {f.name:<18} {f.calls:5}  {f.launches:13}  {sum(f.library_calls.values()):7}  "
             f"{f.most_buffers:6} of {MAX_BUFFERS}  {rate:14.3f}  {size / 2**20:9.3f}"
         )
     times = config.num_blocks * bands

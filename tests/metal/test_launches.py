@@ -98,7 +98,7 @@ def test_inductors_fusion_limit_where_it_serves_better(
     def generated(fn: object, name: str, *qkv: torch.Tensor, fusion_limit: int | None, **_: object) -> Generated:
         T = qkv[0].shape[2]
         buffers, launches = (3 * T + 7, T) if fusion_limit is None else (fusion_limit, limited_launches)
-        return Generated(name, {"kernel": buffers}, launches, kernel_probe.Counter(), 0)
+        return Generated(name, {"kernel": buffers}, launches, {}, 0)
 
     monkeypatch.setattr(kernel_probe, "generate", generated)
     fit_t_inner.cache_clear()

@@ -33,7 +33,7 @@ class Generated:
     name: str
     buffers: dict[str, int]  # Metal kernel -> entries of its argument table
     launches: int  # of Metal kernels made here
-    library_calls: Counter[str]  # torch's own kernels: matrix products, cumsum
+    library_calls: dict[str, int]  # torch's own kernels: matrix products, cumsum
     bytes: int  # read and written
     calls: int = 1
 
@@ -44,7 +44,7 @@ class Generated:
     @property
     def all_launches(self) -> int:
         """Of both kinds."""
-        return self.launches + self.library_calls.total()
+        return self.launches + sum(self.library_calls.values())
 
 
 class _CodeIsThere(BaseException):
@@ -86,7 +86,7 @@ def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = Non
         name,
         {kernel: text.count("*") + text.count("&") for kernel, text in _KERNEL.findall(code)},
         len(_LAUNCH.findall(body)),
-        Counter(_LIBRARY_CALL.findall(body)),
+        dict(Counter(_LIBRARY_CALL.findall(body))),
         size,
     )
 
