@@ -12,8 +12,8 @@ drifts treats all alike; medians over the rounds, ratios of medians. Contestants
     products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
                                    (the faster of the two), on prepared operands: what no prefill can be faster than
 
-Peak memory: what a prefill adds to the resident memory of a process that has loaded, compiled and run once on a short
-prompt; the kernel's high-water mark (Linux) is reset before the run.
+Peak memory: the process's high-water mark of resident memory during a prefill (on cuda: the allocator's), without the
+weights; each length in a process of its own that has loaded and compiled before the mark was reset.
 """
 
 import argparse
@@ -163,15 +163,14 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def start_measuring_memory(device: str) -> int:
-    """Bytes in use now; the high-water mark starts from here. On Linux, of the process; on cuda, of the allocator."""
+def start_measuring_memory(device: str) -> None:
+    """The high-water mark starts from here."""
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS")
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
 
 
 def peak_memory(device: str) -> int:
@@ -187,12 +186,11 @@ def serve(kind: str, dtype: str, args: argparse.Namespace) -> None:
     run = CONTESTANTS[kind](args.model, dtype, args)
     for line in sys.stdin:
         tokens = int(line)
-        before = start_measuring_memory(args.device)
+        start_measuring_memory(args.device)
         began = time.perf_counter()
         run(tokens)
         seconds = time.perf_counter() - began
-        added = peak_memory(args.device) - before
-        print(json.dumps({"s": seconds, "bytes": added}), flush=True)
+        print(json.dumps({"s": seconds, "bytes": peak_memory(args.device)}), flush=True)
 
 
 class Contestant:
@@ -292,16 +290,18 @@ def compare_speed(args: argparse.Namespace) -> None:
 
 def compare_memory(args: argparse.Namespace) -> None:
     lengths = [int(word) for word in args.memory_tokens.split(",")]
-    print("peak memory that a prefill adds to a loaded, compiled process, MiB")
+    stored = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
+    print("peak memory above the weights, MiB")
     for kind, dtype in (word.split(":") for word in args.contestants.split(",") if "products" not in word):
+        weights = stored * {"float32": 4, "bfloat16": 2}[dtype] // {"float32": 4, "bfloat16": 2}[args.store]
         row = []
         for tokens in lengths:
             contestant = Contestant(kind, dtype, args)
-            contestant.run(1024)
-            row.append(contestant.run(tokens)["bytes"])
+            contestant.run(lengths[0])
+            row.append(contestant.run(tokens)["bytes"] - weights)
             contestant.close()
         cells = "   ".join(f"{n} tokens {b / 2**20:8.1f}" for n, b in zip(lengths, row, strict=True))
-        print(f"  {kind + ' ' + dtype:22s} {cells}   ratio {row[-1] / row[0]:.3f}")
+        print(f"  {kind + ' ' + dtype:22s} {cells}   ratio {row[-1] / row[0]:.3f}", flush=True)
 
 
 if __name__ == "__main__":
