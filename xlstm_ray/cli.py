@@ -261,13 +261,13 @@ def main() -> None:
     """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
     _open_standard_files()
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # typer's answer to a Ctrl-C that nothing else took
+            _err("interrupted")
+        sys.exit(code)
     except typer.TyperException as err:  # an unknown option, a word where a number is due
         _err(f"error: {_usage_text(err)}; see xlstm-ray --help")
         sys.exit(2)
-    except typer.Abort:
-        _err("interrupted")
-        sys.exit(130)
     except XlstmRayError as err:
         _err(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
         sys.exit(err.exit_code)
