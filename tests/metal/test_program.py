@@ -27,6 +27,7 @@ OPERATORS = {
     "aten::bmm.out": "the products within chunks and over their states",
     "aten::cumsum.out": "Inductor makes no scan on Metal",
     "aten::index_select": "the embedding",
+    "aten::cat.out": "the outputs of unrolled steps, once a tile",
     "aten::add.out": "the sum over bands, and the residual around it; the out norm's eps",
     "aten::index.Tensor_out": "each row's last token, once a tile",
     "aten::arange.start_out": "the rows of that index",

@@ -85,16 +85,21 @@ class UnrolledSequence:
         self, q: Tensor, k: Tensor, v: Tensor, *, i: Tensor, f: Tensor, state: State, eps: float = 1e-6
     ) -> tuple[Tensor, State]:
         """As mlstm_sequence: q, k (B, NH, T, K), v (B, NH, T, V), i, f (B, NH, T) -> h (B, NH, T, V), state."""
-        T = q.shape[2]
-        h = torch.empty(*q.shape[:2], T, v.shape[-1], dtype=q.dtype, device=q.device)
-        for t in range(0, T, self.t_inner):
-            part = slice(t, min(t + self.t_inner, T))
-            # Contiguous copies: a slice's strides are those of the whole run, and would be compiled into the kernel.
-            qkv = [x[:, :, part].contiguous() for x in (q, k, v)]
-            h[:, :, part], state = self._kernel(
-                *qkv, i=i[:, :, part].contiguous(), f=f[:, :, part].contiguous(), state=state, eps=eps
-            )
-        return h, state
+        outputs = []
+        for *qkv, i_run, f_run in zip(*(self._runs(x) for x in (q, k, v, i, f)), strict=True):
+            h, state = self._kernel(*qkv, i=i_run, f=f_run, state=state, eps=eps)
+            outputs.append(h)
+        return torch.cat(outputs, 2), state
+
+    def _runs(self, x: Tensor) -> list[Tensor]:
+        """x (B, NH, T, ...) -> runs (B, NH, t_inner or fewer, ...), each contiguous.
+
+        A slice's strides are those of the whole and would be compiled into the kernel; all runs are copied at once.
+        """
+        T = x.shape[2]
+        whole = T - T % self.t_inner
+        runs = list(x[:, :, :whole].unflatten(2, (whole // self.t_inner, self.t_inner)).movedim(2, 0).contiguous())
+        return [*runs, x[:, :, whole:].contiguous()] if whole < T else runs
 
 
 def compiled_step() -> Callable:
