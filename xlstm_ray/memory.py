@@ -10,8 +10,13 @@ if TYPE_CHECKING:
 
 def peak_process_bytes() -> int:
     """The largest resident size this process has had, in bytes."""
+    if sys.platform == "linux":
+        # ru_maxrss survives exec: a small program started by a large one would report the large one's.
+        with open("/proc/self/status") as status:
+            (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
+        return int(peak) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems KiB
 
 
 def peak_device_bytes(device: "torch.device") -> int:
