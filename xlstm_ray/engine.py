@@ -131,6 +131,7 @@ class Engine:
         )
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int]] = set()
+        self._runs = 0  # counts what the executor's one state has been given to
 
     # -- tokens --------------------------------------------------------------------------------------------------------
     def encode(self, prompt: Prompt) -> list[int]:
@@ -205,7 +206,7 @@ class Engine:
                     f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
                     "give the same prompt to go on"
                 )
-            self.executor.set_state(state.tensors, state.batch)
+            self._set_state(state, state.batch)
             stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
@@ -214,7 +215,7 @@ class Engine:
             begin, [len(r) for r in rows], tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size
         )
         compile_s = self.warm_up(len(rows), sizes)
-        self.executor.set_state(None if state is None else state.tensors, len(rows))
+        self._set_state(state, len(rows))
         outcome = driver.prefill(
             self.executor,
             rows,
@@ -239,6 +240,8 @@ class Engine:
             extend_prompt_hash(h, row[b:c].tolist())
             for h, row, b, c in zip(hashes, rows, begin, outcome.consumed, strict=True)
         ]
+        if not outcome.logits.numel():  # stopped before the first tile: nothing is seen, so nothing is predicted
+            outcome.logits = torch.zeros(len(rows), self.config.vocab_size)
         require_finite(outcome.logits, self.model_path)
         complete = outcome.consumed == [len(r) for r in rows]
         state = self._state(outcome.logits, outcome.consumed, hashes, complete)
@@ -299,6 +302,10 @@ class Engine:
                 )
         return state.tokens, state.prompt_hash, state.tensors["logits"]
 
+    def _set_state(self, state: RecurrentState | None, batch: int) -> None:
+        self.executor.set_state(None if state is None else state.tensors, batch)
+        self._runs += 1
+
     def _state(self, logits: Tensor, tokens: list[int], hashes: list[str], complete: bool) -> RecurrentState:
         tensors = self.executor.get_state()
         tensors["logits"] = logits
@@ -325,13 +332,19 @@ class Generation:
         )
         self.compile_s = engine.warm_up(prefill.state.batch, [1]) if prefill.complete and max_new_tokens > 1 else 0.0
         self.texts = [""] * prefill.state.batch
+        self._run = engine._runs
 
     def rows(self) -> Iterator[list[str]]:
         """A piece of text for each row, step by step."""
         if not self.prefill.complete:
             return  # stopped on the way: there is nothing to decode from yet
         streams = [TextStream(self._engine.tokenizer) for _ in self.texts]
-        for step in self._decoder.run(self._limit, self._should_stop):
+        steps = self._decoder.run(self._limit, self._should_stop)
+        while True:
+            self._require_own_state()
+            step = next(steps, None)
+            if step is None:
+                return
             with _tokenizing(self._engine._tokenizer_file):
                 pieces = ["" if t is None else stream.step(t) for stream, t in zip(streams, step, strict=True)]
             self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
@@ -362,11 +375,20 @@ class Generation:
         before = self.prefill.state
         if not before.complete:
             return before
+        self._require_own_state()
         self._engine.warm_up(before.batch, [1])
         self._decoder.catch_up()
         tokens = [n + len(made) for n, made in zip(before.tokens, self.tokens, strict=True)]
         hashes = [extend_prompt_hash(h, made) for h, made in zip(before.prompt_hash, self.tokens, strict=True)]
         return self._engine._state(self._decoder.logits, tokens, hashes, True)
+
+    def _require_own_state(self) -> None:
+        """An engine has one state at a time: after another prefill it is no longer this generation's."""
+        if self._run != self._engine._runs:
+            raise UsageError(
+                "this generation's engine has begun another prompt since, so it cannot go on; "
+                "take its state() before that, and generate from it"
+            )
 
 
 def load(model: str | Path | None = None, **options: Any) -> Engine:
