@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""What works on this Mac's GPU, how exactly and how fast: one block to paste into a report.
+
+    ./scripts/check_on_mac.sh                                          # the demo model
+    ./scripts/check_on_mac.sh --model path/to/xlstm-7b --lengths 2048,8192,32768
+
+The machine and the Metal kernels (doctor --kernels); the demo model's results on mps against the eager float32
+reference on the CPU; prefill at the given lengths, each in a process of its own so that peak memory is that length's.
+Exit code 1 where a result on mps is wrong.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SELF = Path(__file__).resolve()
+sys.path.insert(0, str(SELF.parents[1]))
+
+TEXT = "The capital of France is Paris, and the river that flows through it is the Seine. "
+# Largest difference of a log probability among the likeliest tokens; float32 sums in another order, bfloat16 rounds.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+def parity(tile_size: int | None) -> tuple[list[str], bool]:
+    """The demo model on mps, compiled, in both dtypes, against the reference: lines, and whether all is well."""
+    import torch
+
+    import xlstm_ray
+
+    prompt = TEXT * 4
+    reference = xlstm_ray.load(device="cpu", dtype="float32", chunkwise_backend="native", tile_size=tile_size)
+    want = torch.log_softmax(reference.prefill(prompt).logits[0].double(), -1)
+    lines, good = [], True
+    for backend in ("queued_compiled_chunks", "queued_compiled_steps"):
+        for dtype, tolerance in TOLERANCE.items():
+            engine = xlstm_ray.load(device="mps", dtype=dtype, chunkwise_backend=backend, tile_size=tile_size)
+            got = torch.log_softmax(engine.prefill(prompt).logits[0].double().cpu(), -1)
+            top = want.topk(5).indices
+            error = (got - want)[top].abs().max().item()
+            ok = error <= tolerance and (dtype != "float32" or bool(got.argmax() == want.argmax()))
+            good = good and ok
+            lines.append(f"{backend:<23} {dtype:<9} log probabilities within {error:.1e}  {'ok' if ok else 'WRONG'}")
+    return lines, good
+
+
+def prefill(length: int, model: Path | None, tile_size: int | None) -> dict[str, float]:
+    """Figures of one prefill of `length` tokens on mps, the model's own settings."""
+    import xlstm_ray
+
+    engine = xlstm_ray.load(model, device="mps", tile_size=tile_size)
+    tokens = engine.encode(TEXT)
+    stats = engine.prefill((tokens * (length // len(tokens) + 1))[:length]).stats
+    return {
+        "tokens": length,
+        "tokens_s": stats.prefill_tok_s or 0.0,
+        "first_token_s": stats.ttft_s,
+        "compile_s": stats.compile_s,
+        "load_s": engine.load_s,
+        "peak_mib": stats.peak_memory_bytes / 2**20,
+    }
+
+
+def report(args: argparse.Namespace) -> bool:
+    """Print the block; whether all is well."""
+    from xlstm_ray.doctor import kernel_report, machine
+    from xlstm_ray.settings import Settings
+
+    print("```\nxlstm-ray on a Mac")
+    for name, value in machine().items():
+        print(f"  {name:<22} {value}")
+    print("\nmps against the reference on the CPU (demo model)", flush=True)
+    lines, good = parity(args.tile_size)
+    print("\n".join(f"  {line}" for line in lines))
+    print(f"\nprefill on mps ({args.model or 'demo model'})", flush=True)
+    # The interpreter and its options as this script was started with them.
+    command = [*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv)], str(SELF), "--prefill"]
+    options = [f"--model={args.model}"] * bool(args.model) + [f"--tile-size={args.tile_size}"] * bool(args.tile_size)
+    for length in args.lengths.split(","):
+        ran = subprocess.run([*command, length, *options], capture_output=True, text=True, check=False)
+        if ran.returncode:
+            good = False
+            last = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"  {length:>7} tokens: FAILED: {last}", flush=True)
+            continue
+        row = json.loads(ran.stdout.splitlines()[-1])
+        print(
+            f"  {row['tokens']:>7} tokens: {row['tokens_s']:9,.0f} tokens/s, "
+            f"first token in {row['first_token_s']:.3f} s, load {row['load_s']:.1f} s, "
+            f"compile {row['compile_s']:.1f} s, peak {row['peak_mib']:,.0f} MiB",
+            flush=True,
+        )
+    print("\nMetal kernels")
+    settings = Settings.make(model=args.model, device="mps", tile_size=args.tile_size)
+    print("\n".join(f"  {line}" for line in kernel_report(settings)[1]))
+    print(f"\n{'all well' if good else 'SOMETHING IS WRONG, see above'}\n```", flush=True)
+    return good
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model directory [default: the demo model]")
+    parser.add_argument("--lengths", default="512,2048,8192", help="prompt lengths in tokens, with commas between")
+    parser.add_argument("--tile-size", type=int, help="tokens a task [default: as xlstm-ray]")
+    parser.add_argument("--prefill", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    import torch
+
+    if not torch.backends.mps.is_available():
+        sys.exit("error: this machine has no mps device")
+    if args.prefill:
+        print(json.dumps(prefill(args.prefill, args.model, args.tile_size)))
+    else:
+        sys.exit(0 if report(args) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""scripts/check_on_mac, as it would run on a Mac."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .plugin import require_simulator
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_check_on_mac_prints_its_report() -> None:
+    require_simulator()
+    command = [sys.executable, "-m", "metal", "scripts/check_on_mac.py", "--lengths", "64,192", "--tile-size", "64"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "XLSTM_T_INNER": "4"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    block = ran.stdout.strip()
+    assert block.startswith("```\nxlstm-ray on a Mac\n")
+    assert block.endswith("all well\n```")
+    assert "WRONG" not in block
+    assert len(re.findall(r"log probabilities within \S+  ok", block)) == 4
+    assert len(re.findall(r"\d+ tokens: .* tokens/s, first token in .* peak .* MiB", block)) == 2
+    assert re.search(r"block_1x64 .* of 31 ", block)
