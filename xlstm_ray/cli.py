@@ -295,6 +295,64 @@ def _open_standard_files() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 
+# -- signals -----------------------------------------------------------------------------------------------------------
+class _Stop:
+    """Whether Ctrl-C or SIGTERM has come: prefill asks between tiles, decoding between tokens.
+
+    A second Ctrl-C interrupts at once, and so does the first before anything was asked: compiling takes long, and there
+    is nothing to keep yet.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.asked = False
+
+    def __call__(self) -> bool:
+        self.asked = True
+        return bool(self.signals)
+
+    def handle(self, number: int, _frame: object) -> None:
+        self.signals.append(number)
+        if not self.asked or (len(self.signals) > 1 and number == signal.SIGINT):
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _handling(handler: Any, *numbers: int) -> Iterator[None]:
+    """These signals go to the handler for a while; only the main thread may arrange that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM):
+        try:
+            yield stop
+        except KeyboardInterrupt:
+            raise _stopped("interrupted", stop) from None
+
+
+@contextmanager
+def _leave_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here and now: libraries that are being imported may swallow an exception."""
+
+    def leave(_number: int, _frame: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    with _handling(leave, signal.SIGINT):
+        yield
+
+
 # -- input -------------------------------------------------------------------------------------------------------------
 def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None) -> Any:
     """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is."""
@@ -356,6 +414,7 @@ def _check_writable(path: Path | None) -> None:
         raise StateError(f"{path}: cannot be written ({err.strerror}); choose another --state-out") from None
 
 
+@_leave_at_once()
 def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
     """Find out before a model is read that it cannot be asked this."""
     from xlstm_ray.decode import Sampling
@@ -365,6 +424,7 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
 
 
+@_leave_at_once()
 def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, Engine]":
     """The saved state, and the model; what was not asked for is taken from the state, so that grids agree."""
     from xlstm_ray.settings import Settings
@@ -392,40 +452,14 @@ def _backend_of(kernel: str) -> str:
     return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts at once."""
-    came: list[int] = []
-
-    def handler(number: int, _frame: object) -> None:
-        if came and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def stop() -> bool:
-        return bool(came)
-
-    stop.signals = came  # type: ignore[attr-defined]
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _stopped(text: str, stop: Any) -> Interrupted:
+def _stopped(text: str, stop: _Stop) -> Interrupted:
     error = Interrupted(text)
-    if signal.SIGTERM in getattr(stop, "signals", ()):
+    if signal.SIGTERM in stop.signals:
         error.exit_code = 128 + signal.SIGTERM
     return error
 
 
-def _interrupted(result: "PrefillResult", state_out: Path | None, stop: Any) -> Interrupted:
+def _interrupted(result: "PrefillResult", state_out: Path | None, stop: _Stop) -> Interrupted:
     done, total = sum(result.state.tokens), result.stats.prompt_tokens
     text = f"stopped after {done} of {total} tokens"
     if state_out is None:
@@ -451,7 +485,7 @@ def _program() -> str:
     return "xlstm-ray" if same else sys.argv[0]
 
 
-def _require_some(result: "PrefillResult", stop: Any) -> None:
+def _require_some(result: "PrefillResult", stop: _Stop) -> None:
     if sum(result.state.tokens) == 0:
         raise _stopped("stopped before the first tile; there is nothing to save", stop)
 
