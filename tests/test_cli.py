@@ -636,6 +636,25 @@ def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("sign", "backend"),
+    [("numpy._core", "native"), ("torch._tensor", "native"), ("torch._inductor.graph", "queued_compiled_chunks")],
+)
+def test_an_interrupt_before_the_first_tile_ends_it_at_once(sign, backend, model, tmp_path):
+    """In the middle of imports, where libraries swallow exceptions, and of compiling, which takes long."""
+    words = ("prefill", "--model", model, "--device", "cpu", "--chunkwise-backend", backend, "--prompt", PROMPT)
+    # Python says on standard error what it has imported, and so how far it has come.
+    env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    with start(*words, "--state-out", tmp_path / "state", env=env) as process:
+        while not process.stderr.readline().rstrip().endswith(f" {sign}"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        ran = finish(process)
+    said = [line for line in ran.err.splitlines() if not line.startswith("import time:")]
+    assert (ran.code, ran.out, said) == (130, "", ["interrupted"])
+    assert not (tmp_path / "state").exists()
+
+
 def test_an_interrupted_generation_keeps_what_it_made(run, options, tmp_path):
     path = tmp_path / "state"
     words = ("generate", *options, "--prompt", PROMPT)
