@@ -30,7 +30,7 @@ def test_every_new_token_is_in_one_window_and_nothing_else_is(rows, sizes):
 def test_windows_lie_on_the_grid_in_order_and_none_is_empty(rows, sizes):
     begin, end = spans(rows)
     windows = list(plan_windows(begin, end, **sizes))
-    assert [window.index for window in windows] == list(range(len(windows)))
+    assert [window.number for window in windows] == list(range(len(windows)))
     for window in windows:
         assert window.size in sizes.values()
         assert window.start % window.size == 0

@@ -237,8 +237,7 @@ def _locate(directory: Path) -> dict[str, Path]:
         pickled = next((p for p in beside if p.suffix in (".bin", ".pt", ".pth", ".ckpt")), None)
         if pickled:
             raise CheckpointError(
-                f"{pickled}: pickled weights can run code when opened and are refused; "
-                f"convert them to {SINGLE_FILE}"
+                f"{pickled}: pickled weights can run code when opened and are refused; convert them to {SINGLE_FILE}"
             )
         raise CheckpointError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
     content = read_json(index, CheckpointError)

@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     enable_mps_fallback: Annotated[bool, Field(validation_alias="PYTORCH_ENABLE_MPS_FALLBACK")] = False
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, env_settings: Any, **_: Any) -> Any:
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: Any, init_settings: Any, env_settings: Any, **_: Any
+    ) -> Any:
         """Arguments, then the environment; only variables named here are read."""
         return init_settings, env_settings
 

@@ -95,7 +95,7 @@ class RecurrentState:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].contiguous()
             total.update(json.dumps([name, list(tensor.shape)]).encode())
-            total.update(memoryview(tensor.view(torch.uint8).numpy()))
+            total.update(tensor.view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     def row(self, b: int) -> "RecurrentState":

@@ -34,7 +34,9 @@ def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) 
     shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
     """
     options = None if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
-    compiled = torch.compile(own_code(fn, name), fullgraph=True, dynamic=False, options=options, recompile_limit=1)
+    compiled = torch.compile(  # type: ignore[call-overload] # recompile_limit is missing from the overloads
+        own_code(fn, name), fullgraph=True, dynamic=False, options=options, recompile_limit=1
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException

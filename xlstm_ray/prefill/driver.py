@@ -48,8 +48,8 @@ def make_tile(window: Window, rows: Sequence[Tensor], begin: Sequence[int]) -> T
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
     for b, (first, last) in enumerate(parts):
         tokens[b, first:last] = rows[b][window.start + first : window.start + last]
-    first, last = zip(*parts, strict=True)
-    return Tile(window.index, tokens, torch.tensor(first), torch.tensor(last))
+    firsts, lasts = zip(*parts, strict=True)
+    return Tile(window.number, tokens, torch.tensor(firsts), torch.tensor(lasts))
 
 
 def prefill(
@@ -83,12 +83,12 @@ def prefill(
                 outcome.stopped = True
                 return
             tile = make_tile(window, rows, begin)
-            submitted[window.index] = window, tile
+            submitted[window.number] = window, tile
             yield tile
 
     started = perf_counter()
     for result in executor.stream(tiles(), all_logits=all_logits):
-        window, tile = submitted.pop(result.index)
+        window, tile = submitted.pop(result.number)
         has = tile.last > tile.first
         hidden = (
             result.hidden if hidden is None else torch.where(has.unsqueeze(-1).to(hidden.device), result.hidden, hidden)

@@ -16,14 +16,14 @@ from xlstm_ray.model import Worker
 class Tile(NamedTuple):
     """A window's tokens for all rows of a batch: one task's worth."""
 
-    index: int
+    number: int
     tokens: Tensor  # (B, T) int64, on the CPU; 0 where a row has none
     first: Tensor  # (B,) int64: row b's tokens are first[b] <= t < last[b], the others are padding
     last: Tensor  # (B,) int64
 
 
 class TileResult(NamedTuple):
-    index: int
+    number: int
     hidden: Tensor  # (B, D) residual stream after the last block, of each row's last token in the tile
     logits: Tensor | None  # (B, T, vocabulary) float32, where all were asked for
     seconds: float
@@ -120,7 +120,7 @@ class InProcessExecutor:
 
         for tile in tiles:
             hidden, logits = self._run(tile, all_logits)
-            pending.append((TileResult(tile.index, hidden, logits, 0.0), self._fence()))
+            pending.append((TileResult(tile.number, hidden, logits, 0.0), self._fence()))
             if len(pending) > 1 or self.device.type == "cpu":
                 yield finish()
         while pending:
@@ -168,14 +168,14 @@ class InProcessExecutor:
         main = torch.cuda.current_stream(self.device)
         ready = main.record_event()
 
-        def on(stream: torch.cuda.Stream, call: Callable[[], Tensor]) -> tuple[Tensor, torch.cuda.Event]:
+        def on(stream: torch.cuda.Stream, call: Callable[[], Tensor], read: Tensor) -> tuple[Tensor, torch.cuda.Event]:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                x.record_stream(stream)
+                read.record_stream(stream)
                 return call(), stream.record_event()
 
-        for future in [self._pool.submit(on, s, c) for s, c in zip(self._streams, calls, strict=True)]:
-            part, done = future.result()
+        for started in [self._pool.submit(on, s, c, x) for s, c in zip(self._streams, calls, strict=True)]:
+            part, done = started.result()
             main.wait_event(done)
             part.record_stream(main)
             x = x + part

@@ -13,7 +13,7 @@ from typing import NamedTuple
 class Window(NamedTuple):
     """The tokens start <= t < start + size of every row."""
 
-    index: int
+    number: int
     start: int
     size: int
 
@@ -31,14 +31,14 @@ def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
     """
     assert tile_size % chunk_size == 0
     rows = [(b, e) for b, e in zip(begin, end, strict=True) if b < e]
-    position, index = 0, 0
+    position, number = 0, 0
     while rows := [(b, e) for b, e in rows if position < e]:
         # No window without a token: what no row has is skipped, just as a run resumed here would skip it.
         position = max(position, min(b for b, _ in rows) // chunk_size * chunk_size)
         rest = max(e for _, e in rows) - position
         size = tile_size if position % tile_size == 0 and rest * 4 > tile_size * 3 else chunk_size
-        yield Window(index, position, size)
-        position, index = position + size, index + 1
+        yield Window(number, position, size)
+        position, number = position + size, number + 1
 
 
 def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> list[int]:
