@@ -103,7 +103,10 @@ def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tens
 
 def head_norm(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each head on its own: h (B, T, nh, V) -> (B, T, nh V), float32."""
-    h = F.layer_norm(h.float(), h.shape[-1:], eps=eps).flatten(-2) * weight.float()
+    # Not F.layer_norm: of its variance Inductor on Metal makes a kernel in which each thread reads the whole row.
+    h = h.float()
+    h = h - h.mean(-1, keepdim=True)
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * weight.float()
     return h if bias is None else h + bias.float()
 
 
