@@ -12,6 +12,7 @@ from tiny import make_model
 from xlstm_ray import cli
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine import DEMO_MODEL
+from xlstm_ray.kernels.probe import Fit
 
 from .operators import operators_with_mps_kernels
 from .simulator import Simulator
@@ -48,13 +49,16 @@ OPERATORS = {
 }
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    """The JSON that `xlstm-ray ...` prints."""
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str, says: str = ""
+) -> dict[str, Any]:
+    """The JSON that `xlstm-ray ...` prints; `says` stands on standard error."""
     monkeypatch.setattr(sys, "argv", ["xlstm-ray", *words, "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     printed = capsys.readouterr()
     assert not ended.value.code, printed.err
+    assert says in printed.err
     return json.loads(printed.out)
 
 
@@ -107,6 +111,20 @@ def test_same_tokens_as_on_the_cpu(
     generated = run(monkeypatch, capsys, "generate", *asked, "--max-new-tokens", "6")
     assert generated["text"] == text
     assert set(simulator.operators()) <= set(OPERATORS)
+
+
+def test_a_lowered_t_inner_is_said(
+    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["prefill", "--model", str(tiny), "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", "64"]
+    want = run(monkeypatch, capsys, *asked, "--device", "cpu", "--chunkwise-backend", "native")
+    note = "T_inner 20 takes kernels of more than 31 buffers"
+    monkeypatch.setattr("xlstm_ray.engine.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
+    monkeypatch.setenv("XLSTM_T_INNER", "20")
+    asked += ["--device", "mps", "--chunkwise-backend", "queued_compiled_steps"]
+    got = run(monkeypatch, capsys, *asked, says=f"note: {note} (20)")
+    assert (got["t_inner"], got["chunk_size"]) == (3, want["chunk_size"])
+    assert [t["id"] for t in got["next_tokens"]] == [t["id"] for t in want["next_tokens"]]
 
 
 def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:
