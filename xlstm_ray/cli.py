@@ -37,11 +37,15 @@ ProgressKind = Literal["auto", "bar", "ndjson", "none"]
 PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt's text.")]
 PromptFileOption = Annotated[
     str | None,
-    typer.Option("--prompt-file", help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped."),
+    typer.Option(
+        "--prompt-file", help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped."
+    ),
 ]
 JsonlOption = Annotated[
     bool,
-    typer.Option("--jsonl", help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key."),
+    typer.Option(
+        "--jsonl", help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key."
+    ),
 ]
 ModelOption = Annotated[
     Path | None, typer.Option("--model", help="A model directory in the Hugging Face layout [default: the demo model]")
@@ -69,14 +73,13 @@ ChunkOption = Annotated[
 ]
 HeadsOption = Annotated[
     int | None,
-    typer.Option(
-        "--heads-per-band", help="Heads a band [env: XLSTM_MPS_HEADS_PER_BAND] [default: all; 4 on mps]"
-    ),
+    typer.Option("--heads-per-band", help="Heads a band [env: XLSTM_MPS_HEADS_PER_BAND] [default: all; 4 on mps]"),
 ]
 WorkersOption = Annotated[
     int | None,
     typer.Option(
-        "--workers", help="Threads that work on bands, at most one a band [env: XLSTM_MPS_WORKERS] [default: one a band]"
+        "--workers",
+        help="Threads that work on bands, at most one a band [env: XLSTM_MPS_WORKERS] [default: one a band]",
     ),
 ]
 StateInOption = Annotated[
@@ -141,7 +144,9 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="0 is greedy [default: 0; 1 with --top-p or --seed]")
     ] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling [default: 0]")] = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -626,3 +631,62 @@ def _print_results(
         *(f"  {math.exp(t['logprob']):6.1%}  {t['text']!r} ({t['id']})" for t in s["next_tokens"]),
     ]
     _out("\n".join(lines))
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------------
+@app.command()
+def up(
+    ray_dashboard: Annotated[bool, typer.Option("--ray-dashboard", help="With Ray's dashboard, on loopback.")] = False,
+    ray_dashboard_port: Annotated[
+        int | None, typer.Option("--ray-dashboard-port", help="Its port [default: 8265, or the next free one]")
+    ] = None,
+    ray_port: Annotated[
+        int | None, typer.Option("--ray-port", help="The port of the head's address [default: a free one]")
+    ] = None,
+) -> None:
+    """Start a Ray head that stays."""
+    from xlstm_ray import supervisor
+
+    supervisor.choose_mode(local_mode=False, dashboard=ray_dashboard, dashboard_port=ray_dashboard_port)
+    head = supervisor.up(
+        supervisor.HeadOptions(
+            state_dir=supervisor.default_state_dir(),
+            stays=True,
+            dashboard=ray_dashboard,
+            dashboard_port=ray_dashboard_port,
+            port=ray_port,
+        )
+    )
+    print("\n".join(supervisor.stays_lines(head)), flush=True)
+
+
+@app.command()
+def status(json_output: JsonOption = False) -> None:
+    """Show the Ray heads of this project with their actors and memory, and Ray sessions that are not ours."""
+    from xlstm_ray import supervisor
+
+    report = supervisor.status(supervisor.default_state_dir())
+    if json_output:
+        _json_line(report.to_json())
+    else:
+        print("\n".join(report.lines()), flush=True)
+
+
+@app.command()
+def down(
+    head: Annotated[
+        str | None, typer.Argument(help="Stop this head only, also when its run is alive [default: all without a run]")
+    ] = None,
+) -> None:
+    """Stop the Ray heads of this project, and nothing else."""
+    from xlstm_ray import supervisor
+
+    state_dir = supervisor.default_state_dir()
+    for stopped in supervisor.down(state_dir, head):
+        print(f"stopped head {stopped.id}", flush=True)
+    for item in supervisor.status(state_dir).heads if head is None else ():
+        if item.state != "elsewhere":
+            _err(
+                f"left head {item.head.id}: its run (pid {item.head.driver.pid}) is alive; end that run, or stop the "
+                f"head under it with xlstm-ray down {item.head.id}"
+            )

@@ -106,7 +106,8 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model_type is {_shown(data.get('model_type'))}, only 'xlstm' is served")
         # Configurations carry keys of other programs; but a misspelt one of ours would silently mean its default.
         for name in (name for name in data if name not in _KNOWN):
-            meant = next((known for known in sorted(_KNOWN) if _one_edit_apart(name, known)), None)
+            missing = sorted(_KNOWN - set(data))  # eod_token_id beside eos_token_id is a key of its own
+            meant = next((known for known in missing if _one_edit_apart(name, known)), None)
             if meant:
                 raise ValueError(f"{_shown(name)} is not a known key; is {meant} meant?")
         for name, other in (("hidden_size", "embedding_dim"), ("num_blocks", "num_hidden_layers")):

@@ -13,6 +13,7 @@ Only `connect` imports Ray. This module reads no settings; it passes the environ
 authentication switched on and every listener on loopback.
 """
 
+import http.client
 import importlib.util
 import json
 import logging
@@ -28,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +40,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from xlstm_ray.errors import RayError, UsageError
 
@@ -127,7 +127,7 @@ class HeadOptions:
     num_cpus: int | None = None
     num_gpus: int | None = None
     resources: dict[str, float] = field(default_factory=dict)
-    start_timeout_s: float = 90.0
+    start_timeout_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,10 @@ class StatusReport:
             for s in self.strangers
         )
         return out or ["no Ray head runs on this machine"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for programs; like `lines` it has the token's path and not the token."""
+        return TypeAdapter(StatusReport).dump_python(self, mode="json")
 
 
 def default_state_dir() -> Path:
@@ -298,19 +302,28 @@ def start_head(options: HeadOptions) -> Head:
             )
         return ready
     except BaseException:  # Ctrl-C too: a head that nobody was told of must not stay
-        stop_head(_read(record) or head, options.state_dir)
+        stop_head(head, options.state_dir)
         raise
 
 
 @contextmanager
 def managed(options: HeadOptions) -> Iterator[Head]:
-    """A head for as long as the block runs; with `options.stays` it is left running. Raises as `start_head`."""
+    """A head for as long as the block runs; with `options.stays` it is left running. Raises as `start_head`.
+
+    When Ray ended by itself, its record and logs stay, for `status` to tell and `down` to clear.
+    """
     head = start_head(options)
     try:
         yield head
     finally:
-        if not options.stays:
+        if not options.stays and ended_by_itself(head, options.state_dir) is None:
             stop_head(head, options.state_dir)
+
+
+def ended_by_itself(head: Head, state_dir: Path) -> str | None:
+    """Why a head is gone that nobody of ours stopped, with where its logs are; None while it runs."""
+    now = _read(_record(state_dir, head.id))
+    return f"{now.error}; logs in {now.folder}" if now and now.error else None
 
 
 def up(options: HeadOptions) -> Head:
@@ -353,7 +366,8 @@ def connect(
     refused, or when the head would let anybody in.
     """
     if isinstance(target, str) and state_dir is not None:
-        target = next((h for h in _heads(state_dir) if h.address == target), target)
+        here = f"{LOOPBACK}:{_split(target)[1]}" if _is_loopback(target) else target
+        target = next((h for h in _heads(state_dir) if h.address == here), target)
     if isinstance(target, Head):
         address, token_path = target.address, target.token_path
         if address is None or not _listens(_session(target), _split(address)[1]):
@@ -480,8 +494,10 @@ def _state(head: Head, processes: list[psutil.Process]) -> State:
     if head.host != platform.node():  # a home directory that several machines share
         return "elsewhere"
     driven = _find(head.driver) is not None
+    if head.error:
+        return "dead"
     if not processes:
-        return "starting" if driven and head.guard is None and head.error is None else "dead"
+        return "starting" if driven and head.guard is None else "dead"
     if not driven and (head.mode == "run" or head.address is None):
         return "orphaned"
     return "alive" if head.address else "starting"
@@ -494,7 +510,11 @@ def _actors(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
     if head.dashboard_port and _listens(processes, head.dashboard_port):
         try:
             found = _state_api(head, "actors")
-        except (OSError, ValueError, KeyError, TypeError):  # a dashboard that hangs or is dying: the titles remain
+        except (
+            OSError,
+            ValueError,
+            http.client.HTTPException,
+        ):  # a dashboard that hangs or is dying: the titles remain
             pass
         else:
             return tuple(
@@ -502,7 +522,7 @@ def _actors(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
                     name=a["name"] or a["class_name"],
                     class_name=a["class_name"],
                     state=a["state"],
-                    pid=a["pid"],
+                    pid=a["pid"] or 0,  # none while it is pending
                     namespace=a["ray_namespace"],
                     rss_bytes=rss.get(a["pid"], 0),
                 )
@@ -590,7 +610,7 @@ def stop_head(head: Head, state_dir: Path) -> None:
         child.terminate()
     left = _end(lambda: _session(head))
     if child is not None:
-        child.wait(GRACE_S)  # ours to reap
+        child.wait(4 * GRACE_S)  # ours to reap
     if left:
         raise RayError(f"head {head.id}: processes {', '.join(str(p.pid) for p in left)} do not end; stop them by hand")
     _remove(record, head)
@@ -658,23 +678,28 @@ def _guard(path: str) -> None:
     _write(record, head)
     # A group of its own: when `ray start` dies, Ray's reaper kills that group, and it must not be the guard's.
     ray = subprocess.Popen(head.command, stdin=subprocess.DEVNULL, process_group=0)
+    vital: list[psutil.Process] = []
     try:
         while not stopping:
             if ray.poll() is not None:
                 head = head.model_copy(update={"error": f"Ray ended by itself with code {ray.returncode}"})
+            elif not all(_running(p) for p in vital):  # `ray start` waits on when somebody's `ray stop` ends these
+                head = head.model_copy(update={"error": "Ray's raylet or GCS was ended from outside"})
+            if head.error:
+                _write(record, head)
                 break
             if (head.mode == "run" or head.address is None) and _find(head.driver) is None:
                 break
             address = None if head.address else _announced(head.folder)
             if address:
-                head = head.model_copy(update={"address": address, "members": _identify_all(_members(me.pid))})
+                members = _members(me.pid)
+                vital = [p for p in members if _name(p) in ("raylet", "gcs_server")]
+                head = head.model_copy(update={"address": address, "members": _identify_all(members)})
                 _write(record, head)
             time.sleep(POLL_S)
     finally:  # a bug here or a full disk must not leave a head that nobody watches
         _end(lambda: [p for p in _members(me.pid) if p.pid != me.pid])
-    if head.error:
-        _write(record, head)
-    else:
+    if not head.error:
         _remove(record, head)
 
 
