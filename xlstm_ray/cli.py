@@ -657,7 +657,7 @@ def up(
             port=ray_port,
         )
     )
-    print("\n".join(supervisor.stays_lines(head)), flush=True)
+    _out("\n".join(supervisor.stays_lines(head)))
 
 
 @app.command()
@@ -669,7 +669,7 @@ def status(json_output: JsonOption = False) -> None:
     if json_output:
         _json_line(report.to_json())
     else:
-        print("\n".join(report.lines()), flush=True)
+        _out("\n".join(report.lines()))
 
 
 @app.command()
@@ -683,7 +683,7 @@ def down(
 
     state_dir = supervisor.default_state_dir()
     for stopped in supervisor.down(state_dir, head):
-        print(f"stopped head {stopped.id}", flush=True)
+        _out(f"stopped head {stopped.id}")
     for item in supervisor.status(state_dir).heads if head is None else ():
         if item.state != "elsewhere":
             _err(

@@ -251,9 +251,7 @@ def start_head(options: HeadOptions) -> Head:
     Unless `options.stays`, it goes when this process goes. Takes 4 to 10 s. Raises RayError, with nothing left behind,
     when Ray is missing, a port is busy, or Ray does not come up within `options.start_timeout_s`.
     """
-    spec = importlib.util.find_spec("ray")
-    if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
-        raise RayError("Ray is not installed: pip install 'xlstm-ray[ray]', or stay in local mode")
+    _require_ray()
     _check_options(options)
     _private_directory(options.state_dir)
     token_path = _own_token(options.state_dir)
@@ -365,6 +363,7 @@ def connect(
     environment stays set for that reason. Raises RayError within seconds when nobody answers, when the token is
     refused, or when the head would let anybody in.
     """
+    _require_ray()
     if isinstance(target, str) and state_dir is not None:
         here = f"{LOOPBACK}:{_split(target)[1]}" if _is_loopback(target) else target
         target = next((h for h in _heads(state_dir) if h.address == here), target)
@@ -389,6 +388,12 @@ def connect(
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_ray() -> None:
+    spec = importlib.util.find_spec("ray")
+    if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
+        raise RayError("Ray is not installed: pip install 'xlstm-ray[ray]', or stay in local mode")
 
 
 def _import_ray(address: str, token_path: Path | None) -> ModuleType:
@@ -835,7 +840,10 @@ def _first_line(error: Exception) -> str:
 
 def _private_directory(path: Path) -> None:
     """Make it 0700. Raises RayError where it exists and others may enter, or somebody else made it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RayError(f"the folder {path} cannot be made: {error.strerror}") from None
     found = path.lstat()
     if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RayError(f"{path} must be a folder of yours that nobody else may enter: chmod 700 it, or remove it")
