@@ -127,6 +127,25 @@ def test_a_lowered_t_inner_is_said(
     assert [t["id"] for t in got["next_tokens"]] == [t["id"] for t in want["next_tokens"]]
 
 
+def test_doctor_shows_the_kernels(
+    simulator: Simulator, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(monkeypatch, capsys, "doctor", "--kernels", "--model", str(tiny), "--tile-size", "16")
+    assert report["machine"]["torch"] == torch.__version__
+    assert "Simulated" in report["machine"]["mps"]
+    assert [window["tokens"] for window in report["kernels"]["windows"]] == [16, 1]
+    for window in report["kernels"]["windows"]:
+        assert 0 < window["most_buffers"] <= 31
+        assert window["launches_per_token"] > 0
+        assert window["bytes_per_token"] > 0
+    assert not simulator.launches()
+
+    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "doctor", "--kernels", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--kernels shows Metal kernels, and the device is cpu; it needs --device mps" in capsys.readouterr().err
+
+
 def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:
     assert set(OPERATORS) <= operators_with_mps_kernels()
 

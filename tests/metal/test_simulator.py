@@ -17,6 +17,7 @@ from . import shaders
 from .operators import operators_with_mps_kernels
 from .plugin import require_simulator
 from .simulator import Simulator
+from .simulator import simulator as the_simulator
 
 ORDERS = tuple(shaders.ORDERS)
 
@@ -117,6 +118,14 @@ def test_without_a_compiler_skipped_but_not_in_ci(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="g\\+\\+ is not installed"):
         require_simulator()
+
+
+def test_never_beside_a_real_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_has_mps", True)
+    with pytest.raises(pytest.skip.Exception, match="never loaded beside it"):
+        require_simulator()
+    with pytest.raises(RuntimeError, match="must not take its place"):
+        the_simulator.__wrapped__()
 
 
 # ---- limits
