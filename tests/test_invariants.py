@@ -6,6 +6,7 @@ Breadth comes from the backends' functions run as plain torch (fixture `eager`);
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -248,6 +249,26 @@ def test_decoding_on_from_a_saved_state_keeps_every_bit(model, tmp_path, eager):
     list(rest.rows())
     assert [a + b for a, b in zip(first.tokens, rest.tokens, strict=True)] == whole.tokens
     assert rest.state().digest() == digest
+
+
+def test_rows_that_have_ended_stay_as_they_are_while_others_are_decoded(model, tmp_path, eager):
+    made = load(model).generate(GROWN, max_new_tokens=9)
+    list(made.rows())
+    early = Path(shutil.copytree(model, tmp_path / "model"))
+    end = made.tokens[1][3]
+    config = json.loads((early / "config.json").read_text()) | {"eos_token_id": end}
+    (early / "config.json").write_text(json.dumps(config))
+    lm = load(early)
+    generation = lm.generate(GROWN, max_new_tokens=9)
+    pieces = list(generation.rows())
+    expected = [row[: row.index(end)] if end in row else row for row in made.tokens]
+    assert generation.tokens == expected
+    assert len(expected[1]) == 3
+    assert generation.texts == ["".join(row) for row in zip(*pieces, strict=True)]
+    state, logits = generation.state(), generation.state().tensors["logits"]
+    for b, (row, new) in enumerate(zip(GROWN, expected, strict=True)):
+        alone = lm.prefill(row + new)
+        assert_same(PrefillResult(state.row(b), logits[b : b + 1], alone.stats), alone)
 
 
 def test_a_generation_whose_engine_has_begun_another_prompt_is_refused(model, eager):

@@ -19,6 +19,8 @@ from transformers import xLSTMForCausalLM
 
 import xlstm_ray
 from xlstm_ray import Engine, PrefillResult
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.model import make_grid
 
 TOKENS = 77  # four chunks of 16 and 13 more; two tiles of 32 and 13 more
 
@@ -35,13 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "no out norm": {"out_norm": False},
     "an out norm that the configuration denies": {"add_out_norm": False},
     "odd vocabulary": {"vocab_size": 1021},
-    "tied embeddings": {"tie_word_embeddings": True},
+    "a head of its own beside tied embeddings": {"tie_word_embeddings": True},
     "one block": {"num_hidden_layers": 1},
     "odd feed-forward": {"ffn_proj_factor": 1.37, "ffn_round_up_to_multiple_of": 7},
     "other caps": {"gate_soft_cap": 3.0, "output_logit_soft_cap": 7.0},
     "other epsilons": {"norm_eps": 1e-2, "eps": 1e-1},
     "odd chunks": {"chunk_size": 11},
-    "all at once": {"v_dim_factor": 2.0, "use_bias": True, "tie_word_embeddings": True, "vocab_size": 307},
+    "all at once": {"v_dim_factor": 2.0, "use_bias": True, "vocab_size": 307},
 }
 
 
@@ -230,7 +232,29 @@ def test_fused_weights_equal_their_unfused_twin(case, heads_per_band, reference,
     assert result.state.digest() == single.state.digest()
 
 
-@pytest.mark.parametrize("case", ["usual", "tied embeddings"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_tied_embeddings_are_the_head_where_there_is_no_other(stages, reference, eager, tmp_path):
+    """transformers ties nothing in this model, whatever the configuration says; so the reference is tied here."""
+    ref = reference("usual")
+    directory = copy_model(ref.directory, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    tied = xLSTMForCausalLM.from_pretrained(directory).eval()
+    logits, _ = ask_transformers(tied, ref.ids)
+    del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    edit_config(directory, tie_word_embeddings=True)
+    lm = load(directory)
+    result = lm.prefill(ref.ids, all_logits=True)
+    assert_logits_equal(result.all_logits[0], logits)
+    # A last stage that is not the first needs the embedding for its head too.
+    bands = make_grid(lm.config, heads_per_band=4, stages=stages)[-1]
+    _, ends = Checkpoint(directory, lm.config).load(bands[0], dtype=torch.float32, device=torch.device("cpu"))
+    assert torch.equal(ends.head, tensors["backbone.embeddings.weight"])
+
+
+@pytest.mark.parametrize("case", ["usual", "biases"])
 def test_a_sharded_checkpoint_is_the_same_model_as_one_file(case, reference, eager, tmp_path):
     ref = reference(case)
     ref.model.save_pretrained(tmp_path, max_shard_size="200KB")
