@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads that wait by spinning make every small test five times as slow where the cores are shared. Read with torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from metal.plugin import mps, simulator
 

@@ -269,7 +269,7 @@ def long_gates() -> dict[str, tuple[Tensor, Tensor]]:
         "write anything, forget slowly": (between(-15, 15), all_of(12)),
         "write all, forget a little": (all_of(15), between(12, 15)),
         "usual": (between(-3, 1), between(5, 15)),
-        "forget all, then keep all": (between(-3, 1), torch.cat([all_of(-15)[: LONG // 2], all_of(15)[LONG // 2 :]])),
+        "forget all, then keep all": (between(-3, 1), torch.cat([all_of(-15)[:9_400], all_of(15)[9_400:]])),
     }
 
 
