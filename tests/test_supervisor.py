@@ -602,9 +602,10 @@ def test_down_ends_jobs_too_and_leaves_the_other_cluster(head: Head, other: Othe
 # However the driver ends
 
 DRIVER = """
-    import os, sys, time
+    import os, signal, sys, time
     from pathlib import Path
     from xlstm_ray.supervisor import HeadOptions, connect, managed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     with managed(HeadOptions(state_dir=Path(sys.argv[1]), num_cpus=2, object_store_bytes=80 << 20)) as head:
         with connect(head) as ray:
             @ray.remote(num_cpus=0)
