@@ -7,7 +7,7 @@ its two halves of a block return partial sums, which add up over the bands.
 B batch, T tokens, D hidden size, nh heads of the band, K = DHQK, V = DHHV, F the band's feed-forward columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from xlstm_ray.kernels import Backend, Cell
 from xlstm_ray.kernels.compiled import Compiler, compile_strict
 from xlstm_ray.kernels.native import PAD_F, PAD_I, State
 
+STATE_PARTS = "C", "n", "m"
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -254,6 +255,12 @@ class Kernels:
         return Calls(block_call, mix_call, feed_call)
 
 
+def join_bands(bands: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The bands' tensors of a stage as one: heads are dimension 1 of each."""
+    first, *others = bands
+    return {name: torch.cat([part, *(o[name] for o in others)], 1) for name, part in first.items()}
+
+
 class Worker:
     """Weights and state of one (stage, band). Plain torch: knows neither threads nor Ray.
 
@@ -274,16 +281,26 @@ class Worker:
         C, n, m = (torch.zeros(shape, device=self.device) for shape in shapes)
         return C, n, m
 
-    def reset(self, batch: int) -> None:
-        """Forget everything."""
-        self.state = [self.fresh_state(batch) for _ in self.band.blocks]
+    def set_state(self, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
+        """Go on from these tensors of all heads, named as in RecurrentState, or forget everything.
 
-    def set_state(self, blocks: list[tuple[Tensor, ...]]) -> None:
-        """Go on from these (C, n, m), a block each; copied, with the strides that the kernels are compiled for."""
-        self.state = []
-        for C, n, m in blocks:
-            fresh = self.fresh_state(C.shape[0])
-            self.state.append((fresh[0].copy_(C), fresh[1].copy_(n), fresh[2].copy_(m)))
+        Copied, with the strides that the kernels are compiled for.
+        """
+        self.state = [self.fresh_state(batch) for _ in self.band.blocks]
+        if tensors is not None:
+            heads = slice(self.band.heads.start, self.band.heads.stop)
+            for n, state in zip(self.band.blocks, self.state, strict=True):
+                for part, name in zip(state, STATE_PARTS, strict=True):
+                    part.copy_(tensors[f"blocks.{n}.{name}"][:, heads])
+
+    def get_state(self, state: list[State] | None = None) -> dict[str, Tensor]:
+        """This band's tensors on the CPU, named as in RecurrentState: of now, or of an earlier `self.state`."""
+        blocks = zip(self.band.blocks, state or self.state, strict=True)
+        return {
+            f"blocks.{n}.{name}": part.cpu()
+            for n, parts in blocks
+            for part, name in zip(parts, STATE_PARTS, strict=True)
+        }
 
     def warm_up(self, batch: int, tokens: int, *, alone: bool) -> None:
         """Compile for windows (batch, tokens) by running block 0 once on zeros; the state stays as it is."""

@@ -50,7 +50,8 @@ def mlstm_chunkwise(
     between = F.pad(g, (1, 0)).unsqueeze(-1).masked_fill(row <= col + 1, 0).cumsum(-2)
     log_w = (between + a_max.unsqueeze(-2)).masked_fill(row <= col, -torch.inf)
     ms = torch.maximum(G + m, log_w.amax(-1))
-    W, w0 = torch.exp(log_w - ms.unsqueeze(-1)), torch.exp(G + m - ms)
+    # G + (m - ms), not G + m - ms: in windows of one chunk, m grows large over a long prompt, and G is small beside it.
+    W, w0 = torch.exp(log_w - ms.unsqueeze(-1)), torch.exp(G + (m - ms))
     Cs = (W @ dC.view(B, NH, NC, K * V)).view(B, NH, NC + 1, K, V) + w0[..., None, None] * C.unsqueeze(2)
     ns = W @ dn + w0.unsqueeze(-1) * n.unsqueeze(2)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xlstm_ray.model import Worker
+from xlstm_ray.model import Worker, join_bands
 
 
 class Tile(NamedTuple):
@@ -88,21 +88,13 @@ class InProcessExecutor:
     def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
         for bands in self.stages:
             for worker in bands:
-                worker.reset(batch)
-                if tensors is not None:
-                    heads = slice(worker.band.heads.start, worker.band.heads.stop)
-                    worker.set_state(
-                        [tuple(tensors[f"blocks.{n}.{x}"][:, heads] for x in "Cnm") for n in worker.band.blocks]
-                    )
+                worker.set_state(tensors, batch)
 
     def get_state(self) -> dict[str, Tensor]:
         self._synchronize()
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for bands in self.stages:
-            for at, n in enumerate(bands[0].band.blocks):
-                for part, name in enumerate("Cnm"):
-                    pieces = [worker.state[at][part].cpu() for worker in bands]
-                    tensors[f"blocks.{n}.{name}"] = torch.cat(pieces, 1)
+            tensors |= join_bands(worker.get_state() for worker in bands)
         return tensors
 
     def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
