@@ -137,8 +137,9 @@ def by_hand(lm: Engine, heads_per_band: int, stages: int, ids: list[int]) -> dic
     ]
     executor = InProcessExecutor(workers, threads=1)
     executor.set_state(None, 1)
-    outcome = driver.prefill(executor, [torch.tensor(ids)], begin=[0], logits=None, tile_size=TILE, chunk_size=CHUNK)
-    tensors = {**executor.get_state(), "logits": outcome.logits}
+    start = driver.Snapshot([0], torch.zeros(1, lm.config.vocab_size), {})
+    outcome = driver.prefill(executor, [torch.tensor(ids)], start=start, tile_size=TILE, chunk_size=CHUNK)
+    tensors = {**outcome.end.tensors, "logits": outcome.end.logits}
     executor.close()
     return tensors
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig, read_json
 from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
-from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateError, UsageError, one_line
+from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateError, UsageError, XlstmRayError, one_line
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.probe import Fit, fit_t_inner
 from xlstm_ray.memory import peak_device_bytes
 from xlstm_ray.model import Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
-from xlstm_ray.prefill.driver import Progress
+from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings
@@ -78,6 +78,7 @@ class PrefillResult:
     logits: Tensor
     stats: Statistics
     all_logits: list[Tensor] = field(default_factory=list, repr=False)  # a row (tokens, vocabulary)
+    ended_by: XlstmRayError | None = None  # what ended the run before the prompt's end, beside should_stop
 
     @property
     def complete(self) -> bool:
@@ -210,23 +211,38 @@ class Engine:
             stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
-        begin, hashes, logits = self._resume(rows, state)
+        start, hashes = self._resume(rows, state)
+        begin = start.consumed
         sizes = window_sizes(
             begin, [len(r) for r in rows], tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size
         )
         compile_s = self.warm_up(len(rows), sizes)
         self._set_state(state, len(rows))
+
+        known = list(zip(hashes, begin, strict=True))
+
+        def state_at(snapshot: Snapshot) -> RecurrentState:
+            require_finite(snapshot.logits, self.model_path)
+            nonlocal known
+            known = [
+                (extend_prompt_hash(h, row[n:c].tolist()), c)
+                for (h, n), row, c in zip(known, rows, snapshot.consumed, strict=True)
+            ]
+            complete = snapshot.consumed == [len(row) for row in rows]
+            return self._state(snapshot, [h for h, _ in known], complete)
+
         outcome = driver.prefill(
             self.executor,
             rows,
-            begin=begin,
-            logits=logits,
+            start=start,
             tile_size=self.grid.tile_size,
             chunk_size=self.grid.chunk_size,
             all_logits=all_logits,
             on_progress=on_progress,
             should_stop=should_stop,
         )
+        if outcome.lost and not outcome.end.tensors:
+            raise outcome.lost  # before the first snapshot: there is nothing to keep
         stats = Statistics(
             [len(row) for row in rows],
             list(begin),
@@ -236,16 +252,8 @@ class Engine:
             peak_device_bytes(self.device),
             outcome.tile_seconds,
         )
-        hashes = [
-            extend_prompt_hash(h, row[b:c].tolist())
-            for h, row, b, c in zip(hashes, rows, begin, outcome.consumed, strict=True)
-        ]
-        if not outcome.logits.numel():  # stopped before the first tile: nothing is seen, so nothing is predicted
-            outcome.logits = torch.zeros(len(rows), self.config.vocab_size)
-        require_finite(outcome.logits, self.model_path)
-        complete = outcome.consumed == [len(r) for r in rows]
-        state = self._state(outcome.logits, outcome.consumed, hashes, complete)
-        return PrefillResult(state, outcome.logits, stats, outcome.all_logits)
+        state = state_at(outcome.end)
+        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost)
 
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
         """Compile what windows of these sizes need, once; returns the seconds it took."""
@@ -282,10 +290,12 @@ class Engine:
         self.executor.close()
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _resume(self, rows: list[Tensor], state: RecurrentState | None) -> tuple[list[int], list[str], Tensor | None]:
-        """Where each row goes on: first new token, hash of what comes before, logits of the token before."""
+    def _resume(self, rows: list[Tensor], state: RecurrentState | None) -> tuple[Snapshot, list[str]]:
+        """Where the rows go on, and a row the hash of what comes before."""
         if state is None:
-            return [0] * len(rows), [EMPTY_PROMPT] * len(rows), None
+            return Snapshot([0] * len(rows), torch.zeros(len(rows), self.config.vocab_size), {}), [EMPTY_PROMPT] * len(
+                rows
+            )
         if state.batch != len(rows):
             raise StateError(f"{state.name} is of {state.batch} prompts, but {len(rows)} were given")
         for b, (row, known, prompt_hash) in enumerate(zip(rows, state.tokens, state.prompt_hash, strict=True)):
@@ -300,17 +310,20 @@ class Engine:
                     f"the first {known} tokens of {which} are not those that {state.name} has seen; "
                     "it is of another prompt"
                 )
-        return state.tokens, state.prompt_hash, state.tensors["logits"]
+        return Snapshot(state.tokens, state.tensors["logits"], state.tensors), state.prompt_hash
 
     def _set_state(self, state: RecurrentState | None, batch: int) -> None:
         self.executor.set_state(None if state is None else state.tensors, batch)
         self._runs += 1
 
-    def _state(self, logits: Tensor, tokens: list[int], hashes: list[str], complete: bool) -> RecurrentState:
-        tensors = self.executor.get_state()
-        tensors["logits"] = logits
+    def _state(self, snapshot: Snapshot, hashes: list[str], complete: bool) -> RecurrentState:
         return RecurrentState(
-            tensors, tokens=tokens, prompt_hash=hashes, model=self.fingerprint, grid=self.grid, complete=complete
+            {**snapshot.tensors, "logits": snapshot.logits},
+            tokens=snapshot.consumed,
+            prompt_hash=hashes,
+            model=self.fingerprint,
+            grid=self.grid,
+            complete=complete,
         )
 
 
@@ -380,7 +393,8 @@ class Generation:
         self._decoder.catch_up()
         tokens = [n + len(made) for n, made in zip(before.tokens, self.tokens, strict=True)]
         hashes = [extend_prompt_hash(h, made) for h, made in zip(before.prompt_hash, self.tokens, strict=True)]
-        return self._engine._state(self._decoder.logits, tokens, hashes, True)
+        snapshot = Snapshot(tokens, self._decoder.logits, self._engine.executor.get_state())
+        return self._engine._state(snapshot, hashes, True)
 
     def _require_own_state(self) -> None:
         """An engine has one state at a time: after another prefill it is no longer this generation's."""

@@ -31,6 +31,12 @@ class RayError(XlstmRayError):
     """Ray is missing, does not start, does not answer, or is somebody else's."""
 
 
+class GridLost(XlstmRayError):
+    """Actors or nodes of the grid are gone and could not be replaced; what the last snapshot holds can be resumed."""
+
+    exit_code = 4
+
+
 class Interrupted(XlstmRayError):
     """The run was stopped at a tile boundary by Ctrl-C or SIGTERM."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from xlstm_ray.kernels.native import State
 from xlstm_ray.model import Worker, join_bands
 
 
@@ -20,6 +21,7 @@ class Tile(NamedTuple):
     tokens: Tensor  # (B, T) int64, on the CPU; 0 where a row has none
     first: Tensor  # (B,) int64: row b's tokens are first[b] <= t < last[b], the others are padding
     last: Tensor  # (B,) int64
+    keep: bool = False  # whether the state after it is wanted
 
 
 class TileResult(NamedTuple):
@@ -27,6 +29,7 @@ class TileResult(NamedTuple):
     hidden: Tensor  # (B, D) residual stream after the last block, of each row's last token in the tile
     logits: Tensor | None  # (B, T, vocabulary) float32, where all were asked for
     seconds: float
+    state: dict[str, Tensor] | None = None  # after this tile, on the CPU, where it was to be kept
 
 
 class Executor(Protocol):
@@ -42,7 +45,10 @@ class Executor(Protocol):
         """The state after all tiles so far, on the CPU."""
 
     def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
-        """Pull tiles as there is room for them, push them through all blocks in order, yield results in order."""
+        """Pull tiles as there is room for them, push them through all blocks in order, yield results in order.
+
+        Raises GridLost where what holds the state is gone and cannot be replaced.
+        """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, D) -> logits (B, vocabulary) float32, on the CPU."""
@@ -92,27 +98,27 @@ class InProcessExecutor:
 
     def get_state(self) -> dict[str, Tensor]:
         self._synchronize()
-        tensors: dict[str, Tensor] = {}
-        for bands in self.stages:
-            tensors |= join_bands(worker.get_state() for worker in bands)
-        return tensors
+        return self._state_of([[worker.state for worker in bands] for bands in self.stages])
 
     def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
         # A device works while the next tile is prepared, so one tile is under way when another is submitted.
-        pending: deque[tuple[TileResult, Callable[[], None]]] = deque()
+        pending: deque[tuple[TileResult, list[list[list[State]]] | None, Callable[[], None]]] = deque()
         before = perf_counter()
 
         def finish() -> TileResult:
             nonlocal before
-            result, wait = pending.popleft()
+            result, kept, wait = pending.popleft()
             wait()
             now = perf_counter()
-            result, before = result._replace(seconds=now - before), now
+            state = self._state_of(kept) if kept is not None else None
+            result, before = result._replace(seconds=now - before, state=state), now
             return result
 
         for tile in tiles:
             hidden, logits = self._run(tile, all_logits)
-            pending.append((TileResult(tile.number, hidden, logits, 0.0), self._fence()))
+            # Blocks replace their states and never write into them, so that holding one is keeping it.
+            kept = [[list(worker.state) for worker in bands] for bands in self.stages] if tile.keep else None
+            pending.append((TileResult(tile.number, hidden, logits, 0.0), kept, self._fence()))
             if len(pending) > 1 or self.device.type == "cpu":
                 yield finish()
         while pending:
@@ -131,6 +137,13 @@ class InProcessExecutor:
         self.stages = []
 
     # ------------------------------------------------------------------------------------------------------------------
+    def _state_of(self, states: list[list[list[State]]]) -> dict[str, Tensor]:
+        """[stage][band] blocks' states -> tensors of all heads."""
+        tensors: dict[str, Tensor] = {}
+        for bands, of_bands in zip(self.stages, states, strict=True):
+            tensors |= join_bands(worker.get_state(state) for worker, state in zip(bands, of_bands, strict=True))
+        return tensors
+
     def _run(self, tile: Tile, all_logits: bool) -> tuple[Tensor, Tensor | None]:
         x = self._forward(tile.tokens, tile.first, tile.last)
         rows = torch.arange(x.shape[0], device=x.device)

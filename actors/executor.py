@@ -1,0 +1,430 @@
+"""The executor of the grid: an actor per (stage, band), tiles in flight between them, and what happens when one dies.
+
+The driver submits a tile's calls as a graph of object references: residual streams and partial sums pass between actors
+and never through here. Two kinds of order hold whatever happens: a call waits for what it reads, and a block's call for
+a tile waits for its call for the tile before.
+
+Actors are never restarted by Ray: a fresh one would go on with an empty state. When one dies or hangs, another takes
+its place, all actors are set back to the last snapshot, and the tiles since are played again, to the same bits.
+"""
+
+import platform
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from statistics import median
+from time import monotonic, perf_counter
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from actors.band import GROUPS, BandActor, Call, WorkerSpec, from_wire, to_wire
+from xlstm_ray.errors import GridLost, UsageError, XlstmRayError, one_line
+from xlstm_ray.model import Band, join_bands
+from xlstm_ray.prefill.executor import Tile, TileResult
+
+DECODE_KEEP = 256  # tokens between two snapshots while decoding
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """How a grid uses its cluster. Times in seconds."""
+
+    run: str  # names this run's actors
+    actors_per_device: int = 1
+    place_timeout_s: float = 10.0
+    answer_timeout_s: float = 5.0
+    start_timeout_s: float = 120.0
+    least_deadline_s: float = 30.0  # a tile's: 20 times the median of the last ones, but this at least
+    first_deadline_s: float = 900.0  # before any tile was measured
+    retries: int = 3  # recoveries without a new tile in between
+
+
+@dataclass
+class Seat:
+    """A place in the grid, and the actor that has it now."""
+
+    index: int  # of its bundle
+    name: str
+    band: Band
+    handle: Any = None
+    process: psutil.Process | None = None  # the actor's, where it is on this machine
+    done: dict[int, Any] = field(default_factory=dict)  # a block: its last call, which the next one waits for
+
+
+class Entry(NamedTuple):
+    """A tile that was submitted since the last snapshot."""
+
+    number: int
+    tile: Tile
+    all_logits: bool
+
+
+class Flight(NamedTuple):
+    """A tile on its way: references to the last stage's result, and to the state [stage][band] where it is kept."""
+
+    entry: Entry
+    result: Any
+    states: list[list[Any]]
+
+
+class RayExecutor:
+    """`Executor` over actors. `ray` is the connected module; bands [stage][band] is the grid.
+
+    Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
+    """
+
+    def __init__(self, ray: ModuleType, spec: WorkerSpec, bands: list[list[Band]], options: GridOptions):
+        self._ray, self._spec, self._options = ray, spec, options
+        self._alone = len(bands[0]) == 1
+        # One more than there are stages: while a result travels, its stage has the next tile to work on.
+        self._in_flight = max(2, len(bands) + 1) if self._alone else 2 * len(bands)
+        self._actor_class = ray.remote(concurrency_groups=GROUPS)(BandActor)
+        indices = count()
+        self._stages = [
+            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, band)}", band) for band in stage]
+            for s, stage in enumerate(bands)
+        ]
+        self._numbers = count()
+        self._epoch = 0
+        self._warm: list[tuple[int, int]] = []
+        self._snapshot: tuple[dict[str, Tensor] | None, int] = (None, 1)  # tensors of all heads, batch
+        self._log: deque[Entry] = deque()  # tiles since the snapshot
+        self._last_seen = -1  # number of the last tile whose result was handed out
+        self._times: deque[float] = deque(maxlen=32)
+        self._failures = 0  # since the last new result
+        self.restarts = 0
+        self._group = self._reserve()
+        try:
+            self._start(self._seats)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- Executor ------------------------------------------------------------------------------------------------------
+    def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
+        sizes = list(sizes)
+        self._warm += [(batch, size) for size in sizes]
+        self._guard(lambda: self._each(self._seats, "warm_up", batch, sizes), self._options.first_deadline_s)
+
+    def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
+        self._snapshot = (tensors, batch)
+        self._log.clear()
+        self._guard(self._restore_calls, self._options.first_deadline_s)
+
+    def get_state(self) -> dict[str, Tensor]:
+        def ask() -> list[Any]:
+            return [seat.handle.state.options(concurrency_group="compute").remote() for seat in self._seats]
+
+        return self._joined(self._guard(ask))
+
+    def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
+        numbered = (Entry(next(self._numbers), tile, all_logits) for tile in tiles)
+        return self._drive(numbered)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        wire = to_wire(hidden)
+
+        def ask() -> list[Any]:
+            return [self._stages[-1][0].handle.logits.options(concurrency_group="compute").remote(wire)]
+
+        (logits,) = self._guard(ask)
+        return from_wire(logits, torch.float32).clone()
+
+    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
+        keep = len(self._log) + 1 >= DECODE_KEEP
+        tile = Tile(0, tokens.unsqueeze(1), torch.zeros_like(tokens), active.long(), keep)
+        (result,) = self.stream([tile])
+        return self.logits(result.hidden)
+
+    def close(self) -> None:
+        """End the actors, and only then give their places back: device memory is free when this returns."""
+        for seat in self._seats:
+            self._end(seat)
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Summed over the actors, each at its own peak."""
+        return sum(sample["peak_bytes"] for sample in self._samples(self._seats).values())
+
+    # -- tiles ---------------------------------------------------------------------------------------------------------
+    @property
+    def _seats(self) -> list[Seat]:
+        return [seat for stage in self._stages for seat in stage]
+
+    def _drive(self, entries: Iterator[Entry]) -> Iterator[TileResult]:
+        """Results of the tiles in the log that nobody has seen, then of new ones; recovers on the way."""
+        waiting = deque(self._log)
+        flights: deque[Flight] = deque()
+        before = perf_counter()
+        while True:
+            try:
+                while len(flights) < self._in_flight:
+                    entry = waiting.popleft() if waiting else next(entries, None)
+                    if entry is None:
+                        break
+                    if not self._log or entry.number > self._log[-1].number:
+                        self._log.append(entry)
+                    flights.append(self._submit(entry))
+                if not flights:
+                    return
+                result = self._collect(flights[0], len(flights))
+            except self._failure as error:
+                self._recover(error)
+                flights.clear()
+                waiting = deque(self._log)
+                before = perf_counter()
+                continue
+            entry = flights.popleft().entry
+            now = perf_counter()
+            result, before = result._replace(seconds=now - before), now
+            self._times.append(result.seconds)
+            if result.state is not None:
+                self._snapshot = result.state, self._snapshot[1]
+                while self._log and self._log[0].number <= entry.number:
+                    self._log.popleft()
+            if entry.number > self._last_seen:
+                self._last_seen = entry.number
+                self._failures = 0
+                yield result
+
+    def _submit(self, entry: Entry) -> Flight:
+        """Ask for all of a tile's calls."""
+        number, tile = entry.number, entry.tile
+        call = Call(self._epoch, number, tile.first.tolist(), tile.last.tolist(), tile.keep, entry.all_logits)
+        x: Any = to_wire(tile.tokens)
+        states = []
+        for s, seats in enumerate(self._stages):
+            x = self._through_stage(seats[0], s, call, x) if self._alone else self._through_bands(seats, s, call, x)
+            if tile.keep:
+                states.append(
+                    [
+                        self._call(seat, "kept", f"state after tile {number}")(call, seat.done[max(seat.done)])
+                        for seat in seats
+                    ]
+                )
+        return Flight(entry, x, states)
+
+    def _through_stage(self, seat: Seat, s: int, call: Call, x: Any) -> Any:
+        done = self._call(seat, "run", f"tile {call.number} stage {s}")(call, x, seat.done.get(0))
+        seat.done[0] = done
+        return self._call(seat, "output", f"output of tile {call.number} stage {s}", "transfer")(call, done)
+
+    def _through_bands(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
+        tile = f"tile {call.number}"
+        if s == 0:
+            x = self._call(seats[0], "embed", f"embed {tile}")(call, x)
+        parts = [x]
+        for n, block in enumerate(seats[0].band.blocks):
+            mixed = []
+            for b, seat in enumerate(seats):
+                ask = self._call(seat, "mix", f"mix {tile} block {block} band {b}", results=2)
+                part, seat.done[n] = ask(call, n, seat.done.get(n), *parts)
+                mixed.append(part)
+            parts = [
+                self._call(seat, "feed", f"feed {tile} block {block} band {b}")(call, n, *mixed)
+                for b, seat in enumerate(seats)
+            ]
+        return self._call(seats[0], "leave", f"output of {tile} stage {s}")(call, *parts)
+
+    def _call(self, seat: Seat, method: str, name: str, group: str = "compute", results: int = 1) -> Callable[..., Any]:
+        return getattr(seat.handle, method).options(name=name, concurrency_group=group, num_returns=results).remote
+
+    def _collect(self, flight: Flight, under_way: int) -> TileResult:
+        deadline = self._deadline(under_way)
+        (hidden, *logits), *states = self._get(
+            [flight.result, *(state for stage in flight.states for state in stage)], deadline
+        )
+        return TileResult(
+            flight.entry.tile.number,
+            from_wire(hidden, self._spec.dtype).clone(),
+            from_wire(logits[0], torch.float32) if logits else None,
+            0.0,
+            self._joined(states) if states else None,
+        )
+
+    def _joined(self, states: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The seats' states as one, in this process's own memory."""
+        tensors: dict[str, Tensor] = {}
+        rest = iter(states)
+        for seats in self._stages:
+            of_stage = [{name: from_wire(a, torch.float32) for name, a in next(rest).items()} for _ in seats]
+            tensors |= join_bands(of_stage)
+        return tensors
+
+    def _deadline(self, under_way: int) -> float:
+        """Seconds after which a tile that has not come means that an actor hangs."""
+        if not self._times:
+            return self._options.first_deadline_s
+        return max(self._options.least_deadline_s, 20 * under_way * median(self._times))
+
+    # -- actors --------------------------------------------------------------------------------------------------------
+    def _reserve(self) -> Any:
+        """A place for every actor, all or none. Raises UsageError within seconds where the cluster has no room."""
+        device = torch.device(self._spec.device).type
+        bundle: dict[str, float] = {"CPU": self._spec.threads if device == "cpu" else 1}
+        if device != "cpu":
+            bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self._options.actors_per_device
+        bundles = [bundle] * len(self._seats)
+        group = self._ray.util.placement_group(bundles, strategy="PACK")
+        if not group.wait(self._options.place_timeout_s):
+            self._ray.util.remove_placement_group(group)
+            raise UsageError(self._no_room(bundle))
+        return group
+
+    def _no_room(self, bundle: dict[str, float]) -> str:
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        free = self._ray.available_resources()
+        have = ", ".join(f"{name} {sum(n['Resources'].get(name, 0) for n in nodes):g}" for name in bundle)
+        left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
+        each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
+        stages, bands = len(self._stages), len(self._stages[0])
+        return (
+            f"a grid of {stages} stage(s) x {bands} band(s) is {stages * bands} actors of {each} each; the cluster's "
+            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer --stages, more --heads-per-band, fewer "
+            "--threads or more --actors-per-device, or add nodes"
+        )
+
+    def _start(self, seats: list[Seat]) -> None:
+        """Actors for these seats: alive, with their weights, warm."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = self._group.bundle_specs[0]
+        for seat in seats:
+            seat.done = {}
+            seat.handle = self._actor_class.options(
+                name=seat.name if not self.restarts else f"{seat.name} ({self.restarts})",
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                resources={"mps": bundle["mps"]} if "mps" in bundle else {},
+                max_restarts=0,
+                allow_out_of_order_execution=True,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, seat.index),
+            ).remote(self._spec, seat.band, seat.name, alone=self._alone)
+        for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
+            (sample,) = self._get([ref], self._options.start_timeout_s)
+            seat.process = psutil.Process(sample["pid"]) if sample["node"] == platform.node() else None
+        self._get(self._each(seats, "load"))
+        for batch, size in self._warm:
+            self._get(self._each(seats, "warm_up", batch, [size]))
+
+    def _each(self, seats: list[Seat], method: str, *args: Any) -> list[Any]:
+        return [self._call(seat, method, method.replace("_", " "))(*args) for seat in seats]
+
+    def _restore_calls(self) -> list[Any]:
+        """All actors at the snapshot, in a new epoch."""
+        self._epoch += 1
+        tensors, batch = self._snapshot
+        wires = None if tensors is None else {name: to_wire(tensor) for name, tensor in tensors.items()}
+        shared = self._ray.put(wires)
+        for seat in self._seats:
+            seat.done = {}
+        return self._each(self._seats, "restore", self._epoch, shared, batch)
+
+    def _sample(self, seat: Seat) -> Any:
+        return seat.handle.sample.options(concurrency_group="control").remote()
+
+    def _samples(self, seats: list[Seat]) -> dict[int, dict[str, Any]]:
+        """By seat: what those actors say that answer."""
+        asked = {seat.index: self._sample(seat) for seat in seats}
+        found = {}
+        until = monotonic() + self._options.answer_timeout_s
+        for index, ref in asked.items():
+            with suppress(*self._failure):
+                found[index] = self._get([ref], max(0.0, until - monotonic()))[0]
+        return found
+
+    def _end(self, seat: Seat) -> None:
+        """The actor is gone when this returns, also one that does not answer, where it is on this machine."""
+        if seat.handle is None:
+            return
+        self._ray.kill(seat.handle, no_restart=True)
+        if seat.process is not None:
+            with suppress(psutil.NoSuchProcess):
+                seat.process.kill()
+                seat.process.wait(self._options.answer_timeout_s)
+        seat.handle = seat.process = None
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+    @property
+    def _failure(self) -> tuple[type[Exception], ...]:
+        """What says that an actor, its process, its node or what it held is gone, or that it does not answer."""
+        e = self._ray.exceptions
+        return (
+            e.RayActorError,
+            e.WorkerCrashedError,
+            e.OutOfMemoryError,
+            e.ObjectLostError,
+            e.NodeDiedError,
+            e.ActorPlacementGroupRemoved,
+            e.GetTimeoutError,
+        )
+
+    def _guard(self, ask: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
+        """What the calls return; asked again after a recovery when an actor is gone."""
+        while True:
+            try:
+                return self._get(ask(), timeout_s or self._options.first_deadline_s)
+            except self._failure as error:
+                self._recover(error)
+                for _ in self._drive(iter(())):
+                    pass
+
+    def _recover(self, error: Exception) -> None:
+        """Replace what is dead or hangs, and set all actors back to the snapshot. GridLost where that cannot be."""
+        while True:
+            self._failures += 1
+            where = self._log[0].number if self._log else self._last_seen + 1
+            if self._failures > self._options.retries:
+                raise GridLost(
+                    f"the grid failed {self._failures} times in a row at tile {where}; the last time: {one_line(error)}"
+                ) from error
+            try:
+                self._replace(error)
+                self._get(self._restore_calls(), self._options.first_deadline_s)
+                return
+            except self._failure as again:
+                error = again
+
+    def _replace(self, error: Exception) -> None:
+        """Other actors for those that are dead or hang."""
+        timed_out = isinstance(error, self._ray.exceptions.GetTimeoutError)
+        samples = self._samples(self._seats)
+        half = self._deadline(1) / 2
+        lost = [
+            seat
+            for seat in self._seats
+            if seat.index not in samples or timed_out and (samples[seat.index]["busy_s"] or 0) > half
+        ]
+        if timed_out and not lost:  # all answer and none works: what they wait for will not come
+            lost = self._seats
+        for seat in lost:
+            self._end(seat)
+        self.restarts += len(lost)
+        if not self._group.wait(self._options.place_timeout_s):
+            names = ", ".join(seat.name for seat in lost)
+            raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}") from error
+        self._start(lost)
+
+    def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """Results, or the actor's own error as it was raised there."""
+        try:
+            return self._ray.get(refs, timeout=timeout_s)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, XlstmRayError):
+                raise error.cause from None
+            raise
+
+
+def _where(stage: int, band: Band) -> str:
+    blocks, heads = band.blocks, band.heads
+    return f"stage {stage}, blocks {blocks.start}-{blocks.stop - 1}, heads {heads.start}-{heads.stop - 1}"
