@@ -120,7 +120,7 @@ def test_help_answers_without_torch():
     found = modules_after("--help")
     assert "  prefill   Compute a prompt's state and the likeliest next tokens." in found
     assert "typer" in found
-    assert not found & {"torch", "tokenizers", "safetensors", "pydantic_settings", "ray", "rich"}
+    assert not found & {"torch", "tokenizers", "safetensors", "pydantic", "ray", "rich"}
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "a name too long": (f"prefill --prompt-file {'x' * 300}", 1, ("File name too long",)),
     "a word for a number": ("prefill --prompt a --tile-size many", 2, ("--tile-size", "many", "integer")),
     "half a number": ("prefill --prompt a --workers 1.5", 2, ("--workers", "1.5", "integer")),
-    "no tile": ("prefill --prompt a --tile-size 0", 1, ("--tile-size", "0", "greater than 0")),
-    "a negative tile": ("prefill --prompt a --tile-size=-64", 1, ("--tile-size", "-64", "greater than 0")),
+    "no tile": ("prefill --prompt a --tile-size 0", 1, ("--tile-size", "0", "from 1 to")),
+    "a negative tile": ("prefill --prompt a --tile-size=-64", 1, ("--tile-size", "-64", "from 1 to")),
     "a huge tile": ("prefill --prompt a --tile-size 9999999", 1, ("--tile-size", "9999999", "65536")),
-    "no chunk": ("prefill --prompt a --chunk-size 0", 1, ("--chunk-size", "0", "greater than 0")),
-    "no workers": ("prefill --prompt a --workers 0", 1, ("--workers", "0", "greater than 0")),
-    "no heads": ("prefill --prompt a --heads-per-band 0", 1, ("--heads-per-band", "0", "greater than 0")),
+    "no chunk": ("prefill --prompt a --chunk-size 0", 1, ("--chunk-size", "0", "from 1 to")),
+    "no workers": ("prefill --prompt a --workers 0", 1, ("--workers", "0", "from 1 to")),
+    "no heads": ("prefill --prompt a --heads-per-band 0", 1, ("--heads-per-band", "0", "from 1 to")),
     "half a chunk": ("prefill --prompt a --tile-size 24", 1, ("--tile-size", "24", "16", "32")),
     "more heads than there are": ("prefill --prompt a --heads-per-band 3", 1, ("--heads-per-band", "3", "2 heads")),
     "a device of no kind": ("prefill --prompt a --device tpu", 1, ("--device", "tpu", "auto, mps, cuda, cpu")),

@@ -1,5 +1,6 @@
 """The command line. torch is imported only inside commands, so that --help answers at once."""
 
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from xlstm_ray.errors import Interrupted, StateError, UsageError, XlstmRayError
+from xlstm_ray.settings import Setting, Settings, table
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult
@@ -47,44 +49,12 @@ JsonlOption = Annotated[
         "--jsonl", help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key."
     ),
 ]
-ModelOption = Annotated[
-    Path | None, typer.Option("--model", help="A model directory in the Hugging Face layout [default: the demo model]")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, mps, cuda or cpu [default: auto, the first that is there]")
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option("--dtype", help="auto, float32 or bfloat16 [default: auto, bfloat16 on a GPU, else as stored]"),
-]
-BackendOption = Annotated[
-    str | None,
-    typer.Option(
-        "--chunkwise-backend",
-        help="queued_compiled_chunks, queued_compiled_steps or native (the eager reference) "
-        "[env: XLSTM_CHUNKWISE_BACKEND] [default: queued_compiled_chunks]",
-    ),
-]
-TileOption = Annotated[
-    int | None, typer.Option("--tile-size", help="Tokens a task, a multiple of the chunk size [default: by device]")
-]
-ChunkOption = Annotated[
-    int | None, typer.Option("--chunk-size", help="Tokens a chunk of the closed form [default: the model's]")
-]
-HeadsOption = Annotated[
-    int | None,
-    typer.Option("--heads-per-band", help="Heads a band [env: XLSTM_MPS_HEADS_PER_BAND] [default: all; 4 on mps]"),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        help="Threads that work on bands, at most one a band [env: XLSTM_MPS_WORKERS] [default: one a band]",
-    ),
-]
 StateInOption = Annotated[
     Path | None,
     typer.Option("--state-in", help="Go on from this saved state; settings not given are taken from it."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="A TOML file with settings; flags and environment go before it.")
 ]
 StateOutOption = Annotated[Path | None, typer.Option("--state-out", help="Write the state to this file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -94,38 +64,63 @@ ProgressOption = Annotated[
 ]
 
 
+def takes(names: str = "") -> Callable[[Callable], Callable]:
+    """A command that takes these settings (all, where none is named) after its own options, and --config.
+
+    What was given arrives as the keyword argument `asked`, for Settings.make; None stands for what was not.
+    """
+    rows = [table()[name] for name in names.split()] or list(table().values())
+    options = {"config": ConfigOption} | {row.name: _option(row) for row in rows if row.flags}
+
+    def decorate(command: Callable) -> Callable:
+        def run(**given: Any) -> None:
+            command(**{name: v for name, v in given.items() if name not in options}, asked=_only(options, given))
+
+        own = inspect.signature(command)
+        parameters = [p for p in own.parameters.values() if p.name != "asked"]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _only(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in options}
+
+
+def _option(row: Setting) -> Any:
+    """A setting as typer declares it."""
+    shown = row.shown or (",".join(row.default) if row.kind is tuple else row.default)
+    if row.kind is bool:
+        shown = "on" if row.default else "off"
+    env = f" [env: {row.env}]" if row.env else ""
+    kind = str if row.kind is tuple else row.kind
+    return Annotated[kind | None, typer.Option(row.flags, help=f"{row.help}{env} [default: {shown}]")]  # type: ignore
+
+
 @app.command()
+@takes()
 def prefill(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     jsonl: JsonlOption = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    chunkwise_backend: BackendOption = None,
-    tile_size: TileOption = None,
-    chunk_size: ChunkOption = None,
-    heads_per_band: HeadsOption = None,
-    workers: WorkersOption = None,
     state_in: StateInOption = None,
     state_out: StateOutOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
-    state, engine = _open(
-        state_in,
-        model=model,
-        device=device,
-        dtype=dtype,
-        chunkwise_backend=chunkwise_backend,
-        tile_size=tile_size,
-        chunk_size=chunk_size,
-        heads_per_band=heads_per_band,
-        workers=workers,
-    )
+    state, engine = _open(state_in, asked)
     with _stop_on_signals() as stop, _reporter(progress) as on_progress:
         result = engine.prefill(prompts, state=state, on_progress=on_progress, should_stop=stop)
     _require_some(result, stop)
@@ -136,6 +131,7 @@ def prefill(
 
 
 @app.command()
+@takes()
 def generate(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
@@ -148,34 +144,18 @@ def generate(
         float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling [default: 0]")] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    chunkwise_backend: BackendOption = None,
-    tile_size: TileOption = None,
-    chunk_size: ChunkOption = None,
-    heads_per_band: HeadsOption = None,
-    workers: WorkersOption = None,
     state_in: StateInOption = None,
     state_out: StateOutOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
-    state, engine = _open(
-        state_in,
-        model=model,
-        device=device,
-        dtype=dtype,
-        chunkwise_backend=chunkwise_backend,
-        tile_size=tile_size,
-        chunk_size=chunk_size,
-        heads_per_band=heads_per_band,
-        workers=workers,
-    )
+    state, engine = _open(state_in, asked)
     streams = not (json_output or jsonl)
     with _stop_on_signals() as stop:
         with _reporter(progress) as on_progress:
@@ -224,31 +204,17 @@ def generate(
 
 
 @app.command()
+@takes("model device dtype chunkwise_backend tile_size chunk_size heads_per_band t_inner profile")
 def doctor(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="On mps: the Metal kernels of a model, without running any.")
     ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    chunkwise_backend: BackendOption = None,
-    tile_size: TileOption = None,
-    chunk_size: ChunkOption = None,
-    heads_per_band: HeadsOption = None,
     json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Show what this machine has, and with --kernels what a model's kernels take on Apple's GPU."""
-    from xlstm_ray.settings import Settings
-
-    settings = Settings.make(
-        model=model,
-        device=device,
-        dtype=dtype,
-        chunkwise_backend=chunkwise_backend,
-        tile_size=tile_size,
-        chunk_size=chunk_size,
-        heads_per_band=heads_per_band,
-    )
+    settings = Settings.make(**asked)
     from xlstm_ray.doctor import kernel_report, machine
 
     facts: dict[str, Any] = {"machine": machine()}
@@ -430,10 +396,8 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
 
 
 @_leave_at_once()
-def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, Engine]":
+def _open(state_in: Path | None, asked: dict[str, Any]) -> "tuple[RecurrentState | None, Engine]":
     """The saved state, and the model; what was not asked for is taken from the state, so that grids agree."""
-    from xlstm_ray.settings import Settings
-
     settings = Settings.make(**asked)  # before torch: a wrong flag answers at once
     state = None
     if state_in is not None:
@@ -442,7 +406,7 @@ def _open(state_in: Path | None, **asked: Any) -> "tuple[RecurrentState | None, 
         state = RecurrentState.load(state_in)
         grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
         del grid["kernel"]
-        settings = Settings.make(**{**grid, **{k: v for k, v in asked.items() if v is not None}})
+        settings = Settings.make(**asked, state=(str(state_in), grid))
     from xlstm_ray.engine import Engine
 
     engine = Engine(settings)
@@ -633,27 +597,50 @@ def _print_results(
     _out("\n".join(lines))
 
 
+# -- settings ----------------------------------------------------------------------------------------------------------
+@app.command()
+@takes()
+def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
+    """Show every setting, its value and where it came from."""
+    settings = Settings.make(**asked)
+    with _leave_at_once():
+        from xlstm_ray.engine import explain
+    rows = {}
+    for name, (value, source) in explain(settings).items():
+        row = table()[name]
+        plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        rows[name] = {"value": plain, "source": source.kind, "where": source.where, "flag": row.flags, "env": row.env}
+    if json_output:
+        _json_line(rows)
+        return
+    for name, found in rows.items():
+        value = found["value"]
+        text = ",".join(value) if isinstance(value, list) else "-" if value is None else str(value)
+        _out(f"{name:<20} {text:<24} {found['source']} {found['where']}".rstrip())
+
+
 # -- Ray ---------------------------------------------------------------------------------------------------------------
 @app.command()
+@takes("ray_dashboard ray_dashboard_port")
 def up(
-    ray_dashboard: Annotated[bool, typer.Option("--ray-dashboard", help="With Ray's dashboard, on loopback.")] = False,
-    ray_dashboard_port: Annotated[
-        int | None, typer.Option("--ray-dashboard-port", help="Its port [default: 8265, or the next free one]")
-    ] = None,
     ray_port: Annotated[
         int | None, typer.Option("--ray-port", help="The port of the head's address [default: a free one]")
     ] = None,
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Start a Ray head that stays."""
+    settings = Settings.make(**asked)
     from xlstm_ray import supervisor
 
-    supervisor.choose_mode(local_mode=False, dashboard=ray_dashboard, dashboard_port=ray_dashboard_port)
+    port = settings.ray_dashboard_port
+    supervisor.choose_mode(local_mode=False, dashboard=settings.ray_dashboard, dashboard_port=port)
     head = supervisor.up(
         supervisor.HeadOptions(
             state_dir=supervisor.default_state_dir(),
             stays=True,
-            dashboard=ray_dashboard,
-            dashboard_port=ray_dashboard_port,
+            dashboard=settings.ray_dashboard,
+            dashboard_port=port,
             port=ray_port,
         )
     )

@@ -30,7 +30,7 @@ from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
-from xlstm_ray.settings import DEFAULT_BACKEND, Settings
+from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -119,7 +119,8 @@ class Engine:
         )
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band)
         self.bands, self.stages = len(stages[0]), len(stages)
-        self.workers = min(settings.workers or self.bands, self.bands)
+        self.workers = min(settings.workers, self.bands)
+        streams = choose_streams(settings, self.workers, self.device)
         self.executor: Executor = InProcessExecutor(
             [
                 [
@@ -129,6 +130,7 @@ class Engine:
                 for bands in stages
             ],
             threads=self.workers,
+            streams=streams,
         )
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int]] = set()
@@ -256,10 +258,10 @@ class Engine:
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost)
 
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
-        """Compile what windows of these sizes need, once; returns the seconds it took."""
+        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
         started = perf_counter()
         missing = [size for size in sizes if (batch, size) not in self._warm]
-        if missing and self.backend.compiled:
+        if missing and self.backend.compiled and self.settings.warmup:
             self.executor.warm_up(batch, missing)
             self._warm |= {(batch, size) for size in missing}
             return perf_counter() - started
@@ -408,10 +410,31 @@ class Generation:
 def load(model: str | Path | None = None, **options: Any) -> Engine:
     """A model directory (none: the demo model that ships with the package) -> Engine.
 
-    options: device, dtype, chunkwise_backend, tile_size, chunk_size, heads_per_band, workers, as the flags of the
-    command line. Raises errors of xlstm_ray.errors, each one line for the user.
+    options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
+    chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.
     """
     return Engine(Settings.make(model=model, **options))
+
+
+def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
+    """Every setting with the value that a run here would use and where it came from; of the model, config.json only."""
+    device = choose_device(settings)
+    model = settings.model or DEMO_MODEL
+    config_file = _directory(model) / "config.json"
+    config = ModelConfig.from_file(config_file)
+    backend, grid = choose_grid(settings, config, device, config_file)
+    values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
+    values["model"] = model, settings.source("model")
+    chosen = grid.model_dump() | {"chunkwise_backend": backend.name}
+    from_model = {"chunkwise_backend": backend.name == _own_backend(config), "chunk_size": True}
+    for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
+        source = values[name][1]
+        if source.kind == "default" and from_model.get(name) and getattr(config, name, chosen[name]) == chosen[name]:
+            source = Source("model", str(config_file))
+        values[name] = chosen[name], source
+    if settings.device == "auto":
+        values["device"] = device.type, values["device"][1]
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,7 +478,7 @@ def choose_device(settings: Settings) -> torch.device:
         name = next(n for n, is_there in there.items() if is_there)
     if not there[name]:
         have = ", ".join(n for n, is_there in there.items() if is_there)
-        raise UsageError(f"--device is {name!r}, but this machine has none; available: {have}")
+        raise UsageError(f"{settings.named('device')} is {name!r}, but this machine has none; available: {have}")
     if name == "mps" and settings.enable_mps_fallback:
         raise UsageError("PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently; set it to 0")
     return torch.device(name)
@@ -467,11 +490,14 @@ def choose_grid(
     """Backend and grid: what was asked, else what the model's configuration says, else the device's defaults."""
     name = settings.chunkwise_backend
     if name is None:
-        own = config.chunkwise_kernel.removeprefix("chunkwise--")
-        name = own if own.startswith(("queued_", "ray_")) else DEFAULT_BACKEND
+        own = _own_backend(config)
+        name = own or DEFAULT_BACKEND
         if name not in CHUNKWISE_BACKENDS:
             known = ", ".join(CHUNKWISE_BACKENDS)
             raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
+    elif name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
+        known = ", ".join(CHUNKWISE_BACKENDS)
+        raise UsageError(f"{settings.named('chunkwise_backend')} is {name!r}; there are: {known}")
     backend = chunkwise_backend(name)
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
@@ -487,14 +513,33 @@ def choose_grid(
         tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[device.type] // chunk)
     if tile % chunk:
         raise UsageError(
-            f"--tile-size is {tile}, which is no multiple of the chunk size {chunk}; try {-(-tile // chunk) * chunk}"
+            f"{settings.named('tile_size')} is {tile}, which is no multiple of the chunk size {chunk}; "
+            f"try {-(-tile // chunk) * chunk}"
         )
     heads = settings.heads_per_band
     if heads is not None and heads > config.num_heads:
-        raise UsageError(f"--heads-per-band is {heads}, but the model has {config.num_heads} heads")
+        raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if device.type == "mps" else config.num_heads
     return backend, Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+
+
+def choose_streams(settings: Settings, workers: int, device: torch.device) -> int:
+    """How many CUDA streams the bands' threads share."""
+    streams, name = settings.streams, settings.named("streams")
+    if streams is None:
+        return workers
+    if device.type != "cuda":
+        raise UsageError(f"{name} is {streams}, but torch has streams on cuda only, not on {device.type}; leave it out")
+    if streams > workers:
+        raise UsageError(f"{name} is {streams}, but {workers} thread(s) work on the bands; allowed: up to {workers}")
+    return streams
+
+
+def _own_backend(config: ModelConfig) -> str | None:
+    """The backend that the model's configuration names, where it is a name of ours and not another library's."""
+    own = config.chunkwise_kernel.removeprefix("chunkwise--")
+    return own if own.startswith(("queued_", "ray_")) else None
 
 
 def _require_compiler(backend: Backend, device: torch.device) -> None:

@@ -222,7 +222,7 @@ class Kernels:
         """The functions for windows (B, T) of a band with sizes `s` and weights shaped like `w`."""
         key = (s, B, T, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w))
         if key not in self.built:
-            self.built[key] = self._build(s, B, T)
+            self.built.setdefault(key, self._build(s, B, T))  # the same one for all threads
         return self.built[key]
 
     def _build(self, s: BandShape, B: int, T: int) -> Calls:

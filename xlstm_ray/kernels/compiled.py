@@ -6,6 +6,8 @@ tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,11 +40,18 @@ def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) 
         own_code(fn, name), fullgraph=True, dynamic=False, options=options, recompile_limit=1
     )
 
+    # Two bands' threads that come here first would compile it twice, and the second time is over the limit.
+    first: Lock | None = Lock()
+
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
-            return compiled(*args, **kwargs)
+            with first or nullcontext():
+                result = compiled(*args, **kwargs)
+            first = None
+            return result
         except (TorchDynamoException, FailOnRecompileLimitHit) as err:
             cause = getattr(err, "inner_exception", err)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -64,7 +73,7 @@ def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -
         tensors = tree_leaves((args, kwargs))
         key = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors)
         if key not in variants:
-            variants[key] = compiler(fn, name)
+            variants.setdefault(key, compiler(fn, name))  # the same one for all threads
         return variants[key](*args, **kwargs)
 
     return call

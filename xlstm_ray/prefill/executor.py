@@ -66,11 +66,11 @@ class Executor(Protocol):
 class InProcessExecutor:
     """All stages and bands in this process: direct calls with one band, a thread a band with several.
 
-    stages: [stage][band] workers on one device. threads: how many bands work at once. On cuda each thread has a stream
-    of its own; on the CPU the cores are shared out among the threads.
+    stages: [stage][band] workers on one device. threads: how many bands work at once. On cuda the bands share so many
+    streams (none given: one a thread); on the CPU the cores are shared out among the threads.
     """
 
-    def __init__(self, stages: list[list[Worker]], *, threads: int):
+    def __init__(self, stages: list[list[Worker]], *, threads: int, streams: int | None = None):
         self.stages = stages
         self.device = stages[0][0].device
         self._bands = len(stages[0])
@@ -80,8 +80,8 @@ class InProcessExecutor:
             cores = max(1, torch.get_num_threads() // threads)
             self._pool = ThreadPoolExecutor(threads, "band", initializer=torch.set_num_threads, initargs=(cores,))
             if self.device.type == "cuda":
-                own = [torch.cuda.Stream(self.device) for _ in range(threads)]
-                self._streams = [own[band % threads] for band in range(self._bands)]
+                own = [torch.cuda.Stream(self.device) for _ in range(streams or threads)]
+                self._streams = [own[band % len(own)] for band in range(self._bands)]
 
     def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
         for size in sizes:

@@ -1,0 +1,235 @@
+"""Settings: which of a flag, a variable, a file, a profile and a default wins, and what is said of a wrong one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xlstm_ray.engine import explain, load
+from xlstm_ray.errors import UsageError
+from xlstm_ray.settings import Settings, table
+
+# The Apple guide's variables: name -> setting, default, another value as text, that value.
+VARIABLES = {
+    "XLSTM_MPS_WORKERS": ("workers", 6, "3", 3),
+    "XLSTM_MPS_HEADS_PER_BAND": ("heads_per_band", None, "2", 2),
+    "XLSTM_MPS_STREAMS": ("streams", None, "2", 2),
+    "XLSTM_MPS_AUTOSCALE": ("autoscale", False, "1", True),
+    "XLSTM_MPS_WARMUP": ("warmup", True, "0", False),
+    "XLSTM_MEM_WATCHDOG": ("mem_watchdog", True, "0", False),
+    "XLSTM_MEM_SOFT_PCT": ("mem_soft_pct", 0.85, "0.5", 0.5),
+    "XLSTM_MEM_HARD_PCT": ("mem_hard_pct", 0.92, "1", 1.0),
+    "XLSTM_MEM_SOFT_MB": ("mem_soft_mb", None, "215000", 215_000),
+    "XLSTM_MEM_HARD_MB": ("mem_hard_mb", None, "235000", 235_000),
+    "XLSTM_MEM_POLL_MS": ("mem_poll_ms", 200, "50", 50),
+    "XLSTM_MEM_ACTION": ("mem_action", ("warn", "empty_cache"), "warn", ("warn",)),
+    "XLSTM_MIN_CHUNK": ("min_chunk", 8, "16", 16),
+    "XLSTM_SHRINK_ON_SOFT": ("shrink_on_soft", True, "0", False),
+    "XLSTM_CHUNKWISE_BACKEND": ("chunkwise_backend", None, "native", "native"),
+    "XLSTM_T_INNER": ("t_inner", 8, "4", 4),
+    "XLSTM_RAY_LOCAL_MODE": ("ray_local_mode", True, "0", False),
+    "XLSTM_RAY_AUTOSHUTDOWN": ("ray_autoshutdown", True, "0", False),
+    "XLSTM_RAY_DASHBOARD": ("ray_dashboard", False, "1", True),
+    "XLSTM_RAY_DASHBOARD_PORT": ("ray_dashboard_port", None, "8265", 8265),
+    "PYTORCH_ENABLE_MPS_FALLBACK": ("enable_mps_fallback", False, "1", True),
+}
+FLAGS = (
+    "--workers --heads-per-band --chunkwise-backend --chunk-size --tile-size --t-inner --mem-soft-mb --mem-hard-mb "
+    "--mem-soft-pct --mem-hard-pct --mem-action --no-mem-shrink --mem-poll-ms --no-mem-watchdog --min-chunk --mem-log "
+    "--autoscale --no-warmup --profile --force --stats-log --config --stages --threads --ray-local-mode "
+    "--no-ray-local-mode --ray-dashboard --ray-dashboard-port --ray-keep-alive --ray-address --ray-token-path "
+    "--actors-per-device --journal --journal-every --resume"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+def program(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("xlstm-ray")), *map(str, words)]
+    env = {**os.environ, "COLUMNS": "200", **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_every_variable_of_the_guide_has_its_default_and_is_read(variable, monkeypatch):
+    name, default, text, value = VARIABLES[variable]
+    assert getattr(Settings.make(), name) == default
+    assert Settings.make().source(name).kind == "default"
+    monkeypatch.setenv(variable, text)
+    settings = Settings.make()
+    assert getattr(settings, name) == value
+    assert settings.source(name) == ("environment", variable)
+
+
+@pytest.mark.parametrize("command", ["prefill", "generate", "config"])
+def test_every_flag_is_an_option_of_the_command(command):
+    words = program(command, "--help").stdout.replace("/", " ").split()
+    assert not set(FLAGS) - set(words)
+
+
+def test_each_source_wins_over_the_next(tmp_path, monkeypatch):
+    file = tmp_path / "settings.toml"
+    file.write_text('profile = "high-memory-256gb"\nmem_soft_mb = 300\nmem_poll_ms = 30\nt_inner = 3\n')
+    monkeypatch.setenv("XLSTM_MEM_POLL_MS", "20")
+    monkeypatch.setenv("XLSTM_T_INNER", "2")
+    settings = Settings.make(config=file, t_inner=1)
+    found = {name: (getattr(settings, name), settings.source(name).kind) for name in table()}
+    assert found["t_inner"] == (1, "flag")
+    assert found["mem_poll_ms"] == (20, "environment")
+    assert found["mem_soft_mb"] == (300, "file")
+    assert found["mem_hard_mb"] == (235_000, "profile")
+    assert found["mem_action"] == (("warn",), "profile")
+    assert found["shrink_on_soft"] == (False, "profile")
+    assert found["chunk_size"] == (64, "profile")
+    assert found["heads_per_band"] == (4, "profile")
+    assert found["min_chunk"] == (8, "default")
+
+
+def test_a_state_goes_before_the_environment_and_after_flags(monkeypatch):
+    monkeypatch.setenv("XLSTM_MPS_HEADS_PER_BAND", "1")
+    settings = Settings.make(state=("book.state", {"heads_per_band": 2, "tile_size": 64}), tile_size=32)
+    assert (settings.heads_per_band, settings.source("heads_per_band")) == (2, ("state", "book.state"))
+    assert (settings.tile_size, settings.source("tile_size").kind) == (32, "flag")
+
+
+def test_config_prints_values_and_where_they_came_from(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('mem_log = "log.csv"\nmem_action = ["warn"]\n')
+    words = ("config", "--json", "--config", file, "--device", "cpu", "--tile-size", 128, "--no-warmup")
+    done = program(*words, XLSTM_MPS_WORKERS="2")
+    rows = json.loads(done.stdout)
+    assert list(rows) == list(table())
+    found = {name: (row["value"], row["source"], row["where"]) for name, row in rows.items()}
+    assert found["tile_size"] == (128, "flag", "--tile-size")
+    assert found["warmup"] == (False, "flag", "--no-warmup")
+    assert found["workers"] == (2, "environment", "XLSTM_MPS_WORKERS")
+    assert found["mem_log"] == (str(tmp_path / "log.csv"), "file", str(file))  # relative to the file
+    assert found["mem_action"] == (["warn"], "file", str(file))
+    assert found["chunk_size"][:2] == (64, "model")
+    assert found["chunkwise_backend"][:2] == ("queued_compiled_chunks", "default")
+    lines = program("config", "--tile-size", 128).stdout.splitlines()
+    assert len(lines) == len(rows)
+    assert ["tile_size", "128", "flag", "--tile-size"] in [line.split() for line in lines]
+
+
+def test_what_the_model_says_is_shown_as_the_models(tmp_path):
+    # The demo model's configuration, with a backend of ours in it.
+    demo = Path(load.__code__.co_filename).parent / "demo" / "config.json"
+    config = {**json.loads(demo.read_text()), "chunkwise_kernel": "chunkwise--queued_compiled_steps"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = explain(Settings.make(model=tmp_path, device="cpu", tile_size=64))
+    assert found["chunkwise_backend"] == ("queued_compiled_steps", ("model", str(tmp_path / "config.json")))
+    assert found["heads_per_band"] == (config["num_heads"], ("default", ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tile_sizes = 64", ("'tile_sizes'", "tile_size?")),
+        ("mem-log = 'a'", ("'mem-log'", "did you mean mem_log")),
+        ("nonsense = 1", ("'nonsense'", "there are: model, device")),
+        ("enable_mps_fallback = true", ("'enable_mps_fallback'",)),  # torch reads the variable itself
+        ("tile_size = '64'", ("tile_size", "'64'", "whole number from 1 to 65536")),
+        ("tile_size = 64.0", ("tile_size", "64.0", "whole number")),
+        ("tile_size = true", ("tile_size", "True", "whole number")),
+        ("warmup = 1", ("warmup", "1", "true or false")),
+        ("mem_soft_pct = 85", ("mem_soft_pct", "85", "0.85 is 85 %")),
+        ("mem_action = ['shout']", ("mem_action", "shout", "warn, empty_cache")),
+        ("mem_action = []", ("mem_action", "one or more of")),
+        ("[model]\npath = 'a'", ("model", "a text")),
+        ("profile = 'huge'", ("profile", "huge", "high-memory-256gb")),
+        ("tile_size = \n", ("is not TOML", "line 1")),
+        ("a = 1\na = 2", ("is not TOML",)),
+        ("\xff", ("is not TOML",)),
+        ("a = " + "[" * 10_000, ("is not TOML",)),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name_and_key(text, said, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError) as refused:
+        Settings.make(config=file)
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    for part in said:
+        assert part in str(refused.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    for path, why in ((tmp_path / "none.toml", "No such file"), (tmp_path, "directory")):
+        with pytest.raises(UsageError, match=why):
+            Settings.make(config=path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("XLSTM_MPS_WARMUP", "perhaps"),
+        ("XLSTM_MEM_SOFT_PCT", "0"),
+        ("XLSTM_MEM_SOFT_PCT", "nan"),
+        ("XLSTM_MEM_HARD_PCT", "1.01"),
+        ("XLSTM_MEM_ACTION", ""),
+        ("XLSTM_MEM_ACTION", "warn,,empty_cache"),
+        ("XLSTM_MEM_POLL_MS", "0"),
+        ("XLSTM_RAY_DASHBOARD_PORT", "65536"),
+        ("XLSTM_CHUNKWISE_BACKEND", ""),
+        ("XLSTM_T_INNER", "1e3"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_its_name_with_what_is_allowed(variable, text, monkeypatch):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(UsageError, match=f"^{variable} is {text!r}; allowed: "):
+        Settings.make()
+
+
+def test_a_value_that_only_the_model_shows_to_be_wrong_is_named_by_its_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("XLSTM_MPS_HEADS_PER_BAND", "64")
+    with pytest.raises(UsageError, match="^XLSTM_MPS_HEADS_PER_BAND is 64, but the model has"):
+        load(device="cpu")
+    monkeypatch.delenv("XLSTM_MPS_HEADS_PER_BAND")
+    file = tmp_path / "settings.toml"
+    file.write_text("tile_size = 100")
+    with pytest.raises(UsageError, match="settings.toml: tile_size is 100, which is no multiple of the chunk size 64"):
+        explain(Settings.make(config=file, device="cpu"))
+    monkeypatch.setenv("XLSTM_CHUNKWISE_BACKEND", "eager")
+    with pytest.raises(UsageError, match="^XLSTM_CHUNKWISE_BACKEND is 'eager'; there are: queued_"):
+        load(device="cpu")
+
+
+def test_streams_are_refused_where_there_are_none(monkeypatch):
+    monkeypatch.setenv("XLSTM_MPS_STREAMS", "2")
+    with pytest.raises(UsageError, match="^XLSTM_MPS_STREAMS is 2, but torch has streams on cuda only, not on cpu"):
+        load(device="cpu", chunkwise_backend="native")
+
+
+def test_options_of_the_watchdog_without_it(monkeypatch):
+    monkeypatch.setenv("XLSTM_MEM_WATCHDOG", "0")
+    with pytest.raises(UsageError, match="^--mem-log has no effect without the watchdog"):
+        Settings.make(mem_log="a.csv")
+    monkeypatch.setenv("XLSTM_MEM_SOFT_PCT", "0.5")  # a shell's own setting may stay there
+    assert not Settings.make().mem_watchdog
+
+
+def test_without_warm_up_kernels_compile_on_first_use():
+    cold = load(device="cpu", dtype="float32", heads_per_band=2, tile_size=64, warmup=False).prefill("Once upon a time")
+    warm = load(device="cpu", dtype="float32", heads_per_band=2, tile_size=64).prefill("Once upon a time")
+    assert cold.stats.compile_s == 0
+    assert warm.stats.compile_s > 0
+    assert cold.state.digest() == warm.state.digest()
+
+
+def test_torchs_own_variables_are_passed_on():
+    code = (
+        "import xlstm_ray; xlstm_ray.load(device='cpu', chunkwise_backend='native'); import torch._dynamo.config as c; "
+    )
+    code += "import logging; print(c.verbose, logging.getLogger('torch._dynamo').level)"
+    env = {**os.environ, "TORCH_LOGS": "+dynamo", "TORCHDYNAMO_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout.split() == ["True", "10"], done.stderr
