@@ -24,7 +24,6 @@ from xlstm_ray.settings import Setting, Settings, table
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult
     from xlstm_ray.prefill.driver import Progress
-    from xlstm_ray.state import RecurrentState
 
 app = typer.Typer(
     name="xlstm-ray",
@@ -120,14 +119,16 @@ def prefill(
     """Compute a prompt's state and the likeliest next tokens."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
-    state, engine = _open(state_in, asked)
-    with _stop_on_signals() as stop, _reporter(progress) as on_progress:
-        result = engine.prefill(prompts, state=state, on_progress=on_progress, should_stop=stop)
-    _require_some(result, stop)
-    digest = result.state.save(state_out) if state_out else None
-    if not result.complete:
-        raise _interrupted(result, state_out, stop)
-    _print_results(engine, result, state_out, digest, json_output=json_output, a_line_each=jsonl)
+    with _opened(state_in, asked) as (start, engine):
+        with _stop_on_signals() as stop, _reporter(progress) as on_progress:
+            result = engine.prefill(prompts, **start, on_progress=on_progress, should_stop=stop)
+        engine.close()  # the state is here; memory and devices are free for others from now on
+        _require_some(result, stop)
+        digest = result.state.save(state_out) if state_out else None
+        if not result.complete:
+            raise _interrupted(engine, result, state_out, stop)
+        _print_results(engine, result, state_out, digest, json_output=json_output, a_line_each=jsonl)
+        engine.discard_journal()
 
 
 @app.command()
@@ -155,52 +156,55 @@ def generate(
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
-    state, engine = _open(state_in, asked)
     streams = not (json_output or jsonl)
-    with _stop_on_signals() as stop:
-        with _reporter(progress) as on_progress:
-            generation = engine.generate(
-                prompts,
-                state=state,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                on_progress=on_progress,
-                should_stop=stop,
-            )
-        for pieces in generation.rows():
-            if streams:
-                _out(pieces[0], end="")
-    result = generation.prefill
-    _require_some(result, stop)
-    digest = None
-    if state_out:
-        state = generation.state()
-        digest = state.save(state_out)
-    if not result.complete:
-        raise _interrupted(result, state_out, stop)
-    speed = {"decode_s": generation.decode_s, "decode_tok_s": generation.decode_tok_s}
-    if streams:
-        _out("")
-        summary = _summary(engine, result, state_out, digest)
-        made = len(generation.tokens[0])
-        _err(
-            f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
-            f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
-            f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
-            f"compile {summary['compile_s'] + generation.compile_s:.1f} s"
-        )
+    with _opened(state_in, asked) as (start, engine):
+        with _stop_on_signals() as stop:
+            with _reporter(progress) as on_progress:
+                generation = engine.generate(
+                    prompts,
+                    **start,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                    on_progress=on_progress,
+                    should_stop=stop,
+                )
+            for pieces in generation.rows():
+                if streams:
+                    _out(pieces[0], end="")
+        result = generation.prefill
+        _require_some(result, stop)
+        digest = None
         if state_out:
-            _err(f"state {state_out} (digest {digest})")
-    else:
-        for b, text in enumerate(generation.texts):
-            row = _summary(engine, result, state_out, digest, row=b if jsonl else None)
-            row["compile_s"] += generation.compile_s
-            _json_line({**row, "text": text, "new_tokens": len(generation.tokens[b]), **speed})
-    if stop():
-        go_on = f"; to go on: {_program()} generate --state-in {shlex.quote(str(state_out))} ..." if state_out else ""
-        raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
+            digest = generation.state().save(state_out)
+        engine.close()
+        if not result.complete:
+            raise _interrupted(engine, result, state_out, stop)
+        speed = {"decode_s": generation.decode_s, "decode_tok_s": generation.decode_tok_s}
+        if streams:
+            _out("")
+            summary = _summary(engine, result, state_out, digest)
+            made = len(generation.tokens[0])
+            _err(
+                f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
+                f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
+                f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
+                f"compile {summary['compile_s'] + generation.compile_s:.1f} s"
+            )
+            if state_out:
+                _err(f"state {state_out} (digest {digest})")
+        else:
+            for b, text in enumerate(generation.texts):
+                row = _summary(engine, result, state_out, digest, row=b if jsonl else None)
+                row["compile_s"] += generation.compile_s
+                _json_line({**row, "text": text, "new_tokens": len(generation.tokens[b]), **speed})
+        engine.discard_journal()
+        if stop():
+            go_on = (
+                f"; to go on: {_program()} generate --state-in {shlex.quote(str(state_out))} ..." if state_out else ""
+            )
+            raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
 
 
 @app.command()
@@ -395,24 +399,53 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
 
 
-@_leave_at_once()
-def _open(state_in: Path | None, asked: dict[str, Any]) -> "tuple[RecurrentState | None, Engine]":
-    """The saved state, and the model; what was not asked for is taken from the state, so that grids agree."""
+@contextmanager
+def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dict[str, Any], Engine]]":
+    """The model, and what to go on from, as keyword arguments of prefill and generate.
+
+    What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
+    head too; a head that stays says where it is.
+    """
     settings = Settings.make(**asked)  # before torch: a wrong flag answers at once
-    state = None
-    if state_in is not None:
+    start: dict[str, Any] = {}
+    with _leave_at_once():
+        from xlstm_ray.engine import JOURNAL_FILE, Engine
         from xlstm_ray.state import RecurrentState
 
-        state = RecurrentState.load(state_in)
-        grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
-        del grid["kernel"]
-        settings = Settings.make(**asked, state=(str(state_in), grid))
-    from xlstm_ray.engine import Engine
+        if settings.resume is not None:
+            for other, given in (("--state-in", state_in), ("--journal", settings.journal)):
+                if given is not None:
+                    raise UsageError(f"{other} and --resume were both given; a resumed run goes on in its own journal")
+            state_in = settings.resume / JOURNAL_FILE
+            if not state_in.is_file():
+                raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
+        if state_in is not None:
+            state = start["state"] = RecurrentState.load(state_in)
+            grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
+            del grid["kernel"]
+            settings = Settings.make(**asked, state=(str(state_in), grid))
+    # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
+    leaving: Any = _leave_at_once if settings.ray_local_mode and not settings.ray_address else _stop_on_signals
+    with leaving():
+        engine = Engine(settings)
+    try:
+        if engine.note:
+            _err(f"note: {engine.note}")
+        if settings.resume is not None:
+            start["any_grid"] = True
+            if start["state"].grid != engine.grid:
+                differences = start["state"].grid.differences(engine.grid)
+                _err(
+                    f"note: the journal is of another grid ({differences}): the result will be that of an "
+                    "uninterrupted run within rounding, not to the bit"
+                )
+        yield start, engine
+    finally:
+        engine.close()
+        if engine.stays is not None:
+            from xlstm_ray.supervisor import stays_lines
 
-    engine = Engine(settings)
-    if engine.note:
-        _err(f"note: {engine.note}")
-    return state, engine
+            _err("\n".join(stays_lines(engine.stays)))
 
 
 def _backend_of(kernel: str) -> str:
@@ -428,23 +461,35 @@ def _stopped(text: str, stop: _Stop) -> Interrupted:
     return error
 
 
-def _interrupted(result: "PrefillResult", state_out: Path | None, stop: _Stop) -> Interrupted:
-    done, total = sum(result.state.tokens), result.stats.prompt_tokens
-    text = f"stopped after {done} of {total} tokens"
-    if state_out is None:
-        return _stopped(f"{text}; with --state-out FILE the run could be resumed", stop)
-    return _stopped(f"{text}; state in {state_out}\nto go on: {_resume_command(state_out)}", stop)
+def _interrupted(engine: "Engine", result: "PrefillResult", state_out: Path | None, stop: _Stop) -> XlstmRayError:
+    """Why the run ended early, what is kept, and how to go on."""
+    text = f"stopped after {sum(result.state.tokens)} of {result.stats.prompt_tokens} tokens"
+    if engine.journal_file is not None:
+        text += f"; journal in {engine.journal_file.parent}"
+        words = ["--resume", str(engine.journal_file.parent)]
+    elif state_out is not None:
+        text += f"; state in {state_out}"
+        words = ["--state-in", str(state_out)]
+    else:
+        words = []
+        text += "; with --state-out FILE the run could be resumed"
+    if words:
+        text += f"\nto go on: {_resume_command(words)}"
+    if result.ended_by is not None:
+        return type(result.ended_by)(f"{result.ended_by}; {text}")
+    return _stopped(text, stop)
 
 
-def _resume_command(state_out: Path) -> str:
-    """This very command, but from the state."""
+def _resume_command(start: list[str]) -> str:
+    """This very command, but going on from there."""
+    replaced = "--state-in", "--resume", "--journal"
     words, skip = [], False
     for word in sys.argv[1:]:
-        if skip or word == "--state-in" or word.startswith("--state-in="):
-            skip = word == "--state-in"
+        if skip or word.startswith(tuple(f"{r}=" for r in replaced)) or word in replaced:
+            skip = word in replaced and not skip
             continue
         words.append(word)
-    return shlex.join([_program(), *words, "--state-in", str(state_out)])
+    return shlex.join([_program(), *words, *start])
 
 
 def _program() -> str:
@@ -559,6 +604,7 @@ def _summary(
         "prefill_s": stats.prefill_s,
         "prefill_tok_s": stats.prefill_tok_s,
         "peak_memory_bytes": stats.peak_memory_bytes,
+        "restarts": stats.restarts,
         "state_path": None if state_out is None else str(state_out),
         "state_digest": state_digest,
         "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[row or 0])],

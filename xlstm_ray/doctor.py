@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL, choose_device, choose_grid, choose_steps
+from xlstm_ray.engine import DEMO_MODEL, choose_backend, choose_device, choose_grid, choose_steps
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.probe import MAX_BUFFERS, Generated, Probe
@@ -47,7 +47,8 @@ def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
     config_file = (settings.model or DEMO_MODEL) / "config.json"
     config = ModelConfig.from_file(config_file)
-    backend, grid = choose_grid(settings, config, device, config_file)
+    backend = choose_backend(settings, config, config_file)
+    grid = choose_grid(settings, backend, config, device)
     if not backend.compiled:
         raise UsageError(f"--chunkwise-backend is {backend.name!r}, which compiles no kernels; leave it out")
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import index
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryFile
 from threading import RLock
 from time import perf_counter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
+from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig, read_json
 from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
@@ -24,16 +27,18 @@ from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateErr
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.probe import Fit, fit_t_inner
-from xlstm_ray.memory import peak_device_bytes
-from xlstm_ray.model import Kernels, Worker, make_grid
+from xlstm_ray.model import Band, Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
+from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 
 DEMO_MODEL = Path(__file__).parent / "demo"
+
+JOURNAL_FILE = "prefill.state"
 
 Prompt = str | Sequence[int]
 
@@ -55,6 +60,7 @@ class Statistics:
     ttft_s: float  # from the first tile to the first token's logits; loading and compiling are not in it
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
+    restarts: int = 0  # workers that had to be replaced
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,14 +96,29 @@ class Engine:
     """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`."""
 
     def __init__(self, settings: Settings):
-        started = perf_counter()
         self.settings = settings
-        self.device = choose_device(settings)
+        self._cluster = ExitStack()
+        self._executor: Executor | None = None
+        self.stays: Head | None = None  # a head of ours that outlives this engine
+        try:
+            self._open()
+        except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        started = perf_counter()
+        settings = self.settings
         self.model_path = settings.model or DEMO_MODEL
         config_file = _directory(self.model_path) / "config.json"
         self.config = ModelConfig.from_file(config_file)
-        self.backend, self.grid = choose_grid(settings, self.config, self.device, config_file)
-        _require_compiler(self.backend, self.device)
+        self.backend = choose_backend(settings, self.config, config_file)
+        self.mode = choose_mode(settings, self.backend)
+        ray = self._cluster.enter_context(_attached(settings)) if self.mode is Mode.ATTACHED else None
+        self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
+        self.grid = choose_grid(settings, self.backend, self.config, self.device)
+        if self.mode is not Mode.ATTACHED:
+            _require_compiler(self.backend, self.device)
         self._tokenizer_file = self.model_path / "tokenizer.json"
         self.tokenizer = _tokenizer(self._tokenizer_file)
         checkpoint = Checkpoint(self.model_path, self.config)
@@ -111,30 +132,48 @@ class Engine:
         self.fingerprint = checkpoint.fingerprint()
         steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
         self.t_inner, self.note = steps.t_inner, steps.note
-        kernels = Kernels(
-            self.backend,
-            chunk_size=self.grid.chunk_size,
-            t_inner=steps.t_inner,
-            compiler=partial(compile_strict, fusion_limit=steps.fusion_limit),
-        )
-        stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band)
+        if settings.stages > self.config.num_blocks:
+            raise UsageError(
+                f"{settings.named('stages')} is {settings.stages}, but the model has {self.config.num_blocks} blocks"
+            )
+        stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
         self.workers = min(settings.workers, self.bands)
-        streams = choose_streams(settings, self.workers, self.device)
-        self.executor: Executor = InProcessExecutor(
-            [
+        if self.mode is Mode.LOCAL:
+            kernels = Kernels(
+                self.backend,
+                chunk_size=self.grid.chunk_size,
+                t_inner=steps.t_inner,
+                compiler=partial(compile_strict, fusion_limit=steps.fusion_limit),
+            )
+            self._executor = InProcessExecutor(
                 [
-                    Worker(self.config, band, *checkpoint.load(band, dtype=dtype, device=self.device), kernels)
-                    for band in bands
-                ]
-                for bands in stages
-            ],
-            threads=self.workers,
-            streams=streams,
-        )
+                    [
+                        Worker(self.config, band, *checkpoint.load(band, dtype=dtype, device=self.device), kernels)
+                        for band in bands
+                    ]
+                    for bands in stages
+                ],
+                threads=self.workers,
+                streams=choose_streams(settings, self.workers, self.device),
+                cores=settings.threads,
+            )
+        else:
+            if ray is None:
+                head = self._cluster.enter_context(managed(_head_options(settings)))
+                ray = self._cluster.enter_context(connect(head))
+                self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
+            self._executor = _grid_executor(ray, self, stages, steps)
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int]] = set()
         self._runs = 0  # counts what the executor's one state has been given to
+
+    @property
+    def executor(self) -> Executor:
+        """Where the weights and the state are. Raises UsageError after `close`."""
+        if self._executor is None:
+            raise UsageError("this engine has been closed; load the model again")
+        return self._executor
 
     # -- tokens --------------------------------------------------------------------------------------------------------
     def encode(self, prompt: Prompt) -> list[int]:
@@ -184,6 +223,7 @@ class Engine:
         prompt: Prompt | Sequence[Prompt] | None = None,
         *,
         state: RecurrentState | None = None,
+        any_grid: bool = False,
         all_logits: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -192,11 +232,13 @@ class Engine:
 
         With a state, only what is new is computed; without a prompt it is taken as it is. should_stop is asked
         between tiles; a stopped run gives a state that resumes there. Raises StateError where the state belongs to
-        another model, grid or prompt, and UsageError for an empty prompt.
+        another model, grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
+        result is then the same within tolerance, not to the bit. A run that actors or nodes failed for good ends with
+        the state of its last snapshot and the reason in `ended_by`.
         """
         if state is not None:
             state.check(self.config, self.fingerprint)
-            if state.grid != self.grid:
+            if state.grid != self.grid and not any_grid:
                 raise StateError(
                     f"{state.name} was made on another grid ({state.grid.differences(self.grid)}); "
                     "use the same settings, or leave them out to take the state's"
@@ -210,9 +252,10 @@ class Engine:
                     "give the same prompt to go on"
                 )
             self._set_state(state, state.batch)
-            stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, peak_device_bytes(self.device))
+            stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, self.executor.peak_memory_bytes)
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
+        journal = self._begin_journal()
         start, hashes = self._resume(rows, state)
         begin = start.consumed
         sizes = window_sizes(
@@ -240,6 +283,8 @@ class Engine:
             tile_size=self.grid.tile_size,
             chunk_size=self.grid.chunk_size,
             all_logits=all_logits,
+            keep_every=None if self.mode is Mode.LOCAL and journal is None else self.settings.journal_every,
+            on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
             on_progress=on_progress,
             should_stop=should_stop,
         )
@@ -251,10 +296,13 @@ class Engine:
             compile_s,
             outcome.seconds,
             outcome.seconds,
-            peak_device_bytes(self.device),
+            self.executor.peak_memory_bytes,
             outcome.tile_seconds,
+            self.executor.restarts,
         )
         state = state_at(outcome.end)
+        if journal is not None and not state.complete and not outcome.lost:
+            state.save(journal)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost)
 
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
@@ -277,6 +325,7 @@ class Engine:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> "Generation":
@@ -284,12 +333,34 @@ class Engine:
         sampling = Sampling.make(temperature, top_p, seed)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
-        prefill = self.prefill(prompt, state=state, on_progress=on_progress, should_stop=should_stop)
+        prefill = self.prefill(prompt, state=state, any_grid=any_grid, on_progress=on_progress, should_stop=should_stop)
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
     def close(self) -> None:
-        """Let go of the model."""
-        self.executor.close()
+        """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays."""
+        executor, self._executor = self._executor, None
+        try:
+            if executor is not None:
+                executor.close()
+        finally:
+            self._cluster.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def journal_file(self) -> Path | None:
+        """Where snapshots go, whole or not at all, each in the place of the one before."""
+        directory = self.settings.journal or self.settings.resume
+        return None if directory is None else directory / JOURNAL_FILE
+
+    def discard_journal(self) -> None:
+        """Remove the journal of a run whose results are safe elsewhere."""
+        if self.journal_file is not None:
+            self.journal_file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------------------
     def _resume(self, rows: list[Tensor], state: RecurrentState | None) -> tuple[Snapshot, list[str]]:
@@ -313,6 +384,23 @@ class Engine:
                     "it is of another prompt"
                 )
         return Snapshot(state.tokens, state.tensors["logits"], state.tensors), state.prompt_hash
+
+    def _begin_journal(self) -> Path | None:
+        """Where this run's snapshots go. Raises StateError where another run's are in the way."""
+        journal = self.journal_file
+        if journal is not None:
+            if self.settings.resume is None and journal.exists():
+                raise StateError(
+                    f"{journal.parent} has the journal of a run that did not end: go on from it with --resume "
+                    f"{journal.parent}, or remove {journal}"
+                )
+            try:
+                journal.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise StateError(
+                    f"{journal.parent}: cannot be made ({err.strerror}); choose another --journal"
+                ) from None
+        return journal
 
     def _set_state(self, state: RecurrentState | None, batch: int) -> None:
         self.executor.set_state(None if state is None else state.tensors, batch)
@@ -422,7 +510,9 @@ def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
     model = settings.model or DEMO_MODEL
     config_file = _directory(model) / "config.json"
     config = ModelConfig.from_file(config_file)
-    backend, grid = choose_grid(settings, config, device, config_file)
+    backend = choose_backend(settings, config, config_file)
+    choose_mode(settings, backend)
+    grid = choose_grid(settings, backend, config, device)
     values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
     values["model"] = model, settings.source("model")
     chosen = grid.model_dump() | {"chunkwise_backend": backend.name}
@@ -484,10 +574,8 @@ def choose_device(settings: Settings) -> torch.device:
     return torch.device(name)
 
 
-def choose_grid(
-    settings: Settings, config: ModelConfig, device: torch.device, config_file: Path
-) -> tuple[Backend, Grid]:
-    """Backend and grid: what was asked, else what the model's configuration says, else the device's defaults."""
+def choose_backend(settings: Settings, config: ModelConfig, config_file: Path) -> Backend:
+    """What was asked, else what the model's configuration says, else the default."""
     name = settings.chunkwise_backend
     if name is None:
         own = _own_backend(config)
@@ -498,7 +586,35 @@ def choose_grid(
     elif name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
         known = ", ".join(CHUNKWISE_BACKENDS)
         raise UsageError(f"{settings.named('chunkwise_backend')} is {name!r}; there are: {known}")
-    backend = chunkwise_backend(name)
+    return chunkwise_backend(name)
+
+
+def choose_mode(settings: Settings, backend: Backend) -> Mode:
+    """Where the workers are. Raises UsageError for what has no effect there."""
+    for_actors = "stages ray_dashboard ray_dashboard_port ray_keep_alive ray_address ray_token_path actors_per_device"
+    if backend.executor != "ray":
+        for name in for_actors.split():
+            if getattr(settings, name) != table()[name].default:
+                raise UsageError(
+                    f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
+                    "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
+                )
+        return Mode.LOCAL
+    mode = supervisor.choose_mode(
+        local_mode=settings.ray_local_mode,
+        address=settings.ray_address,
+        dashboard=settings.ray_dashboard,
+        dashboard_port=settings.ray_dashboard_port,
+        keep_alive=settings.ray_keep_alive,
+    )
+    for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
+        if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
+            raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
+    return mode
+
+
+def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: torch.device) -> Grid:
+    """What was asked, else the device's defaults."""
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
         # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
@@ -521,7 +637,7 @@ def choose_grid(
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if device.type == "mps" else config.num_heads
-    return backend, Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
 
 
 def choose_streams(settings: Settings, workers: int, device: torch.device) -> int:
@@ -534,6 +650,58 @@ def choose_streams(settings: Settings, workers: int, device: torch.device) -> in
     if streams > workers:
         raise UsageError(f"{name} is {streams}, but {workers} thread(s) work on the bands; allowed: up to {workers}")
     return streams
+
+
+@contextmanager
+def _attached(settings: Settings) -> Iterator[ModuleType]:
+    assert settings.ray_address is not None
+    state_dir = supervisor.default_state_dir()
+    with connect(settings.ray_address, state_dir=state_dir, token_path=settings.ray_token_path) as ray:
+        yield ray
+
+
+def _device_of_cluster(settings: Settings, ray: ModuleType) -> torch.device:
+    """The device asked for, or the best that the cluster has."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    there = ray.cluster_resources()
+    return torch.device(next((d for d, name in (("mps", "mps"), ("cuda", "GPU")) if there.get(name)), "cpu"))
+
+
+def _head_options(settings: Settings) -> HeadOptions:
+    """A head for one run, or one that stays where it was asked for."""
+    return HeadOptions(
+        state_dir=supervisor.default_state_dir(),
+        stays=settings.ray_keep_alive or not settings.ray_autoshutdown,
+        dashboard=settings.ray_dashboard,
+        dashboard_port=settings.ray_dashboard_port,
+        resources={"mps": 1} if torch.backends.mps.is_available() else {},
+    )
+
+
+def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], steps: Fit) -> Executor:
+    """An actor for each (stage, band) on the cluster that `ray` is connected to."""
+    from actors.band import WorkerSpec
+    from actors.executor import GridOptions, RayExecutor
+
+    settings = engine.settings
+    threads = settings.threads
+    if threads is None:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        threads = max(1, cores // (engine.stages * engine.bands)) if engine.device.type == "cpu" else 1
+    spec = WorkerSpec(
+        model=engine.model_path.resolve(),
+        fingerprint=engine.fingerprint,
+        backend=engine.backend.name,
+        device=engine.device.type,
+        dtype=engine.dtype,
+        chunk_size=engine.grid.chunk_size,
+        t_inner=steps.t_inner,
+        fusion_limit=steps.fusion_limit,
+        threads=threads,
+    )
+    options = GridOptions(run=token_hex(3), actors_per_device=settings.actors_per_device)
+    return RayExecutor(ray, spec, stages, options)
 
 
 def _own_backend(config: ModelConfig) -> str | None:

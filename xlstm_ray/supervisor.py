@@ -414,8 +414,16 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     if token_path is not None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
     import ray
+    from ray._private import worker
 
+    # Ray writes the cluster's error messages to this program's standard output, whatever log_to_driver says, and has no
+    # switch for it. The run says itself what an actor's death means; --json must be JSON.
+    worker.print_to_stdstream = _note_message
     return ray
+
+
+def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger("xlstm_ray.ray").info("%s", " ".join(data["lines"]))
 
 
 def _probe(address: str, token: str | None) -> None:

@@ -32,7 +32,7 @@ class Backend:
     """A row of the table of chunkwise backends: who moves the tiles, and which kernel works on them."""
 
     name: str
-    executor: str  # queued (this process) or ray
+    executor: str  # queued (this process) or ray (actors; in local mode this process too)
     kernel: str  # compiled_chunks, compiled_steps or native
 
     @property
@@ -61,6 +61,8 @@ CHUNKWISE_BACKENDS = {
     for backend in (
         Backend("queued_compiled_chunks", "queued", "compiled_chunks"),
         Backend("queued_compiled_steps", "queued", "compiled_steps"),
+        Backend("ray_compiled_chunks", "ray", "compiled_chunks"),
+        Backend("ray_compiled_steps", "ray", "compiled_steps"),
         Backend("native", "queued", "native"),
     )
 }

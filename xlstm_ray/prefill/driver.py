@@ -70,7 +70,7 @@ def prefill(
     chunk_size: int,
     all_logits: bool = False,
     keep_every: int | None = None,
-    on_snapshot: Callable[[Snapshot], None] | None = None,
+    on_snapshot: Callable[[Snapshot], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:

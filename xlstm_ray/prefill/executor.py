@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.kernels.native import State
+from xlstm_ray.memory import peak_device_bytes
 from xlstm_ray.model import Worker, join_bands
 
 
@@ -59,6 +60,14 @@ class Executor(Protocol):
         The state of rows that are not active stays as it is, and their logits mean nothing.
         """
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The largest use of memory so far, of the kind that matters for the device; summed over processes."""
+
+    @property
+    def restarts(self) -> int:
+        """How many times a worker had to be replaced."""
+
     def close(self) -> None:
         """Let go of threads, weights and state."""
 
@@ -67,17 +76,24 @@ class InProcessExecutor:
     """All stages and bands in this process: direct calls with one band, a thread a band with several.
 
     stages: [stage][band] workers on one device. threads: how many bands work at once. On cuda the bands share so many
-    streams (none given: one a thread); on the CPU the cores are shared out among the threads.
+    streams (none given: one a thread). cores: how many threads of torch's own each has (none given: what there is,
+    shared out).
     """
 
-    def __init__(self, stages: list[list[Worker]], *, threads: int, streams: int | None = None):
+    restarts = 0
+
+    def __init__(
+        self, stages: list[list[Worker]], *, threads: int, streams: int | None = None, cores: int | None = None
+    ):
         self.stages = stages
         self.device = stages[0][0].device
         self._bands = len(stages[0])
         self._pool: ThreadPoolExecutor | None = None
         self._streams: list[torch.cuda.Stream] = []
+        if self._bands == 1 and cores is not None:
+            torch.set_num_threads(cores)
         if self._bands > 1:
-            cores = max(1, torch.get_num_threads() // threads)
+            cores = cores or max(1, torch.get_num_threads() // threads)
             self._pool = ThreadPoolExecutor(threads, "band", initializer=torch.set_num_threads, initargs=(cores,))
             if self.device.type == "cuda":
                 own = [torch.cuda.Stream(self.device) for _ in range(streams or threads)]
@@ -130,6 +146,10 @@ class InProcessExecutor:
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
         x = self._forward(tokens.unsqueeze(1), torch.zeros_like(tokens), active.long())
         return self.logits(x[:, 0])
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return peak_device_bytes(self.device)
 
     def close(self) -> None:
         if self._pool is not None:
