@@ -111,7 +111,7 @@ def document(name: str) -> dict[str, Any]:
 def options(*commands: str) -> set[str]:
     """Every option that these commands of xlstm-ray know."""
     group = typer.main.get_command(cli.app)
-    return {flag for name in commands for p in group.commands[name].params for flag in p.opts}  # type: ignore[attr-defined]
+    return {flag for name in commands for p in group.commands[name].params for flag in (*p.opts, *p.secondary_opts)}  # type: ignore[attr-defined]
 
 
 # In a process of its own: tests that connect to Ray must be the first to import it.
