@@ -672,6 +672,9 @@ def up(
     ray_port: Annotated[
         int | None, typer.Option("--ray-port", help="The port of the head's address [default: a free one]")
     ] = None,
+    ray_metrics_port: Annotated[
+        int | None, typer.Option("--ray-metrics-port", help="The port that Prometheus reads [default: a free one]")
+    ] = None,
     *,
     asked: dict[str, Any],
 ) -> None:
@@ -688,6 +691,7 @@ def up(
             dashboard=settings.ray_dashboard,
             dashboard_port=port,
             port=ray_port,
+            metrics_port=ray_metrics_port,
         )
     )
     _out("\n".join(supervisor.stays_lines(head)))

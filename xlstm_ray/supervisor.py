@@ -783,7 +783,7 @@ def _check_options(options: HeadOptions) -> None:
         "--ray-dashboard-port": options.dashboard_port,
         "port": options.port,
         "client_port": options.client_port,
-        "metrics_port": options.metrics_port,
+        "--ray-metrics-port": options.metrics_port,
     }
     for name, port in ports.items():
         if port is None:
