@@ -28,7 +28,7 @@ from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import State
-from xlstm_ray.memory import peak_device_bytes
+from xlstm_ray.memory import Sample, device_total_bytes, peak_device_bytes, take_sample
 from xlstm_ray.model import Band, Kernels, Worker
 
 GROUPS = {"compute": 1, "transfer": 1, "control": 1}
@@ -77,6 +77,18 @@ class Call(NamedTuple):
 
 
 Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
+
+
+class ActorSample(NamedTuple):
+    """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
+
+    pid: int
+    host: str
+    node: str  # Ray's id of the node
+    busy_s: float | None
+    peak_bytes: int
+    memory: Sample
+    device_total_bytes: int | None  # of a device with memory of its own
 
 
 class Done(NamedTuple):
@@ -208,15 +220,25 @@ class BandActor:
             return {name: to_wire(part) for name, part in self.worker.get_state(kept.blocks).items()}
 
     # -- control -------------------------------------------------------------------------------------------------------
-    def sample(self) -> dict[str, Any]:
-        """Who and how this actor is: pid, node, seconds in the running call (or None), peak memory in bytes."""
-        since = self.busy_since
-        return {
-            "pid": os.getpid(),
-            "node": os.uname().nodename,
-            "busy_s": None if since is None else monotonic() - since,
-            "peak_bytes": peak_device_bytes(torch.device(self.spec.device)),
-        }
+    def sample(self) -> "ActorSample":
+        """Who and how this actor is."""
+        import ray
+
+        since, device = self.busy_since, torch.device(self.spec.device)
+        return ActorSample(
+            os.getpid(),
+            os.uname().nodename,
+            ray.get_runtime_context().get_node_id(),
+            None if since is None else monotonic() - since,
+            peak_device_bytes(device),
+            take_sample(device),
+            device_total_bytes(device),
+        )
+
+    def empty_cache(self) -> None:
+        """Give memory that the device's allocator holds without need back."""
+        if self.spec.device != "cpu":
+            torch.accelerator.memory.empty_cache()
 
     # ------------------------------------------------------------------------------------------------------------------
     def _run(self, call: Call, x: Wire) -> None:

@@ -17,19 +17,23 @@ from itertools import count
 from statistics import median
 from time import monotonic, perf_counter
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 
-from actors.band import GROUPS, BandActor, Call, WorkerSpec, from_wire, to_wire
+from actors.band import GROUPS, ActorSample, BandActor, Call, WorkerSpec, from_wire, to_wire
+from actors.metrics import GridMetrics
 from xlstm_ray.errors import GridLost, UsageError, XlstmRayError, one_line
+from xlstm_ray.memory import Limits
 from xlstm_ray.model import Band, join_bands
 from xlstm_ray.prefill.executor import Tile, TileResult
 
+if TYPE_CHECKING:
+    from actors.watchdog import Event
+
 DECODE_KEEP = 256  # tokens between two snapshots while decoding
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class GridOptions:
     least_deadline_s: float = 30.0  # a tile's: 20 times the median of the last ones, but this at least
     first_deadline_s: float = 900.0  # before any tile was measured
     retries: int = 3  # recoveries without a new tile in between
+    limits: Callable[[int, int | None], Limits] | None = None  # as the watchdog wants them; None: no watchdog
+    watch_every_s: float = 0.2
+    empty_cache: bool = True
+    on_event: "Callable[[Event], None]" = lambda event: None  # called between tiles
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Seat:
     name: str
     band: Band
     handle: Any = None
+    node: str = ""  # Ray's id of the node that it is on
     process: psutil.Process | None = None  # the actor's, where it is on this machine
     done: dict[int, Any] = field(default_factory=dict)  # a block: its last call, which the next one waits for
 
@@ -100,6 +109,10 @@ class RayExecutor:
         self._times: deque[float] = deque(maxlen=32)
         self._failures = 0  # since the last new result
         self.restarts = 0
+        self._metrics = GridMetrics(options.run)
+        self._watchdogs: dict[str, Any] = {}  # by node id
+        self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
+        self._next_look = 0.0
         self._group = self._reserve()
         try:
             self._start(self._seats)
@@ -145,6 +158,9 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the actors, and only then give their places back: device memory is free when this returns."""
+        for watchdog in self._watchdogs.values():
+            self._ray.kill(watchdog)
+        self._watchdogs = {}
         for seat in self._seats:
             self._end(seat)
         if self._group is not None:
@@ -154,7 +170,7 @@ class RayExecutor:
     @property
     def peak_memory_bytes(self) -> int:
         """Summed over the actors, each at its own peak."""
-        return sum(sample["peak_bytes"] for sample in self._samples(self._seats).values())
+        return sum(sample.peak_bytes for sample in self._samples(self._seats).values())
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
     @property
@@ -188,6 +204,7 @@ class RayExecutor:
             now = perf_counter()
             result, before = result._replace(seconds=now - before), now
             self._times.append(result.seconds)
+            self._observe(entry.tile, result.seconds, len(flights))
             if result.state is not None:
                 self._snapshot = result.state, self._snapshot[1]
                 while self._log and self._log[0].number <= entry.number:
@@ -312,10 +329,61 @@ class RayExecutor:
             ).remote(self._spec, seat.band, seat.name, alone=self._alone)
         for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
             (sample,) = self._get([ref], self._options.start_timeout_s)
-            seat.process = psutil.Process(sample["pid"]) if sample["node"] == platform.node() else None
+            seat.node = sample.node
+            seat.process = psutil.Process(sample.pid) if sample.host == platform.node() else None
         self._get(self._each(seats, "load"))
+        self._watch()
         for batch, size in self._warm:
             self._get(self._each(seats, "warm_up", batch, [size]))
+
+    def _watch(self) -> None:
+        """A watchdog on every node that has actors, told which."""
+        if self._options.limits is None:
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from actors.watchdog import Watchdog
+
+        o = self._options
+        nodes = {seat.node for seat in self._seats}
+        for node in self._watchdogs.keys() - nodes:
+            self._ray.kill(self._watchdogs.pop(node))
+        for node in sorted(nodes):
+            if node not in self._watchdogs:
+                self._watchdogs[node] = (
+                    self._ray.remote(num_cpus=0)(Watchdog)
+                    .options(
+                        name=f"xlstm-ray {o.run} watchdog {node[:8]}",
+                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                    )
+                    .remote(node[:8], o.limits, o.watch_every_s, empty_cache=o.empty_cache)
+                )
+            self._watchdogs[node].watch.remote({s.name: s.handle for s in self._seats if s.node == node})
+
+    def _observe(self, tile: Tile, seconds: float, under_way: int) -> None:
+        """Metrics after a tile, and what the watchdogs have had to say since the last one; never waits for them."""
+        self._metrics.tile(int((tile.last - tile.first).sum()), seconds, under_way)
+        for node, ref in list(self._reports.items()):
+            ready, _ = self._ray.wait([ref], timeout=0)
+            if not ready:
+                continue
+            del self._reports[node]
+            try:
+                report = self._ray.get(ref)
+            except self._failure:  # its node is gone, or only it was killed: then another takes its place
+                self._watchdogs.pop(node, None)
+                self._watch()
+                continue
+            for name, sample in report.samples.items():
+                self._metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
+            for event in report.events:
+                self._metrics.limit(event.level)
+                self._options.on_event(event)
+        if monotonic() >= self._next_look:
+            self._next_look = monotonic() + self._options.watch_every_s
+            for node, watchdog in self._watchdogs.items():
+                if node not in self._reports:
+                    self._reports[node] = watchdog.report.remote()
 
     def _each(self, seats: list[Seat], method: str, *args: Any) -> list[Any]:
         return [self._call(seat, method, method.replace("_", " "))(*args) for seat in seats]
@@ -333,7 +401,7 @@ class RayExecutor:
     def _sample(self, seat: Seat) -> Any:
         return seat.handle.sample.options(concurrency_group="control").remote()
 
-    def _samples(self, seats: list[Seat]) -> dict[int, dict[str, Any]]:
+    def _samples(self, seats: list[Seat]) -> dict[int, ActorSample]:
         """By seat: what those actors say that answer."""
         asked = {seat.index: self._sample(seat) for seat in seats}
         found = {}
@@ -403,13 +471,14 @@ class RayExecutor:
         lost = [
             seat
             for seat in self._seats
-            if seat.index not in samples or timed_out and (samples[seat.index]["busy_s"] or 0) > half
+            if seat.index not in samples or timed_out and (samples[seat.index].busy_s or 0) > half
         ]
         if timed_out and not lost:  # all answer and none works: what they wait for will not come
             lost = self._seats
         for seat in lost:
             self._end(seat)
         self.restarts += len(lost)
+        self._metrics.restarts(len(lost))
         if not self._group.wait(self._options.place_timeout_s):
             names = ", ".join(seat.name for seat in lost)
             raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}") from error
