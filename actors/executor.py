@@ -177,9 +177,12 @@ class RayExecutor:
     def _seats(self) -> list[Seat]:
         return [seat for stage in self._stages for seat in stage]
 
-    def _drive(self, entries: Iterator[Entry]) -> Iterator[TileResult]:
-        """Results of the tiles in the log that nobody has seen, then of new ones; recovers on the way."""
-        waiting = deque(self._log)
+    def _drive(self, entries: Iterator[Entry], replay: Iterable[Entry] = ()) -> Iterator[TileResult]:
+        """Plays tiles again that the actors have forgotten, then new ones, and recovers on the way.
+
+        Yields the results that nobody has seen.
+        """
+        waiting = deque(replay)
         flights: deque[Flight] = deque()
         before = perf_counter()
         while True:
@@ -444,7 +447,7 @@ class RayExecutor:
                 return self._get(ask(), timeout_s or self._options.first_deadline_s)
             except self._failure as error:
                 self._recover(error)
-                for _ in self._drive(iter(())):
+                for _ in self._drive(iter(()), self._log):
                     pass
 
     def _recover(self, error: Exception) -> None:

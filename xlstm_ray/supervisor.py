@@ -400,6 +400,8 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     """Ray, imported with authentication on. Raises RayError where it was imported before in another way."""
     # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
     wanted = {"RAY_AUTH_MODE": "token", _CLUSTER: "0" if _is_loopback(address) else "1"}
+    # Results that nobody asks for any more, of tiles that are played again, may be errors.
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     if token_path is not None:
         wanted["RAY_AUTH_TOKEN_PATH"] = str(token_path)
     missing = [name for name, value in wanted.items() if os.environ.get(name) != value]

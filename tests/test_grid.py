@@ -1,0 +1,459 @@
+"""The grid on real Ray: same bits as in process, faults with real signals, journals, a node that is lost.
+
+Nothing here connects in pytest's own process: Ray fixes its authentication at import, for every test file. Scripts run
+beside a head of ours and print a JSON line for each thing they saw.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_model
+
+import xlstm_ray
+from actors.band import BandActor, WorkerSpec
+from xlstm_ray import RecurrentState, supervisor
+from xlstm_ray.errors import CheckpointError, UsageError
+from xlstm_ray.model import Band
+from xlstm_ray.supervisor import Head, HeadOptions
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
+)
+ROOT = Path(xlstm_ray.__file__).parents[1]
+TILE, CHUNK = 32, 16
+SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", str(CHUNK)]
+PROMPT = "".join(chr(97 + i * i % 26) for i in range(47 * TILE))  # a byte is a token; whole tiles: one shape to compile
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four heads, three blocks: two stages and bands of three heads leave unequal parts."""
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, seed=5, hidden_size=64, num_hidden_layers=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def head(home: Path) -> Iterator[Head]:
+    """A head with room for eight actors of one thread, however few cores there are."""
+    state_dir = home / ".local" / "state" / "xlstm-ray"
+    options = HeadOptions(state_dir=state_dir, stays=True, num_cpus=8, object_store_bytes=100 << 20)
+    started = supervisor.start_head(options)
+    yield started
+    supervisor.stop_head(started, state_dir)
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "XLSTM_RAY_LOCAL_MODE": "0"}
+
+
+def script(home: Path, text: str, *arguments: object) -> dict[str, Any]:
+    """What a fresh Python says: the JSON objects that it prints, as one."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    found: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    return found
+
+
+def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from xlstm_ray.cli import main; main()", *map(str, words)]
+    return subprocess.run(program, env=environment(home), capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def in_process(model: Path) -> dict[int, dict[str, Any]]:
+    """The queued backend's results by heads a band, compiled with one thread as the actors are."""
+    found = {}
+    for heads in (4, 3):
+        lm = xlstm_ray.load(
+            model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK, heads_per_band=heads
+        )
+        result = lm.prefill(PROMPT)
+        found[heads] = {"digest": result.state.digest(), "tensors": result.state.tensors}
+        generation = lm.generate(PROMPT[:96], max_new_tokens=9)
+        found[heads] |= {"text": "".join(generation), "after": generation.state().digest()}
+        found[heads]["all"] = torch.cat(lm.prefill(PROMPT[:96], all_logits=True).all_logits).double().sum().item()
+        if heads == 4:
+            found[heads]["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    return found
+
+
+GRID = """
+    import dataclasses, json, os, random, signal, sys, threading, time
+    import torch
+    import xlstm_ray
+    from xlstm_ray.errors import XlstmRayError
+
+    def say(**row): print(json.dumps(row), flush=True)
+    model, address, stages, heads, prompt = sys.argv[1:6]
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=int(stages),
+        heads_per_band=int(heads), device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+    executor = lm.executor
+    executor._options = dataclasses.replace(executor._options, least_deadline_s=4.0, answer_timeout_s=2.0)
+"""
+
+
+# -- without Ray -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("heads", [4, 3])
+def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model, in_process, tmp_path):
+    found = script(
+        tmp_path,
+        """
+        import json, os, sys
+        os.environ.pop("XLSTM_RAY_LOCAL_MODE")
+        sys.modules["ray"] = None  # an import of it would raise
+        import xlstm_ray
+        model, heads, prompt = sys.argv[1:]
+        lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", stages=2, heads_per_band=int(heads),
+            device="cpu", threads=1, workers=1, tile_size=32, chunk_size=16)
+        print(json.dumps({"digest": lm.prefill(prompt).state.digest(), "text": "".join(lm.generate(prompt[:96],
+            max_new_tokens=9))}))
+        """,
+        model,
+        heads,
+        PROMPT,
+    )
+    assert found == {name: in_process[heads][name] for name in ("digest", "text")}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stages": 2}, "--stages is of the ray_ backends"),
+        ({"ray_address": "127.0.0.1:1"}, "--ray-address is of the ray_ backends"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "ray_dashboard": True}, "local mode"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "ray_keep_alive": True}, "local mode"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "actors_per_device": 2}, "no effect in local mode"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "stages": 9}, "but the model has 3 blocks"),
+    ],
+)
+def test_what_has_no_effect_is_refused(options, said, model, monkeypatch):
+    monkeypatch.delenv("XLSTM_RAY_LOCAL_MODE", raising=False)
+    with pytest.raises(UsageError, match=said):
+        xlstm_ray.load(model, device="cpu", **options)
+
+
+def test_an_actor_refuses_another_model_than_the_drivers(model):
+    spec = WorkerSpec(model, "0" * 32, "ray_compiled_chunks", "cpu", torch.float32, CHUNK, 8, None, 1)
+    with pytest.raises(CheckpointError, match="has another model there than the driver"):
+        BandActor(spec, Band(range(3), range(4), range(10)), "a", alone=True).load()
+
+
+# -- on a head ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", params=[(2, 4), (2, 3)], ids=["2 stages", "2 stages x 2 bands, unequal"])
+def grid(request: pytest.FixtureRequest, home: Path, head: Head, model: Path) -> tuple[int, dict[str, Any]]:
+    """Everything that one grid does, faults included: (heads a band, what it said)."""
+    stages, heads = request.param
+    text = (
+        GRID
+        + """
+    result = lm.prefill(prompt)
+    say(digest=result.state.digest(), peak=result.stats.peak_memory_bytes, restarts=result.stats.restarts)
+    if heads == "4":
+        say(batch=lm.prefill([prompt[:77], prompt[:320]]).state.digest())
+    generation = lm.generate(prompt[:96], max_new_tokens=9)
+    say(text="".join(generation), after=generation.state().digest(), rate=generation.decode_tok_s)
+    say(all=torch.cat(lm.prefill(prompt[:96], all_logits=True).all_logits).double().sum().item())
+
+    from xlstm_ray.memory import peak_process_bytes
+    before = peak_process_bytes()
+    lm.prefill(prompt * 8)
+    say(growth=peak_process_bytes() - before)
+
+    # Actors are killed at random moments, each time after some progress; then one is stopped and hangs.
+    stop, progress, killed, rounds = threading.Event(), threading.Event(), [], []
+    def killer():
+        while len(killed) < 2 and not stop.is_set():
+            if progress.wait(0.05):
+                time.sleep(random.uniform(0, 0.3))
+                process = random.choice([s.process for s in executor._seats])
+                if process is not None and process.is_running():
+                    process.kill()
+                    killed.append(process.pid)
+                    progress.clear()
+    def seen(p):
+        progress.set()
+    threading.Thread(target=killer, daemon=True).start()
+    def long_run(n):
+        "The prompt again and again until n kills have happened: as long as it takes."
+        digests = set()
+        while len(killed) < n and len(rounds) < 20:
+            rounds.append(n)
+            digests.add(lm.prefill(prompt, on_progress=seen).state.digest())
+        return sorted(digests)
+    say(chaos=long_run(2), killed=len(killed), chaos_restarts=executor.restarts)
+    stop.set()
+    pids = [s.process.pid for s in executor._seats]
+    def hang(p):
+        if p.tiles_done == 7 and not killed[2:]:
+            killed.append(pids[-1])
+            os.kill(pids[-1], signal.SIGSTOP)
+    say(hung=lm.prefill(prompt, on_progress=hang).state.digest(), hang_restarts=executor.restarts)
+
+    # Killed while it decodes: between two tokens.
+    generation = lm.generate(prompt[:96], max_new_tokens=9)
+    pieces = []
+    for piece in generation:
+        pieces.append(piece)
+        if len(pieces) == 4:
+            os.kill(executor._seats[0].process.pid, signal.SIGKILL)
+    say(text_again="".join(pieces), after_again=generation.state().digest())
+
+    # Dies each time, before anything new is done.
+    done = threading.Event()
+    def always():
+        while not done.is_set():
+            process = executor._seats[0].process
+            if process is not None and process.is_running():
+                process.kill()
+            time.sleep(0.02)
+    def begin(p):
+        if p.tiles_done == 7:
+            threading.Thread(target=always, daemon=True).start()
+    result = lm.prefill(prompt, on_progress=begin)
+    done.set()
+    result.state.save(sys.argv[6])
+    say(lost=str(result.ended_by), code=result.ended_by.exit_code, complete=result.complete, kept=result.state.tokens)
+    lm.close()
+    """
+    )
+    lost = home / f"lost-{heads}.state"
+    found = script(home, text, model, head.address, stages, heads, PROMPT, lost)
+    return heads, {**found, "lost_state": lost}
+
+
+def test_a_grid_gives_the_bits_of_one_process(grid, in_process):
+    heads, found = grid
+    assert found["digest"] == in_process[heads]["digest"]
+    assert found.get("batch") == in_process[heads].get("batch")
+    assert found["restarts"] == 0
+
+
+def test_decoding_in_the_grid_gives_the_same_text_and_state(grid, in_process):
+    heads, found = grid
+    assert (found["text"], found["after"]) == (in_process[heads]["text"], in_process[heads]["after"])
+    assert found["rate"] > 0
+
+
+def test_all_logits_come_from_the_last_stage(grid, in_process):
+    heads, found = grid
+    assert found["all"] == in_process[heads]["all"]
+
+
+def test_the_drivers_memory_does_not_grow_with_the_prompt(grid):
+    _, found = grid
+    assert found["growth"] < 8 << 20  # 375 tiles instead of 47
+
+
+def test_actors_killed_at_random_moments_change_no_bit(grid, in_process):
+    heads, found = grid
+    assert found["killed"] == 2
+    assert found["chaos_restarts"] >= 2
+    assert found["chaos"] == [in_process[heads]["digest"]]
+
+
+def test_a_hung_actor_is_found_and_replaced(grid, in_process):
+    heads, found = grid
+    assert found["hung"] == in_process[heads]["digest"]
+    assert found["hang_restarts"] > found["chaos_restarts"]
+
+
+def test_an_actor_killed_while_decoding_changes_no_token(grid, in_process):
+    heads, found = grid
+    assert (found["text_again"], found["after_again"]) == (in_process[heads]["text"], in_process[heads]["after"])
+
+
+def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid, in_process, model):
+    heads, found = grid
+    assert found["code"] == 4
+    assert not found["complete"]
+    assert "failed 4 times in a row" in found["lost"]
+    (kept,) = found["kept"]
+    assert 6 * TILE <= kept < len(PROMPT)
+    lm = xlstm_ray.load(
+        model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK, heads_per_band=heads
+    )
+    resumed = lm.prefill(PROMPT, state=RecurrentState.load(found["lost_state"]))
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert resumed.state.digest() == in_process[heads]["digest"]
+    assert resumed.stats.resumed_tokens == kept
+
+
+def test_actors_are_gone_when_a_run_has_ended(grid, head):
+    titles = [" ".join(p.cmdline()) for p in psutil.process_iter() if os.getsid(p.pid) == head.pid]
+    assert titles
+    assert not [title for title in titles if "BandActor" in title or "Watchdog" in title]
+
+
+def test_a_grid_without_room_is_refused_within_seconds(home, head, model):
+    began = time.monotonic()
+    done = command(
+        home, "prefill", "--model", model, *SIZES, "--threads", 8, "--ray-address", head.address, "--prompt", "abc",
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2,
+    )  # fmt: skip
+    assert time.monotonic() - began < 60  # ten of them are the wait; the rest is Python on a busy machine
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "2 actors of CPU 8 each; the cluster's 1 node(s) have CPU 8 in all" in line
+    assert "use fewer --stages" in line
+
+
+def test_a_device_that_no_node_has_is_refused(home, head, model):
+    done = command(
+        home, "prefill", "--model", model, "--ray-address", head.address, "--prompt", "abc", "--device", "mps",
+        "--chunkwise-backend", "ray_compiled_chunks",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "1 actors of CPU 1, mps 1 each" in done.stderr
+
+
+# -- journal -----------------------------------------------------------------------------------------------------------
+def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model, in_process, tmp_path):
+    journal = tmp_path / "journal"
+    words = [
+        "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--journal-every", 2,
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--prompt", PROMPT, "--json",
+    ]  # fmt: skip
+    program = [sys.executable, "-c", "from xlstm_ray.cli import main; main()"]
+    run = subprocess.Popen(
+        [*program, *map(str, words), "--journal", str(journal), "--progress", "ndjson"],
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    for line in run.stderr:  # killed at some moment after the first snapshots
+        if line.startswith("{") and json.loads(line)["tiles_done"] >= 5:
+            break
+    run.kill()
+    run.communicate()
+    kept = RecurrentState.load(journal / "prefill.state")
+    assert 0 < sum(kept.tokens) < len(PROMPT)
+
+    again = command(home, *words, "--journal", journal)
+    assert again.returncode == 1
+    assert f"go on from it with --resume {journal}" in again.stderr
+    both = command(home, *words, "--resume", journal, "--state-in", journal / "prefill.state")
+    assert "--state-in and --resume were both given" in both.stderr
+    none = command(home, *words, "--resume", tmp_path)
+    assert "has no journal of a run that did not end" in none.stderr
+
+    other = tmp_path / "other"  # the same journal on another grid: in this process, other tiles
+    other.mkdir()
+    (other / "prefill.state").write_bytes((journal / "prefill.state").read_bytes())
+    elsewhere = command(
+        home, "prefill", "--model", model, "--device", "cpu", "--chunkwise-backend", "queued_compiled_chunks",
+        "--tile-size", 64, "--resume", other, "--prompt", PROMPT, "--state-out", tmp_path / "other.state",
+    )  # fmt: skip
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "the journal is of another grid (tile_size 32, not 64)" in elsewhere.stderr
+    for name, tensor in load_file(tmp_path / "other.state").items():
+        expected = in_process[4]["tensors"][name]
+        assert (tensor - expected).norm() / expected.norm() < 1e-4, name
+
+    resumed = command(home, *words, "--resume", journal)
+    assert resumed.returncode == 0, resumed.stderr
+    found = json.loads(resumed.stdout)
+    assert found["state_digest"] == in_process[4]["digest"]
+    assert found["resumed_tokens"] == sum(kept.tokens)
+    assert not (journal / "prefill.state").exists()  # the run has ended
+
+
+# -- two nodes ---------------------------------------------------------------------------------------------------------
+LOSS = """
+    import json, os, subprocess, sys, time
+    import psutil
+    import xlstm_ray
+    from xlstm_ray import supervisor
+
+    def say(**row): print(json.dumps(row), flush=True)
+    model, address, folder, token, prompt, spare, kept = sys.argv[1:]
+    nodes = []
+    def start_node():
+        "One more node on this machine, in a session of its own."
+        words = ["start", "--address=" + address, "--block", "--num-cpus=1", "--object-store-memory=83886080",
+            "--temp-dir=" + folder, "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
+            "--disable-usage-stats"]
+        nodes.append(subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *words], start_new_session=True,
+            stdout=subprocess.DEVNULL, env=supervisor._environment(token)))
+    def lose(node):
+        for process in list(psutil.process_iter()):
+            if os.getsid(process.pid) == node.pid:
+                process.kill()
+    start_node()
+    for attempt in range(20):  # until the second node is there
+        try:
+            lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=2,
+                device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+            break
+        except xlstm_ray.errors.UsageError:
+            pass
+    if spare == "spare":
+        start_node()
+        ray = lm.executor._ray
+        while sum(node["Alive"] for node in ray.nodes()) < 3:
+            time.sleep(0.2)
+    try:
+        say(nodes=len({s.node for s in lm.executor._seats}))
+        result = lm.prefill(prompt, on_progress=lambda p: lose(nodes[0]) if p.tiles_done == 7 else None)
+        result.state.save(kept)
+        say(complete=result.complete, restarts=result.stats.restarts, ended_by=str(result.ended_by),
+            code=result.ended_by.exit_code if result.ended_by else 0)
+    finally:
+        lm.close()
+        for node in nodes:
+            lose(node)
+"""
+
+
+@pytest.mark.parametrize("spare", ["spare", "none"])
+def test_a_node_that_is_lost(spare, model, in_process, tmp_path):
+    state_dir = tmp_path / ".local" / "state" / "xlstm-ray"
+    options = HeadOptions(state_dir=state_dir, stays=True, num_cpus=1, object_store_bytes=80 << 20)
+    head = supervisor.start_head(options)
+    try:
+        kept = tmp_path / "kept.state"
+        found = script(tmp_path, LOSS, model, head.address, head.folder, head.token_path, PROMPT, spare, kept)
+    finally:
+        supervisor.stop_head(head, state_dir)
+    assert found["nodes"] == 2
+    state = RecurrentState.load(kept)
+    if spare == "spare":  # the same on the remaining nodes
+        assert found["complete"]
+        assert found["restarts"] == 1
+    else:  # a state to go on from, anywhere
+        assert found["code"] == 4
+        assert "gone, and a grid of 2 stage(s)" in found["ended_by"]
+        lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+        assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
+        state = lm.prefill(PROMPT, state=state).state
+        torch.set_num_threads(os.cpu_count() or 1)
+    assert state.digest() == in_process[4]["digest"]
