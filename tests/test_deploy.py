@@ -183,6 +183,7 @@ def test_the_job_asks_for_as_many_stages_as_there_are_gpus() -> None:
     assert int(stages) == sum(group["replicas"] for group in spec["rayClusterSpec"]["workerGroupSpecs"])
     assert spec["submissionMode"] == "HTTPMode"
     assert '--ray-address "$RAY_ADDRESS"' in spec["entrypoint"]
+    assert set(re.findall(r"--[a-z-]+", spec["entrypoint"])) <= options("prefill")
 
 
 def test_the_service_names_an_app_that_is_there() -> None:
@@ -272,8 +273,11 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
                 walk(argument)
         elif isinstance(node, promql_parser.MatrixSelector):
             walk(node.vector_selector)
+        elif isinstance(node, promql_parser.BinaryExpr):
+            walk(node.lhs)
+            walk(node.rhs)
         else:
-            assert isinstance(node, (promql_parser.NumberLiteral,)), type(node)
+            assert isinstance(node, promql_parser.NumberLiteral), type(node)
 
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
@@ -292,3 +296,18 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     ]
     assert len(set(cells)) == len(cells)  # no panel over another
     assert max(x for x, _ in cells) < 24
+
+
+def test_the_runbook_names_commands_and_options_that_exist() -> None:
+    text = (DEPLOY / "RUNBOOK.md").read_text().replace("\\\n", "")
+    spans = re.findall(r"`([^`\n]+)`", text) + [line for line in text.splitlines() if line.startswith("    ")]
+    spans = [span for span in spans if "RUN" not in span]  # names of actors, which begin like commands
+    calls = [call for span in spans for call in re.findall(r"(?:^|[ /(])xlstm-ray ([a-z]+)\b([^#]*)", span)]
+    assert {command for command, _ in calls} >= {"up", "status", "down", "prefill", "doctor"}
+    for command, rest in calls:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= options(command), (command, rest)
+    assert set(re.findall(r"ray_xlstm_ray_\w+", text)) | {"ray_xlstm_ray_tile_seconds_bucket"} >= set(METRICS)
+    assert set(re.findall(r"`?deploy/([\w.-]+\w)`?", text)) <= {path.name for path in DEPLOY.iterdir()}
+    titles = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    headings = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
