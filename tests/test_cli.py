@@ -175,7 +175,7 @@ MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "a backend of no kind": (
         "prefill --prompt a --chunkwise-backend eager",
         1,
-        ("eager", "queued_compiled_chunks, queued_compiled_steps, native"),
+        ("eager", "queued_compiled_chunks, queued_compiled_steps, ray_compiled_chunks"),
     ),
     "a progress of no kind": ("prefill --prompt a --progress dots", 2, ("--progress", "dots", "ndjson")),
     "a model that is not there": ("prefill --prompt a --model none", 1, ("none", "--model", "config.json")),

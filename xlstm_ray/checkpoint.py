@@ -124,6 +124,11 @@ class Checkpoint:
         """Bytes of all weights held in `dtype`."""
         return sum(torch.Size(shape).numel() for shape, _ in self._header.values()) * dtype.itemsize
 
+    @property
+    def largest_tensor_bytes(self) -> int:
+        """Of what is stored; so much of the files is mapped at once while they are read."""
+        return max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
+
     def fingerprint(self) -> str:
         """Names this model: 32 hex digits of the configuration, all shapes, and the first row of every tensor."""
         digest = hashlib.sha256(self.config.model_dump_json().encode())

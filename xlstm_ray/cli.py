@@ -422,13 +422,14 @@ def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dic
         if state_in is not None:
             state = start["state"] = RecurrentState.load(state_in)
             grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
-            del grid["kernel"]
+            del grid["kernel"], grid["mixed"]
             settings = Settings.make(**asked, state=(str(state_in), grid))
     # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
     leaving: Any = _leave_at_once if settings.ray_local_mode and not settings.ray_address else _stop_on_signals
     with leaving():
         engine = Engine(settings)
     try:
+        engine.on_note = lambda text: _err(f"note: {text}")
         if engine.note:
             _err(f"note: {engine.note}")
         if settings.resume is not None:
@@ -501,6 +502,8 @@ def _program() -> str:
 
 def _require_some(result: "PrefillResult", stop: _Stop) -> None:
     if sum(result.state.tokens) == 0:
+        if result.ended_by is not None:
+            raise result.ended_by
         raise _stopped("stopped before the first tile; there is nothing to save", stop)
 
 

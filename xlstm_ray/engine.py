@@ -1,7 +1,8 @@
 """The composition root: Settings -> Engine. The only place that picks a device, a backend and an executor."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +23,32 @@ from torch import Tensor
 from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig, read_json
+from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
-from xlstm_ray.errors import CheckpointError, ConfigError, KernelError, StateError, UsageError, XlstmRayError, one_line
+from xlstm_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    KernelError,
+    MemoryLimitError,
+    StateError,
+    UsageError,
+    XlstmRayError,
+    one_line,
+)
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.probe import Fit, fit_t_inner
+from xlstm_ray.memory import (
+    LOG_COLUMNS,
+    MIB,
+    Limits,
+    Need,
+    Watchdog,
+    computed_need,
+    device_total_bytes,
+    process_bytes,
+    take_sample,
+)
 from xlstm_ray.model import Band, Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
@@ -36,6 +58,9 @@ from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 
+TILE_COLUMNS = (
+    "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
+)
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 JOURNAL_FILE = "prefill.state"
@@ -100,6 +125,8 @@ class Engine:
         self._cluster = ExitStack()
         self._executor: Executor | None = None
         self.stays: Head | None = None  # a head of ours that outlives this engine
+        self._logs: set[str] = set()  # what has been written by an earlier run of this engine
+        self.on_note: Callable[[str], None] = _warn  # told what a person should know of a run that goes on
         try:
             self._open()
         except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
@@ -132,15 +159,22 @@ class Engine:
         self.fingerprint = checkpoint.fingerprint()
         steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
         self.t_inner, self.note = steps.t_inner, steps.note
+        self.workers = min(settings.workers, -(-self.config.num_heads // self.grid.heads_per_band))
+        self._limits: Limits | None = None
+        self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
+        self._before_load = self._base_bytes()
+        if settings.mem_watchdog:
+            own = device_total_bytes(self.device) if self.mode is Mode.LOCAL else None
+            self._limits = Limits.make(settings, take_sample().total_bytes, own)
+        self._require_room(1)
         if settings.stages > self.config.num_blocks:
             raise UsageError(
                 f"{settings.named('stages')} is {settings.stages}, but the model has {self.config.num_blocks} blocks"
             )
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
-        self.workers = min(settings.workers, self.bands)
         if self.mode is Mode.LOCAL:
-            kernels = Kernels(
+            self._kernels = kernels = Kernels(
                 self.backend,
                 chunk_size=self.grid.chunk_size,
                 t_inner=steps.t_inner,
@@ -165,7 +199,7 @@ class Engine:
                 self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
             self._executor = _grid_executor(ray, self, stages, steps)
         self.load_s = perf_counter() - started
-        self._warm: set[tuple[int, int]] = set()
+        self._warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self._runs = 0  # counts what the executor's one state has been given to
 
     @property
@@ -238,7 +272,7 @@ class Engine:
         """
         if state is not None:
             state.check(self.config, self.fingerprint)
-            if state.grid != self.grid and not any_grid:
+            if not state.grid.goes_on_as(self.grid) and not any_grid:
                 raise StateError(
                     f"{state.name} was made on another grid ({state.grid.differences(self.grid)}); "
                     "use the same settings, or leave them out to take the state's"
@@ -255,15 +289,10 @@ class Engine:
             stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, self.executor.peak_memory_bytes)
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
+        self._require_room(len(rows))
         journal = self._begin_journal()
         start, hashes = self._resume(rows, state)
         begin = start.consumed
-        sizes = window_sizes(
-            begin, [len(r) for r in rows], tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size
-        )
-        compile_s = self.warm_up(len(rows), sizes)
-        self._set_state(state, len(rows))
-
         known = list(zip(hashes, begin, strict=True))
 
         def state_at(snapshot: Snapshot) -> RecurrentState:
@@ -274,20 +303,26 @@ class Engine:
                 for (h, n), row, c in zip(known, rows, snapshot.consumed, strict=True)
             ]
             complete = snapshot.consumed == [len(row) for row in rows]
-            return self._state(snapshot, [h for h, _ in known], complete)
+            return self._state(snapshot, [h for h, _ in known], complete, guard.grid)
 
-        outcome = driver.prefill(
-            self.executor,
-            rows,
-            start=start,
-            tile_size=self.grid.tile_size,
-            chunk_size=self.grid.chunk_size,
-            all_logits=all_logits,
-            keep_every=None if self.mode is Mode.LOCAL and journal is None else self.settings.journal_every,
-            on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
-            on_progress=on_progress,
-            should_stop=should_stop,
-        )
+        mixed = state is not None and state.grid != self.grid and any(begin)
+        with ExitStack() as files:
+            guard = _Guard(self, rows, begin, should_stop, mixed=mixed, files=files)
+            compile_s = guard.warm_up()
+            self._set_state(state, len(rows))
+            outcome = driver.prefill(
+                self.executor,
+                rows,
+                start=start,
+                tile_size=self.grid.tile_size,
+                chunk_size=self.grid.chunk_size,
+                all_logits=all_logits,
+                keep_every=None if self.mode is Mode.LOCAL and journal is None else self.settings.journal_every,
+                on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
+                on_progress=guard.reporting(on_progress),
+                should_stop=guard.should_stop,
+                resize=guard.resize,
+            )
         if outcome.lost and not outcome.end.tensors:
             raise outcome.lost  # before the first snapshot: there is nothing to keep
         stats = Statistics(
@@ -303,15 +338,16 @@ class Engine:
         state = state_at(outcome.end)
         if journal is not None and not state.complete and not outcome.lost:
             state.save(journal)
-        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost)
+        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or guard.ended_by)
 
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
         """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
         started = perf_counter()
-        missing = [size for size in sizes if (batch, size) not in self._warm]
+        chunk = self._kernels.chunk_size if self.mode is Mode.LOCAL else self.grid.chunk_size
+        missing = [size for size in sizes if (batch, size, chunk) not in self._warm]
         if missing and self.backend.compiled and self.settings.warmup:
             self.executor.warm_up(batch, missing)
-            self._warm |= {(batch, size) for size in missing}
+            self._warm |= {(batch, size, chunk) for size in missing}
             return perf_counter() - started
         return 0.0
 
@@ -406,15 +442,202 @@ class Engine:
         self.executor.set_state(None if state is None else state.tensors, batch)
         self._runs += 1
 
-    def _state(self, snapshot: Snapshot, hashes: list[str], complete: bool) -> RecurrentState:
+    def _state(self, snapshot: Snapshot, hashes: list[str], complete: bool, grid: Grid) -> RecurrentState:
         return RecurrentState(
             {**snapshot.tensors, "logits": snapshot.logits},
             tokens=snapshot.consumed,
             prompt_hash=hashes,
             model=self.fingerprint,
-            grid=self.grid,
+            grid=grid,
             complete=complete,
         )
+
+    def _base_bytes(self) -> int:
+        """What this process takes before a model is loaded, with the compiler that it will need."""
+        if self.device.type == "cuda":
+            return 0  # the device's memory counts there, and its context is not part of what is free
+        if self.backend.compiled:
+            import torch._dynamo
+            import torch._inductor.compile_fx  # noqa: F401
+        return process_bytes()
+
+    def need(self, batch: int) -> Need:
+        """The memory that a prefill of `batch` prompts of any length takes in this process (on cuda, on the device)."""
+        weights, largest = self._weights
+        return computed_need(
+            self.config,
+            device_type=self.device.type,
+            compiled=self.backend.compiled,
+            base=self._before_load,
+            weights=weights,
+            largest_tensor=largest,
+            batch=batch,
+            tile=self.grid.tile_size,
+            chunk=self.grid.chunk_size,
+            heads_per_band=self.grid.heads_per_band,
+            workers=self.workers,
+            itemsize=self.dtype.itemsize,
+        )
+
+    def _require_room(self, batch: int) -> None:
+        """Raise MemoryLimitError where `batch` rows cannot fit, with the arithmetic."""
+        if self.mode is not Mode.LOCAL or self.settings.force:
+            return
+        need = self.need(batch)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            room, where = free + torch.cuda.memory_reserved(self.device), "are free on the device"
+            hard = self._limits.device_hard if self._limits else None
+        else:
+            sample = take_sample()
+            room, where = sample.available_bytes + sample.process_bytes, "can be had on this machine"
+            hard = self._limits.hard if self._limits else None
+        if hard is not None and hard < room:
+            room, where = hard, f"are allowed ({self._hard_name()})"
+        if need.total > room:
+            raise MemoryLimitError(
+                f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
+                f"{self._less(batch)}, or start all the same with --force"
+            )
+
+    def _less(self, batch: int) -> str:
+        """What would need less memory."""
+        ways = [f"give a --tile-size below {self.grid.tile_size}"]
+        if batch > 1:
+            ways.append(f"fewer than {batch} prompts at once")
+        if self.dtype == torch.float32:
+            ways.append("--dtype bfloat16")
+        return ", ".join(ways)
+
+    def _hard_name(self) -> str:
+        """The setting that the hard limit comes from."""
+        name = "mem_hard_pct" if self.settings.mem_hard_mb is None else "mem_hard_mb"
+        return f"{self.settings.named(name)} {getattr(self.settings, name)}"
+
+
+class _Guard:
+    """What the driver asks at every tile boundary of one prefill: whether to stop, and the sizes to go on with.
+
+    Here memory is acted on: a soft limit halves the tile, then the chunk; a hard one ends the run. `files` closes what
+    is opened and ends the watchdog's thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Sequence[Tensor],
+        begin: Sequence[int],
+        should_stop: Callable[[], bool],
+        *,
+        mixed: bool,
+        files: ExitStack,
+    ):
+        self.engine, self.rows, self.begin, self._should_stop = engine, rows, begin, should_stop
+        self.grid = engine.grid.model_copy(update={"mixed": mixed})
+        self.ended_by: MemoryLimitError | None = None
+        self._windows = 0
+        settings, local = engine.settings, engine.mode is Mode.LOCAL
+        # Actors are watched where they live, and their kernels are compiled for one grid.
+        self._shrinks = local and settings.shrink_on_soft
+        self._stats_log = self._log(files, "stats_log", TILE_COLUMNS)
+        self._watchdog: Watchdog | None = None
+        if engine._limits is not None:
+            watchdog = Watchdog(
+                engine._limits,
+                device=engine.device if local else None,
+                poll_s=settings.mem_poll_ms / 1000,
+                actions=settings.mem_action,
+                warn=engine.on_note,
+                log=self._log(files, "mem_log", LOG_COLUMNS),
+            )
+            self._watchdog = files.enter_context(watchdog)
+        if local:
+            files.callback(setattr, engine._kernels, "chunk_size", engine.grid.chunk_size)
+
+    def _log(self, files: ExitStack, name: str, columns: Iterable[str]) -> CsvLog | None:
+        """The CSV file of that setting: emptied by an engine's first run, lengthened by the next."""
+        engine = self.engine
+        path, named = getattr(engine.settings, name), engine.settings.named(name)
+        if path is None:
+            return None
+        try:
+            log = CsvLog(path, columns, append=name in engine._logs)
+        except OSError as err:
+            raise UsageError(f"{named} {path}: cannot be written ({err.strerror})") from None
+        engine._logs.add(name)
+
+        def close() -> None:
+            log.close()
+            if log.failure:
+                engine.on_note(f"{named} {path}: is not whole ({log.failure.strerror})")
+
+        files.callback(close)
+        return log
+
+    def warm_up(self) -> float:
+        """Compile the sizes of now; returns the seconds it took."""
+        ends = [len(row) for row in self.rows]
+        tile, chunk = self.grid.tile_size, self.grid.chunk_size
+        return self.engine.warm_up(len(ends), window_sizes(self.begin, ends, tile_size=tile, chunk_size=chunk))
+
+    def should_stop(self) -> bool:
+        if self._should_stop():
+            return True
+        if self._watchdog is None:
+            return False
+        level, sample = self._watchdog.check()
+        if level == "hard":
+            less = self.engine._less(len(self.rows))
+            self.ended_by = MemoryLimitError(
+                f"{self._watchdog.text(level, sample)}; {less}, or raise the limit ({self.engine._hard_name()})"
+            )
+            return True
+        if level == "soft" and self._shrinks:
+            self._shrink()
+        return False
+
+    def _shrink(self) -> None:
+        tile, chunk = self.grid.tile_size, self.grid.chunk_size
+        least = self.engine.settings.min_chunk
+        if tile > chunk:
+            tile = tile // chunk // 2 * chunk
+        elif chunk % 2 == 0 and chunk // 2 >= least:
+            tile = chunk = chunk // 2
+        else:
+            return  # the warning was given; there is nothing left to halve
+        begun = self._windows > 0 or any(self.begin)
+        sizes = {"tile_size": tile, "chunk_size": chunk, "mixed": self.grid.mixed or begun}
+        self.grid = self.grid.model_copy(update=sizes)
+        self.engine._kernels.chunk_size = chunk
+        self.engine.on_note(
+            f"memory: tiles of {tile} tokens and chunks of {chunk} from here on; "
+            + ("the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
+        )
+        self.warm_up()
+
+    def resize(self) -> tuple[int, int]:
+        self._windows += 1
+        return self.grid.tile_size, self.grid.chunk_size
+
+    def reporting(self, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
+        """on_progress, with a row of the log of tiles before it."""
+        log = self._stats_log
+        if log is None:
+            return on_progress
+
+        def report(p: Progress) -> None:
+            sample = take_sample(self.engine.device if self.engine.mode is Mode.LOCAL else None)
+            row = p.tiles_done, p.tokens_done, p.tokens_total, p.tile_seconds, p.seconds
+            memory = sample.process_bytes, sample.device_driver_bytes
+            log.row(*row, self.grid.tile_size, self.grid.chunk_size, *memory)
+            if on_progress is not None:
+                on_progress(p)
+
+        return report
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 class Generation:
@@ -484,7 +707,7 @@ class Generation:
         tokens = [n + len(made) for n, made in zip(before.tokens, self.tokens, strict=True)]
         hashes = [extend_prompt_hash(h, made) for h, made in zip(before.prompt_hash, self.tokens, strict=True)]
         snapshot = Snapshot(tokens, self._decoder.logits, self._engine.executor.get_state())
-        return self._engine._state(snapshot, hashes, True)
+        return self._engine._state(snapshot, hashes, True, before.grid)
 
     def _require_own_state(self) -> None:
         """An engine has one state at a time: after another prefill it is no longer this generation's."""

@@ -37,6 +37,12 @@ class GridLost(XlstmRayError):
     exit_code = 4
 
 
+class MemoryLimitError(XlstmRayError):
+    """A run cannot fit, or came over its hard limit of memory and was stopped at a tile boundary."""
+
+    exit_code = 3
+
+
 class Interrupted(XlstmRayError):
     """The run was stopped at a tile boundary by Ctrl-C or SIGTERM."""
 

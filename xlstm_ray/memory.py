@@ -4,14 +4,17 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import MIB, Settings
 
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 Level = Literal["soft", "hard"]
+LEVELS: tuple[Level | None, ...] = None, "soft", "hard"
+# glibc keeps freed blocks of up to 32 MiB, and where bands have threads, in a pool of each thread: measured on Linux,
+# peaks are then 1.9 to 2.7 times what is alive.
+KEPT_BY_THREADS = 2.2
+COMPILED_CODE = 60 * MIB  # what compiling leaves behind, beyond the compiler's own modules
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _START = perf_counter()
 
 
@@ -62,11 +71,19 @@ class Limits:
 
     @classmethod
     def make(cls, settings: Settings, total_bytes: int, device_total_bytes: int | None = None) -> "Limits":
-        """From MiB where they are set, else from fractions of the total. Raises UsageError where soft is over hard."""
+        """From MiB where they are set, else from fractions of the total. Raises UsageError where soft is over hard.
+
+        A soft limit that nobody asked for keeps its distance from a lower hard one.
+        """
+        soft_asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
 
         def limit(which: str, total: int) -> int:
             mb = getattr(settings, f"mem_{which}_mb")
-            return int(getattr(settings, f"mem_{which}_pct") * total) if mb is None else mb * MIB
+            value = int(getattr(settings, f"mem_{which}_pct") * total) if mb is None else mb * MIB
+            if which == "soft" and not soft_asked:
+                hard = limit("hard", total)
+                return min(value, int(hard * settings.mem_soft_pct / max(settings.mem_hard_pct, settings.mem_soft_pct)))
+            return value
 
         def named(which: str) -> str:
             of = "pct" if getattr(settings, f"mem_{which}_mb") is None else "mb"
@@ -125,7 +142,7 @@ class _RusageInfo(ctypes.Structure):
 
 def _footprint(pid: int) -> int:
     info = _RusageInfo()
-    if ctypes.CDLL(None, use_errno=True).proc_pid_rusage(pid, 0, ctypes.byref(info)) != 0:
+    if _LIBC.proc_pid_rusage(pid, 0, ctypes.byref(info)) != 0:
         if not psutil.pid_exists(pid):
             raise psutil.NoSuchProcess(pid)
         raise psutil.AccessDenied(pid, msg=f"proc_pid_rusage: {os.strerror(ctypes.get_errno())}")
@@ -209,3 +226,177 @@ def peak_device_bytes(device: "torch.device") -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return peak_process_bytes()
+
+
+LOG_COLUMNS = *(f.name for f in fields(Sample)), "level"
+
+
+# -- the watchdog ------------------------------------------------------------------------------------------------------
+class Watchdog:
+    """Samples memory on a thread while a block runs. The run asks `check` at its tile boundaries, where it can act.
+
+    actions: what a soft limit does here, "warn" (through `warn`) and "empty_cache". log: takes a row a
+    sample, LOG_COLUMNS.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        device: "torch.device | None",
+        poll_s: float,
+        actions: Collection[str] = (),
+        warn: Callable[[str], None] = lambda text: None,
+        log: CsvLog | None = None,
+    ):
+        self.limits, self._device, self._poll_s, self._log = limits, device, poll_s, log
+        self._actions, self._warn = actions, warn
+        self._lock, self._end = Lock(), Event()
+        self._thread = Thread(target=self._watch, name="memory watchdog", daemon=True)
+        self._worst: tuple[int, Sample] | None = None  # since the last check
+        self._warned = False
+        self.peak_bytes = 0  # of process_bytes
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def check(self) -> tuple[Level | None, Sample]:
+        """The worst level since the last check and its sample; what a soft limit does is done before it returns."""
+        self._sample()
+        with self._lock:
+            assert self._worst is not None
+            (rank, sample), self._worst = self._worst, None
+        level = LEVELS[rank]
+        if level is None:
+            self._warned = False
+        elif level == "soft":
+            if "warn" in self._actions and not self._warned:
+                self._warn(self.text(level, sample))
+                self._warned = True
+            if "empty_cache" in self._actions:
+                empty_cache(self._device)
+        return level, sample
+
+    def text(self, level: Level, sample: Sample) -> str:
+        """The numbers of a sample that is over a limit."""
+        hard = level == "hard"
+        limit, own = (
+            (self.limits.hard, self.limits.device_hard) if hard else (self.limits.soft, self.limits.device_soft)
+        )
+        over, used = "this process uses", sample.process_bytes
+        if used <= limit and own is not None:
+            over, used, limit = "this process holds on the device", sample.device_driver_bytes, own
+        over = f"{over} {used / MIB:,.0f} MiB, over the {level} limit of {limit / MIB:,.0f}"
+        return (
+            f"memory: {over} MiB ({sample.available_bytes / MIB:,.0f} of the machine's "
+            f"{sample.total_bytes / MIB:,.0f} MiB are available)"
+        )
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._poll_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        with self._lock:  # of both threads, rows of the log are in the order of time
+            sample = take_sample(self._device)
+            level = self.limits.exceeded(sample)
+            found = LEVELS.index(level), sample
+            if self._worst is None or (found[0], sample.process_bytes) > (self._worst[0], self._worst[1].process_bytes):
+                self._worst = found
+            self.peak_bytes = max(self.peak_bytes, sample.process_bytes)
+            if self._log is not None:
+                self._log.row(*astuple(sample), level or "")
+
+
+def empty_cache(device: "torch.device | None") -> None:
+    """Give back what the device's allocator keeps for later; on the CPU, what the C library keeps."""
+    import torch
+
+    if device is not None and device.type == "mps":
+        torch.mps.empty_cache()
+    elif device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+# -- what a run will need ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Need:
+    """The most memory that a run takes, in bytes, computed before it starts. The prompt's length is no part of it."""
+
+    base: int  # interpreter, torch and compiler
+    weights: int
+    state: int
+    tile: int  # activations of a tile
+
+    @property
+    def total(self) -> int:
+        return self.base + self.weights + self.state + self.tile
+
+    def __str__(self) -> str:
+        parts = {"program": self.base, "weights": self.weights, "state": self.state, "a tile's activations": self.tile}
+        sums = " + ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
+        return f"{sums} = {self.total / MIB:,.0f} MiB"
+
+
+def activation_bytes(
+    config: ModelConfig, *, batch: int, tile: int, chunk: int, heads_per_band: int, workers: int, itemsize: int
+) -> int:
+    """The most that is alive at once while a tile of `tile` tokens, `batch` rows, goes through a block.
+
+    itemsize: bytes of an element of the model's dtype. The residual stream twice, and the larger of two moments: the
+    feed-forward has its gate, up and activated columns; the mLSTM has q, k, v, o, ordered copies of q, k, v and
+    weighted k, the state's change in each chunk twice and the state before it (float32), the scores and two outputs.
+    """
+    D, qk, v = config.hidden_size, config.qk_dim, config.v_dim
+    bands = -(-config.num_heads // heads_per_band)
+    at_once = min(workers, bands) / bands  # this share of the columns
+    residual = 2 * D * itemsize + (bands * D * itemsize if bands > 1 else 0)  # beside it every band's share of the sum
+    feed = 3 * config.ffn_dim * itemsize
+    states = 3 * config.num_heads * config.dhqk * config.dhhv * 4 / chunk
+    scores = config.num_heads * chunk * (4 + itemsize)
+    mix = (2 * (qk + v) + 3 * qk + v) * itemsize + states + scores + 2 * v * 4
+    return int(batch * tile * (residual + at_once * max(feed, mix)))
+
+
+def computed_need(
+    config: ModelConfig,
+    *,
+    device_type: str,
+    compiled: bool,
+    base: int,
+    weights: int,
+    largest_tensor: int,
+    batch: int,
+    tile: int,
+    chunk: int,
+    heads_per_band: int,
+    workers: int,
+    itemsize: int,
+) -> Need:
+    """The need of a run in this process; base: what the process takes before anything is loaded. All in bytes.
+
+    On cuda it is the device's memory that is meant, and base its context.
+    """
+    head = config.num_heads * (config.dhqk * config.dhhv + config.dhqk + 1)
+    state = 2 * batch * config.num_blocks * head * 4  # of now, and as it is handed over
+    tile_bytes = activation_bytes(
+        config,
+        batch=batch,
+        tile=tile,
+        chunk=chunk,
+        heads_per_band=heads_per_band,
+        workers=workers,
+        itemsize=itemsize,
+    )
+    if device_type == "cpu" and workers > 1:
+        tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
+    base += COMPILED_CODE if compiled else 0
+    # A tensor is read through a mapping of its file, which counts until it is copied; no tile is alive then.
+    return Need(base, weights, state, max(tile_bytes, largest_tensor if device_type != "cuda" else 0))

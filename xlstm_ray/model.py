@@ -220,7 +220,7 @@ class Kernels:
 
     def calls(self, s: BandShape, w: BlockWeights, B: int, T: int) -> Calls:
         """The functions for windows (B, T) of a band with sizes `s` and weights shaped like `w`."""
-        key = (s, B, T, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w))
+        key = (s, B, T, self.chunk_size, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w))
         if key not in self.built:
             self.built.setdefault(key, self._build(s, B, T))  # the same one for all threads
         return self.built[key]

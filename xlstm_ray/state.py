@@ -40,10 +40,17 @@ class Grid(BaseModel):
     chunk_size: Annotated[int, Field(gt=0, le=1 << 16)]
     heads_per_band: Annotated[int, Field(gt=0)]
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")]
+    mixed: bool = False  # part of the prompt went through other sizes or another grid: the bits are this run's own
+
+    def goes_on_as(self, other: "Grid") -> bool:
+        """Whether a state of this grid goes on there as it was begun: the same grid, or sizes that are mixed anyway."""
+        sizes = {"tile_size": other.tile_size, "chunk_size": other.chunk_size, "mixed": other.mixed}
+        return (self.model_copy(update=sizes) if self.mixed else self) == other
 
     def differences(self, other: "Grid") -> str:
         """`name mine, not theirs` for every field that differs."""
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields]
+        names = [name for name in type(self).model_fields if name != "mixed"]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return "; ".join(f"{name} {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from time import perf_counter
 
 import torch
@@ -73,12 +74,14 @@ def prefill(
     on_snapshot: Callable[[Snapshot], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    resize: Callable[[], tuple[int, int]] | None = None,
 ) -> Outcome:
     """Consume what is new of every row; the executor has been given the state of `start`, and moves on.
 
     rows: prompts, 1-D int64 on the CPU. Every keep_every windows the state is brought here, for on_snapshot and for
     the case that the grid is lost: then the outcome is that of the last one. should_stop is asked before every window;
-    what has been submitted by then is finished, so the state is that of a window's end.
+    what has been submitted by then is finished, so the state is that of a window's end. resize is asked after it: the
+    tile and chunk size of the windows from there on, which lie on the absolute grid of these sizes.
     """
     begin, end = start.consumed, [len(row) for row in rows]
     total = sum(e - b for b, e in zip(begin, end, strict=True))
@@ -89,9 +92,18 @@ def prefill(
     submitted: dict[int, tuple[Window, Tile]] = {}
 
     def tiles() -> Iterator[Tile]:
-        for window in plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size):
-            if should_stop():
+        sizes = tile_size, chunk_size
+        plan = plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size)
+        for number in count():
+            window = next(plan, None)
+            if window is None or should_stop():
                 return
+            if resize is not None and (now := resize()) != sizes:
+                sizes = now
+                rest = [max(b, window.start) for b in begin]
+                plan = plan_windows(rest, end, tile_size=sizes[0], chunk_size=sizes[1])
+                window = next(plan)
+            window = window._replace(number=number)
             keep = keep_every is not None and (window.number + 1) % keep_every == 0
             tile = make_tile(window, rows, begin, keep=keep)
             submitted[window.number] = window, tile

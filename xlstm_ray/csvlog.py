@@ -1,0 +1,28 @@
+"""A CSV file that grows while a run goes on; where it cannot be written any more, the run goes on without it."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+class CsvLog:
+    """Rows reach the file one by one. Raises OSError where the file cannot be opened; `failure` is what came later."""
+
+    def __init__(self, path: Path, names: Iterable[str], *, append: bool = False):
+        self.failure: OSError | None = None
+        self._file = open(path, "a" if append else "w")
+        if self._file.tell() == 0:
+            self.row(*names)
+
+    def row(self, *values: object) -> None:
+        """One more row."""
+        if self.failure is None:
+            try:
+                print(*values, sep=",", file=self._file, flush=True)
+            except OSError as err:
+                self.failure = err
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # what could not be written before is tried once more
+            self._file.close()
