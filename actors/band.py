@@ -28,7 +28,7 @@ from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import State
-from xlstm_ray.memory import Sample, device_total_bytes, peak_device_bytes, take_sample
+from xlstm_ray.memory import Sample, device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import Band, Kernels, Worker
 
 GROUPS = {"compute": 1, "transfer": 1, "control": 1}
@@ -237,8 +237,7 @@ class BandActor:
 
     def empty_cache(self) -> None:
         """Give memory that the device's allocator holds without need back."""
-        if self.spec.device != "cpu":
-            torch.accelerator.memory.empty_cache()
+        empty_cache(torch.device(self.spec.device))
 
     # ------------------------------------------------------------------------------------------------------------------
     def _run(self, call: Call, x: Wire) -> None:

@@ -9,6 +9,7 @@ its place, all actors are set back to the last snapshot, and the tiles since are
 """
 
 import platform
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -33,6 +34,7 @@ from xlstm_ray.prefill.executor import Tile, TileResult
 if TYPE_CHECKING:
     from actors.watchdog import Event
 
+HEAD_CHECK_S = 2.0
 DECODE_KEEP = 256  # tokens between two snapshots while decoding
 
 
@@ -109,6 +111,7 @@ class RayExecutor:
         self._times: deque[float] = deque(maxlen=32)
         self._failures = 0  # since the last new result
         self.restarts = 0
+        self._head: str = ray.get_runtime_context().gcs_address
         self._metrics = GridMetrics(options.run)
         self._watchdogs: dict[str, Any] = {}  # by node id
         self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
@@ -453,6 +456,7 @@ class RayExecutor:
     def _recover(self, error: Exception) -> None:
         """Replace what is dead or hangs, and set all actors back to the snapshot. GridLost where that cannot be."""
         while True:
+            self._require_head()
             self._failures += 1
             where = self._log[0].number if self._log else self._last_seen + 1
             if self._failures > self._options.retries:
@@ -488,13 +492,33 @@ class RayExecutor:
         self._start(lost)
 
     def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
-        """Results, or the actor's own error as it was raised there."""
+        """Results, or the actor's own error as it was raised there. GridLost where Ray's head is gone.
+
+        Raises GetTimeoutError after timeout_s.
+        """
+        until = monotonic() + timeout_s if timeout_s is not None else None
+        while True:
+            left = HEAD_CHECK_S if until is None else min(HEAD_CHECK_S, max(0.0, until - monotonic()))
+            _, missing = self._ray.wait(refs, num_returns=len(refs), timeout=left)
+            if not missing:
+                break
+            self._require_head()
+            if until is not None and monotonic() >= until:
+                raise self._ray.exceptions.GetTimeoutError(f"no answer in {timeout_s:.0f} s")
         try:
-            return self._ray.get(refs, timeout=timeout_s)
+            return self._ray.get(refs)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, XlstmRayError):
                 raise error.cause from None
             raise
+
+    def _require_head(self) -> None:
+        """Raise GridLost where nothing listens at the head's address: Ray itself would end this process in a minute."""
+        host, port = self._head.rsplit(":", 1)
+        try:
+            socket.create_connection((host, int(port)), timeout=HEAD_CHECK_S).close()
+        except OSError as error:
+            raise GridLost(f"Ray's head at {self._head} is gone ({error.strerror or error})") from None
 
 
 def _where(stage: int, band: Band) -> str:

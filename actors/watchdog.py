@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from xlstm_ray.memory import Level, Limits, Sample
+from xlstm_ray.memory import MIB, Level, Limits, Sample
 
 if TYPE_CHECKING:
     from actors.band import ActorSample
@@ -26,6 +26,23 @@ class Event(NamedTuple):
     level: Level
     sample: Sample
     limits: Limits
+
+    @property
+    def text(self) -> str:
+        """The numbers, for a person."""
+        own = self.limits.device_hard if self.level == "hard" else self.limits.device_soft
+        used, limit, where = (
+            self.sample.process_bytes,
+            self.limits.hard if self.level == "hard" else self.limits.soft,
+            "",
+        )
+        if used <= limit and own is not None:
+            used, limit, where = self.sample.device_driver_bytes, own, " on the device"
+        return (
+            f"memory: {self.who}: {used / MIB:,.0f} MiB{where}, over the {self.level} limit of {limit / MIB:,.0f} MiB "
+            f"({self.sample.available_bytes / MIB:,.0f} of that node's {self.sample.total_bytes / MIB:,.0f} MiB are "
+            "available)"
+        )
 
 
 class Report(NamedTuple):

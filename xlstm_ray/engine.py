@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from threading import RLock
 from time import perf_counter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -61,6 +61,9 @@ from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 TILE_COLUMNS = (
     "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
 )
+if TYPE_CHECKING:
+    from actors.watchdog import Event
+
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 JOURNAL_FILE = "prefill.state"
@@ -125,6 +128,7 @@ class Engine:
         self._cluster = ExitStack()
         self._executor: Executor | None = None
         self.stays: Head | None = None  # a head of ours that outlives this engine
+        self._memory_events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
         self.on_note: Callable[[str], None] = _warn  # told what a person should know of a run that goes on
         try:
@@ -585,16 +589,23 @@ class _Guard:
             return True
         if self._watchdog is None:
             return False
+        while self.engine._memory_events:
+            event = self.engine._memory_events.pop(0)
+            if event.level == "hard":
+                self.ended_by = MemoryLimitError(f"{event.text}; {self._what_to_do()}")
+                return True
+            if "warn" in self.engine.settings.mem_action:
+                self.engine.on_note(event.text)
         level, sample = self._watchdog.check()
         if level == "hard":
-            less = self.engine._less(len(self.rows))
-            self.ended_by = MemoryLimitError(
-                f"{self._watchdog.text(level, sample)}; {less}, or raise the limit ({self.engine._hard_name()})"
-            )
+            self.ended_by = MemoryLimitError(f"{self._watchdog.text(level, sample)}; {self._what_to_do()}")
             return True
         if level == "soft" and self._shrinks:
             self._shrink()
         return False
+
+    def _what_to_do(self) -> str:
+        return f"{self.engine._less(len(self.rows))}, or raise the limit ({self.engine._hard_name()})"
 
     def _shrink(self) -> None:
         tile, chunk = self.grid.tile_size, self.grid.chunk_size
@@ -923,7 +934,14 @@ def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], st
         fusion_limit=steps.fusion_limit,
         threads=threads,
     )
-    options = GridOptions(run=token_hex(3), actors_per_device=settings.actors_per_device)
+    options = GridOptions(
+        run=token_hex(3),
+        actors_per_device=settings.actors_per_device,
+        limits=partial(Limits.make, settings) if settings.mem_watchdog else None,
+        watch_every_s=settings.mem_poll_ms / 1000,
+        empty_cache="empty_cache" in settings.mem_action,
+        on_event=engine._memory_events.append,
+    )
     return RayExecutor(ray, spec, stages, options)
 
 
