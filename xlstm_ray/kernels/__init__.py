@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xlstm_ray.kernels.compiled import Compiler
-    from xlstm_ray.kernels.native import State
+    from xlstm_ray.kernels.native import SlstmState, State
 
 Entry = TypeVar("Entry")
 
@@ -25,6 +25,14 @@ class Cell(Protocol):
     def __call__(
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, i: "Tensor", f: "Tensor", state: "State", eps: float
     ) -> "tuple[Tensor, State]": ...
+
+
+class SlstmCell(Protocol):
+    """The sLSTM over T tokens: x (B, NH, T, 4, DH), token (B, 1, T) -> h (B, NH, T, DH) and the new state."""
+
+    def __call__(
+        self, x: "Tensor", *, recurrent: "Tensor", token: "Tensor", state: "SlstmState"
+    ) -> "tuple[Tensor, SlstmState]": ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,13 @@ class Backend:
         if self.kernel == "compiled_steps":
             return UnrolledSequence(t_inner, compiler)
         return partial(mlstm_chunkwise, chunk_size=chunk_size)
+
+    def slstm_cell(self, tokens: int, *, t_inner: int, compiler: "Compiler") -> SlstmCell:
+        """The sLSTM's cell for windows of `tokens` tokens. One decode step is compiled with the block around it."""
+        from xlstm_ray.kernels.compiled import UnrolledSlstm
+        from xlstm_ray.kernels.native import slstm_sequence
+
+        return UnrolledSlstm(t_inner, compiler) if self.compiled and tokens > 1 else slstm_sequence
 
 
 CHUNKWISE_BACKENDS = {
@@ -98,3 +113,15 @@ def sequence_kernel(name: str, *, t_inner: int = 8) -> Cell:
         "native_sequence__metal": lambda: UnrolledSequence(t_inner),
     }
     return lookup(table, "sequence kernel", name)()
+
+
+def slstm_kernel(name: str, *, t_inner: int = 8) -> SlstmCell:
+    """An sLSTM kernel by name: `vanilla` (the reference) or `native_compiled`, as slstm_sequence."""
+    from xlstm_ray.kernels.compiled import UnrolledSlstm
+    from xlstm_ray.kernels.native import slstm_sequence
+
+    table: dict[str, Callable[[], SlstmCell]] = {
+        "vanilla": lambda: slstm_sequence,
+        "native_compiled": lambda: UnrolledSlstm(t_inner),
+    }
+    return lookup(table, "sLSTM kernel", name)()
