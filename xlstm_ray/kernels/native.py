@@ -108,4 +108,6 @@ def slstm_sequence(x: Tensor, *, recurrent: Tensor, token: Tensor, state: SlstmS
     for t in range(x.shape[2]):
         state = slstm_step(x[:, :, t], recurrent=recurrent, token=token[:, :, t], state=state)
         outputs.append(state[0].to(x.dtype))
-    return torch.stack(outputs, 2), state
+    # Of one head or row, strides would follow x's, and ask for another compilation.
+    h, c, n, m = (part.clone(memory_format=torch.contiguous_format) for part in state)
+    return torch.stack(outputs, 2), (h, c, n, m)
