@@ -81,17 +81,19 @@ def relative(out: Tensor, reference: Tensor) -> float:
     return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
-def assert_close(out: tuple[Tensor, tuple], reference: tuple[Tensor, tuple], tolerance: float) -> None:
-    """c and n have the scale exp(m), and any m will do: what is compared is c exp(m), and m itself loosely."""
+def assert_close(
+    out: tuple[Tensor, tuple], reference: tuple[Tensor, tuple], tolerance: float, stored: float | None = None
+) -> None:
+    """c and n have the scale exp(m), and any m will do: what is compared is c exp(m), and m itself loosely.
+
+    stored: the tolerance of these, where it is another than that of the outputs, in which the scale cancels.
+    """
     (h, (last, c, n, m)), (h_ref, (last_ref, c_ref, n_ref, m_ref)) = out, reference
     scale = torch.exp(m.double() - m_ref)
-    errors = {
-        "outputs": relative(h, h_ref),
-        "h": relative(last, last_ref),
-        "c": relative(c.double() * scale, c_ref),
-        "n": relative(n.double() * scale, n_ref),
-    }
+    errors = {"outputs": relative(h, h_ref), "h": relative(last, last_ref)}
     assert max(errors.values()) <= tolerance, errors
+    errors = {"c": relative(c.double() * scale, c_ref), "n": relative(n.double() * scale, n_ref)}
+    assert max(errors.values()) <= (stored or tolerance), errors
     assert (m.double() - m_ref).abs().max() <= 1e-3 * (1 + m_ref.abs().max())
 
 
@@ -217,7 +219,8 @@ def test_20_000_tokens_with_extreme_gates_equal_float64():
         for head in range(run.x.shape[1]):  # each by itself: none may hide behind the others
             at = slice(head, head + 1)
             mine, theirs = (tuple(part[:, at] for part in parts) for parts in (after, state))
-            assert_close((out[:, at], mine), (h[:, at], theirs), 1e-4)
+            # Each token multiplies by a number that float32 rounds by up to 3e-8 of it, c and n alike.
+            assert_close((out[:, at], mine), (h[:, at], theirs), 1e-4, stored=LONG * 3e-8)
 
 
 @pytest.mark.parametrize("i", [-1e4, -200.0, 200.0, 1e4])

@@ -75,7 +75,7 @@ def test_blocks_of_7b(simulator: Simulator, backend: str, tokens: int, ceiling: 
     assert window.most_buffers <= shaders.MAX_BUFFERS
     assert window.launches_per_token <= ceiling
     assert not simulator.launches()
-    lines = kernel_lines(window, XLSTM_7B, bands=2)
+    lines = kernel_lines(window, bands=2)
     assert len(lines) == 3 + len(window.functions)
     if backend == "queued_compiled_steps":
         assert [f.calls for f in window.functions] == [1, 8, 1, 1]
