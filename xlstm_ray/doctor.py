@@ -152,7 +152,6 @@ def metal_kernels(
 
 def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> Weights:
     """An sLSTM block's weights of one band, with no values, on mps; what it shares with an mLSTM block is that's."""
-    shared: dict[str, Any] = _empty_weights(config, heads, ffn, dtype)._asdict()
     dh, empty = config.dh, partial(torch.empty, device="mps")
     own = {
         "gates": empty(heads, 4 * dh, dh),
@@ -161,7 +160,8 @@ def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch
         "head_norm": empty(heads * dh),
         "channel": empty((), dtype=torch.long),
     }
-    return SlstmWeights(**{name: own.get(name, shared.get(name)) for name in SlstmWeights._fields})
+    parts: dict[str, Any] = _empty_weights(config, heads, ffn, dtype)._asdict() | own
+    return SlstmWeights(**{name: parts[name] for name in SlstmWeights._fields})
 
 
 def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> BlockWeights:
