@@ -629,6 +629,14 @@ def test_all_blocks_and_no_blocks_go_by_their_published_names():
         ModelConfig.from_dict(config | odd | {"slstm_at": [0]})
 
 
+def test_the_weights_size_is_what_they_take_in_memory(model_of):
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = load(model_of("hybrid"), dtype=str(dtype).removeprefix("torch."))
+        worker = lm.executor.stages[0][0]
+        tensors = [t for w in (*worker.blocks, worker.ends) for t in w if t is not None and t.dtype != torch.long]
+        assert Checkpoint(lm.model_path, lm.config).weight_bytes(dtype) == sum(t.nbytes for t in tensors)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

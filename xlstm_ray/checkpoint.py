@@ -137,8 +137,12 @@ class Checkpoint:
         return DTYPES[self._header[EMBEDDING][1]]
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights held in `dtype`."""
-        return sum(torch.Size(shape).numel() for shape, _ in self._header.values()) * dtype.itemsize
+        """Bytes of all weights, matrices and norms in `dtype`: gates and all of an sLSTM layer are float32."""
+        exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
+        return sum(
+            torch.Size(shape).numel() * (4 if any(part in name for part in exact) else dtype.itemsize)
+            for name, (shape, _) in self._header.items()
+        )
 
     def fingerprint(self) -> str:
         """Names this model: 32 hex digits of the configuration, all shapes, and the first row of every tensor."""
