@@ -214,13 +214,15 @@ def long_run() -> Run:
 def test_20_000_tokens_with_extreme_gates_equal_float64():
     run = long_run()
     h, state = loop(run.x, run.recurrent, run.state, fresh=True)
-    for name in KERNELS:
-        out, after = apply(slstm_kernel(name, t_inner=8), run)
-        for head in range(run.x.shape[1]):  # each by itself: none may hide behind the others
-            at = slice(head, head + 1)
-            mine, theirs = (tuple(part[:, at] for part in parts) for parts in (after, state))
-            # Each token multiplies by a number that float32 rounds by up to 3e-8 of it, c and n alike.
-            assert_close((out[:, at], mine), (h[:, at], theirs), 1e-4, stored=LONG * 3e-8)
+    out, after = apply(slstm_kernel("native_compiled"), run)
+    begin = slice(0, 3000)  # the eager reference is the same arithmetic, slower
+    out_begin, _ = apply(slstm_kernel("vanilla"), run, begin)
+    for head in range(run.x.shape[1]):  # each by itself: none may hide behind the others
+        at = slice(head, head + 1)
+        mine, theirs = (tuple(part[:, at] for part in parts) for parts in (after, state))
+        # Each token multiplies by a number that float32 rounds by up to 3e-8 of it, c and n alike.
+        assert_close((out[:, at], mine), (h[:, at], theirs), 1e-4, stored=LONG * 3e-8)
+        assert relative(out_begin[:, at], h[:, at, begin]) <= 1e-4
 
 
 @pytest.mark.parametrize("i", [-1e4, -200.0, 200.0, 1e4])
@@ -477,7 +479,7 @@ GRIDS = st.fixed_dictionaries(
     grid=GRIDS,
     t_inner=st.integers(1, 9),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same(model_of, lengths, backend, grid, t_inner):
     with torch.compiler.set_stance("force_eager"):
         lm = xlstm_ray.load(
@@ -508,9 +510,9 @@ def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
     ]
     executor = InProcessExecutor(workers, threads=1)
     executor.set_state(None, 1)
-    ids = [torch.tensor(IDS[:77])]
-    outcome = driver.prefill(executor, ids, begin=[0], logits=None, tile_size=TILE, chunk_size=CHUNK)
-    staged = {**executor.get_state(), "logits": outcome.logits}
+    start = driver.Snapshot([0], torch.zeros(1, VOCABULARY), {})
+    end = driver.prefill(executor, [torch.tensor(IDS[:77])], start=start, tile_size=TILE, chunk_size=CHUNK).end
+    staged = {**end.tensors, "logits": end.logits}
     executor.close()
     plain = lm.prefill(IDS[:77]).state.tensors
     assert staged.keys() == plain.keys()
