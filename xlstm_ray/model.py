@@ -98,6 +98,11 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32; in float64 where a reference is computed in that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @torch.library.custom_op("xlstm_ray::linear_f32", mutates_args=())
 def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 x @ weight^T + bias on the CPU, by oneDNN.
@@ -122,18 +127,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square; statistics in float32, result in float32."""
-    x = x.float()
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-    return x if bias is None else x + bias.float()
+    x = wide(x)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * wide(weight)
+    return x if bias is None else x + wide(bias)
 
 
 def head_norm(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each head on its own: h (B, T, nh, V) -> (B, T, nh V), float32."""
     # Not F.layer_norm: of its variance Inductor on Metal makes a kernel in which each thread reads the whole row.
-    h = h.float()
+    h = wide(h)
     h = h - h.mean(-1, keepdim=True)
-    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * weight.float()
-    return h if bias is None else h + bias.float()
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * wide(weight)
+    return h if bias is None else h + wide(bias)
 
 
 def is_token(T: int, first: Tensor, last: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ def mix_in(
 def mix_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
     """h (B, nh, T, V), output gate o (B, T, nh V) -> this band's share of the layer's output (B, T, D)."""
     y = head_norm(h.transpose(1, 2), w.head_norm, w.head_norm_bias, s.norm_eps)
-    return linear((y * torch.sigmoid(o.float())).to(o.dtype), w.out, w.out_bias)
+    return linear((y * torch.sigmoid(wide(o))).to(o.dtype), w.out, w.out_bias)
 
 
 def slstm_in(x: Tensor, w: SlstmWeights, first: Tensor, last: Tensor, s: BandShape) -> tuple[Tensor, Tensor]:
@@ -194,7 +199,7 @@ def feed(x: Tensor, w: Weights, s: BandShape) -> Tensor:
     """Gated feed-forward of x (B, T, D): this band's share of its output (B, T, D)."""
     y = rms_norm(x, w.feed_norm, w.feed_norm_bias, s.norm_eps).to(x.dtype)
     gate, up = linear(y, w.up, w.up_bias).chunk(2, -1)
-    return linear((F.silu(gate.float()) * up.float()).to(x.dtype), w.down, w.down_bias)
+    return linear((F.silu(wide(gate)) * wide(up)).to(x.dtype), w.down, w.down_bias)
 
 
 def mix(
@@ -229,7 +234,7 @@ def logits(x: Tensor, ends: EndWeights, config: ModelConfig) -> Tensor:
     assert ends.head is not None
     if ends.out_norm is not None:
         x = rms_norm(x, ends.out_norm, None, config.norm_eps).to(ends.head.dtype)
-    return soft_cap(F.linear(x, ends.head).float(), config.output_logit_soft_cap)
+    return soft_cap(wide(F.linear(x, ends.head)), config.output_logit_soft_cap)
 
 
 @dataclass(frozen=True)
