@@ -27,9 +27,8 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
-from xlstm_ray.kernels.native import State
 from xlstm_ray.memory import Sample, device_total_bytes, empty_cache, peak_device_bytes, take_sample
-from xlstm_ray.model import Band, Kernels, Worker
+from xlstm_ray.model import AnyState, Band, Kernels, Worker
 
 GROUPS = {"compute": 1, "transfer": 1, "control": 1}
 
@@ -101,7 +100,7 @@ class Done(NamedTuple):
 class Kept(NamedTuple):
     """The blocks' states after a tile, on the device."""
 
-    blocks: list[State]
+    blocks: list[AnyState]
     fence: Fence
 
 

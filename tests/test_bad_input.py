@@ -311,6 +311,7 @@ READ = {
     "switches": ("use_bias", "add_out_norm", "tie_word_embeddings", "force_bos_token_insert"),
     "words": ("weight_mode", "model_type", "chunkwise_kernel"),
     "ids": ("bos_token_id", "eos_token_id"),
+    "blocks": ("slstm_at",),
 }
 WRONG = {
     "sizes": ('"64"', "64.5", "true", "[64]", "{}", "0", "-1", "1" + "0" * 30, "NaN", "Infinity", "1e400"),
@@ -320,6 +321,7 @@ WRONG = {
     "switches": ('"false"', "1", "null", "[]", "0.0"),
     "words": ("null", "7", "true", "[]", '""', '"\\u0000\\n\\u001b[2J"'),
     "ids": ('"257"', "-1", "2.5", "[[1]]", "{}", '[1, "x"]', "true"),
+    "blocks": ("0", '"some"', "true", "{}", "[-1]", "[2]", "[0, 0]", "[1.0]", "[true]", '["0"]', "[null]", "[[0]]"),
 }
 ALLOWED = {("eos_token_id", "[]"), ("chunkwise_kernel", '""'), ("chunkwise_kernel", '"\\u0000\\n\\u001b[2J"')}
 REFUSED_CHOICES = {

@@ -1,12 +1,14 @@
 """safetensors -> BlockWeights, tensor by tensor, sliced to a stage and a band while reading. Strict, never pickle.
 
 The layout is Hugging Face's, as NX-AI/xLSTM-7b is published and as transformers writes it, weight modes single and
-fused. One table renames; every tensor that the configuration asks for must be there with its shape, and no other.
+fused; sLSTM blocks as published models name theirs. One table renames; every tensor that the configuration asks for
+must be there with its shape, and no other.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from xlstm_ray.config import ModelConfig, parse_json, read_json
 from xlstm_ray.errors import CheckpointError, one_line
-from xlstm_ray.model import Band, BlockWeights, EndWeights
+from xlstm_ray.model import Band, BlockWeights, EndWeights, SlstmWeights, Weights
 
 EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# The rows of an sLSTM's gates i, f, z, o and whose tensor they are: the published cell calls the first input of its
+# four "i", and its layer hands it what the tensor named fgate makes; likewise the second, "f", gets igate's.
+SLSTM_GATES = "fgate", "igate", "zgate", "ogate"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -53,16 +58,27 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
     for n in range(config.num_blocks):
         at = f"backbone.blocks.{n}."
+        slstm = n in config.slstm_at
         rows: dict[str, int] = {}
         for name, start, count in table.values():
-            rows[name] = max(rows.get(name, 0), start + count)
+            if not (slstm and name.startswith("mlstm_layer.")):
+                rows[name] = max(rows.get(name, 0), start + count)
         linears = {name: (count, D) for name, count in rows.items()}
-        linears |= {"mlstm_layer.out_proj": (D, config.v_dim), "ffn.proj_down": (D, config.ffn_dim)}
+        linears["ffn.proj_down"] = (D, config.ffn_dim)
+        if slstm:
+            nh, dh = config.num_heads, config.dh
+            shapes |= {f"{at}slstm_layer.{gate}.weight": (nh, dh, dh) for gate in SLSTM_GATES}
+            shapes[f"{at}slstm_layer.slstm_cell._recurrent_kernel_"] = (nh, dh, 4 * dh)
+            shapes[f"{at}slstm_layer.slstm_cell._bias_"] = (4 * D,)
+            shapes[f"{at}slstm_layer.group_norm.weight"] = (D,)
+            norms = {"norm_slstm": D, "norm_ffn": D}
+        else:
+            linears["mlstm_layer.out_proj"] = (D, config.v_dim)
+            norms = {"norm_mlstm": D, "norm_ffn": D, "mlstm_layer.multihead_norm": config.v_dim}
         for name, shape in linears.items():
             shapes[f"{at}{name}.weight"] = shape
             if config.use_bias or "gate_preact" in name and "ogate" not in name:
                 shapes[f"{at}{name}.bias"] = shape[:1]
-        norms = {"norm_mlstm": D, "norm_ffn": D, "mlstm_layer.multihead_norm": config.v_dim}
         for name, size in norms.items():
             shapes[f"{at}{name}.weight"] = (size,)
             if config.use_bias:
@@ -121,8 +137,12 @@ class Checkpoint:
         return DTYPES[self._header[EMBEDDING][1]]
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights held in `dtype`."""
-        return sum(torch.Size(shape).numel() for shape, _ in self._header.values()) * dtype.itemsize
+        """Bytes of all weights, matrices and norms in `dtype`: gates and all of an sLSTM layer are float32."""
+        exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
+        return sum(
+            torch.Size(shape).numel() * (4 if any(part in name for part in exact) else dtype.itemsize)
+            for name, (shape, _) in self._header.items()
+        )
 
     @property
     def largest_tensor_bytes(self) -> int:
@@ -131,14 +151,16 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Names this model: 32 hex digits of the configuration, all shapes, and the first row of every tensor."""
-        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        # Left out where there are none: states made before the key was read stay valid.
+        without = None if self.config.slstm_at else {"slstm_at"}
+        digest = hashlib.sha256(self.config.model_dump_json(exclude=without).encode())
         for name in sorted(self._header):
             digest.update(json.dumps([name, *self._header[name]]).encode())
             row = self._read(name, slice(0, 1)).contiguous()
             digest.update(row.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
-    def load(self, band: Band, *, dtype: torch.dtype, device: torch.device) -> tuple[list[BlockWeights], EndWeights]:
+    def load(self, band: Band, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
 
         Each file is opened for one tensor at a time, so that no more of it than that tensor is ever mapped.
@@ -155,7 +177,7 @@ class Checkpoint:
             out_norm = self._tensor(OUT_NORM, dtype, device) if OUT_NORM in self._header else None
         return blocks, EndWeights(embedding, out_norm, head)
 
-    def _block(self, n: int, band: Band, dtype: torch.dtype, device: torch.device, leads: bool) -> BlockWeights:
+    def _block(self, n: int, band: Band, dtype: torch.dtype, device: torch.device, leads: bool) -> Weights:
         config, at, table = self.config, f"backbone.blocks.{n}.", projections(self.config)
         qk = slice(band.heads.start * config.dhqk, band.heads.stop * config.dhqk)
         v = slice(band.heads.start * config.dhhv, band.heads.stop * config.dhhv)
@@ -187,6 +209,33 @@ class Checkpoint:
             return one(name, *where) if config.use_bias and when else None
 
         everything = slice(None)
+        feed: dict[str, Any] = {
+            "feed_norm": one("norm_ffn.weight"),
+            "feed_norm_bias": maybe("norm_ffn.bias"),
+            "up": stack("gate up", "weight", dtype),
+            "up_bias": bias("gate up"),
+            "down": one("ffn.proj_down.weight", everything, ffn),
+            "down_bias": maybe("ffn.proj_down.bias", when=leads),
+        }
+        if n in config.slstm_at:
+            dh = config.dh
+
+            def exact(name: str, *where: slice) -> Tensor:
+                return self._tensor(f"{at}slstm_layer.{name}", torch.float32, device, *where)
+
+            gates = torch.empty(len(band.heads), 4, dh, dh, device=device)
+            for gate, name in enumerate(SLSTM_GATES):
+                gates[:, gate] = exact(f"{name}.weight", nh)
+            return SlstmWeights(
+                mix_norm=one("norm_slstm.weight"),
+                mix_norm_bias=maybe("norm_slstm.bias"),
+                gates=gates.flatten(1, 2),
+                recurrent=exact("slstm_cell._recurrent_kernel_", nh),
+                gates_bias=exact("slstm_cell._bias_", slice(4 * dh * nh.start, 4 * dh * nh.stop)).view(-1, 4 * dh),
+                head_norm=1 + exact("group_norm.weight", slice(dh * nh.start, dh * nh.stop)),
+                channel=torch.tensor(dh * nh.start, device=device),
+                **feed,
+            )
         return BlockWeights(
             mix_norm=one("norm_mlstm.weight"),
             mix_norm_bias=maybe("norm_mlstm.bias"),
@@ -198,12 +247,7 @@ class Checkpoint:
             head_norm_bias=maybe("mlstm_layer.multihead_norm.bias", v),
             out=one("mlstm_layer.out_proj.weight", everything, v),
             out_bias=maybe("mlstm_layer.out_proj.bias", when=leads),
-            feed_norm=one("norm_ffn.weight"),
-            feed_norm_bias=maybe("norm_ffn.bias"),
-            up=stack("gate up", "weight", dtype),
-            up_bias=bias("gate up"),
-            down=one("ffn.proj_down.weight", everything, ffn),
-            down_bias=maybe("ffn.proj_down.bias", when=leads),
+            **feed,
         )
 
     def _tensor(self, name: str, dtype: torch.dtype, device: torch.device, *where: slice) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from xlstm_ray.errors import Interrupted, StateError, UsageError, XlstmRayError
+from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
 from xlstm_ray.settings import Setting, Settings, table
 
 if TYPE_CHECKING:
@@ -730,3 +730,31 @@ def down(
                 f"left head {item.head.id}: its run (pid {item.head.driver.pid}) is alive; end that run, or stop the "
                 f"head under it with xlstm-ray down {item.head.id}"
             )
+
+
+@app.command()
+@takes("model device")
+def parity(
+    part: Annotated[str | None, typer.Argument(help="mlstm, slstm or model [default: all three]")] = None,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Compare every kernel and backend with the reference; exit code 1 where one is over its tolerance."""
+    settings = Settings.make(**asked)
+    if part in ("mlstm", "slstm") and asked["model"]:
+        raise UsageError(f"--model is of parity's part 'model', and {part!r} compares kernels alone; leave it out")
+    from xlstm_ray.parity import HEADER, compare
+
+    rows: list[Any] = []
+    for row in compare(part, settings):
+        if not rows and not json_output:
+            _out(HEADER)
+        rows.append(row)
+        if not json_output:
+            _out(row.line)
+    if json_output:
+        _json_line({"rows": [{**row._asdict(), "good": row.good} for row in rows]})
+    over = [f"{row.part} {row.name} {row.dtype}" for row in rows if not row.good]
+    if over:
+        raise ParityError(f"{len(over)} of {len(rows)} are over their tolerance: {', '.join(over)}")

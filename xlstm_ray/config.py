@@ -13,6 +13,7 @@ Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 Factor = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False, strict=True)]
 Epsilon = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
 Cap = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False, strict=True)]  # cap tanh(x / cap) fits float32
+BlockIndex = Annotated[int, Field(ge=0, strict=True)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -64,6 +65,13 @@ def _id_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def _block_indices(value: Any) -> Any:
+    """slstm_at is written as a list or null; "all" is left to the check that knows how many blocks there are."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ModelConfig(BaseModel):
     """The keys of config.json (model_type xlstm) that change what the model computes.
 
@@ -91,6 +99,7 @@ class ModelConfig(BaseModel):
     weight_mode: Annotated[str, Field(pattern="^(single|fused)$")] = "single"
     chunk_size: Annotated[int, Field(gt=0, le=1 << 16, strict=True)] = 64
     chunkwise_kernel: Annotated[str, Field(strict=True)] = "chunkwise--native_autograd"
+    slstm_at: Annotated[tuple[BlockIndex, ...], BeforeValidator(_block_indices)] = ()  # the blocks that are sLSTM
     bos_token_id: TokenId | None = None
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_id_list)] = ()
     force_bos_token_insert: Annotated[bool, Field(strict=True)] = False
@@ -118,6 +127,8 @@ class ModelConfig(BaseModel):
             if value is None:
                 raise ValueError(f"{name} (or {other}) is missing")
             data[name] = value
+        if data.get("slstm_at") == "all" and isinstance(data["num_blocks"], int):
+            data["slstm_at"] = list(range(min(data["num_blocks"], 4096)))
         if data.get("force_bos_token_insert") and data.get("bos_token_id") is None:
             raise ValueError("force_bos_token_insert is true but bos_token_id is missing")
         for name, served in _ONLY.items():
@@ -133,6 +144,16 @@ class ModelConfig(BaseModel):
                 raise ValueError(
                     f"hidden_size {self.hidden_size} x {name} = {size} cannot be split into num_heads {self.num_heads}"
                 )
+        odd = next((n for n in self.slstm_at if n >= self.num_blocks), None)
+        if odd is not None:
+            raise ValueError(f"slstm_at names block {odd}, but there are blocks 0 to {self.num_blocks - 1}")
+        if len(set(self.slstm_at)) < len(self.slstm_at):
+            twice, _ = Counter(self.slstm_at).most_common(1)[0]
+            raise ValueError(f"slstm_at names block {twice} twice")
+        if self.slstm_at and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be split into num_heads {self.num_heads}, as slstm_at asks"
+            )
         if self.force_bos_token_insert and self.bos_token_id is not None and self.bos_token_id >= self.vocab_size:
             raise ValueError(f"bos_token_id {self.bos_token_id} is outside the vocabulary of {self.vocab_size}")
         return self
@@ -154,6 +175,17 @@ class ModelConfig(BaseModel):
     def dhhv(self) -> int:
         """V: the head dimension of v."""
         return self.v_dim // self.num_heads
+
+    @property
+    def dh(self) -> int:
+        """DH: the head dimension of an sLSTM block."""
+        return self.hidden_size // self.num_heads
+
+    def state_shapes(self, n: int, heads: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of block n's state for one row and `heads` heads, by name; heads are dimension 0."""
+        if n in self.slstm_at:
+            return dict.fromkeys("hcnm", (heads, self.dh))
+        return {"C": (heads, self.dhqk, self.dhhv), "n": (heads, self.dhqk), "m": (heads, 1)}
 
     @property
     def ffn_dim(self) -> int:
@@ -183,7 +215,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "add_qk_norm": (False, None),
     "add_post_norm": (False, None),
     "add_embedding_dropout": (False, None),
-    "slstm_at": ([], None),
     "inference_state_dtype": ("float32", None),
     "norm_reduction_force_float32": (True, None),
     "return_last_states": (True, None),

@@ -2,8 +2,10 @@
 
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import psutil
@@ -14,7 +16,7 @@ from xlstm_ray.engine import DEMO_MODEL, choose_backend, choose_device, choose_g
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.probe import MAX_BUFFERS, Generated, Probe
-from xlstm_ray.model import BandShape, BlockWeights, EndWeights, Kernels, Worker, make_grid
+from xlstm_ray.model import BandShape, BlockWeights, EndWeights, Kernels, SlstmWeights, Weights, Worker, make_grid
 from xlstm_ray.settings import Settings
 
 PACKAGES = ("xlstm-ray", "torch", "safetensors", "tokenizers")
@@ -79,13 +81,15 @@ def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         figures["windows"].append(
             {
                 "tokens": window.tokens,
+                "kind": window.kind,
+                "blocks": window.blocks,
                 "functions": [asdict(f) for f in window.functions],
                 "most_buffers": window.most_buffers,
-                "launches_per_token": window.launches_per_token * config.num_blocks * bands,
-                "bytes_per_token": window.bytes_per_token * config.num_blocks * bands,
+                "launches_per_token": window.launches_per_token * window.blocks * bands,
+                "bytes_per_token": window.bytes_per_token * window.blocks * bands,
             }
         )
-        lines += kernel_lines(window, config, bands)
+        lines += kernel_lines(window, bands)
     return figures, lines
 
 
@@ -94,6 +98,8 @@ class WindowKernels:
     """What one block of one band runs for a window of `tokens` tokens of every row."""
 
     tokens: int
+    kind: str  # mLSTM or sLSTM
+    blocks: int  # how many blocks of the model are of this kind
     functions: list[Generated]
 
     @property
@@ -121,25 +127,45 @@ def metal_kernels(
     heads_per_band: int,
     t_inner: int,
 ) -> Iterator[WindowKernels]:
-    """For every window size in turn: all compiled functions of a block of the first band on mps.
+    """For every window size and kind of block in turn: all compiled functions of such a block of the first band on mps.
 
     Generates code only: neither weights nor state are allocated, nothing is launched.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     bands = make_grid(config, heads_per_band=heads_per_band)[0]
-    for tokens in windows:
+    slstm = sorted(config.slstm_at)
+    mlstm = [n for n in range(config.num_blocks) if n not in slstm]
+    for tokens, (kind, blocks) in product(windows, (("mLSTM", mlstm), ("sLSTM", slstm))):
+        if not blocks:
+            continue
         probe = Probe()
         kernels = Kernels(backend, chunk_size=chunk_size, t_inner=t_inner, compiler=probe)
+        band = replace(bands[0], blocks=range(blocks[0], blocks[0] + 1))
         with torch.no_grad(), FakeTensorMode():
-            weights = _empty_weights(config, len(bands[0].heads), len(bands[0].ffn), dtype)
-            worker = Worker(config, bands[0], [weights], EndWeights(None, None, None), kernels)
+            empty = _empty_slstm_weights if kind == "sLSTM" else _empty_weights
+            weights = empty(config, len(band.heads), len(band.ffn), dtype)
+            worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
             worker.warm_up(batch, tokens, alone=len(bands) == 1)
-        yield WindowKernels(tokens, probe.functions)
+        yield WindowKernels(tokens, kind, len(blocks), probe.functions)
+
+
+def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> Weights:
+    """An sLSTM block's weights of one band, with no values, on mps; what it shares with an mLSTM block is that's."""
+    dh, empty = config.dh, partial(torch.empty, device="mps")
+    own = {
+        "gates": empty(heads, 4 * dh, dh),
+        "recurrent": empty(heads, dh, 4 * dh),
+        "gates_bias": empty(heads, 4 * dh),
+        "head_norm": empty(heads * dh),
+        "channel": empty((), dtype=torch.long),
+    }
+    parts: dict[str, Any] = _empty_weights(config, heads, ffn, dtype)._asdict() | own
+    return SlstmWeights(**{name: parts[name] for name in SlstmWeights._fields})
 
 
 def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> BlockWeights:
-    """A block's weights of one band, with no values, on mps."""
+    """An mLSTM block's weights of one band, with no values, on mps."""
     s, D = BandShape.of(config, heads), config.hidden_size
     rows, v = 2 * heads * (s.dhqk + s.dhhv), heads * s.dhhv
 
@@ -169,10 +195,10 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
     )
 
 
-def kernel_lines(window: WindowKernels, config: ModelConfig, bands: int) -> list[str]:
-    """The table for one window size, as text: a line for each compiled function, and the whole model's sums."""
+def kernel_lines(window: WindowKernels, bands: int) -> list[str]:
+    """The table for one window size, as text: a line for each compiled function, and all such blocks' sums."""
     lines = [
-        f"window of {window.tokens} token(s), one block, one band",
+        f"window of {window.tokens} token(s), one {window.kind} block, one band",
         "  function           calls  Metal kernels  torch's  most buffers  launches/token  MiB/token",
     ]
     for f in window.functions:
@@ -181,9 +207,9 @@ def kernel_lines(window: WindowKernels, config: ModelConfig, bands: int) -> list
             f"  {f.name:<18} {f.calls:5}  {f.launches:13}  {sum(f.library_calls.values()):7}  "
             f"{f.most_buffers:6} of {MAX_BUFFERS}  {rate:14.3f}  {size / 2**20:9.3f}"
         )
-    times = config.num_blocks * bands
+    times = window.blocks * bands
     lines.append(
-        f"  {config.num_blocks} blocks x {bands} band(s): {times * window.launches_per_token:.2f} launches and "
-        f"{times * window.bytes_per_token / 2**20:.1f} MiB a token"
+        f"  {window.blocks} {window.kind} blocks x {bands} band(s): "
+        f"{times * window.launches_per_token:.2f} launches and {times * window.bytes_per_token / 2**20:.1f} MiB a token"
     )
     return lines

@@ -27,6 +27,10 @@ class KernelError(XlstmRayError):
     """A kernel does not compile or is not to be had on this device. Compilation is strict: nothing falls back."""
 
 
+class ParityError(XlstmRayError):
+    """A kernel or backend is further from the reference than its tolerance allows."""
+
+
 class RayError(XlstmRayError):
     """Ray is missing, does not start, does not answer, or is somebody else's."""
 

@@ -1,13 +1,14 @@
-"""xLSTM-Large, top to bottom: norms, the mLSTM layer, the feed-forward, and the Worker that owns one (stage, band).
+"""xLSTM-Large, top to bottom: norms, mLSTM and sLSTM layers, the feed-forward, and the Worker of one (stage, band).
 
-A block: x += mLSTM(norm(x)); x += feed_forward(norm(x)). A head band holds a contiguous range of heads, with their rows
-of q, k, v, gates and output gate and their columns of the output projection, and a share of the feed-forward's columns;
-its two halves of a block return partial sums, which add up over the bands.
+A block: x += mLSTM(norm(x)), or sLSTM; x += feed_forward(norm(x)). A head band holds a contiguous range of heads, with
+their rows of q, k, v, gates and output gate and their columns of the output projection, and a share of the
+feed-forward's columns; its two halves of a block return partial sums, which add up over the bands.
 
-B batch, T tokens, D hidden size, nh heads of the band, K = DHQK, V = DHHV, F the band's feed-forward columns.
+B batch, T tokens, D hidden size, nh heads of the band, K = DHQK, V = DHHV, DH = D / all heads, F the band's
+feed-forward columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.kernels import Backend, Cell
+from xlstm_ray.kernels import Backend, Cell, SlstmCell
 from xlstm_ray.kernels.compiled import Compiler, compile_strict
-from xlstm_ray.kernels.native import PAD_F, PAD_I, State
+from xlstm_ray.kernels.native import PAD_F, PAD_I, SlstmState, State
 
-STATE_PARTS = "C", "n", "m"
+SLSTM_NORM_EPS = 1e-5  # of the sLSTM's head norm, whatever the configuration says of the others
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class BlockWeights(NamedTuple):
-    """One block's weights, sliced to a band. Biases are None where the model has none."""
+    """An mLSTM block's weights, sliced to a band. Biases are None where the model has none."""
 
     mix_norm: Tensor  # (D,)
     mix_norm_bias: Tensor | None
@@ -45,6 +46,28 @@ class BlockWeights(NamedTuple):
     down_bias: Tensor | None  # only in the first band
 
 
+class SlstmWeights(NamedTuple):
+    """An sLSTM block's weights, sliced to a band. There is no output projection: a head's output is its channels'."""
+
+    mix_norm: Tensor  # (D,)
+    mix_norm_bias: Tensor | None
+    gates: Tensor  # (nh, 4 DH, DH) float32: the rows of i, f, z and o of each head, which sees its own channels only
+    recurrent: Tensor  # (nh, DH, 4 DH) float32: what a head's last output adds to its gates
+    gates_bias: Tensor  # (nh, 4 DH) float32
+    head_norm: Tensor  # (nh DH,) float32
+    channel: Tensor  # () int64: where the band's channels begin; a tensor, so that bands of one size share their code
+    feed_norm: Tensor  # (D,) from here on as in BlockWeights
+    feed_norm_bias: Tensor | None
+    up: Tensor  # (2 F, D)
+    up_bias: Tensor | None
+    down: Tensor  # (D, F)
+    down_bias: Tensor | None
+
+
+Weights = BlockWeights | SlstmWeights
+AnyState = State | SlstmState
+
+
 class EndWeights(NamedTuple):
     """What stands before the first block and after the last."""
 
@@ -59,18 +82,25 @@ class BandShape(NamedTuple):
     heads: int
     dhqk: int
     dhhv: int
+    dh: int
     norm_eps: float
     eps: float
     gate_soft_cap: float | None
 
     @classmethod
     def of(cls, config: ModelConfig, heads: int) -> "BandShape":
-        return cls(heads, config.dhqk, config.dhhv, config.norm_eps, config.eps, config.gate_soft_cap)
+        c = config
+        return cls(heads, c.dhqk, c.dhhv, c.dh, c.norm_eps, c.eps, c.gate_soft_cap)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     """cap tanh(x / cap), or x itself without a cap."""
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32; in float64 where a reference is computed in that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.library.custom_op("xlstm_ray::linear_f32", mutates_args=())
@@ -97,18 +127,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square; statistics in float32, result in float32."""
-    x = x.float()
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-    return x if bias is None else x + bias.float()
+    x = wide(x)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * wide(weight)
+    return x if bias is None else x + wide(bias)
 
 
 def head_norm(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each head on its own: h (B, T, nh, V) -> (B, T, nh V), float32."""
     # Not F.layer_norm: of its variance Inductor on Metal makes a kernel in which each thread reads the whole row.
-    h = h.float()
+    h = wide(h)
     h = h - h.mean(-1, keepdim=True)
-    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * weight.float()
-    return h if bias is None else h + bias.float()
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * wide(weight)
+    return h if bias is None else h + wide(bias)
+
+
+def is_token(T: int, first: Tensor, last: Tensor) -> Tensor:
+    """(B, 1, T) bool: row b's tokens are those with first <= t < last; the others are padding."""
+    t = torch.arange(T, device=first.device)
+    return ((t >= first.unsqueeze(-1)) & (t < last.unsqueeze(-1))).unsqueeze(1)
 
 
 def mix_in(
@@ -124,8 +160,7 @@ def mix_in(
     qkvo = linear(y.to(x.dtype), w.qkvo, w.qkvo_bias)
     q, k, v, o = qkvo.split([s.heads * s.dhqk, s.heads * s.dhqk, s.heads * s.dhhv, s.heads * s.dhhv], -1)
     i, f = soft_cap(F.linear(y, w.gates, w.gates_bias), s.gate_soft_cap).transpose(1, 2).split(s.heads, 1)
-    t = torch.arange(T, device=x.device)
-    token = ((t >= first.unsqueeze(-1)) & (t < last.unsqueeze(-1))).unsqueeze(1)  # (B, 1, T)
+    token = is_token(T, first, last)
     i, f = torch.where(token, i, PAD_I), torch.where(token, f, PAD_F)
     q = q.view(B, T, s.heads, s.dhqk).transpose(1, 2)
     k = k.view(B, T, s.heads, s.dhqk).transpose(1, 2)
@@ -136,14 +171,35 @@ def mix_in(
 def mix_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
     """h (B, nh, T, V), output gate o (B, T, nh V) -> this band's share of the layer's output (B, T, D)."""
     y = head_norm(h.transpose(1, 2), w.head_norm, w.head_norm_bias, s.norm_eps)
-    return linear((y * torch.sigmoid(o.float())).to(o.dtype), w.out, w.out_bias)
+    return linear((y * torch.sigmoid(wide(o))).to(o.dtype), w.out, w.out_bias)
 
 
-def feed(x: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
+def slstm_in(x: Tensor, w: SlstmWeights, first: Tensor, last: Tensor, s: BandShape) -> tuple[Tensor, Tensor]:
+    """Norm and gate projections: x (B, T, D) -> gates (B, nh, T, 4, DH) float32, which of them are tokens (B, 1, T)."""
+    B, T, D = x.shape
+    y = rms_norm(x, w.mix_norm, w.mix_norm_bias, s.norm_eps)
+    if s.heads * s.dh < D:
+        y = y.index_select(-1, w.channel + torch.arange(s.heads * s.dh, device=x.device))
+    y = y.view(B * T, s.heads, s.dh).transpose(0, 1)
+    gates = torch.bmm(y, w.gates.transpose(1, 2)) + w.gates_bias.unsqueeze(1)
+    return gates.view(s.heads, B, T, 4, s.dh).transpose(0, 1), is_token(T, first, last)
+
+
+def slstm_out(h: Tensor, w: SlstmWeights, like: Tensor, s: BandShape) -> Tensor:
+    """h (B, nh, T, DH) -> the layer's output (B, T, D), 0 in other bands' channels; `like` has its shape and dtype."""
+    y = head_norm(h.transpose(1, 2), w.head_norm, None, SLSTM_NORM_EPS).to(like.dtype)
+    if y.shape[-1] < like.shape[-1]:
+        at = torch.arange(like.shape[-1], device=y.device) - w.channel
+        inside = (at >= 0) & (at < y.shape[-1])
+        y = torch.where(inside, y.index_select(-1, at.clamp(0, y.shape[-1] - 1)), 0)
+    return y
+
+
+def feed(x: Tensor, w: Weights, s: BandShape) -> Tensor:
     """Gated feed-forward of x (B, T, D): this band's share of its output (B, T, D)."""
     y = rms_norm(x, w.feed_norm, w.feed_norm_bias, s.norm_eps).to(x.dtype)
     gate, up = linear(y, w.up, w.up_bias).chunk(2, -1)
-    return linear((F.silu(gate.float()) * up.float()).to(x.dtype), w.down, w.down_bias)
+    return linear((F.silu(wide(gate)) * wide(up)).to(x.dtype), w.down, w.down_bias)
 
 
 def mix(
@@ -155,10 +211,19 @@ def mix(
     return mix_out(h, o, w, s), state
 
 
+def slstm_mix(
+    x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor, s: BandShape, cell: SlstmCell
+) -> tuple[Tensor, SlstmState]:
+    """The sLSTM half of a block: this band's share of its output (B, T, D), and its heads' new state."""
+    gates, token = slstm_in(x, w, first, last, s)
+    h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
+    return slstm_out(h, w, x, s), state
+
+
 def block(
     x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor, s: BandShape, cell: Cell
 ) -> tuple[Tensor, State]:
-    """A whole block where one band has all heads: the new residual stream (B, T, D) and state."""
+    """A whole mLSTM block where one band has all heads: the new residual stream (B, T, D) and state."""
     y, state = mix(x, w, state, first, last, s, cell)
     x = x + y
     return x + feed(x, w, s), state
@@ -169,7 +234,7 @@ def logits(x: Tensor, ends: EndWeights, config: ModelConfig) -> Tensor:
     assert ends.head is not None
     if ends.out_norm is not None:
         x = rms_norm(x, ends.out_norm, None, config.norm_eps).to(ends.head.dtype)
-    return soft_cap(F.linear(x, ends.head).float(), config.output_logit_soft_cap)
+    return soft_cap(wide(F.linear(x, ends.head)), config.output_logit_soft_cap)
 
 
 @dataclass(frozen=True)
@@ -202,9 +267,20 @@ def make_grid(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> l
 class Calls(NamedTuple):
     """The functions of a block for one window shape (B, T), compiled unless the backend is the reference."""
 
-    block: Callable[..., tuple[Tensor, State]]  # (x, w, state, first, last) -> x, state; one band only
-    mix: Callable[..., tuple[Tensor, State]]  # (x, w, state, first, last) -> partial sum, state
+    block: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> x, state; one band only
+    mix: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> partial sum, state
     feed: Callable[..., Tensor]  # (x, w) -> partial sum
+
+
+def _whole(mix: Callable[..., tuple[Tensor, AnyState]], feed: Callable[..., Tensor]) -> Callable:
+    """A block's two halves one after the other, where one band has all heads."""
+
+    def block(x: Tensor, w: Weights, state: AnyState, first: Tensor, last: Tensor) -> tuple[Tensor, AnyState]:
+        y, state = mix(x, w, state, first, last)
+        x = x + y
+        return x + feed(x, w), state
+
+    return block
 
 
 class Kernels:
@@ -218,22 +294,32 @@ class Kernels:
         self.backend, self.chunk_size, self.t_inner, self.compiler = backend, chunk_size, t_inner, compiler
         self.built: dict[tuple, Calls] = {}
 
-    def calls(self, s: BandShape, w: BlockWeights, B: int, T: int) -> Calls:
-        """The functions for windows (B, T) of a band with sizes `s` and weights shaped like `w`."""
-        key = (s, B, T, self.chunk_size, *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w))
+    def calls(self, s: BandShape, w: Weights, B: int, T: int) -> Calls:
+        """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
+        key = (
+            s,
+            type(w),
+            B,
+            T,
+            self.chunk_size,
+            *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w),
+        )
         if key not in self.built:
-            self.built.setdefault(key, self._build(s, B, T))  # the same one for all threads
+            build = self._slstm if isinstance(w, SlstmWeights) else self._mlstm
+            self.built.setdefault(key, build(s, B, T))  # the same one for all threads
         return self.built[key]
 
-    def _build(self, s: BandShape, B: int, T: int) -> Calls:
-        backend = self.backend
-        cell = backend.cell(T, chunk_size=self.chunk_size, t_inner=self.t_inner, compiler=self.compiler)
+    def _compile(self, name: str, fn: Callable, B: int, T: int) -> Callable:
+        return self.compiler(fn, f"{name}_{B}x{T}") if self.backend.compiled else fn
+
+    def _mlstm(self, s: BandShape, B: int, T: int) -> Calls:
+        cell = self.backend.cell(T, chunk_size=self.chunk_size, t_inner=self.t_inner, compiler=self.compiler)
 
         def build(name: str, fn: Callable) -> Callable:
-            return self.compiler(fn, f"{name}_{B}x{T}") if backend.compiled else fn
+            return self._compile(name, fn, B, T)
 
         feed_call = build("feed", lambda x, w: feed(x, w, s))
-        if backend.cell_inside(T):
+        if self.backend.cell_inside(T):
             return Calls(
                 build("block", lambda x, w, state, first, last: block(x, w, state, first, last, s, cell)),
                 build("mix", lambda x, w, state, first, last: mix(x, w, state, first, last, s, cell)),
@@ -247,12 +333,34 @@ class Kernels:
             h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
             return after(h, o, w), state
 
-        def block_call(x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor) -> tuple[Tensor, State]:
-            y, state = mix_call(x, w, state, first, last)
-            x = x + y
-            return x + feed_call(x, w), state
+        return Calls(_whole(mix_call, feed_call), mix_call, feed_call)
 
-        return Calls(block_call, mix_call, feed_call)
+    def _slstm(self, s: BandShape, B: int, T: int) -> Calls:
+        cell = self.backend.slstm_cell(T, t_inner=self.t_inner, compiler=self.compiler)
+
+        def build(name: str, fn: Callable) -> Callable:
+            return self._compile(f"slstm_{name}", fn, B, T)
+
+        feed_call = build("feed", lambda x, w: feed(x, w, s))
+        if T == 1:  # one step is compiled with the block around it
+
+            def mix_one(
+                x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor
+            ) -> tuple[Tensor, SlstmState]:
+                return slstm_mix(x, w, state, first, last, s, cell)
+
+            return Calls(build("block", _whole(mix_one, lambda x, w: feed(x, w, s))), build("mix", mix_one), feed_call)
+        before = build("in", lambda x, w, first, last: slstm_in(x, w, first, last, s))
+        after = build("out", lambda h, w, like: slstm_out(h, w, like, s))
+
+        def mix_call(
+            x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor
+        ) -> tuple[Tensor, SlstmState]:
+            gates, token = before(x, w, first, last)
+            h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
+            return after(h, w, x), state
+
+        return Calls(_whole(mix_call, feed_call), mix_call, feed_call)
 
 
 def join_bands(bands: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -262,57 +370,58 @@ def join_bands(bands: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Worker:
-    """Weights and state of one (stage, band). Plain torch: knows neither threads nor Ray.
+    """Weights and state of one (stage, band), blocks of either kind. Plain torch: knows neither threads nor Ray.
 
     With all heads in one band, `run_block` does a whole block in one call; with several, `mix` and `feed` return this
     band's partial sums of x (B, T, D), which the executor adds up.
     """
 
-    def __init__(self, config: ModelConfig, band: Band, blocks: list[BlockWeights], ends: EndWeights, kernels: Kernels):
+    def __init__(self, config: ModelConfig, band: Band, blocks: Sequence[Weights], ends: EndWeights, kernels: Kernels):
         self.config, self.band, self.blocks, self.ends, self.kernels = config, band, blocks, ends, kernels
         self.shape = BandShape.of(config, len(band.heads))
-        self.device, self.dtype = blocks[0].qkvo.device, blocks[0].qkvo.dtype
-        self.state: list[State] = []
+        self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
+        self.state: list[AnyState] = []
 
-    def fresh_state(self, batch: int) -> State:
-        """One block's state before the first token: all zeros, m too. C (B, nh, K, V), n (B, nh, K), m (B, nh, 1)."""
-        nh, K, V = len(self.band.heads), self.config.dhqk, self.config.dhhv
-        shapes = (batch, nh, K, V), (batch, nh, K), (batch, nh, 1)
-        C, n, m = (torch.zeros(shape, device=self.device) for shape in shapes)
-        return C, n, m
+    def fresh_state(self, n: int, batch: int) -> AnyState:
+        """The state of this stage's n-th block before the first token: all zeros, m too. The order is that of names."""
+        shapes = self._shapes(n).values()
+        return tuple(torch.zeros(batch, *shape, device=self.device) for shape in shapes)  # type: ignore[return-value]
+
+    def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        return self.config.state_shapes(self.band.blocks[n], len(self.band.heads))
 
     def set_state(self, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
         """Go on from these tensors of all heads, named as in RecurrentState, or forget everything.
 
         Copied, with the strides that the kernels are compiled for.
         """
-        self.state = [self.fresh_state(batch) for _ in self.band.blocks]
+        self.state = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
         if tensors is not None:
             heads = slice(self.band.heads.start, self.band.heads.stop)
-            for n, state in zip(self.band.blocks, self.state, strict=True):
-                for part, name in zip(state, STATE_PARTS, strict=True):
-                    part.copy_(tensors[f"blocks.{n}.{name}"][:, heads])
+            for name, part in self._named(self.state):
+                part.copy_(tensors[name][:, heads])
 
-    def get_state(self, state: list[State] | None = None) -> dict[str, Tensor]:
+    def get_state(self, state: list[AnyState] | None = None) -> dict[str, Tensor]:
         """This band's tensors on the CPU, named as in RecurrentState: of now, or of an earlier `self.state`."""
-        blocks = zip(self.band.blocks, state or self.state, strict=True)
-        return {
-            f"blocks.{n}.{name}": part.cpu()
-            for n, parts in blocks
-            for part, name in zip(parts, STATE_PARTS, strict=True)
-        }
+        return {name: part.cpu() for name, part in self._named(state or self.state)}
+
+    def _named(self, state: list[AnyState]) -> Iterator[tuple[str, Tensor]]:
+        for n, parts in enumerate(state):
+            for name, part in zip(self._shapes(n), parts, strict=True):
+                yield f"blocks.{self.band.blocks[n]}.{name}", part
 
     def warm_up(self, batch: int, tokens: int, *, alone: bool) -> None:
-        """Compile for windows (batch, tokens) by running block 0 once on zeros; the state stays as it is."""
+        """Compile for windows (batch, tokens) by running a block of each kind on zeros; the state stays as it is."""
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
         first = torch.zeros(batch, dtype=torch.long, device=self.device)
-        args = (x, self.blocks[0], self.fresh_state(batch), first, first + tokens)
-        calls = self._calls(x)
-        if alone:
-            calls.block(*args)
-        else:
-            calls.mix(*args)
-            calls.feed(x, self.blocks[0])
+        for n in {type(w): n for n, w in enumerate(self.blocks)}.values():
+            w, calls = self.blocks[n], self._calls(n, x)
+            args = (x, w, self.fresh_state(n, batch), first, first + tokens)
+            if alone:
+                calls.block(*args)
+            else:
+                calls.mix(*args)
+                calls.feed(x, w)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> residual stream (B, T, D) on this worker's device."""
@@ -325,17 +434,17 @@ class Worker:
 
     def run_block(self, n: int, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """All of this stage's n-th block, where this band has all heads; its state moves on."""
-        x, self.state[n] = self._calls(x).block(x, self.blocks[n], self.state[n], first, last)
+        x, self.state[n] = self._calls(n, x).block(x, self.blocks[n], self.state[n], first, last)
         return x
 
     def mix(self, n: int, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """This band's share of the mLSTM half of block n; its state moves on."""
-        y, self.state[n] = self._calls(x).mix(x, self.blocks[n], self.state[n], first, last)
+        """This band's share of the mLSTM or sLSTM half of block n; its state moves on."""
+        y, self.state[n] = self._calls(n, x).mix(x, self.blocks[n], self.state[n], first, last)
         return y
 
     def feed(self, n: int, x: Tensor) -> Tensor:
         """This band's share of the feed-forward half of block n."""
-        return self._calls(x).feed(x, self.blocks[n])
+        return self._calls(n, x).feed(x, self.blocks[n])
 
-    def _calls(self, x: Tensor) -> Calls:
-        return self.kernels.calls(self.shape, self.blocks[0], x.shape[0], x.shape[1])
+    def _calls(self, n: int, x: Tensor) -> Calls:
+        return self.kernels.calls(self.shape, self.blocks[n], x.shape[0], x.shape[1])

@@ -69,9 +69,10 @@ class _Metadata(BaseModel):
 class RecurrentState:
     """The state of B prompts after some of their tokens.
 
-    tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1), and `logits`
-    (B, vocabulary) of the last token consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how
-    many tokens and which. `complete` is false for a prefill that was stopped on the way. `name` is what errors call it.
+    tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1) of an mLSTM block,
+    `blocks.N.h`, `.c`, `.n`, `.m` (B, NH, DH) of an sLSTM block, and `logits` (B, vocabulary) of the last token
+    consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which. `complete` is
+    false for a prefill that was stopped on the way. `name` is what errors call it.
     """
 
     def __init__(
@@ -204,10 +205,10 @@ class RecurrentState:
                 f"{self.name} belongs to another model (fingerprint {self.model}, this model has {model}); "
                 "use the model directory that it was made with"
             )
-        B, nh, K, V = self.batch, config.num_heads, config.dhqk, config.dhhv
-        expected: dict[str, tuple[int, ...]] = {"logits": (B, config.vocab_size)}
+        expected: dict[str, tuple[int, ...]] = {"logits": (self.batch, config.vocab_size)}
         for n in range(config.num_blocks):
-            expected |= {f"blocks.{n}.C": (B, nh, K, V), f"blocks.{n}.n": (B, nh, K), f"blocks.{n}.m": (B, nh, 1)}
+            for name, shape in config.state_shapes(n, config.num_heads).items():
+                expected[f"blocks.{n}.{name}"] = (self.batch, *shape)
         if set(expected) != set(self.tensors):
             odd = sorted(set(expected) ^ set(self.tensors))
             raise StateError(f"{self.name} has not the tensors of the model: {odd[0]!r} is missing or too many")

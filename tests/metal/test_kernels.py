@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, step_kernel
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, slstm_kernel, step_kernel
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.compiled import compile_each
-from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence
-from xlstm_ray.model import Band, BlockWeights, EndWeights, Kernels, Worker
+from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence, slstm_sequence
+from xlstm_ray.model import Band, BlockWeights, EndWeights, Kernels, SlstmWeights, Weights, Worker
 
 from . import shaders
 from .simulator import Simulator
@@ -112,6 +112,38 @@ def test_chunks(simulator: Simulator, dtype: torch.dtype, batch: int) -> None:
         assert_close(got, want, dtype, state=TOLERANCE[dtype])
 
 
+@both_batches
+def test_slstm(simulator: Simulator, batch: int) -> None:
+    """Gates and state are float32 whatever the model's dtype."""
+    T, DH = 7, 12
+    g = torch.Generator().manual_seed(batch)
+    x = 2 * torch.randn(batch, NH, T, 4, DH, generator=g)
+    recurrent = torch.randn(NH, DH, 4 * DH, generator=g) * DH**-0.5
+    token = torch.ones(batch, 1, T, dtype=torch.bool)
+    token[-1, :, 5:] = False
+    token[0, :, 0] = False
+    h, c, n, m = torch.randn(4, batch, NH, DH, generator=g)
+    for state in ((torch.tanh(h), c, 1 + n.abs(), m), tuple(torch.zeros_like(part) for part in (h, c, n, m))):
+        wide = [part.double() for part in state]
+        want_h, want = slstm_sequence(x.double(), recurrent=recurrent.double(), token=token, state=tuple(wide))  # type: ignore[arg-type]
+        kernel = slstm_kernel("native_compiled", t_inner=4)  # 4 and 3
+        for order in shaders.ORDERS:
+            simulator.clear_counts()
+            with simulator.order(order):
+                got_h, got = kernel(
+                    x.to("mps"), recurrent=recurrent.to("mps"), token=token.to("mps"),
+                    state=tuple(part.to("mps") for part in state),
+                )  # fmt: skip
+            real = token.transpose(1, 2).unsqueeze(1).expand(-1, NH, -1, -1).expand_as(want_h)
+            assert error(got_h.cpu()[real], want_h[real]) < TOLERANCE[torch.float32]
+            for a, b in zip(got, want, strict=True):
+                assert error(a, b) < TOLERANCE[torch.float32]
+            # A Metal kernel a step, and the first run's products; the second of two runs hands its h on.
+            assert len(simulator.launches()) <= T
+            assert simulator.operators()["aten::bmm.out"] == T
+            assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
+
+
 # ---- whole blocks, as prefill and decoding call them
 
 CONFIG = ModelConfig.from_dict(
@@ -138,18 +170,47 @@ def random_weights(dtype: torch.dtype) -> BlockWeights:
     return BlockWeights(**weights, **biases)  # type: ignore[arg-type]
 
 
-def cast(weights: BlockWeights, to: torch.dtype | str) -> BlockWeights:
-    return BlockWeights._make(None if w is None else w.to(to) for w in weights)
+def random_slstm_weights(dtype: torch.dtype, head: int | None = None) -> SlstmWeights:
+    """Of all heads, or of a band of one."""
+    g = torch.Generator().manual_seed(3)
+    D, DH, heads = CONFIG.hidden_size, CONFIG.dh, slice(head, None if head is None else head + 1)
+    shared = random_weights(dtype)
+    bias = torch.randn(NH, 4, DH, generator=g)
+    bias[:, 1] += 3
+    return SlstmWeights(
+        mix_norm=shared.mix_norm,
+        mix_norm_bias=None,
+        gates=(2 * torch.randn(NH, 4 * DH, DH, generator=g) * DH**-0.5)[heads],
+        recurrent=(torch.randn(NH, DH, 4 * DH, generator=g) * DH**-0.5)[heads],
+        gates_bias=bias.flatten(1)[heads],
+        head_norm=(1 + 0.5 * torch.randn(NH, D // NH, generator=g))[heads].flatten(),
+        channel=torch.tensor(0 if head is None else head * DH),
+        **{name: getattr(shared, name) for name in SlstmWeights._fields if name.startswith(("feed", "up", "down"))},
+    )
+
+
+def cast(weights: Weights, to: torch.dtype | str) -> Weights:
+    """To a device; or to a dtype, but for the sLSTM's offset, which is no number of the model's."""
+    parts = (w if w is None or isinstance(to, torch.dtype) and w.dtype == torch.long else w.to(to) for w in weights)
+    return type(weights)._make(parts)
 
 
 def run_block(
-    backend: str, weights: BlockWeights, x: Tensor, state: State, rows: list[slice], *, alone: bool
-) -> list[Tensor]:
-    """The residual stream after a block and the state, on the CPU in float64; rows[b] of row b are no padding."""
+    backend: str, weights: Weights, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, alone: bool,
+    head: int | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The residual stream after a block and the state, on the CPU in float64; rows[b] of row b are no padding.
+
+    head: where the weights are of a band of this head only; then all of the feed-forward is this band's.
+    """
+    slstm = isinstance(weights, SlstmWeights)
+    config = CONFIG.model_copy(update={"slstm_at": (0,)}) if slstm else CONFIG
     kernels = Kernels(CHUNKWISE_BACKENDS[backend], chunk_size=CONFIG.chunk_size, t_inner=4)
-    band = Band(range(1), range(NH), range(CONFIG.ffn_dim))
-    worker = Worker(CONFIG, band, [weights], EndWeights(None, None, None), kernels)
-    worker.set_state([state])
+    heads = range(NH) if head is None else range(head, head + 1)
+    band = Band(range(1), heads, range(CONFIG.ffn_dim))
+    worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
+    names = "hcnm" if slstm else "Cnm"
+    worker.set_state({f"blocks.0.{name}": part for name, part in zip(names, state, strict=True)}, x.shape[0])
     parts = [torch.tensor(ends, device=x.device) for ends in ([r.start for r in rows], [r.stop for r in rows])]
     if alone:
         x = worker.run_block(0, x, *parts)
@@ -184,6 +245,37 @@ def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: to
     assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
     # In Inductor's Welford reduction for Metal each thread reads the whole row.
     assert not any("= c10::metal::threadgroup_welford" in library.cpp for library in simulator.libraries)
+
+
+@pytest.mark.parametrize(
+    ("T", "batch", "head", "dtype"),
+    [
+        (8, 2, None, torch.bfloat16),
+        (8, 2, 1, torch.float32),
+        (1, 2, None, torch.float32),
+        (1, 2, None, torch.bfloat16),
+        (1, 1, 0, torch.bfloat16),
+    ],
+)
+def test_slstm_block(simulator: Simulator, T: int, batch: int, head: int | None, dtype: torch.dtype) -> None:
+    """All heads in one call, or the band of one head: its own channels, and 0 in the other's."""
+    weights = random_slstm_weights(dtype, head)
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(batch, T, CONFIG.hidden_size, generator=g).to(dtype)
+    h, c, n, m = torch.randn(4, batch, NH, CONFIG.dh, generator=g)
+    state = torch.tanh(h), c, 1 + n.abs(), m
+    rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
+    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, alone=head is None, head=head)
+    on_mps = cast(weights, "mps")
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, alone=head is None, head=head)
+        for b, row in enumerate(rows):
+            if row.start < row.stop:
+                assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
+        for g_, w_ in zip(got[1:], want[1:], strict=True):
+            assert error(g_, w_) < (3e-6 if dtype == torch.float32 else 2e-2)
+    assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
 
 
 # ---- the forget gate at its cap, where a token forgets 3e-7

@@ -1,5 +1,7 @@
 """What the kernels take on Metal at the shapes of xLSTM-7B, and T_inner within the limit. Code generation only."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from xlstm_ray.doctor import WindowKernels, kernel_lines, metal_kernels
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.kernels import probe as kernel_probe
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
-from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step
+from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
 from xlstm_ray.kernels.probe import Fit, Generated, fit_t_inner, generate
 
 from . import shaders
@@ -51,9 +53,27 @@ def test_cells_of_7b(simulator: Simulator, fn: str, T: int, ceiling: float) -> N
     assert not simulator.launches()
 
 
-def whole(backend: str, tokens: int) -> WindowKernels:
-    (window,) = metal_kernels(
-        XLSTM_7B,
+# h feeds the gates, so a token takes one product and one kernel after it, and no unrolling makes them fewer; it saves
+# the calls from Python.
+def test_the_slstm_cell_at_the_sizes_of_7b(simulator: Simulator) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.no_grad(), FakeTensorMode():
+        empty = partial(torch.empty, device="mps")
+        T, dh = 8, XLSTM_7B.dh
+        state = tuple(empty(B, NH, dh) for _ in range(4))
+        token = empty(B, 1, T, dtype=torch.bool)
+        x, recurrent = empty(B, NH, T, 4, dh), empty(NH, dh, 4 * dh)
+        generated = generate(slstm_sequence, f"slstm_{T}", x, recurrent=recurrent, token=token, state=state)
+    assert 1 <= generated.most_buffers <= 20 < shaders.MAX_BUFFERS  # also of more steps: each has a kernel of its own
+    assert generated.library_calls == {"bmm": T}
+    assert generated.all_launches == 2 * T
+
+
+def whole(backend: str, tokens: int, config: ModelConfig = XLSTM_7B) -> WindowKernels:
+    """Of the last kind of block that the model has."""
+    *_, window = metal_kernels(
+        config,
         CHUNKWISE_BACKENDS[backend],
         dtype=torch.bfloat16,
         batch=B,
@@ -75,10 +95,27 @@ def test_blocks_of_7b(simulator: Simulator, backend: str, tokens: int, ceiling: 
     assert window.most_buffers <= shaders.MAX_BUFFERS
     assert window.launches_per_token <= ceiling
     assert not simulator.launches()
-    lines = kernel_lines(window, XLSTM_7B, bands=2)
+    lines = kernel_lines(window, bands=2)
     assert len(lines) == 3 + len(window.functions)
     if backend == "queued_compiled_steps":
         assert [f.calls for f in window.functions] == [1, 8, 1, 1]
+
+
+@pytest.mark.parametrize(("tokens", "ceiling"), [(64, 2.3), (1, 13)])
+def test_slstm_blocks_of_a_hybrid_of_that_size(simulator: Simulator, tokens: int, ceiling: float) -> None:
+    hybrid = XLSTM_7B.model_copy(update={"slstm_at": (3, 20), "num_blocks": 24})
+    window = whole("queued_compiled_chunks", tokens, hybrid)
+    assert (window.kind, window.blocks) == ("sLSTM", 2)
+    assert window.most_buffers <= shaders.MAX_BUFFERS
+    assert window.launches_per_token <= ceiling
+    if tokens > 1:
+        assert [(f.name, f.calls) for f in window.functions] == [
+            (f"slstm_in_1x{tokens}", 1),
+            ("slstm_steps_8", tokens // 8),
+            (f"slstm_out_1x{tokens}", 1),
+            (f"slstm_feed_1x{tokens}", 1),
+        ]
+    assert f"2 sLSTM blocks x 2 band(s): {4 * window.launches_per_token:.2f} launches" in kernel_lines(window, 2)[-1]
 
 
 def test_t_inner_is_lowered_to_what_metal_launches(simulator: Simulator) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xlstm_ray.kernels.compiled import Compiler
-    from xlstm_ray.kernels.native import State
+    from xlstm_ray.kernels.native import SlstmState, State
 
 Entry = TypeVar("Entry")
 
@@ -25,6 +25,14 @@ class Cell(Protocol):
     def __call__(
         self, q: "Tensor", k: "Tensor", v: "Tensor", *, i: "Tensor", f: "Tensor", state: "State", eps: float
     ) -> "tuple[Tensor, State]": ...
+
+
+class SlstmCell(Protocol):
+    """The sLSTM over T tokens: x (B, NH, T, 4, DH), token (B, 1, T) -> h (B, NH, T, DH) and the new state."""
+
+    def __call__(
+        self, x: "Tensor", *, recurrent: "Tensor", token: "Tensor", state: "SlstmState"
+    ) -> "tuple[Tensor, SlstmState]": ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,13 @@ class Backend:
             return UnrolledSequence(t_inner, compiler)
         return partial(mlstm_chunkwise, chunk_size=chunk_size)
 
+    def slstm_cell(self, tokens: int, *, t_inner: int, compiler: "Compiler") -> SlstmCell:
+        """The sLSTM's cell for windows of `tokens` tokens. One decode step is compiled with the block around it."""
+        from xlstm_ray.kernels.compiled import UnrolledSlstm
+        from xlstm_ray.kernels.native import slstm_sequence
+
+        return UnrolledSlstm(t_inner, compiler) if self.compiled and tokens > 1 else slstm_sequence
+
 
 CHUNKWISE_BACKENDS = {
     backend.name: backend
@@ -82,19 +97,59 @@ def chunkwise_backend(name: str) -> Backend:
 
 def step_kernel(name: str) -> Callable[..., Any]:
     """A step kernel by name: `native` (the reference) or `metal` (compiled), with mlstm_step's signature."""
-    from xlstm_ray.kernels.compiled import compiled_step
-    from xlstm_ray.kernels.native import mlstm_step
-
-    return lookup({"native": lambda: mlstm_step, "metal": compiled_step}, "step kernel", name)()
+    return lookup(STEP_KERNELS, "step kernel", name)()
 
 
 def sequence_kernel(name: str, *, t_inner: int = 8) -> Cell:
     """A sequence kernel by name: `native_sequence__native` or `native_sequence__metal`, as mlstm_sequence."""
-    from xlstm_ray.kernels.compiled import UnrolledSequence
+    return lookup(SEQUENCE_KERNELS, "sequence kernel", name)(t_inner)
+
+
+def slstm_kernel(name: str, *, t_inner: int = 8) -> SlstmCell:
+    """An sLSTM kernel by name: `vanilla` (the reference) or `native_compiled`, as slstm_sequence."""
+    return lookup(SLSTM_KERNELS, "sLSTM kernel", name)(t_inner)
+
+
+# torch is imported only once a kernel is asked for.
+def _native_step() -> Callable[..., Any]:
+    from xlstm_ray.kernels.native import mlstm_step
+
+    return mlstm_step
+
+
+def _compiled_step() -> Callable[..., Any]:
+    from xlstm_ray.kernels.compiled import compiled_step
+
+    return compiled_step()
+
+
+def _native_sequence(_t_inner: int) -> Cell:
     from xlstm_ray.kernels.native import mlstm_sequence
 
-    table: dict[str, Callable[[], Cell]] = {
-        "native_sequence__native": lambda: mlstm_sequence,
-        "native_sequence__metal": lambda: UnrolledSequence(t_inner),
-    }
-    return lookup(table, "sequence kernel", name)()
+    return mlstm_sequence
+
+
+def _unrolled_sequence(t_inner: int) -> Cell:
+    from xlstm_ray.kernels.compiled import UnrolledSequence
+
+    return UnrolledSequence(t_inner)
+
+
+def _native_slstm(_t_inner: int) -> SlstmCell:
+    from xlstm_ray.kernels.native import slstm_sequence
+
+    return slstm_sequence
+
+
+def _unrolled_slstm(t_inner: int) -> SlstmCell:
+    from xlstm_ray.kernels.compiled import UnrolledSlstm
+
+    return UnrolledSlstm(t_inner)
+
+
+STEP_KERNELS: dict[str, Callable[[], Callable[..., Any]]] = {"native": _native_step, "metal": _compiled_step}
+SEQUENCE_KERNELS: dict[str, Callable[[int], Cell]] = {
+    "native_sequence__native": _native_sequence,
+    "native_sequence__metal": _unrolled_sequence,
+}
+SLSTM_KERNELS: dict[str, Callable[[int], SlstmCell]] = {"vanilla": _native_slstm, "native_compiled": _unrolled_slstm}

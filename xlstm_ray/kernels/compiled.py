@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.errors import KernelError
-from xlstm_ray.kernels.native import State, mlstm_sequence, mlstm_step
+from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
 
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
@@ -97,20 +97,37 @@ class UnrolledSequence:
     ) -> tuple[Tensor, State]:
         """As mlstm_sequence: q, k (B, NH, T, K), v (B, NH, T, V), i, f (B, NH, T) -> h (B, NH, T, V), state."""
         outputs = []
-        for *qkv, i_run, f_run in zip(*(self._runs(x) for x in (q, k, v, i, f)), strict=True):
+        for *qkv, i_run, f_run in zip(*(_runs(x, self.t_inner) for x in (q, k, v, i, f)), strict=True):
             h, state = self._kernel(*qkv, i=i_run, f=f_run, state=state, eps=eps)
             outputs.append(h)
         return torch.cat(outputs, 2), state
 
-    def _runs(self, x: Tensor) -> list[Tensor]:
-        """x (B, NH, T, ...) -> runs (B, NH, t_inner or fewer, ...), each contiguous.
 
-        A slice's strides are those of the whole and would be compiled into the kernel; all runs are copied at once.
-        """
-        T = x.shape[2]
-        whole = T - T % self.t_inner
-        runs = list(x[:, :, :whole].unflatten(2, (whole // self.t_inner, self.t_inner)).movedim(2, 0).contiguous())
-        return [*runs, x[:, :, whole:].contiguous()] if whole < T else runs
+class UnrolledSlstm:
+    """native_compiled: `t_inner` steps of the sLSTM unrolled in one compiled kernel, called in strict time order."""
+
+    def __init__(self, t_inner: int, compiler: Compiler = compile_strict):
+        self.t_inner = t_inner
+        self._kernel = compile_each(slstm_sequence, f"slstm_steps_{t_inner}", compiler)
+
+    def __call__(self, x: Tensor, *, recurrent: Tensor, token: Tensor, state: SlstmState) -> tuple[Tensor, SlstmState]:
+        """As slstm_sequence: x (B, NH, T, 4, DH), token (B, 1, T) -> h (B, NH, T, DH), state."""
+        outputs = []
+        for x_run, token_run in zip(_runs(x, self.t_inner), _runs(token, self.t_inner), strict=True):
+            h, state = self._kernel(x_run, recurrent=recurrent, token=token_run, state=state)
+            outputs.append(h)
+        return torch.cat(outputs, 2), state
+
+
+def _runs(x: Tensor, t_inner: int) -> list[Tensor]:
+    """x (B, NH, T, ...) -> runs (B, NH, t_inner or fewer, ...), each contiguous.
+
+    A slice's strides are those of the whole and would be compiled into the kernel; all runs are copied at once.
+    """
+    T = x.shape[2]
+    whole = T - T % t_inner
+    runs = list(x[:, :, :whole].unflatten(2, (whole // t_inner, t_inner)).movedim(2, 0).contiguous())
+    return [*runs, x[:, :, whole:].contiguous()] if whole < T else runs
 
 
 def compiled_step() -> Callable:

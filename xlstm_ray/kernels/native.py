@@ -1,7 +1,7 @@
-"""The reference: mLSTM one token at a time, in plain eager torch. Every fast kernel is compared with this file.
+"""The reference: mLSTM and sLSTM one token at a time, in plain eager torch. Every fast kernel is compared with it.
 
-Shapes: B batch, NH heads, T tokens, K = DHQK, V = DHHV.
-Formulas: xLSTM (arXiv 2405.04517) and xLSTM 7B (arXiv 2503.13427); i and f come soft-capped.
+Shapes: B batch, NH heads, T tokens, K = DHQK, V = DHHV, DH the head dimension of an sLSTM.
+Formulas: xLSTM (arXiv 2405.04517) and xLSTM 7B (arXiv 2503.13427); the mLSTM's i and f come soft-capped.
 All gate and state arithmetic is done in the state's dtype (float32 in use, float64 as a reference).
 """
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 State = tuple[Tensor, Tensor, Tensor]  # C (B, NH, K, V), n (B, NH, K), m (B, NH, 1)
+SlstmState = tuple[Tensor, Tensor, Tensor, Tensor]  # h, c, n, m (B, NH, DH); fresh: all zeros
 
 # Gate pre-activations of a padded token: its write weight exp(-1e4 - m) is 0 and its decay exp(logsigmoid(1e4)) is 1,
 # so state and later outputs are untouched to the bit. Finite, because inf - inf is NaN.
@@ -63,3 +64,50 @@ def mlstm_sequence(
         h, state = mlstm_step(q[:, :, t], k[:, :, t], v[:, :, t], i=i[:, :, t], f=f[:, :, t], state=state, eps=eps)
         outputs.append(h)
     return torch.stack(outputs, 2), state
+
+
+MAX_F = 15.0  # published models clamp the sLSTM's forget gate there; above it float32 has no digits left for forgetting
+
+
+def slstm_step(x: Tensor, *, recurrent: Tensor, token: Tensor, state: SlstmState) -> SlstmState:
+    """One token: the new state, whose h is the output.
+
+    x (B, NH, 4, DH): W x + b of the gates i, f, z, o   recurrent (NH, DH, 4 DH): what h adds to them, gate by gate
+    token (B, 1) bool: false is padding, whose row keeps its state to the bit   state (h, c, n, m) of one dtype
+    """
+    h, c, n, m = state
+    acc = c.dtype
+    from_h = torch.bmm(h.transpose(0, 1), recurrent.to(acc)).transpose(0, 1)  # (B, NH, 4 DH)
+    i, f, z, o = (x.to(acc) + from_h.unflatten(-1, (4, -1))).unbind(2)
+    logf = log_sigmoid(torch.clamp(f, max=MAX_F))
+    # Before the first token n is 0 and m means nothing; with i in its place m' is i and n' is 1, however small i is.
+    before = torch.where(n == 0, i, m)
+    m_new = torch.maximum(logf + before, i)
+    # Neither exponent is above 0 but by rounding, so the published min(exp, 1) is there already; with it, keep would
+    # be rounded to one side, and forget too much. The brackets are those of mlstm_step, for its reason.
+    keep, write = torch.exp(logf + (before - m_new)), torch.exp(i - m_new)
+    c_new = keep * c + write * torch.tanh(z)
+    n_new = keep * n + write
+    h_new = torch.sigmoid(o) * c_new / n_new
+    token = token.unsqueeze(-1)
+    return (
+        torch.where(token, h_new, h),
+        torch.where(token, c_new, c),
+        torch.where(token, n_new, n),
+        torch.where(token, m_new, m),
+    )
+
+
+def slstm_sequence(x: Tensor, *, recurrent: Tensor, token: Tensor, state: SlstmState) -> tuple[Tensor, SlstmState]:
+    """T tokens in strict time order; there is no other way, since h feeds the gates.
+
+    x (B, NH, T, 4, DH)   recurrent (NH, DH, 4 DH)   token (B, 1, T) bool
+    Returns h (B, NH, T, DH) in x's dtype, padding's of no meaning but finite, and the new state.
+    """
+    outputs = []
+    for t in range(x.shape[2]):
+        state = slstm_step(x[:, :, t], recurrent=recurrent, token=token[:, :, t], state=state)
+        outputs.append(state[0].to(x.dtype))
+    # Of one head or row, strides would follow x's, and ask for another compilation.
+    h, c, n, m = (part.clone(memory_format=torch.contiguous_format) for part in state)
+    return torch.stack(outputs, 2), (h, c, n, m)

@@ -10,9 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xlstm_ray.kernels.native import State
 from xlstm_ray.memory import peak_device_bytes
-from xlstm_ray.model import Worker, join_bands
+from xlstm_ray.model import AnyState, Worker, join_bands
 
 
 class Tile(NamedTuple):
@@ -118,7 +117,7 @@ class InProcessExecutor:
 
     def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
         # A device works while the next tile is prepared, so one tile is under way when another is submitted.
-        pending: deque[tuple[TileResult, list[list[list[State]]] | None, Callable[[], None]]] = deque()
+        pending: deque[tuple[TileResult, list[list[list[AnyState]]] | None, Callable[[], None]]] = deque()
         before = perf_counter()
 
         def finish() -> TileResult:
@@ -157,7 +156,7 @@ class InProcessExecutor:
         self.stages = []
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _state_of(self, states: list[list[list[State]]]) -> dict[str, Tensor]:
+    def _state_of(self, states: list[list[list[AnyState]]]) -> dict[str, Tensor]:
         """[stage][band] blocks' states -> tensors of all heads."""
         tensors: dict[str, Tensor] = {}
         for bands, of_bands in zip(self.stages, states, strict=True):

@@ -21,7 +21,8 @@ using uint = unsigned int;
 using ulong = unsigned long;
 using half = _Float16;
 
-// Two bytes in memory, rounded to nearest even on the way in. Arithmetic between two of them gives one, as in Metal.
+// Two bytes in memory, rounded to nearest even on the way in. Arithmetic between two of them gives one, as in Metal,
+// and with a float it gives a float.
 struct bfloat {
   uint16_t bits = 0;
   bfloat() = default;
@@ -39,10 +40,11 @@ struct bfloat {
     std::memcpy(&f, &u, sizeof f);
     return f;
   }
-  friend bfloat operator+(bfloat a, bfloat b) { return float(a) + float(b); }
-  friend bfloat operator-(bfloat a, bfloat b) { return float(a) - float(b); }
-  friend bfloat operator*(bfloat a, bfloat b) { return float(a) * float(b); }
-  friend bfloat operator/(bfloat a, bfloat b) { return float(a) / float(b); }
+#define MSL_BFLOAT_OPERATOR(op)                                                      \
+  friend bfloat operator op(bfloat a, bfloat b) { return float(a) op float(b); }     \
+  friend float operator op(bfloat a, float b) { return float(a) op b; }              \
+  friend float operator op(float a, bfloat b) { return a op float(b); }
+  MSL_BFLOAT_OPERATOR(+) MSL_BFLOAT_OPERATOR(-) MSL_BFLOAT_OPERATOR(*) MSL_BFLOAT_OPERATOR(/)
   bfloat& operator+=(bfloat b) { return *this = *this + b; }
 };
 
