@@ -484,6 +484,8 @@ class RayExecutor:
             lost = self._seats
         for seat in lost:
             self._end(seat)
+        if not lost:  # the error was of one that has been replaced already
+            return
         self.restarts += len(lost)
         self._metrics.restarts(len(lost))
         if not self._group.wait(self._options.place_timeout_s):
