@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Backend
-from xlstm_ray.model import Band, Kernels, Worker, make_grid
+from xlstm_ray.model import Band, EndWeights, Kernels, Worker, make_grid
 from xlstm_ray.prefill.executor import InProcessExecutor, Tile
 from xlstm_ray.settings import Settings, Source, cache_dir
 from xlstm_ray.state import Grid
@@ -66,6 +66,8 @@ def autoscale(
     free = [name for name in NAMES if settings.source(name).kind in ("default", "model")]
     if not free:
         return settings, f"autoscale: {', '.join(NAMES)} are all given, so there is nothing to pick"
+    if len(config.slstm_at) == config.num_blocks:
+        return settings, "autoscale: all blocks are sLSTM, which run the same however they are cut; nothing was picked"
     usual = Choice(tile_size=grid.tile_size, heads_per_band=grid.heads_per_band, workers=settings.workers)
     usual = _bounded(usual, config)
     fixed = {name: getattr(usual, name) for name in NAMES if name not in free}
@@ -152,15 +154,17 @@ def _rate(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Tokens a second through block 0, uncompiled."""
+    """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
+    n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
     kernels = Kernels(backend, chunk_size=chunk, t_inner=1, compiler=lambda fn, name: fn)
-    bands = [
-        Band(range(1), band.heads, band.ffn) for band in make_grid(config, heads_per_band=choice.heads_per_band)[0]
-    ]
-    workers = [Worker(config, band, *checkpoint.load(band, dtype=dtype, device=device), kernels) for band in bands]
+    grid = make_grid(config, heads_per_band=choice.heads_per_band)
+    bands = [Band(range(n, n + 1), band.heads, band.ffn) for band in grid[0]]
+    ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
+    loaded = [checkpoint.load(band, dtype=dtype, device=device)[0] for band in bands]
+    workers = [Worker(config, band, blocks, ends, kernels) for band, blocks in zip(bands, loaded, strict=True)]
     executor = InProcessExecutor([workers], threads=choice.workers)
     T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
-    tokens = torch.arange(T).mul(7919).remainder(config.vocab_size).unsqueeze(0)
+    tokens = torch.zeros(1, T, dtype=torch.long)
     none, all_of_it = torch.zeros(1, dtype=torch.long), torch.full((1,), T)
     try:
         executor.set_state(None, 1)

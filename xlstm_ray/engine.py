@@ -490,8 +490,8 @@ class Engine:
 
     def _base_bytes(self) -> int:
         """What this process takes before a model is loaded, with the compiler that it will need."""
-        if self.device.type == "cuda":
-            return 0  # the device's memory counts there, and its context is not part of what is free
+        if self.device.type == "cuda" or self.mode is not Mode.LOCAL:
+            return 0  # on cuda the device's memory counts, and its context is not part of what is free
         if self.backend.compiled:
             import torch._dynamo
             import torch._inductor.compile_fx  # noqa: F401
@@ -1009,7 +1009,13 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
 def choose_steps(
     settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
 ) -> Fit:
-    """T_inner as asked, or on mps what Metal's limits leave of it."""
+    """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
+    unrolls = backend.kernel == "compiled_steps" or (backend.compiled and config.slstm_at)
+    if not unrolls and settings.source("t_inner").kind == "flag":
+        raise UsageError(
+            f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
+            "leave it out, or use --chunkwise-backend queued_compiled_steps"
+        )
     if device.type != "mps" or backend.kernel != "compiled_steps":
         return Fit(settings.t_inner)
     return fit_t_inner(
