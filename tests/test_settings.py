@@ -209,6 +209,13 @@ def test_streams_are_refused_where_there_are_none(monkeypatch):
         load(device="cpu", chunkwise_backend="native")
 
 
+def test_unrolling_is_refused_where_nothing_is_unrolled(monkeypatch):
+    with pytest.raises(UsageError, match="^--t-inner is 4, but queued_compiled_chunks unrolls no steps of this model"):
+        load(device="cpu", t_inner=4, chunkwise_backend="queued_compiled_chunks")
+    monkeypatch.setenv("XLSTM_T_INNER", "4")  # a shell's own setting may stay there
+    assert load(device="cpu", chunkwise_backend="native").t_inner == 4
+
+
 def test_options_of_the_watchdog_without_it(monkeypatch):
     monkeypatch.setenv("XLSTM_MEM_WATCHDOG", "0")
     with pytest.raises(UsageError, match="^--mem-log has no effect without the watchdog"):

@@ -161,15 +161,21 @@ class Engine:
         self.dtype = dtype
         self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         self.fingerprint = checkpoint.fingerprint()
-        steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
-        self.t_inner, self.note = steps.t_inner, steps.note
-        self.workers = min(settings.workers, -(-self.config.num_heads // self.grid.heads_per_band))
         self._limits: Limits | None = None
         self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self._before_load = self._base_bytes()
         if settings.mem_watchdog:
             own = device_total_bytes(self.device) if self.mode is Mode.LOCAL else None
             self._limits = Limits.make(settings, take_sample().total_bytes, own)
+        self.note: str | None = None
+        if settings.autoscale:
+            settings = self.settings = self._autoscaled(checkpoint)
+            picked = choose_grid(settings, self.backend, self.config, self.device)
+            self.grid = picked.model_copy(update={"dtype": self.grid.dtype})
+        steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
+        self.t_inner = steps.t_inner
+        self.note = "; ".join(filter(None, [self.note, steps.note])) or None
+        self.workers = min(settings.workers, -(-self.config.num_heads // self.grid.heads_per_band))
         self._require_room(1)
         if settings.stages > self.config.num_blocks:
             raise UsageError(
@@ -456,10 +462,36 @@ class Engine:
             complete=complete,
         )
 
+    def _autoscaled(self, checkpoint: Checkpoint) -> Settings:
+        """The settings with what nobody asked for picked by a probe; `note` says what."""
+        from xlstm_ray.autoscale import Choice, autoscale
+
+        if self.mode is not Mode.LOCAL:
+            raise UsageError(
+                f"{self.settings.named('autoscale')} probes this process's device, and the actors have theirs; "
+                "leave it out, or stay in local mode"
+            )
+
+        def fits(choice: Choice) -> bool:
+            grid = {"tile_size": choice.tile_size, "heads_per_band": choice.heads_per_band}
+            return self._need_of(1, self.grid.model_copy(update=grid), choice.workers).total <= self._room()[0]
+
+        settings, self.note = autoscale(
+            self.settings,
+            config=self.config,
+            checkpoint=checkpoint,
+            fingerprint=self.fingerprint,
+            backend=self.backend,
+            grid=self.grid,
+            device=self.device,
+            fits=fits,
+        )
+        return settings
+
     def _base_bytes(self) -> int:
         """What this process takes before a model is loaded, with the compiler that it will need."""
-        if self.device.type == "cuda":
-            return 0  # the device's memory counts there, and its context is not part of what is free
+        if self.device.type == "cuda" or self.mode is not Mode.LOCAL:
+            return 0  # on cuda the device's memory counts, and its context is not part of what is free
         if self.backend.compiled:
             import torch._dynamo
             import torch._inductor.compile_fx  # noqa: F401
@@ -467,6 +499,9 @@ class Engine:
 
     def need(self, batch: int) -> Need:
         """The memory that a prefill of `batch` prompts of any length takes in this process (on cuda, on the device)."""
+        return self._need_of(batch, self.grid, self.workers)
+
+    def _need_of(self, batch: int, grid: Grid, workers: int) -> Need:
         weights, largest = self._weights
         return computed_need(
             self.config,
@@ -476,10 +511,10 @@ class Engine:
             weights=weights,
             largest_tensor=largest,
             batch=batch,
-            tile=self.grid.tile_size,
-            chunk=self.grid.chunk_size,
-            heads_per_band=self.grid.heads_per_band,
-            workers=self.workers,
+            tile=grid.tile_size,
+            chunk=grid.chunk_size,
+            heads_per_band=grid.heads_per_band,
+            workers=workers,
             itemsize=self.dtype.itemsize,
         )
 
@@ -487,7 +522,15 @@ class Engine:
         """Raise MemoryLimitError where `batch` rows cannot fit, with the arithmetic."""
         if self.mode is not Mode.LOCAL or self.settings.force:
             return
-        need = self.need(batch)
+        need, (room, where) = self.need(batch), self._room()
+        if need.total > room:
+            raise MemoryLimitError(
+                f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
+                f"{self._less(batch)}, or start all the same with --force"
+            )
+
+    def _room(self) -> tuple[int, str]:
+        """The bytes that a run here may take in all, and what sets them."""
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             room, where = free + torch.cuda.memory_reserved(self.device), "are free on the device"
@@ -497,12 +540,8 @@ class Engine:
             room, where = sample.available_bytes + sample.process_bytes, "can be had on this machine"
             hard = self._limits.hard if self._limits else None
         if hard is not None and hard < room:
-            room, where = hard, f"are allowed ({self._hard_name()})"
-        if need.total > room:
-            raise MemoryLimitError(
-                f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{self._less(batch)}, or start all the same with --force"
-            )
+            return hard, f"are allowed ({self._hard_name()})"
+        return room, where
 
     def _less(self, batch: int) -> str:
         """What would need less memory."""
@@ -970,7 +1009,13 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
 def choose_steps(
     settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
 ) -> Fit:
-    """T_inner as asked, or on mps what Metal's limits leave of it."""
+    """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
+    unrolls = backend.kernel == "compiled_steps" or (backend.compiled and config.slstm_at)
+    if not unrolls and settings.source("t_inner").kind == "flag":
+        raise UsageError(
+            f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
+            "leave it out, or use --chunkwise-backend queued_compiled_steps"
+        )
     if device.type != "mps" or backend.kernel != "compiled_steps":
         return Fit(settings.t_inner)
     return fit_t_inner(

@@ -19,6 +19,10 @@ class CheckpointError(XlstmRayError):
     """Weights or tokenizer files are missing, damaged, or not what the configuration describes."""
 
 
+class DownloadError(XlstmRayError):
+    """A model could not be had from the hub, or is not in the cache."""
+
+
 class StateError(XlstmRayError):
     """A saved state is damaged, or belongs to another model, grid or prompt."""
 

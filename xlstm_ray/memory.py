@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import astuple, dataclass, fields
+from math import prod
 from pathlib import Path
 from threading import Event, Lock, Thread
 from time import perf_counter
@@ -384,8 +385,9 @@ def computed_need(
 
     On cuda it is the device's memory that is meant, and base its context.
     """
-    head = config.num_heads * (config.dhqk * config.dhhv + config.dhqk + 1)
-    state = 2 * batch * config.num_blocks * head * 4  # of now, and as it is handed over
+    shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
+    row = sum(prod(shape) for block in shapes for shape in block.values()) * 4
+    state = 2 * batch * row  # of now, and as it is handed over
     tile_bytes = activation_bytes(
         config,
         batch=batch,

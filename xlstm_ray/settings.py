@@ -6,6 +6,7 @@ imports little: `--help` is made from the table below.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -36,7 +37,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 class Source(NamedTuple):
-    """Where a value came from. kind: flag, state, environment, file, profile, model or default; where: its name."""
+    """Where a value came from: flag, state, environment, file, profile, model, autoscale or default, and which."""
 
     kind: str
     where: str = ""
@@ -259,6 +260,12 @@ class Settings:
     def named(self, name: str) -> str:
         """What an error calls a setting: the flag, the variable, or its place in a file or profile."""
         return _named(table()[name], self.source(name))
+
+
+def cache_dir() -> Path:
+    """Where this user's caches of the program live."""
+    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "xlstm-ray"
 
 
 @cache

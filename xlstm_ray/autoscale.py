@@ -1,0 +1,210 @@
+"""Autoscale: time one block of the model on this machine for a moment, and remember what was best.
+
+The functions are timed as plain torch: compiling every candidate would take minutes, and what is chosen between, the
+sizes of the matrix products and how bands share the cores or launches, shows without it.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from secrets import token_hex
+from time import perf_counter
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels import Backend
+from xlstm_ray.model import Band, EndWeights, Kernels, Worker, make_grid
+from xlstm_ray.prefill.executor import InProcessExecutor, Tile
+from xlstm_ray.settings import Settings, Source, cache_dir
+from xlstm_ray.state import Grid
+
+BUDGET_S = 10.0
+MARGIN = 1.03  # another choice than the usual one must be better by more than noise
+NAMES = "tile_size", "heads_per_band", "workers"
+
+
+class Choice(BaseModel):
+    """One point of the search; sizes as in Settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tile_size: Annotated[int, Field(gt=0)]
+    heads_per_band: Annotated[int, Field(gt=0)]
+    workers: Annotated[int, Field(gt=0)]
+
+    def __str__(self) -> str:
+        return f"tiles of {self.tile_size}, {self.heads_per_band} heads a band, {self.workers} worker(s)"
+
+
+_FILE = TypeAdapter(dict[str, Choice])
+
+
+def autoscale(
+    settings: Settings,
+    *,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    backend: Backend,
+    grid: Grid,
+    device: torch.device,
+    fits: Callable[[Choice], bool],
+) -> tuple[Settings, str]:
+    """The settings with what was not asked for picked by measurement or from memory, and a line that says so.
+
+    fits tells whether a choice has room in memory.
+    """
+    free = [name for name in NAMES if settings.source(name).kind in ("default", "model")]
+    if not free:
+        return settings, f"autoscale: {', '.join(NAMES)} are all given, so there is nothing to pick"
+    if len(config.slstm_at) == config.num_blocks:
+        return settings, "autoscale: all blocks are sLSTM, which run the same however they are cut; nothing was picked"
+    usual = Choice(tile_size=grid.tile_size, heads_per_band=grid.heads_per_band, workers=settings.workers)
+    usual = _bounded(usual, config)
+    fixed = {name: getattr(usual, name) for name in NAMES if name not in free}
+    key = "|".join(
+        [
+            fingerprint,
+            _device_name(device),
+            f"torch {torch.__version__}",
+            f"xlstm-ray {version('xlstm-ray')}",
+            f"{backend.kernel} {grid.dtype} chunks of {grid.chunk_size}",
+            json.dumps(fixed),
+        ]
+    )
+    path = cache_dir() / "autoscale.json"
+    remembered, damage = _read(path)
+    choice = remembered.get(key)
+    if choice is not None and fits(choice):
+        note = f"autoscale: {choice} (remembered in {path})"
+    else:
+        rates = _search(usual, free, config, checkpoint, backend, grid, device, fits)
+        best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
+        choice = best
+        note = f"autoscale: {choice}; {len(rates)} choices timed on one block"
+        if best != usual:
+            note += f", {rates[best] / rates[usual]:.2f} x as fast as {usual}"
+        note += damage + _remember(path, key, choice)
+    sources = {**settings.sources, **{name: Source("autoscale", str(path)) for name in free}}
+    picked = {name: getattr(choice, name) for name in free}
+    return replace(settings, **picked, sources=sources), note
+
+
+def _bounded(choice: Choice, config: ModelConfig) -> Choice:
+    bands = -(-config.num_heads // choice.heads_per_band)
+    return choice.model_copy(update={"workers": min(choice.workers, bands)})
+
+
+def _search(
+    usual: Choice,
+    free: list[str],
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    grid: Grid,
+    device: torch.device,
+    fits: Callable[[Choice], bool],
+) -> dict[Choice, float]:
+    """Tokens a second of one block, a choice: the usual one, other tiles, then other bands with the best tile."""
+    began = perf_counter()
+    rates: dict[Choice, float] = {}
+    dtype = getattr(torch, grid.dtype)
+
+    def time_it(choice: Choice) -> None:
+        if choice not in rates and (choice == usual or (fits(choice) and perf_counter() - began < BUDGET_S)):
+            rates[choice] = _rate(choice, config, checkpoint, backend, grid.chunk_size, device, dtype)
+
+    time_it(usual)
+    # Steps are taken one after the other however long the tile is, and are slow uncompiled.
+    if "tile_size" in free and backend.kernel == "compiled_chunks":
+        chunks = usual.tile_size // grid.chunk_size
+        for n in (max(1, chunks // 2), chunks * 2):
+            time_it(usual.model_copy(update={"tile_size": n * grid.chunk_size}))
+    best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
+    for choice in _bands(best, free, config):
+        time_it(choice)
+    return rates
+
+
+def _bands(best: Choice, free: list[str], config: ModelConfig) -> Iterator[Choice]:
+    """Other bands and workers for the tile of `best`."""
+    NH = config.num_heads
+    heads = sorted({NH, -(-NH // 2), min(4, NH), min(2, NH)}) if "heads_per_band" in free else [best.heads_per_band]
+    for h in reversed(heads):
+        bands = -(-NH // h)
+        for workers in {min(bands, 6), 1} if "workers" in free else {min(best.workers, bands)}:
+            yield best.model_copy(update={"heads_per_band": h, "workers": workers})
+
+
+def _rate(
+    choice: Choice,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    chunk: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
+    n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
+    kernels = Kernels(backend, chunk_size=chunk, t_inner=1, compiler=lambda fn, name: fn)
+    grid = make_grid(config, heads_per_band=choice.heads_per_band)
+    bands = [Band(range(n, n + 1), band.heads, band.ffn) for band in grid[0]]
+    ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
+    loaded = [checkpoint.load(band, dtype=dtype, device=device)[0] for band in bands]
+    workers = [Worker(config, band, blocks, ends, kernels) for band, blocks in zip(bands, loaded, strict=True)]
+    executor = InProcessExecutor([workers], threads=choice.workers)
+    T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
+    tokens = torch.zeros(1, T, dtype=torch.long)
+    none, all_of_it = torch.zeros(1, dtype=torch.long), torch.full((1,), T)
+    try:
+        executor.set_state(None, 1)
+        # The first two warm up caches, pools and clocks; a tile's time on a device is known when it is done.
+        results = executor.stream(Tile(n, tokens, none, all_of_it) for n in range(4))
+        return T / min([result.seconds for result in results][2:])
+    finally:
+        executor.close()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.backends.mps.get_name() if device.type == "mps" else platform.processor() or platform.machine()
+    return f"{device.type} {platform.node()} {name}, {torch.get_num_threads()} threads"
+
+
+def _read(path: Path) -> tuple[dict[str, Choice], str]:
+    """What is remembered, and what to say of a file that is none of ours."""
+    try:
+        return _FILE.validate_json(path.read_bytes()), ""
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValidationError):
+        return {}, f"; {path} could not be read and is written anew"
+
+
+def _remember(path: Path, key: str, choice: Choice) -> str:
+    """Write the file whole or not at all; returns what to say where that fails."""
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(_FILE.dump_json({**_read(path)[0], key: choice}, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as err:
+        return f"; not remembered ({path}: {err.strerror})"
+    finally:  # also after Ctrl-C
+        with suppress(OSError):
+            temporary.unlink()
+    return ""
