@@ -614,7 +614,9 @@ def test_the_command_that_resumes_names_the_newest_state_and_the_program(monkeyp
     words = ["/no/such/xlstm-ray", "prefill", "--state-in", "an old one", "--prompt", "it's", "--state-in=older"]
     monkeypatch.setattr(sys, "argv", words)
     # Not on the PATH, so its whole name is needed.
-    assert cli._resume_command(Path("new")) == "/no/such/xlstm-ray prefill --prompt 'it'\"'\"'s' --state-in new"
+    assert (
+        cli._resume_command(["--state-in", "new"]) == "/no/such/xlstm-ray prefill --prompt 'it'\"'\"'s' --state-in new"
+    )
 
 
 def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
