@@ -199,9 +199,7 @@ def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
         folder = base / path.lstrip("/")
         for group in [folder, *folder.parents] if folder.is_dir() else [base]:
             limit, usage = (group / f"memory.{name}" for name in names)
-            if not limit.is_file():
-                break
-            text = limit.read_text().strip()
+            text = limit.read_text().strip() if limit.is_file() else "max"  # not every group has the controller
             if text != "max" and int(text) < machine_bytes:
                 found.append((int(text), usage, group / "memory.stat", cached))
     return tuple(found)
