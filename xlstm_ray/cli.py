@@ -434,7 +434,7 @@ def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dic
             _err(f"note: {engine.note}")
         if settings.resume is not None:
             start["any_grid"] = True
-            if start["state"].grid != engine.grid:
+            if not start["state"].grid.goes_on_as(engine.grid):
                 differences = start["state"].grid.differences(engine.grid)
                 _err(
                     f"note: the journal is of another grid ({differences}): the result will be that of an "
@@ -598,6 +598,7 @@ def _summary(
         "tile_size": engine.grid.tile_size,
         "chunk_size": engine.grid.chunk_size,
         "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
+        "mixed_grid": state.grid.mixed,
         "bands": engine.bands,
         "stages": engine.stages,
         "workers": engine.workers,

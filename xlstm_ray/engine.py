@@ -660,8 +660,8 @@ class _Guard:
         self.grid = self.grid.model_copy(update=sizes)
         self.engine._kernels.chunk_size = chunk
         self.engine.on_note(
-            f"memory: tiles of {tile} tokens and chunks of {chunk} from here on; "
-            + ("the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
+            f"memory: tiles of {tile} tokens and chunks of {chunk} from here on"
+            + ("; the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
         )
         self.warm_up()
 

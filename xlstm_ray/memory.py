@@ -4,8 +4,9 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
+from functools import cache
 from math import prod
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -172,35 +173,36 @@ def _machine_bytes() -> tuple[int, int]:
     """Available and total memory of the machine, or of the container around this process where that is less."""
     machine = psutil.virtual_memory()
     available, total = machine.available, machine.total
-    for limit, used in _cgroup_limits():
-        if limit < total:
-            available, total = min(available, max(0, limit - used)), limit
+    for limit, usage, statistics, cached in _containers(total):
+        rows = dict(row.split() for row in statistics.read_text().splitlines())
+        used = int(usage.read_text()) - int(rows.get(cached, 0))  # the file cache goes when memory is needed
+        available, total = min(available, max(0, limit - used)), min(total, limit)
     return available, total
 
 
-def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """(limit, what is used of it) in bytes, of each control group around this process that says so."""
+@cache
+def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
+    """Control groups around this process with less than the machine: limit in bytes, files of usage and statistics,
+    and the statistic of what is only cached."""
     if sys.platform != "linux":
-        return
-    root = Path("/sys/fs/cgroup")
+        return ()
+    found, root = [], Path("/sys/fs/cgroup")
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base, names, cached = root / "memory", ("limit_in_bytes", "usage_in_bytes"), "total_inactive_file"
         elif not controllers:
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
+            base, names, cached = root, ("max", "current"), "inactive_file"
         else:
             continue
         # In a container the path may be that of the host, which is not there: then what is at the root counts.
         folder = base / path.lstrip("/")
         for group in [folder, *folder.parents] if folder.is_dir() else [base]:
-            if not (group / names[0]).is_file():
-                break
-            limit = (group / names[0]).read_text().strip()
-            if limit != "max":
-                rows = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                used = int((group / names[1]).read_text()) - int(rows.get(names[2], 0))  # file cache goes when needed
-                yield int(limit), used
+            limit, usage = (group / f"memory.{name}" for name in names)
+            text = limit.read_text().strip() if limit.is_file() else "max"  # not every group has the controller
+            if text != "max" and int(text) < machine_bytes:
+                found.append((int(text), usage, group / "memory.stat", cached))
+    return tuple(found)
 
 
 def peak_process_bytes() -> int:
