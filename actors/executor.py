@@ -409,7 +409,7 @@ class RayExecutor:
 
     def _samples(self, seats: list[Seat]) -> dict[int, ActorSample]:
         """By seat: what those actors say that answer."""
-        asked = {seat.index: self._sample(seat) for seat in seats}
+        asked = {seat.index: self._sample(seat) for seat in seats if seat.handle is not None}
         found = {}
         until = monotonic() + self._options.answer_timeout_s
         for index, ref in asked.items():

@@ -429,7 +429,9 @@ LOSS = """
     say(nodes=len({s.node for s in lm.executor._seats}))
     def lose(p):
         if p.tiles_done == 7:
-            cluster.remove_node(other, allow_graceful=False)  # SIGKILL of its processes
+            cluster.remove_node(other, allow_graceful=False)  # SIGKILL of its raylet; its worker goes soon after
+            (there,) = [s.process for s in lm.executor._seats if s.node == other.node_id]
+            there.wait(60)
     result = lm.prefill(prompt, on_progress=lose)
     result.state.save(kept)
     say(complete=result.complete, restarts=result.stats.restarts, ended_by=str(result.ended_by),
