@@ -120,7 +120,7 @@ def test_help_answers_without_torch():
     found = modules_after("--help")
     assert "  prefill   Compute a prompt's state and the likeliest next tokens." in found
     assert "typer" in found
-    assert not found & {"torch", "tokenizers", "safetensors", "pydantic", "ray", "rich"}
+    assert not found & {"torch", "tokenizers", "safetensors", "ray", "rich"}
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,20 @@ def test_config_prints_values_and_where_they_came_from(tmp_path):
     assert ["tile_size", "128", "flag", "--tile-size"] in [line.split() for line in lines]
 
 
+def test_a_switch_of_a_file_can_be_undone_by_a_flag(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("force = true\n")
+    row = json.loads(program("config", "--json", "--config", file, "--no-force").stdout)["force"]
+    assert (row["value"], row["source"], row["where"]) == (False, "flag", "--no-force")
+
+
+def test_only_the_variables_of_the_table_are_read(monkeypatch):
+    for variable in ("workers", "WORKERS", "device", "DEVICE", "sources", "xlstm_mps_workers"):
+        monkeypatch.setenv(variable, "3")
+    assert Settings.make() == Settings()
+    assert not Settings.make().sources
+
+
 def test_what_the_model_says_is_shown_as_the_models(tmp_path):
     # The demo model's configuration, with a backend of ours in it.
     demo = Path(load.__code__.co_filename).parent / "demo" / "config.json"
@@ -134,6 +148,11 @@ def test_what_the_model_says_is_shown_as_the_models(tmp_path):
     [
         ("tile_sizes = 64", ("'tile_sizes'", "tile_size?")),
         ("mem-log = 'a'", ("'mem-log'", "did you mean mem_log")),
+        ("Tile_Size = 64", ("'Tile_Size'", "did you mean tile_size")),
+        ("XLSTM_MPS_WORKERS = 2", ("'XLSTM_MPS_WORKERS'", "there are: model")),
+        ("sources = {}", ("'sources'",)),
+        ("model = ''", ("model is ''", "not empty")),
+        ("profile = []", ("profile is []",)),
         ("nonsense = 1", ("'nonsense'", "there are: model, device")),
         ("enable_mps_fallback = true", ("'enable_mps_fallback'",)),  # torch reads the variable itself
         ("tile_size = '64'", ("tile_size", "'64'", "whole number from 1 to 65536")),
@@ -163,7 +182,8 @@ def test_a_wrong_file_is_refused_with_its_name_and_key(text, said, tmp_path):
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    for path, why in ((tmp_path / "none.toml", "No such file"), (tmp_path, "directory")):
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "none.toml", "No such file"), (tmp_path, "directory"), (tmp_path / "pipe", "pipe")):
         with pytest.raises(UsageError, match=why):
             Settings.make(config=path)
 
@@ -181,6 +201,8 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("XLSTM_RAY_DASHBOARD_PORT", "65536"),
         ("XLSTM_CHUNKWISE_BACKEND", ""),
         ("XLSTM_T_INNER", "1e3"),
+        ("XLSTM_MEM_POLL_MS", "1e3"),
+        ("XLSTM_MPS_STREAMS", "null"),
     ],
 )
 def test_a_wrong_variable_is_refused_by_its_name_with_what_is_allowed(variable, text, monkeypatch):

@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -96,7 +95,7 @@ def autoscale(
         note += damage + _remember(path, key, choice)
     sources = {**settings.sources, **{name: Source("autoscale", str(path)) for name in free}}
     picked = {name: getattr(choice, name) for name in free}
-    return replace(settings, **picked, sources=sources), note
+    return settings.model_copy(update={**picked, "sources": sources}), note
 
 
 def _bounded(choice: Choice, config: ModelConfig) -> Choice:

@@ -836,7 +836,7 @@ def choose_device(settings: Settings) -> torch.device:
         "cuda": torch.cuda.is_available(),
         "cpu": True,
     }
-    name = settings.device
+    name: str = settings.device
     if name == "auto":
         name = next(n for n, is_there in there.items() if is_there)
     if not there[name]:
