@@ -255,7 +255,7 @@ def _usage_text(err: typer.TyperException) -> str:
     """What the parser says, and what it was given."""
     text = err.format_message().replace("Value error, ", "").removesuffix(".")
     cause: Any = err.__cause__
-    if hasattr(cause, "errors"):  # pydantic's, which is not imported for --help
+    if hasattr(cause, "errors"):  # pydantic's
         text += f" (given: {str(cause.errors()[0]['input'])[:80]!r})"
     return text
 
