@@ -39,6 +39,12 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 def to_wire(x: Tensor) -> Wire:
     """A tensor of any device as an array on the host."""
+    if x.device.type == "cuda":
+        # By way of pinned memory: a copy to other memory holds up all others of the process, also while it waits.
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        host.copy_(x.detach(), non_blocking=True)
+        torch.cuda.current_stream(x.device).synchronize()
+        x = host
     x = x.detach().cpu().contiguous()
     return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
@@ -172,7 +178,7 @@ class BandActor:
         """tokens (B, T) -> residual stream (B, T, D)."""
         if call.epoch != self.epoch:
             return None
-        return self._compute(lambda: to_wire(self.worker.embed(torch.from_numpy(tokens))))
+        return self._compute(lambda: to_wire(self._enter(tokens)))
 
     def mix(self, call: Call, n: int, _after: None, *parts: Wire) -> tuple[Wire | None, None]:
         """This band's share of the mLSTM half of block n; parts: the stage's input, or all bands' `feed` of n - 1."""
@@ -268,32 +274,37 @@ class BandActor:
 
     def _enter(self, x: Wire) -> Tensor:
         """The residual stream on the device, from tokens or from the stage before."""
-        if x.ndim == 2:
-            return self.worker.embed(torch.from_numpy(x))
         host = from_wire(x, self.spec.dtype)
+        if self.device.type == "cuda":
+            stream = self._stream("in")  # so that it does not wait for the tile that is being worked on
+            with torch.cuda.stream(stream):
+                here = self._upload(host)
+            main = torch.cuda.current_stream()
+            main.wait_stream(stream)
+            here.record_stream(main)
+        else:
+            here = self._upload(host)
+        return self.worker.embed(here) if here.ndim == 2 else here
+
+    def _upload(self, host: Tensor) -> Tensor:
+        """On the device; on cuda by way of pinned memory and without waiting."""
         if self.device.type != "cuda":
             return host.to(self.device)
-        stream = self._stream("in")  # so that it does not wait for the tile that is being worked on
-        with torch.cuda.stream(stream):
-            here = host.to(self.device)
-        main = torch.cuda.current_stream()
-        main.wait_stream(stream)
-        here.record_stream(main)
-        return here
+        return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self.device, non_blocking=True)
 
     def _add(self, x: Tensor, parts: tuple[Wire, ...]) -> Tensor:
         for part in parts:
-            x = x + from_wire(part, self.spec.dtype).to(self.device)
+            x = x + self._upload(from_wire(part, self.spec.dtype))
         return x
 
     def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
-        return torch.tensor(call.first, device=self.device), torch.tensor(call.last, device=self.device)
+        return self._upload(torch.tensor(call.first)), self._upload(torch.tensor(call.last))
 
     def _result(self, call: Call, x: Tensor) -> tuple[Tensor, ...]:
         if not self.last:
             return (x,)
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (torch.tensor(call.last) - 1).clamp(min=0).to(x.device)]
+        hidden = x[rows, (self._rows(call)[1] - 1).clamp(min=0)]
         return (hidden, self.worker.logits(x)) if call.all_logits else (hidden,)
 
     def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
@@ -323,7 +334,7 @@ class BandActor:
         if fence is None:
             return nullcontext()
         stream = self._stream("out")
-        stream.wait_event(fence)
+        fence.synchronize()
         return torch.cuda.stream(stream)
 
     def _stream(self, name: str) -> "torch.cuda.Stream":
