@@ -4,6 +4,7 @@ Most calls run in this process, through the entry point; what only a process of 
 closed files, a machine without a compiler) runs in one. The eager backend is used: compilation is not the point here.
 """
 
+import csv
 import io
 import json
 import os
@@ -30,7 +31,8 @@ PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 PROMPT = "The time has come, the walrus said"
 KEYS = (
     "model device dtype backend prompt_tokens resumed_tokens tile_size chunk_size bands stages compile_s ttft_s "
-    "prefill_s prefill_tok_s peak_memory_bytes state_path state_digest next_tokens"
+    "prefill_s prefill_tok_s peak_memory_bytes state_path state_digest next_tokens load_s tiles launches "
+    "tile_tok_s_median tile_tok_s_p99 peak_process_bytes peak_device_bytes"
 ).split()
 LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 50  # 3000 tokens, some seconds
 
@@ -316,6 +318,7 @@ def test_prefill_for_people(run, options, tmp_path):
     assert found["backend"] == "native, tiles of 32, chunks of 16, 1 band(s)"
     assert found["prompt tokens"] == str(len(PROMPT))
     assert re.fullmatch(r"\d+\.\d{3} s \([\d,]+ tokens/s\)", found["first token in"])
+    assert re.fullmatch(r"\d+\.\d s", found["load time"])
     assert re.fullmatch(r"\d+\.\d s", found["compile time"])
     assert re.fullmatch(r"[\d,]+ MiB", found["peak memory"])
     digest = RecurrentState.load(tmp_path / "state").digest()
@@ -333,6 +336,7 @@ def test_prefill_for_programs(run, options, model, tmp_path):
     assert row["ttft_s"] > 0
     assert row["prefill_tok_s"] == pytest.approx(len(PROMPT) / row["prefill_s"])
     assert row["peak_memory_bytes"] > 50 << 20
+    assert (row["launches"], row["peak_device_bytes"]) == (None, None)  # nothing is launched on a CPU
     assert row["state_path"] == str(tmp_path / "state")
     assert row["state_digest"] == RecurrentState.load(tmp_path / "state").digest()
     assert [set(token) for token in row["next_tokens"]] == [{"id", "text", "logprob"}] * 5
@@ -340,6 +344,24 @@ def test_prefill_for_programs(run, options, model, tmp_path):
     without = run("prefill", *options, "--json", "--prompt", PROMPT).row
     assert without["state_path"] is None
     assert without["state_digest"] == row["state_digest"]
+
+
+def test_every_tile_has_its_own_speed(run, options, tmp_path):
+    words = ("prefill", *options, "--prompt", PROMPT * 3, "--tile-size", 32, "--json", "--progress", "ndjson")
+    ran = run(*words, "--stats-log", tmp_path / "tiles.csv")
+    row, events = json.loads(ran.out), [json.loads(line) for line in ran.err.splitlines()]
+    done = [0, *(event["tokens_done"] for event in events)]
+    rates = [(b - a) / event["tile_s"] for a, b, event in zip(done, done[1:], events, strict=False)]
+    assert done == [0, 32, 64, 96, len(PROMPT) * 3]  # the last window is a chunk of six tokens
+    assert row["tiles"] == 4
+    assert row["tile_tok_s_median"] == pytest.approx(sum(sorted(rates)[1:3]) / 2)
+    assert row["tile_tok_s_p99"] == pytest.approx(min(rates))
+    with open(tmp_path / "tiles.csv") as file:
+        logged = list(csv.DictReader(file))
+    assert [int(tile["tokens_done"]) for tile in logged] == done[1:]
+    assert [float(tile["tile_s"]) for tile in logged] == [event["tile_s"] for event in events]
+    people = run("prefill", *options, "--prompt", PROMPT * 3, "--tile-size", 32).out
+    assert re.search(r"^tiles +4: median [\d,]+ tokens/s, 99 % reach [\d,]+$", people, re.MULTILINE)
 
 
 @pytest.mark.parametrize("option", ["--tile-size 32", "--chunk-size 8", "--heads-per-band 1", "--dtype bfloat16"])

@@ -22,7 +22,7 @@ from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, X
 from xlstm_ray.settings import Setting, Settings, table
 
 if TYPE_CHECKING:
-    from xlstm_ray.engine import Engine, PrefillResult
+    from xlstm_ray.engine import Engine, PrefillResult, Statistics
     from xlstm_ray.prefill.driver import Progress
 
 app = typer.Typer(
@@ -181,7 +181,11 @@ def generate(
         engine.close()
         if not result.complete:
             raise _interrupted(engine, result, state_out, stop)
-        speed = {"decode_s": generation.decode_s, "decode_tok_s": generation.decode_tok_s}
+        speed = {
+            "decode_s": generation.decode_s,
+            "decode_tok_s": generation.decode_tok_s,
+            "decode_steps": generation.decode_steps,
+        }
         if streams:
             _out("")
             summary = _summary(engine, result, state_out, digest)
@@ -604,10 +608,16 @@ def _summary(
         "workers": engine.workers,
         "load_s": engine.load_s,
         "compile_s": stats.compile_s,
+        "tiles": stats.tiles,
+        "launches": stats.launches,
         "ttft_s": stats.ttft_s,
         "prefill_s": stats.prefill_s,
         "prefill_tok_s": stats.prefill_tok_s,
+        "tile_tok_s_median": stats.tile_tok_s_median,
+        "tile_tok_s_p99": stats.tile_tok_s_p99,
         "peak_memory_bytes": stats.peak_memory_bytes,
+        "peak_process_bytes": stats.peak_process_bytes,
+        "peak_device_bytes": stats.peak_device_bytes,
         "restarts": stats.restarts,
         "state_path": None if state_out is None else str(state_out),
         "state_digest": state_digest,
@@ -628,7 +638,7 @@ def _print_results(
         for b in range(result.state.batch):
             _json_line(_summary(engine, result, state_out, digest, row=b))
         return
-    summary = _summary(engine, result, state_out, digest)
+    summary, stats = _summary(engine, result, state_out, digest), result.stats
     if json_output:
         _json_line(summary)
         return
@@ -638,13 +648,24 @@ def _print_results(
         f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, {s['bands']} band(s)",
         f"prompt tokens   {s['prompt_tokens']}{_resumed(s).replace('and ', '')}",
         f"first token in  {s['ttft_s']:.3f} s{_rate(s['prefill_tok_s'])}",
+        f"load time       {s['load_s']:.1f} s",
         f"compile time    {s['compile_s']:.1f} s",
+        *_tile_line(stats),
         f"peak memory     {s['peak_memory_bytes'] / 2**20:,.0f} MiB",
         f"state           {s['state_path'] or 'not written'} (digest {s['state_digest'][:16]}...)",
         "next tokens",
         *(f"  {math.exp(t['logprob']):6.1%}  {t['text']!r} ({t['id']})" for t in s["next_tokens"]),
     ]
     _out("\n".join(lines))
+
+
+def _tile_line(stats: "Statistics") -> list[str]:
+    """Of more than one tile, how fast each was; and the launches where they are known."""
+    if stats.tiles < 2 or stats.tile_tok_s_median is None:
+        return []
+    line = f"tiles           {stats.tiles}: median {stats.tile_tok_s_median:,.0f} tokens/s"
+    line += f", 99 % reach {stats.tile_tok_s_p99:,.0f}"
+    return [line + (f"; {stats.launches:,} launches" if stats.launches is not None else "")]
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

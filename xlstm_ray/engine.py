@@ -9,6 +9,7 @@ from functools import partial
 from operator import index
 from pathlib import Path
 from secrets import token_hex
+from statistics import median
 from tempfile import TemporaryFile
 from threading import RLock
 from time import perf_counter
@@ -36,7 +37,7 @@ from xlstm_ray.errors import (
     one_line,
 )
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
-from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict
 from xlstm_ray.kernels.probe import Fit, fit_t_inner
 from xlstm_ray.memory import (
     LOG_COLUMNS,
@@ -46,6 +47,8 @@ from xlstm_ray.memory import (
     Watchdog,
     computed_need,
     device_total_bytes,
+    peak_device_bytes,
+    peak_process_bytes,
     process_bytes,
     take_sample,
 )
@@ -89,6 +92,10 @@ class Statistics:
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
     restarts: int = 0  # workers that had to be replaced
+    tile_tokens: list[int] = field(default_factory=list, repr=False)  # new ones of all rows, a tile
+    peak_process_bytes: int = 0  # the largest resident size of this process
+    peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
+    launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,6 +109,26 @@ class Statistics:
     def prefill_tok_s(self) -> float | None:
         new = self.prompt_tokens - self.resumed_tokens
         return new / self.prefill_s if new and self.prefill_s > 0 else None
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles were computed, with the smaller windows of a tail."""
+        return len(self.tile_seconds)
+
+    @property
+    def tile_tok_s(self) -> list[float]:
+        """Each tile's own tokens a second: a tail's windows have fewer tokens than a whole tile."""
+        return [n / s for n, s in zip(self.tile_tokens, self.tile_seconds, strict=True) if s > 0]
+
+    @property
+    def tile_tok_s_median(self) -> float | None:
+        return median(self.tile_tok_s) if self.tile_tok_s else None
+
+    @property
+    def tile_tok_s_p99(self) -> float | None:
+        """What 99 % of the tiles reach or pass; the slowest tile's of fewer than 100."""
+        rates = sorted(self.tile_tok_s)
+        return rates[len(rates) // 100] if rates else None
 
 
 @dataclass
@@ -129,6 +156,7 @@ class Engine:
         self._executor: Executor | None = None
         self.stays: Head | None = None  # a head of ours that outlives this engine
         self._memory_events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
+        self._launches: LaunchCounter | None = None
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
         self.on_note: Callable[[str], None] = _warn  # told what a person should know of a run that goes on
         try:
@@ -184,11 +212,14 @@ class Engine:
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
         if self.mode is Mode.LOCAL:
+            # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
+            if self.backend.compiled and self.device.type == "mps":
+                self._launches = LaunchCounter()
             self._kernels = kernels = Kernels(
                 self.backend,
                 chunk_size=self.grid.chunk_size,
                 t_inner=steps.t_inner,
-                compiler=partial(compile_strict, fusion_limit=steps.fusion_limit),
+                compiler=partial(compile_strict, fusion_limit=steps.fusion_limit, counter=self._launches),
             )
             self._executor = InProcessExecutor(
                 [
@@ -296,7 +327,7 @@ class Engine:
                     "give the same prompt to go on"
                 )
             self._set_state(state, state.batch)
-            stats = Statistics(state.tokens, state.tokens, 0.0, 0.0, 0.0, self.executor.peak_memory_bytes)
+            stats = self._statistics(state.tokens, state.tokens, 0.0, None)
             return PrefillResult(state, state.tensors["logits"], stats)
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
         self._require_room(len(rows))
@@ -320,6 +351,8 @@ class Engine:
             guard = _Guard(self, rows, begin, should_stop, mixed=mixed, files=files)
             compile_s = guard.warm_up()
             self._set_state(state, len(rows))
+            if self._launches is not None:
+                self._launches.total = 0
             outcome = driver.prefill(
                 self.executor,
                 rows,
@@ -335,20 +368,32 @@ class Engine:
             )
         if outcome.lost and not outcome.end.tensors:
             raise outcome.lost  # before the first snapshot: there is nothing to keep
-        stats = Statistics(
-            [len(row) for row in rows],
-            list(begin),
-            compile_s,
-            outcome.seconds,
-            outcome.seconds,
-            self.executor.peak_memory_bytes,
-            outcome.tile_seconds,
-            self.executor.restarts,
-        )
+        stats = self._statistics([len(row) for row in rows], list(begin), compile_s, outcome)
         state = state_at(outcome.end)
         if journal is not None and not state.complete and not outcome.lost:
             state.save(journal)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or guard.ended_by)
+
+    def _statistics(
+        self, row_tokens: list[int], row_resumed: list[int], compile_s: float, outcome: driver.Outcome | None
+    ) -> Statistics:
+        """The figures of a run; outcome: None where nothing was computed."""
+        seconds = outcome.seconds if outcome else 0.0
+        on_device = self.mode is Mode.LOCAL and self.device.type != "cpu"
+        return Statistics(
+            row_tokens,
+            row_resumed,
+            compile_s,
+            prefill_s=seconds,
+            ttft_s=seconds,
+            peak_memory_bytes=self.executor.peak_memory_bytes,
+            tile_seconds=outcome.tile_seconds if outcome else [],
+            restarts=self.executor.restarts if outcome else 0,
+            tile_tokens=outcome.tile_tokens if outcome else [],
+            peak_process_bytes=peak_process_bytes(),
+            peak_device_bytes=peak_device_bytes(self.device) if on_device else None,
+            launches=self._launches.total if self._launches and outcome else None,
+        )
 
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
         """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
@@ -739,6 +784,11 @@ class Generation:
     @property
     def decode_s(self) -> float:
         return self._decoder.seconds
+
+    @property
+    def decode_steps(self) -> int:
+        """How many times every row that had not ended was given a token."""
+        return self._decoder.steps
 
     @property
     def decode_tok_s(self) -> float | None:

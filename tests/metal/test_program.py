@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_model
 
+import xlstm_ray
 from xlstm_ray import cli
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine import DEMO_MODEL
@@ -159,3 +160,22 @@ def test_cpu_fallback_is_refused(
         cli.main()
     assert ended.value.code == 1
     assert "PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently" in capsys.readouterr().err
+
+
+# What is launched is counted twice: by reading the code that was generated, and by the device.
+@pytest.mark.parametrize("backend", ["queued_compiled_chunks", "queued_compiled_steps"])
+def test_launches_are_those_of_the_device(
+    simulator: Simulator, tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("XLSTM_T_INNER", "4")
+    asked = {"device": "mps", "dtype": "float32", "chunkwise_backend": backend, "tile_size": 32, "heads_per_band": 2}
+    with xlstm_ray.load(tiny, **asked) as lm:
+        first = lm.prefill(TEXT[:80]).stats  # two tiles and a tail
+        simulator.clear_counts()
+        again = lm.prefill(TEXT[:80]).stats
+    products = simulator.operators()
+    inside = sum(products[name] for name in ("aten::mm.out", "aten::bmm.out", "aten::cumsum.out"))
+    head = 1  # the last token's logits are a product outside compiled code
+    assert first.launches == again.launches == len(simulator.launches()) + inside - head
+    assert again.tiles == len(again.tile_tokens) == 3
+    assert again.peak_device_bytes is not None

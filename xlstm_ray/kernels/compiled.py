@@ -7,6 +7,7 @@ tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -20,6 +21,30 @@ from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_st
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
 
+class LaunchCounter:
+    """Counts what compiled code launches on Metal: kernels generated for it and calls of torch's own.
+
+    total becomes None, which is "not known", once code has run that no count was had of: Inductor loads a module of
+    Python for every graph, and where it finds that module loaded already, or none, there is nothing to read.
+    """
+
+    def __init__(self) -> None:
+        self.total: int | None = 0
+        self._lock = Lock()
+
+    def add(self, launches: int | None) -> None:
+        """One call of code that launches so many."""
+        with self._lock:
+            self.total = None if self.total is None or launches is None else self.total + launches
+
+
+def _modules() -> "list[types.ModuleType]":
+    """What Inductor has loaded so far, a module for every graph."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.modules
+
+
 def own_code(fn: Callable, name: str) -> Callable:
     """`fn` under another name, with a code object of its own: torch.compile keeps its variants on the code object."""
     assert isinstance(fn, types.FunctionType)
@@ -28,12 +53,15 @@ def own_code(fn: Callable, name: str) -> Callable:
     return own
 
 
-def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) -> Callable:
+def compile_strict(
+    fn: Callable, name: str, *, fusion_limit: int | None = None, counter: LaunchCounter | None = None
+) -> Callable:
     """`fn` compiled on its first call, for the shapes, strides, dtypes and device of that call and no other.
 
     The code object is copied: without a copy every shape in the process would share one list of variants, its guards
-    and its limit. fusion_limit: the buffers at which Inductor stops fusing. Raises KernelError naming the kernel, the
-    shapes and the device where the compilation fails, would have broken the graph, or would happen a second time.
+    and its limit. fusion_limit: the buffers at which Inductor stops fusing. counter: is told of every call's launches.
+    Raises KernelError naming the kernel, the shapes and the device where the compilation fails, would have broken the
+    graph, or would happen a second time.
     """
     options = None if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
     compiled = torch.compile(  # type: ignore[call-overload] # recompile_limit is missing from the overloads
@@ -42,15 +70,21 @@ def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) 
 
     # Two bands' threads that come here first would compile it twice, and the second time is over the limit.
     first: Lock | None = Lock()
+    launches: int | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal first
+        nonlocal first, launches
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         try:
             with first or nullcontext():
+                loaded = len(_modules()) if first and counter else 0
                 result = compiled(*args, **kwargs)
+                if first and counter and launches is None:  # the first of those that waited for the lock
+                    launches = _launches_of(_modules()[loaded:])
             first = None
+            if counter:
+                counter.add(launches)
             return result
         except (TorchDynamoException, FailOnRecompileLimitHit) as err:
             cause = getattr(err, "inner_exception", err)
@@ -63,6 +97,17 @@ def compile_strict(fn: Callable, name: str, *, fusion_limit: int | None = None) 
             ) from err
 
     return call
+
+
+def _launches_of(modules: "list[types.ModuleType]") -> int | None:
+    """What a call of the one graph launches, read from its module; None where it is not one."""
+    from xlstm_ray.kernels.probe import count_launches
+
+    files = {module.__file__ for module in modules if hasattr(module, "call")}
+    if len(files) != 1 or None in files:
+        return None
+    kernels, library_calls = count_launches(Path(str(files.pop())).read_text())
+    return kernels + sum(library_calls.values())
 
 
 def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -> Callable:

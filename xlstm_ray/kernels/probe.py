@@ -81,14 +81,14 @@ def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = Non
     except _CodeIsThere:
         pass
     ((code, size),) = found
+    buffers = {kernel: text.count("*") + text.count("&") for kernel, text in _KERNEL.findall(code)}
+    return Generated(name, buffers, *count_launches(code), size)
+
+
+def count_launches(code: str) -> tuple[int, dict[str, int]]:
+    """What one call of a graph's generated code launches on Metal: kernels made for it, and torch's own by name."""
     body = code[code.index("def call(") :]
-    return Generated(
-        name,
-        {kernel: text.count("*") + text.count("&") for kernel, text in _KERNEL.findall(code)},
-        len(_LAUNCH.findall(body)),
-        dict(Counter(_LIBRARY_CALL.findall(body))),
-        size,
-    )
+    return len(_LAUNCH.findall(body)), dict(Counter(_LIBRARY_CALL.findall(body)))
 
 
 class Probe:

@@ -49,6 +49,7 @@ class Outcome:
     all_logits: list[Tensor] = field(default_factory=list)  # a row (tokens, vocabulary), where they were asked for
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
+    tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
     lost: GridLost | None = None  # why it ended early, at its last snapshot
 
 
@@ -126,6 +127,7 @@ def prefill(
                     on_snapshot(last)
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
+            outcome.tile_tokens.append(int((tile.last - tile.first).clamp(min=0).sum()))
             if on_progress is not None:
                 done = sum(consumed) - sum(begin)
                 on_progress(Progress(done, total, len(outcome.tile_seconds), result.seconds, outcome.seconds))
