@@ -780,3 +780,37 @@ def parity(
     over = [f"{row.part} {row.name} {row.dtype}" for row in rows if not row.good]
     if over:
         raise ParityError(f"{len(over)} of {len(rows)} are over their tolerance: {', '.join(over)}")
+
+
+@app.command()
+@takes("model device dtype tile_size chunk_size heads_per_band workers threads")
+def bench(
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Prompt lengths in tokens, with commas between.")
+    ] = "512,2048,8192",
+    backends: Annotated[
+        str, typer.Option("--backends", help="Backends, with commas between; native is slow.")
+    ] = "queued_compiled_chunks,queued_compiled_steps",
+    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair, of which the median counts.")] = 3,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw speed and memory to this file; needs matplotlib.")
+    ] = None,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Measure prefill on this machine: tokens/s and memory of prompt lengths x backends."""
+    from xlstm_ray.bench import HEADER, draw, measure, parse
+
+    rows: list[Any] = []
+    with _stop_on_signals():
+        for row in measure(*parse(lengths, backends, rounds, png), rounds, asked):
+            if not rows and not json_output:
+                _out(HEADER)
+            rows.append(row)
+            if not json_output:
+                _out(row.line)
+    if png is not None:
+        draw(rows, png)
+    if json_output:
+        _json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})

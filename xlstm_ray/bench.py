@@ -1,0 +1,218 @@
+"""`xlstm-ray bench`: prefill speed and memory on this machine, prompt lengths x backends, as a table and a picture.
+
+Every pair runs in a process of its own, which loads and compiles before anything is timed, so that its peak of memory
+is that pair's alone. The backends of one length are loaded together and take turns, so that a machine whose speed
+drifts treats all alike.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from secrets import token_hex
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from xlstm_ray import errors
+from xlstm_ray.errors import UsageError, XlstmRayError, one_line
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS
+from xlstm_ray.settings import MIB, Settings
+
+HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':>19}  {'memory, MiB':>11}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair's figures. seconds: of each round's prefill. peak_bytes: of the kind that matters for the device."""
+
+    tokens: int
+    backend: str
+    device: str
+    dtype: str
+    seconds: list[float]
+    peak_bytes: int
+    peak_process_bytes: int
+    peak_device_bytes: int | None  # None on the CPU
+
+    @property
+    def tok_s(self) -> float:
+        """Of the median round."""
+        return self.tokens / median(self.seconds)
+
+    @property
+    def line(self) -> str:
+        seconds = f"{min(self.seconds):.3f} to {max(self.seconds):.3f}"
+        peak = self.peak_bytes / MIB
+        return f"{self.tokens:>9,}  {self.backend:<24} {self.tok_s:>10,.0f}  {seconds:>19}  {peak:>11,.0f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tok_s": self.tok_s}
+
+
+def parse(lengths: str, backends: str, rounds: int, png: Path | None) -> tuple[list[int], list[str]]:
+    """Prompt lengths and backends of a command line. Raises UsageError where one is none, or the picture cannot be."""
+    words = [word.strip() for word in lengths.split(",")]
+    if not all(word.isdecimal() and 0 < int(word) <= 1 << 24 for word in words):
+        raise UsageError(f"--lengths is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
+    names = [word.strip() for word in backends.split(",")]
+    for name in names:
+        if name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
+            raise UsageError(f"--backends names {name!r}; there are: {', '.join(CHUNKWISE_BACKENDS)}")
+    if rounds < 1:
+        raise UsageError(f"--rounds is {rounds}; allowed: 1 or more")
+    if png is not None:
+        _pyplot()
+        if not png.absolute().parent.is_dir():
+            raise UsageError(f"--png {png}: its directory does not exist")
+    return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
+
+
+def measure(lengths: Sequence[int], backends: Sequence[str], rounds: int, asked: dict[str, Any]) -> Iterator[Row]:
+    """Each pair's figures, as they come. asked: settings as for Settings.make, those that were not asked for as None.
+
+    Raises what the engine of a child raised, and XlstmRayError where a child ended without a word.
+    """
+    Settings.make(**asked)  # before any child: a wrong flag answers at once
+    for tokens in lengths:
+        with ExitStack() as children:
+            pairs = [children.enter_context(Child(tokens, name, asked)) for name in backends]
+            for pair in pairs:
+                pair.figures()  # warm-up, of caches too; they come one after the other
+            runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]
+            for n, name in enumerate(backends):
+                last = runs[-1][n]
+                peaks = (last[key] for key in ("peak_memory_bytes", "peak_process_bytes", "peak_device_bytes"))
+                yield Row(tokens, name, last["device"], last["dtype"], [turn[n]["prefill_s"] for turn in runs], *peaks)
+
+
+class Child:
+    """A process that has loaded the model for one backend and length, and prefills when it is asked to."""
+
+    def __init__(self, tokens: int, backend: str, asked: dict[str, Any]):
+        self.name = f"{backend} at {tokens} tokens"
+        self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": backend})}
+
+    def __enter__(self) -> "Child":
+        command = [sys.executable, "-m", "xlstm_ray.bench"]
+        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is answered here, and standard input's end is what ends it
+        )
+        self._say(json.dumps(self._order))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._process.kill()  # Ctrl-C here, or another child's error: nothing of this one is wanted
+        self._process.communicate()
+
+    def figures(self) -> dict[str, Any]:
+        """One prefill's."""
+        self._say("run")
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise getattr(errors, found["kind"])(f"{self.name}: {found['error']}")
+        return found
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            print(line, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}") from None
+
+
+def _plain(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asked.items() if v is not None}
+
+
+def _serve() -> None:
+    """The child: an order on standard input, then a line for each prefill; answers in JSON, a line each."""
+    order = json.loads(sys.stdin.readline())
+    asked = order["asked"]
+    if "config" in asked:
+        asked["config"] = Path(asked["config"])
+    try:
+        from xlstm_ray.engine import Engine
+
+        with Engine(Settings.make(**asked)) as engine:
+            engine.on_note = lambda text: print(f"note: {text}", file=sys.stderr)
+            prompt = [n * 7919 % engine.config.vocab_size for n in range(order["tokens"])]
+            for _ in sys.stdin:
+                stats = engine.prefill(prompt).stats
+                figures = {
+                    "device": str(engine.device),
+                    "dtype": engine.grid.dtype,
+                    "prefill_s": stats.prefill_s,
+                    "peak_memory_bytes": stats.peak_memory_bytes,
+                    "peak_process_bytes": stats.peak_process_bytes,
+                    "peak_device_bytes": stats.peak_device_bytes,
+                }
+                print(json.dumps(figures), flush=True)
+    except XlstmRayError as err:
+        print(json.dumps({"error": one_line(err), "kind": type(err).__name__}), flush=True)
+
+
+def _pyplot() -> ModuleType:
+    """matplotlib's figures, without a screen. Raises UsageError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError(
+            "--png draws with matplotlib, which is not installed; pip install 'xlstm-ray[bench]', or leave it out"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """tokens/s and peak memory against prompt length, a line a backend; the file is whole or not there."""
+    pyplot = _pyplot()
+    from matplotlib import ticker
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for backend in dict.fromkeys(row.backend for row in rows):
+        own = sorted((row for row in rows if row.backend == backend), key=lambda row: row.tokens)
+        lengths = [row.tokens for row in own]
+        axes[0].plot(lengths, [row.tok_s for row in own], marker="o", label=backend)
+        axes[1].plot(lengths, [row.peak_bytes / MIB for row in own], marker="o", label=backend)
+    for axis, title in zip(axes, ("tokens/s (median)", "peak memory, MiB"), strict=True):
+        axis.set(xscale="log", xlabel="prompt tokens", ylabel=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
+        axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row.tokens for row in rows})))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"prefill on {rows[0].device}, {rows[0].dtype}")
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            figure.savefig(file, format="png", dpi=120)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as err:
+        raise UsageError(f"--png {path}: cannot be written ({err.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    _serve()
