@@ -86,6 +86,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def itemsize_of(name: str, dtype: torch.dtype) -> int:
+    """Bytes of an element of that tensor once it is loaded in `dtype`: gates and an sLSTM layer are float32."""
+    exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
+    return 4 if any(part in name for part in exact) else dtype.itemsize
+
+
 class Checkpoint:
     """A model directory whose weights have been checked against the configuration; nothing but headers is read yet.
 
@@ -138,11 +144,12 @@ class Checkpoint:
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights, matrices and norms in `dtype`: gates and all of an sLSTM layer are float32."""
-        exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
-        return sum(
-            torch.Size(shape).numel() * (4 if any(part in name for part in exact) else dtype.itemsize)
-            for name, (shape, _) in self._header.items()
-        )
+        return sum(torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in self.shapes.items())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's name and shape."""
+        return {name: tuple(shape) for name, (shape, _) in self._header.items()}
 
     @property
     def largest_tensor_bytes(self) -> int:

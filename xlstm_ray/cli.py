@@ -814,3 +814,33 @@ def bench(
         draw(rows, png)
     if json_output:
         _json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})
+
+
+@app.command()
+@takes("model dtype tile_size chunk_size heads_per_band")
+def plan(
+    device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
+    machines: Annotated[int, typer.Option("--machines", help="So many of the device, a stage of the blocks each.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --device this: run it too; exit code 1 beyond a factor of 1.5.")
+    ] = False,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Estimate a prefill's memory and time on a device; of the model, config.json is enough."""
+    settings = Settings.make(**asked)
+    if check and (device != "this" or machines != 1):
+        raise UsageError("--check runs on this machine: give --device this, and no --machines")
+    from xlstm_ray import estimate
+
+    found = estimate.plan(settings, device, prompt_tokens, machines)
+    if json_output:
+        _json_line(found.to_json())
+    else:
+        _out("\n".join(found.lines))
+    if check:
+        with _stop_on_signals():
+            line = estimate.check(found)
+        (_err if json_output else _out)(line)

@@ -35,6 +35,10 @@ class ParityError(XlstmRayError):
     """A kernel or backend is further from the reference than its tolerance allows."""
 
 
+class EstimateError(XlstmRayError):
+    """A measured run is further from its estimate than is allowed."""
+
+
 class RayError(XlstmRayError):
     """Ray is missing, does not start, does not answer, or is somebody else's."""
 

@@ -1,0 +1,172 @@
+"""`xlstm-ray plan`: its arithmetic against what was measured, counted by torch, or computed by the engine."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_slstm import write_model
+from tiny import make_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import xlstm_ray
+from xlstm_ray import cli
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine import DEMO_MODEL
+from xlstm_ray.errors import EstimateError
+from xlstm_ray.estimate import DEVICES, Plan, Work, check, plan
+from xlstm_ray.settings import Settings
+
+XLSTM_7B = {"model_type": "xlstm", "vocab_size": 50304, "hidden_size": 4096, "num_blocks": 32, "num_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration alone."""
+    directory = tmp_path_factory.mktemp("7b")
+    (directory / "config.json").write_text(json.dumps(XLSTM_7B))
+    return directory
+
+
+def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **asked: object) -> Plan:
+    return plan(Settings.make(model=model, **asked), device, tokens, machines)
+
+
+# README.md: 35,201 tokens/s of a whole run with chunks of 256; engine.choose_grid: those of the prefill alone.
+@pytest.mark.parametrize(("chunk", "measured"), [(None, 35_201), (64, 31_300), (128, 36_400), (256, 39_900)])
+def test_7b_on_an_h100_as_measured(of_7b: Path, chunk: int | None, measured: int) -> None:
+    estimate = planned(of_7b, "h100", chunk_size=chunk)
+    assert measured / 1.5 < estimate.tok_s < measured * 1.5
+    assert (estimate.tile_size, estimate.chunk_size, estimate.heads_per_band) == (4096, chunk or 256, 8)
+    assert estimate.fits
+
+
+def test_larger_chunks_are_faster_on_an_h100_as_measured(of_7b: Path) -> None:
+    speeds = [planned(of_7b, "h100", chunk_size=chunk).tok_s for chunk in (64, 128, 256)]
+    assert speeds == sorted(speeds)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, hybrid: bool) -> None:
+    if hybrid:
+        write_model(tmp_path, slstm_at=[1], num_blocks=3)
+    else:
+        make_model(tmp_path)
+    config = ModelConfig.from_file(tmp_path / "config.json")
+    assert bool(config.slstm_at) == hybrid
+    tokens, chunk = 64, config.chunk_size
+    asked = {"device": "cpu", "dtype": "bfloat16", "tile_size": 64, "warmup": False}
+    with xlstm_ray.load(tmp_path, **asked) as lm, FlopCounterMode(display=False) as counter:
+        lm.prefill(list(range(tokens)))
+    head = 2 * config.vocab_size * config.hidden_size  # the last token's logits
+    counted = (counter.get_total_flops() - head) / tokens
+    estimate = sum(Work.of(config, b, chunk, 2).flops for b in range(config.num_blocks))
+    assert estimate == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_and_settings_are_the_engines(dtype: str) -> None:
+    estimate = planned(DEMO_MODEL, "this", 1000, dtype=dtype)
+    with xlstm_ray.load(device="cpu", dtype=dtype, chunkwise_backend="native") as lm:
+        want, grid = lm.need(1), lm.grid
+    got = estimate.need
+    assert (got.weights, got.state, got.tile) == (want.weights, want.state, want.tile)
+    assert (estimate.tile_size, estimate.chunk_size) == (grid.tile_size, grid.chunk_size)
+    assert str(estimate.model.dtype) == f"torch.{grid.dtype}"
+
+
+def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
+    shutil.copy(DEMO_MODEL / "config.json", tmp_path)
+    alone, whole = planned(tmp_path, "m2"), planned(DEMO_MODEL, "m2")
+    assert alone.model.weights == whole.model.weights
+    assert alone.need == whole.need
+    assert alone.seconds == whole.seconds
+    assert "config.json alone" in alone.lines[0]
+    assert "headers" in whole.lines[0]
+
+
+def test_stages_of_several_machines(of_7b: Path) -> None:
+    one, two, four = (planned(of_7b, "m1", machines=m) for m in (1, 2, 4))
+    assert not one.fits
+    assert one.machines_needed == 2
+    assert "does not fit; 2 machines would do" in "\n".join(one.lines)
+    assert two.fits
+    assert four.fits
+    assert two.need.weights < one.need.weights * 0.55
+    assert one.seconds / 2 < two.seconds < one.seconds * 0.6  # a stage waits for its first tile
+    assert two.seconds / 2 < four.seconds < two.seconds * 0.6
+    assert "--chunkwise-backend ray_compiled_chunks --stages 2" in two.flags
+    assert planned(of_7b, "m1", dtype="float32").machines_needed == 3
+
+
+def test_the_tile_is_halved_until_it_fits(of_7b: Path) -> None:
+    roomy = planned(of_7b, "m4-max", tile_size=65536)
+    assert roomy.need.tile > planned(of_7b, "m4-max").need.tile
+    small = planned(of_7b, "h100", mem_hard_pct=0.185)  # of 80 GB: 14,114 MiB, and tiles of 4096 need 14,023
+    assert (small.fits, small.tile_size) == (True, 4096)
+    small = planned(of_7b, "h100", mem_hard_pct=0.18)
+    assert (small.fits, small.tile_size) == (True, 2048)
+    assert not planned(of_7b, "h100", mem_hard_pct=0.18, tile_size=4096).fits
+
+
+def test_time_grows_with_the_prompt_and_memory_does_not(of_7b: Path) -> None:
+    for device in DEVICES:
+        short, long = planned(of_7b, device, 8192), planned(of_7b, device, 1 << 20)
+        assert long.seconds == pytest.approx(128 * short.seconds, rel=1e-6)
+        assert long.need == short.need
+        assert short.device.source
+    speeds = [planned(of_7b, name).tok_s for name in ("m1", "m1-pro", "m1-max", "m1-ultra", "h100")]
+    assert speeds == sorted(speeds)
+    tail = planned(of_7b, "h100", 4096 + 100).seconds  # a window of 256 tokens, padded
+    assert tail == pytest.approx(planned(of_7b, "h100", 4096 + 256).seconds)
+
+
+# No timing is asserted but for nonsense: other work on this machine may well cost a factor of 1.5. --check asserts it.
+def test_this_machine_is_probed_and_checked_by_a_real_run() -> None:
+    found = planned(DEMO_MODEL, "this", 4096)
+    assert found.device.rate(torch.bfloat16) > 1e9
+    assert found.device.bandwidth > 1e8
+    wrong = replace(found, seconds=found.seconds * 1000)
+    with pytest.raises(EstimateError, match="beyond a factor of 1.5") as refused:
+        check(wrong)
+    (measured,) = re.findall(r"measured +([\d,]+) tokens/s", str(refused.value))
+    assert 1 / 8 < found.tok_s / int(measured.replace(",", "")) < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--device m9", "--device is 'm9'; there are: this, m1, m1-pro"),
+        ("--device m1 --prompt-tokens 0", "--prompt-tokens is 0; allowed: 1 to"),
+        ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
+        ("--device m1 --check", "--check runs on this machine"),
+        ("--device m1 --model nowhere", "nowhere/config.json: is missing"),
+        ("--device m1 --tile-size 100", "--tile-size is 100, which is no multiple of the chunk size 64"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "plan", "--prompt-tokens", "100", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (1, "")
+    assert err.startswith(f"error: {says}")
+    assert err.count("\n") == 1
+
+
+def test_for_programs(of_7b: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", str(of_7b), "--device", "h200", "--prompt-tokens", "8192", "--json")
+    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "plan", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    row = json.loads(capsys.readouterr().out)
+    estimate = planned(of_7b, "h200", 8192)
+    assert (row["seconds"], row["fits"], row["need_bytes"]["total"]) == (estimate.seconds, True, estimate.need.total)
+    assert (row["tile_size"], row["dtype"], row["device"]["memory_gb"]) == (4096, "bfloat16", 141)
