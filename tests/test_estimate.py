@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_slstm import write_model
 from tiny import make_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,13 +72,30 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, hybrid: bool) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_and_settings_are_the_engines(dtype: str) -> None:
-    estimate = planned(DEMO_MODEL, "this", 1000, dtype=dtype)
-    with xlstm_ray.load(device="cpu", dtype=dtype, chunkwise_backend="native") as lm:
+    assert_as_the_engine(DEMO_MODEL, dtype)
+
+
+def test_memory_of_a_head_that_is_the_embedding(tmp_path: Path) -> None:
+    make_model(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = assert_as_the_engine(tmp_path, "float32")
+    assert found.model.tied
+    ends = [planned(tmp_path, "this", 1000, machines=m, dtype="float32").need.weights for m in (1, 3)]
+    block, embedding = found.model.blocks[0], 259 * 128 * 4
+    assert ends == [3 * block + embedding + 128 * 4, block + embedding + 128 * 4]  # the last stage has one of its own
+
+
+def assert_as_the_engine(model: Path, dtype: str) -> Plan:
+    estimate = planned(model, "this", 1000, dtype=dtype)
+    with xlstm_ray.load(model, device="cpu", dtype=dtype, chunkwise_backend="native") as lm:
         want, grid = lm.need(1), lm.grid
     got = estimate.need
     assert (got.weights, got.state, got.tile) == (want.weights, want.state, want.tile)
     assert (estimate.tile_size, estimate.chunk_size) == (grid.tile_size, grid.chunk_size)
     assert str(estimate.model.dtype) == f"torch.{grid.dtype}"
+    return estimate
 
 
 def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ class Model:
     blocks: list[int]  # bytes of each block
     first: int  # embedding
     last: int  # out norm and head
+    tied: bool  # the embedding is the head too
     largest_tensor: int
     known_from: str
 
@@ -158,9 +159,9 @@ def read_model(settings: Settings, kind: str) -> Model:
         dtype = torch.bfloat16 if kind != "cpu" or stored == torch.bfloat16 else torch.float32
     size = {name: torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in shapes.items()}
     blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
-    first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, size[EMBEDDING])
+    first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)
     largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize
-    return Model(path, config, dtype, blocks, first, last, largest, known_from)
+    return Model(path, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def need(model: Model, device: Device, tile: int, chunk: int, heads: int, machin
     stages = partition(model.config.num_blocks, machines)
     weights = [sum(model.blocks[b] for b in stage) for stage in stages]
     weights[0] += model.first
-    weights[-1] += model.last
+    weights[-1] += model.last + (model.first if model.tied and machines > 1 else 0)
     share = max(map(len, stages)) / model.config.num_blocks
     return replace(whole, weights=max(weights), state=int(whole.state * share))
 
