@@ -98,14 +98,11 @@ class Child:
         self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": backend})}
 
     def __enter__(self) -> "Child":
-        command = [sys.executable, "-m", "xlstm_ray.bench"]
-        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "xlstm_ray.bench"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # Ctrl-C is answered here, and standard input's end is what ends it
         )
         self._say(json.dumps(self._order))
