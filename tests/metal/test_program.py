@@ -179,3 +179,5 @@ def test_launches_are_those_of_the_device(
     assert first.launches == again.launches == len(simulator.launches()) + inside - head
     assert again.tiles == len(again.tile_tokens) == 3
     assert again.peak_device_bytes is not None
+    with xlstm_ray.load(tiny, **asked) as lm:  # whose code is compiled already
+        assert lm.prefill(TEXT[:80]).stats.launches == again.launches
