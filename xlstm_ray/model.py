@@ -402,8 +402,8 @@ class Worker:
                 part.copy_(tensors[name][:, heads])
 
     def get_state(self, state: list[AnyState] | None = None) -> dict[str, Tensor]:
-        """This band's tensors on the CPU, named as in RecurrentState: of now, or of an earlier `self.state`."""
-        return {name: part.cpu() for name, part in self._named(state or self.state)}
+        """This band's tensors, where they are, named as in RecurrentState: of now, or of an earlier `self.state`."""
+        return dict(self._named(state or self.state))
 
     def _named(self, state: list[AnyState]) -> Iterator[tuple[str, Tensor]]:
         for n, parts in enumerate(state):

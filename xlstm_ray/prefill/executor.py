@@ -161,7 +161,7 @@ class InProcessExecutor:
         tensors: dict[str, Tensor] = {}
         for bands, of_bands in zip(self.stages, states, strict=True):
             tensors |= join_bands(worker.get_state(state) for worker, state in zip(bands, of_bands, strict=True))
-        return tensors
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _run(self, tile: Tile, all_logits: bool) -> tuple[Tensor, Tensor | None]:
         x = self._forward(tile.tokens, tile.first, tile.last)
