@@ -1,8 +1,8 @@
 """The actor of one (stage, band): a Worker behind calls that carry tensors between processes.
 
-Importable without Ray; the executor wraps the class. Its calls run in three threads (Ray's concurrency groups):
-`compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes, and
-`control` answers at any time.
+Importable without Ray; the executor wraps the class. Its calls run in four threads (Ray's concurrency groups):
+`compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes,
+`snapshot` does so with states, which are larger, and `control` answers at any time.
 
 B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which Ray shares between the processes of a
 node without copying; bfloat16 travels as int16. What arrives is read-only and must never be written to.
@@ -30,7 +30,7 @@ from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.memory import Sample, device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState, Band, Kernels, Worker
 
-GROUPS = {"compute": 1, "transfer": 1, "control": 1}
+GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
 
 Wire = np.ndarray[Any, Any]
 
@@ -206,14 +206,14 @@ class BandActor:
         """This band's state after all tiles so far."""
         return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.get_state().items()})
 
-    # -- transfer ------------------------------------------------------------------------------------------------------
+    # -- transfer, snapshot --------------------------------------------------------------------------------------------
     def output(self, call: Call, _after: None) -> Any:
         """What `run` made of a tile: the residual stream (B, T, D); after the last stage (each row's last hidden
         (B, D),), or that and all logits (B, T, vocabulary) where they were asked for."""
         done = self._done.pop(call.number, None)
         if call.epoch != self.epoch or done is None:
             return None
-        with self._beside(done.fence):
+        with self._beside(done.fence, "out"):
             return self._hand_on(done.result)
 
     def kept(self, call: Call, _after: None) -> dict[str, Wire] | None:
@@ -221,7 +221,7 @@ class BandActor:
         kept = self._kept.pop(call.number, None)
         if call.epoch != self.epoch or kept is None:
             return None
-        with self._beside(kept.fence):
+        with self._beside(kept.fence, "state"):
             return {name: to_wire(part) for name, part in self.worker.get_state(kept.blocks).items()}
 
     # -- control -------------------------------------------------------------------------------------------------------
@@ -329,11 +329,11 @@ class BandActor:
         """After what the device has been asked for so far."""
         return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
-    def _beside(self, fence: Fence) -> Any:
+    def _beside(self, fence: Fence, name: str) -> Any:
         """On cuda: a stream of its own for copies out, so that they wait for this tile and not for the next."""
         if fence is None:
             return nullcontext()
-        stream = self._stream("out")
+        stream = self._stream(name)
         fence.synchronize()
         return torch.cuda.stream(stream)
 

@@ -190,7 +190,8 @@ class RayExecutor:
         before = perf_counter()
         while True:
             try:
-                while len(flights) < self._in_flight:
+                # A state takes longer to come than a tile's result: one tile more, so that nobody runs out of work.
+                while len(flights) < self._in_flight + bool(flights and flights[0].states):
                     entry = waiting.popleft() if waiting else next(entries, None)
                     if entry is None:
                         break
@@ -231,7 +232,9 @@ class RayExecutor:
             if tile.keep:
                 states.append(
                     [
-                        self._call(seat, "kept", f"state after {_tile(number)}")(call, seat.done[max(seat.done)])
+                        self._call(seat, "kept", f"state after {_tile(number)}", "snapshot")(
+                            call, seat.done[max(seat.done)]
+                        )
                         for seat in seats
                     ]
                 )

@@ -63,9 +63,13 @@ def compile_strict(
     Raises KernelError naming the kernel, the shapes and the device where the compilation fails, would have broken the
     graph, or would happen a second time.
     """
-    options = None if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
+    options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
+    if torch.cuda.is_available():
+        # Inductor times several block sizes of a kernel and keeps the fastest, which changes the order of sums: without
+        # this, two processes give different bits where both begin with an empty cache.
+        options["deterministic"] = True
     compiled = torch.compile(  # type: ignore[call-overload] # recompile_limit is missing from the overloads
-        own_code(fn, name), fullgraph=True, dynamic=False, options=options, recompile_limit=1
+        own_code(fn, name), fullgraph=True, dynamic=False, options=options or None, recompile_limit=1
     )
 
     # Two bands' threads that come here first would compile it twice, and the second time is over the limit.
