@@ -39,7 +39,13 @@ def contestant(kind: str, directory: Path, args: argparse.Namespace) -> None:
         shape = {"stages": parts} if name == "stages" else {"heads_per_band": -(-args.heads // parts)}
         own = max(1, args.threads // parts)
         lm = xlstm_ray.load(
-            directory, chunkwise_backend="ray_compiled_chunks", ray_local_mode=False, threads=own, **shape, **options
+            directory,
+            chunkwise_backend="ray_compiled_chunks",
+            ray_local_mode=False,
+            threads=own,
+            journal_every=args.journal_every,
+            **shape,
+            **options,
         )
     prompt = torch.randint(args.vocab, (args.tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     lm.prefill(prompt[: 2 * args.tile_size])
@@ -132,6 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the queued backend; the grid's actors share as many")
     parser.add_argument("--tile-size", type=int, default=1024)
     parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--journal-every", type=int, default=16, help="tiles between the grid's snapshots")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)
