@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the queued backend; the grid's actors share as many")
     parser.add_argument("--tile-size", type=int, default=1024)
     parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--journal-every", type=int, default=16, help="tiles between the grid's snapshots")
+    parser.add_argument("--journal-every", type=int, help="tiles between the grid's snapshots [default: by device]")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)

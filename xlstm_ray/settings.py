@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     ray_token_path: File = setting("The file with that head's token.", shown="where Ray looks")
     actors_per_device: int = count("Actors that may share a GPU.", 1, high=64)
     journal: File = setting("Write snapshots of the run to this directory.", shown="none")
-    journal_every: int = count("Tiles between snapshots.", 16)
+    journal_every: int | None = count("Tiles between snapshots.", shown="16; 64 on cuda")
     resume: File = setting("Go on from this directory's snapshots.", shown="none")
     sources: SkipValidation[Mapping[str, Source]] = Field({}, repr=False)
 
