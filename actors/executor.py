@@ -111,6 +111,7 @@ class RayExecutor:
         self._times: deque[float] = deque(maxlen=32)
         self._failures = 0  # since the last new result
         self.restarts = 0
+        self._headless = False
         self._head: str = ray.get_runtime_context().gcs_address
         self._metrics = GridMetrics(options.run)
         self._watchdogs: dict[str, Any] = {}  # by node id
@@ -161,18 +162,19 @@ class RayExecutor:
 
     def close(self) -> None:
         """End the actors, and only then give their places back: device memory is free when this returns."""
-        for watchdog in self._watchdogs.values():
-            self._ray.kill(watchdog)
+        if not self._headless:  # without a head, every call would wait for it
+            for watchdog in self._watchdogs.values():
+                self._ray.kill(watchdog)
         self._watchdogs = {}
         for seat in self._seats:
             self._end(seat)
-        if self._group is not None:
+        if self._group is not None and not self._headless:
             self._ray.util.remove_placement_group(self._group)
-            self._group = None
+        self._group = None
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Summed over the actors, each at its own peak."""
+        """Summed over the actors that answer, each at its own peak."""
         return sum(sample.peak_bytes for sample in self._samples(self._seats).values())
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
@@ -412,6 +414,8 @@ class RayExecutor:
 
     def _samples(self, seats: list[Seat]) -> dict[int, ActorSample]:
         """By seat: what those actors say that answer."""
+        if self._headless:
+            return {}
         asked = {seat.index: self._sample(seat) for seat in seats if seat.handle is not None}
         found = {}
         until = monotonic() + self._options.answer_timeout_s
@@ -424,7 +428,8 @@ class RayExecutor:
         """The actor is gone when this returns, also one that does not answer, where it is on this machine."""
         if seat.handle is None:
             return
-        self._ray.kill(seat.handle, no_restart=True)
+        if not self._headless:
+            self._ray.kill(seat.handle, no_restart=True)
         if seat.process is not None:
             with suppress(psutil.NoSuchProcess):
                 seat.process.kill()
@@ -523,6 +528,7 @@ class RayExecutor:
         try:
             socket.create_connection((host, int(port)), timeout=HEAD_CHECK_S).close()
         except OSError as error:
+            self._headless = True
             raise GridLost(f"Ray's head at {self._head} is gone ({error.strerror or error})") from None
 
 

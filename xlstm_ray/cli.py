@@ -122,9 +122,9 @@ def prefill(
     with _opened(state_in, asked) as (start, engine):
         with _stop_on_signals() as stop, _reporter(progress) as on_progress:
             result = engine.prefill(prompts, **start, on_progress=on_progress, should_stop=stop)
-        engine.close()  # the state is here; memory and devices are free for others from now on
+        digest = result.state.save(state_out) if state_out and sum(result.state.tokens) else None
+        engine.close()  # the state is safe; memory and devices are free for others from now on
         _require_some(result, stop)
-        digest = result.state.save(state_out) if state_out else None
         if not result.complete:
             raise _interrupted(engine, result, state_out, stop)
         _print_results(engine, result, state_out, digest, json_output=json_output, a_line_each=jsonl)
