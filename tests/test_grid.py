@@ -342,6 +342,23 @@ def test_a_device_that_no_node_has_is_refused(home, head, model):
     assert "1 actors of CPU 1, mps 1 each" in done.stderr
 
 
+def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head, model, in_process, tmp_path):
+    # Two actors together are over it, this process alone is not.
+    done = command(
+        home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
+        "--mem-poll-ms", 50, "--state-out", tmp_path / "kept.state",
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "memory: all actors of" in error
+    assert "over the hard limit of 700 MiB" in error
+    assert "note: memory: xlstm-ray" in done.stderr  # each was over the soft limit before
+    (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
+    assert kept % TILE == 0
+    assert 0 < kept < 40 * len(PROMPT)
+
+
 # -- journal -----------------------------------------------------------------------------------------------------------
 def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model, in_process, tmp_path):
     journal = tmp_path / "journal"

@@ -263,6 +263,7 @@ def test_rows_that_have_ended_stay_as_they_are_while_others_are_decoded(model, t
     lm = load(early)
     generation = lm.generate(GROWN, max_new_tokens=9)
     pieces = list(generation.rows())
+    assert list(generation.rows()) == []  # the limit is the generation's, not an iteration's
     expected = [row[: row.index(end)] if end in row else row for row in made.tokens]
     assert generation.tokens == expected
     assert len(expected[1]) == 3

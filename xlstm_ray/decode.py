@@ -81,26 +81,29 @@ class Decoder:
         self._executor, self.logits, self._sample, self._eos = executor, logits, sampling.sampler(), eos
         self.tokens: list[list[int]] = [[] for _ in range(len(logits))]
         self._behind = torch.zeros(len(logits), dtype=torch.bool)  # rows whose last token the state has not seen
+        self._ended = [False] * len(logits)
         self.seconds = 0.0
         self.steps = 0
 
     def run(self, max_new_tokens: int, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[int | None]]:
-        """Yield a token for each row, None for rows that have ended, until all have ended or the limit is reached."""
-        ended = [False] * len(self.tokens)
-        for _ in range(max_new_tokens):
+        """Yield a token for each row, None for rows that have ended, until all have ended or the limit is reached.
+
+        Called again, it goes on where it was left, to the same limit.
+        """
+        while self.steps < max_new_tokens and not all(self._ended):
             if should_stop():
                 return
             began = perf_counter()
             self.catch_up()
             step: list[int | None] = []
             for b, token in enumerate(self._sample(self.logits)):
-                ended[b] = ended[b] or token in self._eos
-                step.append(None if ended[b] else token)
-                if not ended[b]:
+                self._ended[b] = self._ended[b] or token in self._eos
+                step.append(None if self._ended[b] else token)
+                if not self._ended[b]:
                     self.tokens[b].append(token)
                     self._behind[b] = True
             self.seconds += perf_counter() - began
-            if all(ended):
+            if all(self._ended):
                 return
             self.steps += 1
             yield step
