@@ -479,7 +479,7 @@ GRIDS = st.fixed_dictionaries(
     grid=GRIDS,
     t_inner=st.integers(1, 9),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same(model_of, lengths, backend, grid, t_inner):
     with torch.compiler.set_stance("force_eager"):
         lm = xlstm_ray.load(
@@ -489,7 +489,7 @@ def test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same(model_of,
             tile_size=grid["chunk_size"] * grid["chunks"],
             chunk_size=grid["chunk_size"],
             heads_per_band=grid["heads_per_band"],
-            t_inner=t_inner,
+            t_inner=None if backend == "native" else t_inner,
         )
         result = lm.prefill([IDS[: min(pair)] for pair in lengths])
         result = lm.prefill([IDS[: max(pair)] for pair in lengths], state=result.state)

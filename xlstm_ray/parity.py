@@ -230,6 +230,8 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
     bands = {"": config.num_heads} | ({", two bands": half} if half < config.num_heads else {})
 
     def errors(backend: str, heads: int, dtype: torch.dtype) -> Errors:
+        kernel = CHUNKWISE_BACKENDS[backend].kernel
+        unrolls = kernel == "compiled_steps" or (kernel != "native" and config.slstm_at)
         asked = Settings.make(
             model=directory,
             device=device.type,
@@ -238,7 +240,7 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
             heads_per_band=heads,
             tile_size=2 * CHUNK,
             chunk_size=CHUNK,
-            t_inner=T_INNER,
+            t_inner=T_INNER if unrolls else None,
         )
         with Engine(asked) as engine:
             made = engine.generate(ids, max_new_tokens=NEW, temperature=0)
