@@ -120,7 +120,7 @@ class RayExecutor:
         self._group = self._reserve()
         try:
             self._start(self._seats)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: actors and their places must not stay
             self.close()
             raise
 

@@ -1070,8 +1070,7 @@ def choose_steps(
     settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
 ) -> Fit:
     """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
-    unrolls = backend.kernel == "compiled_steps" or (backend.compiled and config.slstm_at)
-    if not unrolls and settings.source("t_inner").kind == "flag":
+    if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
         raise UsageError(
             f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
             "leave it out, or use --chunkwise-backend queued_compiled_steps"

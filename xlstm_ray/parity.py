@@ -230,8 +230,7 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
     bands = {"": config.num_heads} | ({", two bands": half} if half < config.num_heads else {})
 
     def errors(backend: str, heads: int, dtype: torch.dtype) -> Errors:
-        kernel = CHUNKWISE_BACKENDS[backend].kernel
-        unrolls = kernel == "compiled_steps" or (kernel != "native" and config.slstm_at)
+        unrolls = CHUNKWISE_BACKENDS[backend].unrolls(slstm=bool(config.slstm_at))
         asked = Settings.make(
             model=directory,
             device=device.type,

@@ -47,6 +47,10 @@ class Backend:
     def compiled(self) -> bool:
         return self.kernel != "native"
 
+    def unrolls(self, *, slstm: bool) -> bool:
+        """Whether T_inner has an effect; slstm: on a model with sLSTM blocks, which go step by step."""
+        return self.kernel == "compiled_steps" or (self.compiled and slstm)
+
     def cell_inside(self, tokens: int) -> bool:
         """Whether the cell is compiled together with the projections around it."""
         return self.kernel == "compiled_chunks" or (self.kernel == "compiled_steps" and tokens == 1)
