@@ -78,11 +78,11 @@ class Entry(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """A tile on its way: references to the last stage's result, and to the state [stage][band] where it is kept."""
+    """A tile on its way: references to the last stage's result, and to every seat's state where it is kept."""
 
     entry: Entry
     result: Any
-    states: list[list[Any]]
+    states: list[Any]
 
 
 class RayExecutor:
@@ -110,6 +110,7 @@ class RayExecutor:
         self._last_seen = -1  # number of the last tile whose result was handed out
         self._times: deque[float] = deque(maxlen=32)
         self._failures = 0  # since the last new result
+        self._behind = False  # whether the actors are at the snapshot, with the log still to be played
         self.restarts = 0
         self._headless = False
         self._head: str = ray.get_runtime_context().gcs_address
@@ -128,15 +129,17 @@ class RayExecutor:
     def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
         sizes = list(sizes)
         self._warm += [(batch, size) for size in sizes]
-        self._guard(lambda: self._each(self._seats, "warm_up", batch, sizes), self._options.first_deadline_s)
+        self._guard(lambda: self._each(self._seats, "warm_up", batch, sizes))
 
     def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
         self._snapshot = (tensors, batch)
         self._log.clear()
-        self._guard(self._restore_calls, self._options.first_deadline_s)
+        self._guard(self._restore_calls)
 
     def get_state(self) -> dict[str, Tensor]:
         def ask() -> list[Any]:
+            for _ in self._drive(iter(())):  # after a recovery: what is in the log, again
+                pass
             return [seat.handle.state.options(concurrency_group="compute").remote() for seat in self._seats]
 
         return self._joined(self._guard(ask))
@@ -182,15 +185,20 @@ class RayExecutor:
     def _seats(self) -> list[Seat]:
         return [seat for stage in self._stages for seat in stage]
 
-    def _drive(self, entries: Iterator[Entry], replay: Iterable[Entry] = ()) -> Iterator[TileResult]:
+    def _drive(self, entries: Iterator[Entry]) -> Iterator[TileResult]:
         """Plays tiles again that the actors have forgotten, then new ones, and recovers on the way.
 
-        Yields the results that nobody has seen.
+        Yields the results that nobody has seen. Between two of them another call may have had to recover.
         """
-        waiting = deque(replay)
+        waiting: deque[Entry] = deque()
         flights: deque[Flight] = deque()
         before = perf_counter()
         while True:
+            if self._behind:
+                self._behind = False
+                flights.clear()
+                waiting = deque(self._log)
+                before = perf_counter()
             try:
                 # A state takes longer to come than a tile's result: one tile more, so that nobody runs out of work.
                 while len(flights) < self._in_flight + bool(flights and flights[0].states):
@@ -205,9 +213,6 @@ class RayExecutor:
                 result = self._collect(flights[0], len(flights))
             except self._failure as error:
                 self._recover(error)
-                flights.clear()
-                waiting = deque(self._log)
-                before = perf_counter()
                 continue
             entry = flights.popleft().entry
             now = perf_counter()
@@ -232,14 +237,9 @@ class RayExecutor:
         for s, seats in enumerate(self._stages):
             x = self._through_stage(seats[0], s, call, x) if self._alone else self._through_bands(seats, s, call, x)
             if tile.keep:
-                states.append(
-                    [
-                        self._call(seat, "kept", f"state after {_tile(number)}", "snapshot")(
-                            call, seat.done[max(seat.done)]
-                        )
-                        for seat in seats
-                    ]
-                )
+                for seat in seats:
+                    kept = self._call(seat, "kept", f"state after {_tile(number)}", "snapshot")
+                    states.append(kept(call, seat.done[max(seat.done)]))
         return Flight(entry, x, states)
 
     def _through_stage(self, seat: Seat, s: int, call: Call, x: Any) -> Any:
@@ -268,10 +268,8 @@ class RayExecutor:
         return getattr(seat.handle, method).options(name=name, concurrency_group=group, num_returns=results).remote
 
     def _collect(self, flight: Flight, under_way: int) -> TileResult:
-        deadline = self._deadline(under_way)
-        (hidden, *logits), *states = self._get(
-            [flight.result, *(state for stage in flight.states for state in stage)], deadline
-        )
+        get = self._get_patiently if flight.states else self._get
+        (hidden, *logits), *states = get([flight.result, *flight.states], self._deadline(under_way))
         return TileResult(
             flight.entry.tile.number,
             from_wire(hidden, self._spec.dtype).clone(),
@@ -451,29 +449,28 @@ class RayExecutor:
             e.GetTimeoutError,
         )
 
-    def _guard(self, ask: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
+    def _guard(self, ask: Callable[[], list[Any]]) -> list[Any]:
         """What the calls return; asked again after a recovery when an actor is gone."""
         while True:
             try:
-                return self._get(ask(), timeout_s or self._options.first_deadline_s)
+                return self._get_patiently(ask(), self._deadline(self._in_flight + 1))
             except self._failure as error:
                 self._recover(error)
-                for _ in self._drive(iter(()), self._log):
-                    pass
 
     def _recover(self, error: Exception) -> None:
         """Replace what is dead or hangs, and set all actors back to the snapshot. GridLost where that cannot be."""
         while True:
             self._require_head()
             self._failures += 1
-            where = self._log[0].number if self._log else self._last_seen + 1
             if self._failures > self._options.retries:
+                where = f"tile {self._log[0].tile.number}" if self._log else "a snapshot"
                 raise GridLost(
-                    f"the grid failed {self._failures} times in a row at tile {where}; the last time: {one_line(error)}"
+                    f"the grid failed {self._failures} times in a row from {where} on; the last time: {one_line(error)}"
                 ) from error
             try:
                 self._replace(error)
                 self._get(self._restore_calls(), self._options.first_deadline_s)
+                self._behind = True
                 return
             except self._failure as again:
                 error = again
@@ -481,13 +478,7 @@ class RayExecutor:
     def _replace(self, error: Exception) -> None:
         """Other actors for those that are dead or hang."""
         timed_out = isinstance(error, self._ray.exceptions.GetTimeoutError)
-        samples = self._samples(self._seats)
-        half = self._deadline(1) / 2
-        lost = [
-            seat
-            for seat in self._seats
-            if seat.index not in samples or timed_out and (samples[seat.index].busy_s or 0) > half
-        ]
+        lost = self._lost(timed_out)
         if timed_out and not lost:  # all answer and none works: what they wait for will not come
             lost = self._seats
         for seat in lost:
@@ -500,6 +491,25 @@ class RayExecutor:
             names = ", ".join(seat.name for seat in lost)
             raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}") from error
         self._start(lost)
+
+    def _lost(self, timed_out: bool) -> list[Seat]:
+        """The seats whose actors do not answer; after a call that was late, those too that hang in one."""
+        samples = self._samples(self._seats)
+        half = self._deadline(1) / 2
+        return [
+            seat
+            for seat in self._seats
+            if seat.index not in samples or timed_out and (samples[seat.index].busy_s or 0) > half
+        ]
+
+    def _get_patiently(self, refs: list[Any], timeout_s: float) -> list[Any]:
+        """As _get; but late results are waited for while nobody hangs: a batch's state may take a network minutes."""
+        try:
+            return self._get(refs, timeout_s)
+        except self._ray.exceptions.GetTimeoutError:
+            if self._lost(timed_out=True):
+                raise
+        return self._get(refs, self._options.first_deadline_s)
 
     def _get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
         """Results, or the actor's own error as it was raised there. GridLost where Ray's head is gone.
