@@ -23,6 +23,12 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 logging.getLogger("torch.__trace").propagate = True
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: where files run side by side, none of them is still at work when the others are done."""
+    longest = ["test_grid", "test_supervisor"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
 @pytest.fixture
 def eager() -> Iterator[None]:
     """Compiled kernels run as the plain torch that they are made of: breadth without a compilation a shape."""
