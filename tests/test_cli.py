@@ -315,7 +315,7 @@ def test_prefill_for_people(run, options, tmp_path):
     assert ran.err == ""  # no terminal, so no bar
     found = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", ran.out, re.MULTILINE))
     assert found["device"] == "cpu (float32)"
-    assert found["backend"] == "native, tiles of 32, chunks of 16, 1 band(s)"
+    assert found["backend"] == "native, tiles of 32, chunks of 16, 1 stage(s) x 1 band(s)"
     assert found["prompt tokens"] == str(len(PROMPT))
     assert re.fullmatch(r"\d+\.\d{3} s \([\d,]+ tokens/s\)", found["first token in"])
     assert re.fullmatch(r"\d+\.\d s", found["load time"])

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import xlstm_ray
 from xlstm_ray import cli, estimate
+from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL
 from xlstm_ray.errors import EstimateError
 from xlstm_ray.estimate import DEVICES, Plan, Work, plan
 from xlstm_ray.settings import Settings
@@ -36,7 +36,7 @@ def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **
     return plan(Settings.make(model=model, **asked), device, tokens, machines)
 
 
-# README.md: 35,201 tokens/s of a whole run with chunks of 256; engine.choose_grid: those of the prefill alone.
+# README.md: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_grid: those of the prefill alone.
 @pytest.mark.parametrize(("chunk", "measured"), [(None, 35_201), (64, 31_300), (128, 36_400), (256, 39_900)])
 def test_7b_on_an_h100_as_measured(of_7b: Path, chunk: int | None, measured: int) -> None:
     estimate = planned(of_7b, "h100", chunk_size=chunk)
@@ -163,7 +163,7 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
         ("--device m1 --prompt-tokens 0", "--prompt-tokens is 0; allowed: 1 to"),
         ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
         ("--device m1 --check", "--check runs on this machine"),
-        ("--device m1 --model nowhere", "nowhere/config.json: is missing"),
+        ("--device m1 --model nowhere", "nowhere: is not a directory"),
         ("--device m1 --tile-size 100", "--tile-size is 100, which is no multiple of the chunk size 64"),
     ],
 )

@@ -160,6 +160,7 @@ def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_keep_alive": True}, "local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "actors_per_device": 2}, "no effect in local mode"),
         ({"journal_every": 3}, "no effect in one process without --journal"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False, "workers": 2}, "--workers is for one"),
         ({"chunkwise_backend": "ray_compiled_chunks", "stages": 9}, "but the model has 3 blocks"),
     ],
 )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_ray.engine import explain, load
+from xlstm_ray.choose import explain
+from xlstm_ray.engine import load
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings, table
 

@@ -9,7 +9,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
 from time import perf_counter
@@ -18,6 +17,7 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from xlstm_ray import __version__
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Backend
@@ -75,7 +75,7 @@ def autoscale(
             fingerprint,
             _device_name(device),
             f"torch {torch.__version__}",
-            f"xlstm-ray {version('xlstm-ray')}",
+            f"xlstm-ray {__version__}",
             f"{backend.kernel} {grid.dtype} chunks of {grid.chunk_size}",
             json.dumps(fixed),
         ]

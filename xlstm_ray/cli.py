@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from xlstm_ray import __version__
 from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
 from xlstm_ray.settings import Setting, Settings, table
 
@@ -101,6 +102,21 @@ def _option(row: Setting) -> Any:
     env = f" [env: {row.env}]" if row.env else ""
     kind = str if row.kind is tuple else row.kind
     return Annotated[kind | None, typer.Option(row.flags, help=f"{row.help}{env} [default: {shown}]")]  # type: ignore
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"xlstm-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _xlstm_ray(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -194,7 +210,7 @@ def generate(
                 f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
                 f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
                 f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
-                f"compile {summary['compile_s'] + generation.compile_s:.1f} s"
+                f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s"
             )
             if state_out:
                 _err(f"state {state_out} (digest {digest})")
@@ -645,7 +661,8 @@ def _print_results(
     s = summary
     lines = [
         f"device          {s['device']} ({s['dtype']})",
-        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, {s['bands']} band(s)",
+        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, "
+        f"{s['stages']} stage(s) x {s['bands']} band(s)",
         f"prompt tokens   {s['prompt_tokens']}{_resumed(s).replace('and ', '')}",
         f"first token in  {s['ttft_s']:.3f} s{_rate(s['prefill_tok_s'])}",
         f"load time       {s['load_s']:.1f} s",
@@ -675,7 +692,7 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show every setting, its value and where it came from."""
     settings = Settings.make(**asked)
     with _leave_at_once():
-        from xlstm_ray.engine import explain
+        from xlstm_ray.choose import explain
     rows = {}
     for name, (value, source) in explain(settings).items():
         row = table()[name]

@@ -11,15 +11,16 @@ from typing import Any
 import psutil
 import torch
 
+from xlstm_ray import __version__
+from xlstm_ray.choose import choose_backend, choose_device, choose_grid, choose_model, choose_steps
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL, choose_backend, choose_device, choose_grid, choose_steps
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.probe import MAX_BUFFERS, Generated, Probe
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, Kernels, SlstmWeights, Weights, Worker, make_grid
 from xlstm_ray.settings import Settings
 
-PACKAGES = ("xlstm-ray", "torch", "safetensors", "tokenizers")
+PACKAGES = ("torch", "safetensors", "tokenizers")
 
 
 def machine() -> dict[str, Any]:
@@ -27,6 +28,7 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "xlstm-ray": __version__,
         **{name: version(name) for name in PACKAGES},
         "cpu": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
         "memory_bytes": psutil.virtual_memory().total,
@@ -47,7 +49,7 @@ def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     device = choose_device(settings)
     if device.type != "mps":
         raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
-    config_file = (settings.model or DEMO_MODEL) / "config.json"
+    config_file = choose_model(settings) / "config.json"
     config = ModelConfig.from_file(config_file)
     backend = choose_backend(settings, config, config_file)
     grid = choose_grid(settings, backend, config, device)

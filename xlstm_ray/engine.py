@@ -1,4 +1,4 @@
-"""The composition root: Settings -> Engine. The only place that picks a device, a backend and an executor."""
+"""The composition root: Settings -> Engine, by the choices of choose.py. A run's memory is acted on here."""
 
 import os
 import warnings
@@ -23,12 +23,20 @@ from torch import Tensor
 
 from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import (
+    choose_backend,
+    choose_device,
+    choose_grid,
+    choose_mode,
+    choose_model,
+    choose_steps,
+    choose_streams,
+)
 from xlstm_ray.config import ModelConfig, read_json
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
 from xlstm_ray.errors import (
     CheckpointError,
-    ConfigError,
     KernelError,
     MemoryLimitError,
     StateError,
@@ -36,9 +44,9 @@ from xlstm_ray.errors import (
     XlstmRayError,
     one_line,
 )
-from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
+from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict
-from xlstm_ray.kernels.probe import Fit, fit_t_inner
+from xlstm_ray.kernels.probe import Fit
 from xlstm_ray.memory import (
     LOG_COLUMNS,
     MIB,
@@ -57,7 +65,7 @@ from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
-from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
+from xlstm_ray.settings import Settings
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 
@@ -66,8 +74,6 @@ TILE_COLUMNS = (
 )
 if TYPE_CHECKING:
     from actors.watchdog import Event
-
-DEMO_MODEL = Path(__file__).parent / "demo"
 
 JOURNAL_FILE = "prefill.state"
 
@@ -168,8 +174,8 @@ class Engine:
     def _open(self) -> None:
         started = perf_counter()
         settings = self.settings
-        self.model_path = settings.model or DEMO_MODEL
-        config_file = _directory(self.model_path) / "config.json"
+        self.model_path = choose_model(settings)
+        config_file = self.model_path / "config.json"
         self.config = ModelConfig.from_file(config_file)
         self.backend = choose_backend(settings, self.config, config_file)
         self.mode = choose_mode(settings, self.backend)
@@ -837,29 +843,6 @@ def load(model: str | Path | None = None, **options: Any) -> Engine:
     return Engine(Settings.make(model=model, **options))
 
 
-def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
-    """Every setting with the value that a run here would use and where it came from; of the model, config.json only."""
-    device = choose_device(settings)
-    model = settings.model or DEMO_MODEL
-    config_file = _directory(model) / "config.json"
-    config = ModelConfig.from_file(config_file)
-    backend = choose_backend(settings, config, config_file)
-    choose_mode(settings, backend)
-    grid = choose_grid(settings, backend, config, device)
-    values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
-    values["model"] = model, settings.source("model")
-    chosen = grid.model_dump() | {"chunkwise_backend": backend.name}
-    from_model = {"chunkwise_backend": backend.name == _own_backend(config), "chunk_size": True}
-    for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
-        source = values[name][1]
-        if source.kind == "default" and from_model.get(name) and getattr(config, name, chosen[name]) == chosen[name]:
-            source = Source("model", str(config_file))
-        values[name] = chosen[name], source
-    if settings.device == "auto":
-        values["device"] = device.type, values["device"][1]
-    return values
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 def _batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompt, str):
@@ -876,113 +859,6 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
         return [index(token) for token in prompt]
     except TypeError:
         raise UsageError(f"a prompt is a text or a list of token ids, not {repr(prompt)[:80]}") from None
-
-
-def _directory(path: Path) -> Path:
-    try:
-        if path.is_dir():
-            return path
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
-    raise CheckpointError(
-        f"{path}: is not a directory; --model takes one with config.json, tokenizer.json and safetensors weights"
-    )
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """The device asked for, or the best there is."""
-    there = {
-        "mps": torch.backends.mps.is_available(),
-        "cuda": torch.cuda.is_available(),
-        "cpu": True,
-    }
-    name: str = settings.device
-    if name == "auto":
-        name = next(n for n, is_there in there.items() if is_there)
-    if not there[name]:
-        have = ", ".join(n for n, is_there in there.items() if is_there)
-        raise UsageError(f"{settings.named('device')} is {name!r}, but this machine has none; available: {have}")
-    if name == "mps" and settings.enable_mps_fallback:
-        raise UsageError("PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently; set it to 0")
-    return torch.device(name)
-
-
-def choose_backend(settings: Settings, config: ModelConfig, config_file: Path) -> Backend:
-    """What was asked, else what the model's configuration says, else the default."""
-    name = settings.chunkwise_backend
-    if name is None:
-        own = _own_backend(config)
-        name = own or DEFAULT_BACKEND
-        if name not in CHUNKWISE_BACKENDS:
-            known = ", ".join(CHUNKWISE_BACKENDS)
-            raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
-    elif name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
-        known = ", ".join(CHUNKWISE_BACKENDS)
-        raise UsageError(f"{settings.named('chunkwise_backend')} is {name!r}; there are: {known}")
-    return chunkwise_backend(name)
-
-
-def choose_mode(settings: Settings, backend: Backend) -> Mode:
-    """Where the workers are. Raises UsageError for what has no effect there."""
-    for_actors = "stages ray_dashboard ray_dashboard_port ray_keep_alive ray_address ray_token_path actors_per_device"
-    if backend.executor != "ray":
-        for name in for_actors.split():
-            if getattr(settings, name) != table()[name].default:
-                raise UsageError(
-                    f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
-                    "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
-                )
-        return Mode.LOCAL
-    mode = supervisor.choose_mode(
-        local_mode=settings.ray_local_mode,
-        address=settings.ray_address,
-        dashboard=settings.ray_dashboard,
-        dashboard_port=settings.ray_dashboard_port,
-        keep_alive=settings.ray_keep_alive,
-    )
-    for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
-        if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
-            raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
-    return mode
-
-
-def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: torch.device) -> Grid:
-    """What was asked, else the device's defaults."""
-    chunk = settings.chunk_size or config.chunk_size
-    if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
-        # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
-        # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for its precision.
-        chunk = max(chunk, 256)
-    tile = settings.tile_size
-    if tile is None:
-        # Long enough to keep the matrix products efficient, short enough to stop and report within seconds: on two CPU
-        # cores 2048 tokens are 5 to 10 % faster than 512 for a small model, but would take minutes for one of 7B.
-        flops = 2 * config.num_blocks * config.hidden_size * (2 * config.qk_dim + 3 * (config.v_dim + config.ffn_dim))
-        on_cpu = 2048 if flops * 2048 < 2e11 else 1024 if flops * 1024 < 2e11 else 512
-        tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[device.type] // chunk)
-    if tile % chunk:
-        raise UsageError(
-            f"{settings.named('tile_size')} is {tile}, which is no multiple of the chunk size {chunk}; "
-            f"try {-(-tile // chunk) * chunk}"
-        )
-    heads = settings.heads_per_band
-    if heads is not None and heads > config.num_heads:
-        raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
-    if heads is None:
-        heads = min(4, config.num_heads) if device.type == "mps" else config.num_heads
-    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
-
-
-def choose_streams(settings: Settings, workers: int, device: torch.device) -> int:
-    """How many CUDA streams the bands' threads share."""
-    streams, name = settings.streams, settings.named("streams")
-    if streams is None:
-        return workers
-    if device.type != "cuda":
-        raise UsageError(f"{name} is {streams}, but torch has streams on cuda only, not on {device.type}; leave it out")
-    if streams > workers:
-        raise UsageError(f"{name} is {streams}, but {workers} thread(s) work on the bands; allowed: up to {workers}")
-    return streams
 
 
 @contextmanager
@@ -1044,12 +920,6 @@ def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], st
     return RayExecutor(ray, spec, stages, options)
 
 
-def _own_backend(config: ModelConfig) -> str | None:
-    """The backend that the model's configuration names, where it is a name of ours and not another library's."""
-    own = config.chunkwise_kernel.removeprefix("chunkwise--")
-    return own if own.startswith(("queued_", "ray_")) else None
-
-
 def _require_compiler(backend: Backend, device: torch.device) -> None:
     """Inductor builds C++ on the CPU; say so before anything is loaded where there is no compiler."""
     if not backend.compiled or device.type != "cpu":
@@ -1064,22 +934,6 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
             f"--chunkwise-backend {backend.name} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
             "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
         ) from None
-
-
-def choose_steps(
-    settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
-) -> Fit:
-    """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
-    if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
-        raise UsageError(
-            f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
-            "leave it out, or use --chunkwise-backend queued_compiled_steps"
-        )
-    if device.type != "mps" or backend.kernel != "compiled_steps":
-        return Fit(settings.t_inner)
-    return fit_t_inner(
-        settings.t_inner, batch=1, heads=heads, dhqk=config.dhqk, dhhv=config.dhhv, dtype=dtype, device=device
-    )
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -22,8 +22,8 @@ import torch
 
 from xlstm_ray.bench import Child
 from xlstm_ray.checkpoint import EMBEDDING, HEAD, OUT_NORM, Checkpoint, expected_tensors, itemsize_of
+from xlstm_ray.choose import choose_grid, choose_model
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL, choose_grid
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.memory import MIB, Need, computed_need, process_bytes, take_sample
@@ -140,7 +140,7 @@ class Model:
 
 def read_model(settings: Settings, kind: str) -> Model:
     """From a directory with config.json, and with weights or without. dtype as the engine chooses it on that kind."""
-    path = settings.model or DEMO_MODEL
+    path = choose_model(settings)
     config = ModelConfig.from_file(path / "config.json")
     shapes = expected_tensors(config)
     stored, known_from = torch.bfloat16, "config.json alone, as if stored in bfloat16"

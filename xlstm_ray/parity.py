@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import choose_device, choose_model
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL, Engine, choose_device
+from xlstm_ray.engine import Engine
 from xlstm_ray.errors import KernelError
 from xlstm_ray.kernels import (
     CHUNKWISE_BACKENDS,
@@ -222,7 +223,7 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
 
     Backends on Ray run the same kernels in actors, and are compared with the others by the mlstm part.
     """
-    directory = settings.model or DEMO_MODEL
+    directory = choose_model(settings)
     config = ModelConfig.from_file(directory / "config.json")
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (PROMPT,), generator=g).tolist()

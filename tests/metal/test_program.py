@@ -11,8 +11,8 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import cli
+from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine import DEMO_MODEL
 from xlstm_ray.kernels.probe import Fit
 
 from .operators import operators_with_mps_kernels
@@ -120,7 +120,7 @@ def test_a_lowered_t_inner_is_said(
     asked = ["prefill", "--model", str(tiny), "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", "64"]
     want = run(monkeypatch, capsys, *asked, "--device", "cpu", "--chunkwise-backend", "native")
     note = "T_inner 20 takes kernels of more than 31 buffers"
-    monkeypatch.setattr("xlstm_ray.engine.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
+    monkeypatch.setattr("xlstm_ray.choose.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
     monkeypatch.setenv("XLSTM_T_INNER", "20")
     asked += ["--device", "mps", "--chunkwise-backend", "queued_compiled_steps"]
     got = run(monkeypatch, capsys, *asked, says=f"note: {note} (20)")

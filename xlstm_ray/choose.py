@@ -1,0 +1,174 @@
+"""Settings and a model's configuration -> device, backend, mode, grid. The only place that picks where nobody asked."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xlstm_ray import supervisor
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
+from xlstm_ray.kernels.probe import Fit, fit_t_inner
+from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
+from xlstm_ray.state import Grid
+from xlstm_ray.supervisor import Mode
+
+DEMO_MODEL = Path(__file__).parent / "demo"
+
+
+def choose_model(settings: Settings) -> Path:
+    """The directory of the model asked for, or of the demo model."""
+    path = settings.model or DEMO_MODEL
+    try:
+        if path.is_dir():
+            return path
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
+    raise CheckpointError(
+        f"{path}: is not a directory; --model takes one with config.json, tokenizer.json and safetensors weights"
+    )
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """The device asked for, or the best there is."""
+    there = {
+        "mps": torch.backends.mps.is_available(),
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+    }
+    name: str = settings.device
+    if name == "auto":
+        name = next(n for n, is_there in there.items() if is_there)
+    if not there[name]:
+        have = ", ".join(n for n, is_there in there.items() if is_there)
+        raise UsageError(f"{settings.named('device')} is {name!r}, but this machine has none; available: {have}")
+    if name == "mps" and settings.enable_mps_fallback:
+        raise UsageError("PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently; set it to 0")
+    return torch.device(name)
+
+
+def choose_backend(settings: Settings, config: ModelConfig, config_file: Path) -> Backend:
+    """What was asked, else what the model's configuration says, else the default."""
+    name = settings.chunkwise_backend
+    if name is None:
+        own = own_backend(config)
+        name = own or DEFAULT_BACKEND
+        if name not in CHUNKWISE_BACKENDS:
+            known = ", ".join(CHUNKWISE_BACKENDS)
+            raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
+    elif name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
+        known = ", ".join(CHUNKWISE_BACKENDS)
+        raise UsageError(f"{settings.named('chunkwise_backend')} is {name!r}; there are: {known}")
+    return chunkwise_backend(name)
+
+
+def own_backend(config: ModelConfig) -> str | None:
+    """The backend that the model's configuration names, where it is a name of ours and not another library's."""
+    own = config.chunkwise_kernel.removeprefix("chunkwise--")
+    return own if own.startswith(("queued_", "ray_")) else None
+
+
+def choose_mode(settings: Settings, backend: Backend) -> Mode:
+    """Where the workers are. Raises UsageError for what has no effect there."""
+    for_actors = "stages ray_dashboard ray_dashboard_port ray_keep_alive ray_address ray_token_path actors_per_device"
+    if backend.executor != "ray":
+        for name in for_actors.split():
+            if getattr(settings, name) != table()[name].default:
+                raise UsageError(
+                    f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
+                    "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
+                )
+        return Mode.LOCAL
+    mode = supervisor.choose_mode(
+        local_mode=settings.ray_local_mode,
+        address=settings.ray_address,
+        dashboard=settings.ray_dashboard,
+        dashboard_port=settings.ray_dashboard_port,
+        keep_alive=settings.ray_keep_alive,
+    )
+    for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
+        if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
+            raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
+    for name in () if mode is Mode.LOCAL else ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
+        if settings.source(name).kind == "flag" and getattr(settings, name) is not False:
+            raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
+    return mode
+
+
+def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: torch.device) -> Grid:
+    """What was asked, else the device's defaults."""
+    chunk = settings.chunk_size or config.chunk_size
+    if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
+        # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
+        # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for its precision.
+        chunk = max(chunk, 256)
+    tile = settings.tile_size
+    if tile is None:
+        # Long enough to keep the matrix products efficient, short enough to stop and report within seconds: on two CPU
+        # cores 2048 tokens are 5 to 10 % faster than 512 for a small model, but would take minutes for one of 7B.
+        flops = 2 * config.num_blocks * config.hidden_size * (2 * config.qk_dim + 3 * (config.v_dim + config.ffn_dim))
+        on_cpu = 2048 if flops * 2048 < 2e11 else 1024 if flops * 1024 < 2e11 else 512
+        tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[device.type] // chunk)
+    if tile % chunk:
+        raise UsageError(
+            f"{settings.named('tile_size')} is {tile}, which is no multiple of the chunk size {chunk}; "
+            f"try {-(-tile // chunk) * chunk}"
+        )
+    heads = settings.heads_per_band
+    if heads is not None and heads > config.num_heads:
+        raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
+    if heads is None:
+        heads = min(4, config.num_heads) if device.type == "mps" else config.num_heads
+    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+
+
+def choose_streams(settings: Settings, workers: int, device: torch.device) -> int:
+    """How many CUDA streams the bands' threads share."""
+    streams, name = settings.streams, settings.named("streams")
+    if streams is None:
+        return workers
+    if device.type != "cuda":
+        raise UsageError(f"{name} is {streams}, but torch has streams on cuda only, not on {device.type}; leave it out")
+    if streams > workers:
+        raise UsageError(f"{name} is {streams}, but {workers} thread(s) work on the bands; allowed: up to {workers}")
+    return streams
+
+
+def choose_steps(
+    settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
+) -> Fit:
+    """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
+    if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
+        raise UsageError(
+            f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
+            "leave it out, or use --chunkwise-backend queued_compiled_steps"
+        )
+    if device.type != "mps" or backend.kernel != "compiled_steps":
+        return Fit(settings.t_inner)
+    return fit_t_inner(
+        settings.t_inner, batch=1, heads=heads, dhqk=config.dhqk, dhhv=config.dhhv, dtype=dtype, device=device
+    )
+
+
+def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
+    """Every setting with the value that a run here would use and where it came from; of the model, config.json only."""
+    device = choose_device(settings)
+    model = choose_model(settings)
+    config_file = model / "config.json"
+    config = ModelConfig.from_file(config_file)
+    backend = choose_backend(settings, config, config_file)
+    choose_mode(settings, backend)
+    grid = choose_grid(settings, backend, config, device)
+    values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
+    values["model"] = model, settings.source("model")
+    chosen = grid.model_dump() | {"chunkwise_backend": backend.name}
+    from_model = {"chunkwise_backend": backend.name == own_backend(config), "chunk_size": True}
+    for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
+        source = values[name][1]
+        if source.kind == "default" and from_model.get(name) and getattr(config, name, chosen[name]) == chosen[name]:
+            source = Source("model", str(config_file))
+        values[name] = chosen[name], source
+    if settings.device == "auto":
+        values["device"] = device.type, values["device"][1]
+    return values
