@@ -19,6 +19,9 @@ import promql_parser
 import pytest
 import typer
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from xlstm_ray import cli
 
@@ -253,6 +256,22 @@ def test_prometheus_reads_where_the_heads_write() -> None:
     assert cluster["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
     for name in ("macs.yaml", "gpus.yaml"):  # Ray's default folder is where that file is
         assert "--temp-dir" not in (DEPLOY / name).read_text()
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Read and written by the classes that Grafana makes of its own schemas: a field that they do not know is lost."""
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    register_default_plugins()
+    known = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+
+    def lost(given: Any, known: Any, at: str) -> list[str]:
+        if isinstance(given, dict) and isinstance(known, dict):
+            return [where for name, value in given.items() for where in lost(value, known.get(name), f"{at}.{name}")]
+        if isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
+            return [where for n, value in enumerate(given) for where in lost(value, known[n], f"{at}[{n}]")]
+        return [] if given == known else [at]
+
+    assert lost(dashboard, known, "dashboard") == []
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
