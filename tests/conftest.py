@@ -1,9 +1,12 @@
 """Fixtures for every test."""
 
+import json
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -12,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from metal.plugin import mps, simulator
+
+from xlstm_ray import cli
 
 __all__ = ["mps", "simulator"]
 
@@ -27,6 +32,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: where files run side by side, none of them is still at work when the others are done."""
     longest = ["test_grid", "test_supervisor"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+
+
+class Ran(NamedTuple):
+    """What a run of the program left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The one JSON object on standard output."""
+        assert self.code == 0, self
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+    @property
+    def error(self) -> str:
+        """The one line that says what is wrong; nothing else was printed."""
+        assert self.code != 0, self
+        assert self.out == ""
+        (line,) = self.err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """The program, in this process."""
+
+    def call(*words: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["xlstm-ray", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Ran(left.value.code or 0, out, err)
+
+    return call
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from conftest import Ran
 from tiny import make_model
 
 import xlstm_ray
@@ -37,28 +38,6 @@ KEYS = (
 LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 50  # 3000 tokens, some seconds
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The one JSON object on standard output."""
-        assert self.code == 0, self
-        (line,) = self.out.splitlines()
-        return json.loads(line)
-
-    @property
-    def error(self) -> str:
-        """The one line that says what is wrong; nothing else was printed."""
-        assert self.code != 0, self
-        assert self.out == ""
-        (line,) = self.err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
@@ -71,21 +50,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(model: Path) -> tuple[str, ...]:
     """What every run here needs."""
     return "--model", str(model), "--chunkwise-backend", "native", "--device", "cpu"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """The program, in this process."""
-
-    def call(*words: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["xlstm-ray", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Ran(left.value.code or 0, out, err)
-
-    return call
 
 
 @contextmanager

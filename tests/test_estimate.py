@@ -3,18 +3,19 @@
 import json
 import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Ran
 from safetensors.torch import load_file, save_file
 from test_slstm import write_model
 from tiny import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import xlstm_ray
-from xlstm_ray import cli, estimate
+from xlstm_ray import estimate
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError
@@ -167,24 +168,14 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
         ("--device m1 --tile-size 100", "--tile-size is 100, which is no multiple of the chunk size 64"),
     ],
 )
-def test_mistakes_are_one_line(
-    words: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "plan", "--prompt-tokens", "100", *words.split()])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (1, "")
-    assert err.startswith(f"error: {says}")
-    assert err.count("\n") == 1
+def test_mistakes_are_one_line(words: str, says: str, run: Callable[..., Ran]) -> None:
+    ran = run("plan", "--prompt-tokens", 100, *words.split())
+    assert ran.code == 1
+    assert ran.error.startswith(f"error: {says}")
 
 
-def test_for_programs(of_7b: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--model", str(of_7b), "--device", "h200", "--prompt-tokens", "8192", "--json")
-    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "plan", *words])
-    with pytest.raises(SystemExit):
-        cli.main()
-    row = json.loads(capsys.readouterr().out)
+def test_for_programs(of_7b: Path, run: Callable[..., Ran]) -> None:
+    row = run("plan", "--model", of_7b, "--device", "h200", "--prompt-tokens", 8192, "--json").row
     estimate = planned(of_7b, "h200", 8192)
     assert (row["seconds"], row["fits"], row["need_bytes"]["total"]) == (estimate.seconds, True, estimate.need.total)
     assert (row["tile_size"], row["dtype"], row["device"]["memory_gb"]) == (4096, "bfloat16", 141)

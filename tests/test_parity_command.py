@@ -4,39 +4,28 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from conftest import Ran
 from metal.simulator import Simulator
 from test_slstm import CASES, write_model
 from torch import Tensor
 
-from xlstm_ray import cli, kernels
+from xlstm_ray import kernels
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def parity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def parity(run: Callable[..., Ran]) -> Callable[..., Ran]:
     """The command in this process, through the entry point."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["xlstm-ray", "parity", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            cli.main()
-        return Ran(exited.value.code or 0, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return run
+    return partial(run, "parity")
 
 
 def rows(ran: Ran) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
         "auto, float32 or bfloat16.", "auto", shown="auto, bfloat16 on a GPU, else as stored"
     )
     chunkwise_backend: str | None = setting(
-        "queued_compiled_chunks, queued_compiled_steps or native (the eager reference).",
+        "queued_compiled_chunks, queued_compiled_steps, the same with ray_, or native (the eager reference).",
         shown="the model's, else queued_compiled_chunks",
         env="XLSTM_CHUNKWISE_BACKEND",
         min_length=1,

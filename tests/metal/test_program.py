@@ -1,16 +1,14 @@
 """The command line with --device mps, in this process: the CPU's next tokens, and nothing silently leaves the GPU."""
 
-import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Ran
 from tiny import make_model
 
 import xlstm_ray
-from xlstm_ray import cli
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels.probe import Fit
@@ -50,19 +48,6 @@ OPERATORS = {
 }
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str, says: str = ""
-) -> dict[str, Any]:
-    """The JSON that `xlstm-ray ...` prints; `says` stands on standard error."""
-    monkeypatch.setattr(sys, "argv", ["xlstm-ray", *words, "--json"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    printed = capsys.readouterr()
-    assert not ended.value.code, printed.err
-    assert says in printed.err
-    return json.loads(printed.out)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
@@ -82,21 +67,21 @@ def test_same_tokens_as_on_the_cpu(
     simulator: Simulator,
     tiny: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Callable[..., Ran],
     model: str,
     backend: str,
     heads_per_band: int,
 ) -> None:
     monkeypatch.setenv("XLSTM_T_INNER", "4")  # quicker to compile than 8
     directory = tiny if model == "tiny" else DEMO_MODEL
-    asked = ["--model", str(directory), "--prompt", TEXT, "--dtype", "float32", "--tile-size", "64"]
-    want = run(monkeypatch, capsys, "prefill", *asked, "--device", "cpu", "--chunkwise-backend", "native")
-    text = run(monkeypatch, capsys, "generate", *asked, "--device", "cpu", "--chunkwise-backend", "native",
-               "--max-new-tokens", "6")["text"]  # fmt: skip
+    asked = "--model", directory, "--prompt", TEXT, "--dtype", "float32", "--tile-size", 64, "--json"
+    want = run("prefill", *asked, "--device", "cpu", "--chunkwise-backend", "native").row
+    generate = "generate", *asked, "--max-new-tokens", 6
+    text = run(*generate, "--device", "cpu", "--chunkwise-backend", "native").row["text"]
 
-    asked += ["--device", "mps", "--chunkwise-backend", backend, "--heads-per-band", str(heads_per_band)]
+    on_mps = "--device", "mps", "--chunkwise-backend", backend, "--heads-per-band", heads_per_band
     simulator.clear_counts()
-    got = run(monkeypatch, capsys, "prefill", *asked)
+    got = run("prefill", *asked, *on_mps).row
     assert (got["device"], got["backend"], got["bands"]) == ("mps", backend, 4 // heads_per_band)
     assert [t["id"] for t in got["next_tokens"]] == [t["id"] for t in want["next_tokens"]]
     for g, w in zip(got["next_tokens"], want["next_tokens"], strict=True):
@@ -109,29 +94,27 @@ def test_same_tokens_as_on_the_cpu(
     state = config.num_blocks * config.num_heads * (config.dhqk * config.dhhv + config.dhqk + 1) * 4
     assert to_host <= state + 2 * config.vocab_size * 4  # the state once, and the logits
 
-    generated = run(monkeypatch, capsys, "generate", *asked, "--max-new-tokens", "6")
-    assert generated["text"] == text
+    assert run(*generate, *on_mps).row["text"] == text
     assert set(simulator.operators()) <= set(OPERATORS)
 
 
 def test_a_lowered_t_inner_is_said(
-    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
-    asked = ["prefill", "--model", str(tiny), "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", "64"]
-    want = run(monkeypatch, capsys, *asked, "--device", "cpu", "--chunkwise-backend", "native")
+    asked = "prefill", "--model", tiny, "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", 64, "--json"
+    want = run(*asked, "--device", "cpu", "--chunkwise-backend", "native").row
     note = "T_inner 20 takes kernels of more than 31 buffers"
     monkeypatch.setattr("xlstm_ray.choose.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
     monkeypatch.setenv("XLSTM_T_INNER", "20")
-    asked += ["--device", "mps", "--chunkwise-backend", "queued_compiled_steps"]
-    got = run(monkeypatch, capsys, *asked, says=f"note: {note} (20)")
+    ran = run(*asked, "--device", "mps", "--chunkwise-backend", "queued_compiled_steps")
+    assert f"note: {note} (20)" in ran.err
+    got = ran.row
     assert (got["t_inner"], got["chunk_size"]) == (3, want["chunk_size"])
     assert [t["id"] for t in got["next_tokens"]] == [t["id"] for t in want["next_tokens"]]
 
 
-def test_doctor_shows_the_kernels(
-    simulator: Simulator, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = run(monkeypatch, capsys, "doctor", "--kernels", "--model", str(tiny), "--tile-size", "16")
+def test_doctor_shows_the_kernels(simulator: Simulator, tiny: Path, run: Callable[..., Ran]) -> None:
+    report = run("doctor", "--kernels", "--model", tiny, "--tile-size", 16, "--json").row
     assert report["machine"]["torch"] == torch.__version__
     assert "Simulated" in report["machine"]["mps"]
     assert [window["tokens"] for window in report["kernels"]["windows"]] == [16, 1]
@@ -141,10 +124,8 @@ def test_doctor_shows_the_kernels(
         assert window["bytes_per_token"] > 0
     assert not simulator.launches()
 
-    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "doctor", "--kernels", "--device", "cpu"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "--kernels shows Metal kernels, and the device is cpu; it needs --device mps" in capsys.readouterr().err
+    refused = run("doctor", "--kernels", "--device", "cpu").error
+    assert "--kernels shows Metal kernels, and the device is cpu; it needs --device mps" in refused
 
 
 def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:
@@ -152,14 +133,12 @@ def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:
 
 
 def test_cpu_fallback_is_refused(
-    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mps: torch.device, tiny: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Ran]
 ) -> None:
     monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    monkeypatch.setattr(sys, "argv", ["xlstm-ray", "prefill", "--model", str(tiny), "--prompt", "x", "--device", "mps"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
-    assert "PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently" in capsys.readouterr().err
+    ran = run("prefill", "--model", tiny, "--prompt", "x", "--device", "mps")
+    assert ran.code == 1
+    assert "PYTORCH_ENABLE_MPS_FALLBACK is on, which lets operators leave the GPU silently" in ran.error
 
 
 # What is launched is counted twice: by reading the code that was generated, and by the device.
