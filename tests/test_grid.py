@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "XLSTM_RAY_LOCAL_MODE": "0"}
 
 
-def script(home: Path, text: str, *arguments: object) -> dict[str, Any]:
-    """What a fresh Python says: the JSON objects that it prints, as one."""
+def script(home: Path, text: str, *arguments: object) -> list[Any]:
+    """What a fresh Python says: the JSON lines that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
         env=environment(home),
@@ -82,10 +83,7 @@ def script(home: Path, text: str, *arguments: object) -> dict[str, Any]:
         timeout=240,
         check=True,
     )
-    found: dict[str, Any] = {}
-    for line in done.stdout.splitlines():
-        found |= json.loads(line)
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
@@ -131,7 +129,7 @@ GRID = """
 # -- without Ray -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("heads", [4, 3])
 def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, models, in_process, tmp_path):
-    found = script(
+    (found,) = script(
         tmp_path,
         """
         import json, os, sys
@@ -262,8 +260,8 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     """
     )
     lost = home / f"lost-{heads}.state"
-    found = script(home, text, models[heads], head.address, stages, heads, PROMPT, lost)
-    return heads, {**found, "lost_state": lost}
+    said = script(home, text, models[heads], head.address, stages, heads, PROMPT, lost)
+    return heads, dict(ChainMap({"lost_state": lost}, *said))
 
 
 def test_a_grid_gives_the_bits_of_one_process(grid, in_process):
@@ -446,7 +444,7 @@ def test_journals_are_neither_overwritten_nor_mixed(model, tmp_path):
     assert both.returncode == 1
 
 
-# -- two nodes ---------------------------------------------------------------------------------------------------------
+# -- nodes -------------------------------------------------------------------------------------------------------------
 LOSS = """
     import json, os, sys
     # Ray reads these when it is imported, for the nodes that are started here as for the run that attaches to them.
@@ -455,46 +453,48 @@ LOSS = """
     from ray.cluster_utils import Cluster
     import xlstm_ray
 
-    def say(**row): print(json.dumps(row), flush=True)
-    model, token, prompt, spare, kept = sys.argv[1:]
+    model, token, prompt, kept = sys.argv[1:]
     node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     other = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=cluster.address, stages=2,
         ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
-    if spare == "spare":
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
-    say(nodes=len({s.node for s in lm.executor._seats}))
-    def lose(p):
-        if p.tiles_done == 7:
-            cluster.remove_node(other, allow_graceful=False)  # SIGKILL of its raylet; its worker goes soon after
-            (there,) = [s.process for s in lm.executor._seats if s.node == other.node_id]
-            there.wait(60)
-    result = lm.prefill(prompt, on_progress=lose)
-    result.state.save(kept)
-    say(complete=result.complete, restarts=result.stats.restarts, ended_by=str(result.ended_by),
-        code=result.ended_by.exit_code if result.ended_by else 0)
+    spare = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+    def prefill(without):
+        nodes = sorted(s.node for s in lm.executor._seats)
+        assert without.node_id in nodes and len(set(nodes)) == 2
+        def lose(p):
+            if p.tiles_done == 7:
+                (there,) = [s.process for s in lm.executor._seats if s.node == without.node_id]
+                cluster.remove_node(without, allow_graceful=False)  # SIGKILL of its raylet; its worker goes soon after
+                there.wait(60)
+        result = lm.prefill(prompt, on_progress=lose)
+        result.state.save(kept)
+        print(json.dumps([result.complete, result.state.digest(), result.stats.restarts, str(result.ended_by),
+            result.ended_by and result.ended_by.exit_code]), flush=True)
+
+    prefill(without=other)
+    prefill(without=spare)
     lm.close()
     cluster.shutdown()
 """
 
 
-@pytest.mark.parametrize("spare", ["spare", "none"])
-def test_a_node_that_is_lost(spare, model, in_process, tmp_path):
+def test_a_lost_node_is_replaced_by_another_or_leaves_a_state_to_go_on_from(model, in_process, tmp_path):
     token, kept = tmp_path / "token", tmp_path / "kept.state"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    found = script(tmp_path, LOSS, model, token, PROMPT, spare, kept)
-    assert found["nodes"] == 2
+    with_spare, without = script(tmp_path, LOSS, model, token, PROMPT, kept)
+    complete, digest, restarts, ended_by, _ = with_spare
+    assert (complete, digest, ended_by) == (True, in_process[4]["digest"], "None")
+    assert restarts >= 1
+    complete, _, _, ended_by, code = without
+    assert (complete, code) == (False, 4)
+    assert "gone, and a grid of 2 stage(s)" in ended_by
     state = RecurrentState.load(kept)
-    if spare == "spare":  # the same on the remaining nodes
-        assert found["complete"]
-        assert found["restarts"] >= 1
-    else:  # a state to go on from, anywhere
-        assert found["code"] == 4
-        assert "gone, and a grid of 2 stage(s)" in found["ended_by"]
-        lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
-        assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
-        state = lm.prefill(PROMPT, state=state).state
-        torch.set_num_threads(os.cpu_count() or 1)
-    assert state.digest() == in_process[4]["digest"]
+    assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
+    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+    digest = lm.prefill(PROMPT, state=state).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert digest == in_process[4]["digest"]
