@@ -314,10 +314,11 @@ class RayExecutor:
         left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
         each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
         stages, bands = len(self._stages), len(self._stages[0])
+        less = "fewer --threads" if set(bundle) == {"CPU"} else "more --actors-per-device"
         return (
             f"a grid of {stages} stage(s) x {bands} band(s) is {stages * bands} actors of {each} each; the cluster's "
-            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer --stages, more --heads-per-band, fewer "
-            "--threads or more --actors-per-device, or add nodes"
+            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer --stages, more --heads-per-band or "
+            f"{less}, or add nodes"
         )
 
     def _start(self, seats: list[Seat]) -> None:

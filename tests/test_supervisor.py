@@ -347,6 +347,18 @@ def test_dead_and_wrong_addresses_are_refused_within_seconds() -> None:
 
 
 @needs_ray
+def test_a_token_that_is_given_is_used_also_for_a_head_of_ours(head: Head, state_dir: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("0" * 64)
+    for path, words in [(tmp_path / "none", "none cannot be read"), (wrong, "refuses the token")]:
+        with (
+            pytest.raises(RayError, match=words),
+            supervisor.connect(head.address, state_dir=state_dir, token_path=path),
+        ):
+            pass
+
+
+@needs_ray
 def test_a_kept_head_outlives_its_run_and_says_how_to_stop_it(head: Head, state_dir: Path) -> None:
     (item,) = supervisor.status(state_dir).heads
     assert (item.state, item.head) == ("alive", head)
@@ -419,7 +431,7 @@ def test_actors_are_listed_with_name_pid_and_memory(head: Head, state_dir: Path)
     assert actor.namespace == supervisor.NAMESPACE
     assert actor.rss_bytes > 10 << 20
     by_title = supervisor._actors(head.model_copy(update={"dashboard_port": None}), in_session(head.pid))
-    assert [(a.class_name, a.pid) for a in by_title] == [("Stage", pid)]
+    assert [(a.name, a.pid) for a in by_title] == [("Stage", pid)]
 
 
 def listeners(head: Head) -> list[tuple[str, int]]:

@@ -761,9 +761,13 @@ def down(
     from xlstm_ray import supervisor
 
     state_dir = supervisor.default_state_dir()
-    for stopped in supervisor.down(state_dir, head):
-        _out(f"stopped head {stopped.id}")
-    for item in supervisor.status(state_dir).heads if head is None else ():
+    stopped = supervisor.down(state_dir, head)
+    for gone in stopped:
+        _out(f"stopped head {gone.id}")
+    left = supervisor.status(state_dir).heads if head is None else []
+    if not stopped and not left:
+        _out("there is no Ray head of this project to stop")
+    for item in left:
         if item.state != "elsewhere":
             _err(
                 f"left head {item.head.id}: its run (pid {item.head.driver.pid}) is alive; end that run, or stop the "

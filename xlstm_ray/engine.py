@@ -894,6 +894,11 @@ def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], st
     from actors.executor import GridOptions, RayExecutor
 
     settings = engine.settings
+    if settings.actors_per_device > 1 and engine.device.type == "cpu":
+        raise UsageError(
+            f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors share "
+            "by --threads; leave it out"
+        )
     threads = settings.threads
     if threads is None:
         cores = int(ray.cluster_resources().get("CPU", 1))

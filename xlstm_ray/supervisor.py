@@ -132,7 +132,7 @@ class HeadOptions:
 
 @dataclass(frozen=True)
 class Actor:
-    """A Ray worker of ours. Without a dashboard only its title and pid are known."""
+    """A Ray worker of ours. Without a dashboard only its pid is known, and for its name what it is doing."""
 
     name: str
     class_name: str
@@ -190,10 +190,9 @@ class StatusReport:
             if head.dashboard_url:
                 out.append(f"  dashboard {head.dashboard_url}; log in with the token in {head.token_path}")
             out.append(f"  {item.processes} processes, {item.rss_bytes / 2**20:.0f} MiB")
-            out.extend(
-                f"  actor {a.name} ({a.class_name}) {a.state}, pid {a.pid}, {a.rss_bytes / 2**20:.0f} MiB"
-                for a in item.actors
-            )
+            for a in item.actors:
+                what = f"{a.name} ({a.class_name})" if a.class_name else a.name
+                out.append(f"  actor {what} {a.state}, pid {a.pid}, {a.rss_bytes / 2**20:.0f} MiB")
             if item.state == "orphaned":
                 out.append("  its driver is gone: `xlstm-ray down` stops it")
         out.extend(
@@ -357,14 +356,15 @@ def connect(
 ) -> Iterator[ModuleType]:
     """Connect this process to a head and yield the `ray` module; disconnects at the end.
 
-    `target` is a head of ours or HOST:PORT. For an address that is in the records of `state_dir` the token is known;
-    else it is `token_path`, or where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
+    `target` is a head of ours or HOST:PORT. The token is in `token_path`; where that is not given, it is known of an
+    address in the records of `state_dir`, or is where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
+    ~/.ray/auth_token).
     Import nothing that imports Ray before: Ray reads its authentication from the environment at import, once, and the
     environment stays set for that reason. Raises RayError within seconds when nobody answers, when the token is
     refused, or when the head would let anybody in.
     """
     _require_ray()
-    if isinstance(target, str) and state_dir is not None:
+    if isinstance(target, str) and state_dir is not None and token_path is None:
         here = f"{LOOPBACK}:{_split(target)[1]}" if _is_loopback(target) else target
         target = next((h for h in _heads(state_dir) if h.address == here), target)
     if isinstance(target, Head):
@@ -545,9 +545,9 @@ def _actors(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
             )
     out = []
     for process in processes:
-        title = re.match(r"ray::(\w+)", _title(process))
-        if title and title[1] not in ("IDLE", "DashboardAgent", "RuntimeEnvAgent"):
-            out.append(Actor(title[1], title[1], "RUNNING", process.pid, "", rss[process.pid]))
+        title = re.match(r"ray::((\w+).*?) *$", _title(process))
+        if title and title[2] not in ("IDLE", "DashboardAgent", "RuntimeEnvAgent"):
+            out.append(Actor(title[1], "", "RUNNING", process.pid, "", rss[process.pid]))
     return tuple(out)
 
 
