@@ -144,6 +144,10 @@ def test_time_grows_with_the_prompt_and_memory_does_not(of_7b: Path) -> None:
     assert tail == pytest.approx(planned(of_7b, "h100", 4096 + 256).seconds)
 
 
+def test_a_small_model_on_a_large_gpu_waits_for_its_calls() -> None:
+    assert planned(DEMO_MODEL, "h100", 16 * 4096).seconds == pytest.approx(16 * 4 * 0.75e-3)  # tiles x blocks
+
+
 # No timing is asserted but for nonsense: other work on this machine may well cost a factor of 1.5. --check asserts it.
 def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned(DEMO_MODEL, "this", 4096)

@@ -93,8 +93,8 @@ class Statistics:
     row_tokens: list[int]  # prompt tokens, a row
     row_resumed: list[int]  # of these, found in the given state
     compile_s: float
-    prefill_s: float
-    ttft_s: float  # from the first tile to the first token's logits; loading and compiling are not in it
+    prefill_s: float  # without compile_s
+    ttft_s: float  # from the first tile to the first token's logits; loading and compiling before it are not in it
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
     restarts: int = 0  # workers that had to be replaced
@@ -360,7 +360,7 @@ class Engine:
         mixed = state is not None and state.grid != self.grid and any(begin)
         with ExitStack() as files:
             guard = _Guard(self, rows, begin, should_stop, mixed=mixed, files=files)
-            compile_s = guard.warm_up()
+            guard.warm_up()
             self._set_state(state, len(rows))
             if self._launches is not None:
                 self._launches.total = 0
@@ -379,7 +379,8 @@ class Engine:
             )
         if outcome.lost and not outcome.end.tensors:
             raise outcome.lost  # before the first snapshot: there is nothing to keep
-        stats = self._statistics([len(row) for row in rows], list(begin), compile_s, outcome)
+        stats = self._statistics([len(row) for row in rows], list(begin), guard.compile_s, outcome)
+        stats.prefill_s -= guard.paused_s
         state = state_at(outcome.end)
         if journal is not None and not state.complete and not outcome.lost:
             state.save(journal)
@@ -640,6 +641,8 @@ class _Guard:
         self.grid = engine.grid.model_copy(update={"mixed": mixed})
         self.ended_by: MemoryLimitError | None = None
         self._windows = 0
+        self.compile_s = 0.0  # of all sizes
+        self.paused_s = 0.0  # of it, for sizes that the run went on with
         settings, local = engine.settings, engine.mode is Mode.LOCAL
         # Actors are watched where they live, and their kernels are compiled for one grid.
         self._shrinks = local and settings.shrink_on_soft
@@ -682,7 +685,9 @@ class _Guard:
         """Compile the sizes of now; returns the seconds it took."""
         ends = [len(row) for row in self.rows]
         tile, chunk = self.grid.tile_size, self.grid.chunk_size
-        return self.engine.warm_up(len(ends), window_sizes(self.begin, ends, tile_size=tile, chunk_size=chunk))
+        seconds = self.engine.warm_up(len(ends), window_sizes(self.begin, ends, tile_size=tile, chunk_size=chunk))
+        self.compile_s += seconds
+        return seconds
 
     def should_stop(self) -> bool:
         if self._should_stop():
@@ -724,7 +729,7 @@ class _Guard:
             f"memory: tiles of {tile} tokens and chunks of {chunk} from here on"
             + ("; the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
         )
-        self.warm_up()
+        self.paused_s += self.warm_up()
 
     def resize(self) -> tuple[int, int]:
         self._windows += 1
@@ -808,9 +813,9 @@ class Generation:
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Tokens made a second over all rows; the first comes with the prefill and needs no step."""
-        made = sum(len(row) for row in self.tokens)
-        return made / self.decode_s if made and self.decode_s > 0 else None
+        """Tokens a second over all rows, of those that took a step: a row's first one comes with the prefill."""
+        stepped = sum(max(0, len(row) - 1) for row in self.tokens)
+        return stepped / self.decode_s if stepped and self.decode_s > 0 else None
 
     def state(self) -> RecurrentState:
         """The state after everything made so far: generating from it goes on where this stopped."""

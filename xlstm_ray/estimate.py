@@ -2,11 +2,12 @@
 
 Of the model only config.json is read, and the headers of its weights where there are weights. A tile's time is
 
-    max(products, weights) + traffic
+    max(max(products, weights) + traffic, calls)
     products  the matrix products' operations / (the device's rate x the share of it that is reached)
     weights   bytes of the weights, read once a tile, / bandwidth
     traffic   what passes through memory between the products: activations, and the states of every chunk,
               / (bandwidth x the share of it that is reached)
+    calls     what the host takes to launch a block's work on a GPU, whatever the tile's size
 
 The shares come from what was measured: README.md's figures for a 7B model on an H100, on two CPU cores for a CPU.
 """
@@ -47,19 +48,21 @@ class Shares:
 
     products: float
     traffic: float
+    call_s: float  # of the host, a block and window
     source: str
 
 
 SHARES = {
     # The bare products of the 7B model do 53,834 tokens/s x 12.9 GFLOP = 0.70 of the published rate; with 0.5 for what
     # is beside them the estimates for chunks of 64, 128 and 256 are all within 6 % of the times in README.md.
-    "cuda": Shares(0.70, 0.5, "measured on one H100"),
+    # With tiles of 2048 the 32 blocks' calls took 20 to 28 ms beside an H200.
+    "cuda": Shares(0.70, 0.5, 0.75e-3, "measured on one H100"),
     # No Mac has run this program yet. llama.cpp's published F16 prompts of 7B models (M1 Pro, M2 Ultra, M3 Pro:
     # github.com/ggml-org/llama.cpp/discussions/4167) reach 0.6 to 0.75 of the rates below; the second is the H100's.
-    "mps": Shares(0.65, 0.5, "estimated from llama.cpp's published figures; not measured"),
+    "mps": Shares(0.65, 0.5, 0.75e-3, "estimated from llama.cpp's published figures; not measured"),
     # The probe's products are the model's own, so that all of their rate is reached. Its traffic is a plain copy; what
     # is not products takes 1.4 times as long as that, in two models on two cores of an AMD EPYC, in both dtypes.
-    "cpu": Shares(1.0, 0.7, "the first probed, the second measured on two cores of an AMD EPYC"),
+    "cpu": Shares(1.0, 0.7, 0.0, "the first probed, the second measured on two cores of an AMD EPYC"),
 }
 
 
@@ -340,7 +343,8 @@ def prefill_seconds(model: Model, device: Device, tokens: int, tile: int, chunk:
         products = T * sum(w.flops for w in work) / (device.rate(model.dtype) * shares.products)
         weights = sum(model.blocks[b] for b in stage) / device.bandwidth
         traffic = T * sum(w.traffic for w in work) / (device.bandwidth * shares.traffic)
-        return max(products, weights) + traffic + T * SLSTM_STEP_S * sum(b in c.slstm_at for b in stage)
+        steps = T * SLSTM_STEP_S * sum(b in c.slstm_at for b in stage)
+        return max(max(products, weights) + traffic + steps, len(stage) * shares.call_s)
 
     def seconds(T: int) -> tuple[float, float]:
         """(between two such windows, until the first is through)"""
