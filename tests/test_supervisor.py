@@ -178,7 +178,10 @@ def test_importable_without_ray_which_is_named_when_a_head_is_asked_for(tmp_path
         """,
         tmp_path,
     )
-    assert out == ["()", *2 * ["Ray is not installed: pip install 'xlstm-ray[ray]', or stay in local mode"]]
+    assert out == [
+        "()",
+        *2 * ["Ray is not installed: pip install '.[ray]' in the project's checkout, or stay in local mode"],
+    ]
 
 
 def test_mode_follows_from_the_flags() -> None:

@@ -170,7 +170,7 @@ def _pyplot() -> ModuleType:
         import matplotlib
     except ImportError:
         raise UsageError(
-            "--png draws with matplotlib, which is not installed; pip install 'xlstm-ray[bench]', or leave it out"
+            "--png draws with matplotlib, which is not installed; pip install matplotlib, or leave it out"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

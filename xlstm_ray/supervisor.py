@@ -393,7 +393,7 @@ def connect(
 def _require_ray() -> None:
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
-        raise RayError("Ray is not installed: pip install 'xlstm-ray[ray]', or stay in local mode")
+        raise RayError("Ray is not installed: pip install '.[ray]' in the project's checkout, or stay in local mode")
 
 
 def _import_ray(address: str, token_path: Path | None) -> ModuleType:
