@@ -129,7 +129,8 @@ class RayExecutor:
     def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
         sizes = list(sizes)
         self._warm += [(batch, size) for size in sizes]
-        self._guard(lambda: self._each(self._seats, "warm_up", batch, sizes))
+        # Compiling takes as long as it takes, whatever the tiles before have taken.
+        self._guard(lambda: self._each(self._seats, "warm_up", batch, sizes), self._options.first_deadline_s)
 
     def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
         self._snapshot = (tensors, batch)
@@ -450,10 +451,12 @@ class RayExecutor:
             e.GetTimeoutError,
         )
 
-    def _guard(self, ask: Callable[[], list[Any]]) -> list[Any]:
-        """What the calls return; asked again after a recovery when an actor is gone."""
+    def _guard(self, ask: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
+        """What the calls return; asked again after a recovery when an actor is gone, or late by what tiles take."""
         while True:
             try:
+                if timeout_s is not None:
+                    return self._get(ask(), timeout_s)
                 return self._get_patiently(ask(), self._deadline(self._in_flight + 1))
             except self._failure as error:
                 self._recover(error)
