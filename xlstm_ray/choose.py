@@ -90,8 +90,9 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
-    for name in () if mode is Mode.LOCAL else ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
-        if settings.source(name).kind == "flag" and getattr(settings, name) is not False:
+    for name in ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
+        asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
+        if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
     return mode
 

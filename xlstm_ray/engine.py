@@ -187,6 +187,11 @@ class Engine:
                 f"{settings.named('journal_every')} has no effect in one process without --journal or --resume; "
                 "leave it out"
             )
+        if settings.actors_per_device > 1 and self.device.type == "cpu":
+            raise UsageError(
+                f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
+                "share by --threads; leave it out"
+            )
         if self.mode is not Mode.ATTACHED:
             _require_compiler(self.backend, self.device)
         self._tokenizer_file = self.model_path / "tokenizer.json"
@@ -899,11 +904,6 @@ def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], st
     from actors.executor import GridOptions, RayExecutor
 
     settings = engine.settings
-    if settings.actors_per_device > 1 and engine.device.type == "cpu":
-        raise UsageError(
-            f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors share "
-            "by --threads; leave it out"
-        )
     threads = settings.threads
     if threads is None:
         cores = int(ray.cluster_resources().get("CPU", 1))
