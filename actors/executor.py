@@ -24,15 +24,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from actors.band import GROUPS, ActorSample, BandActor, Call, WorkerSpec, from_wire, to_wire
-from actors.metrics import GridMetrics
+from xlstm_ray.actors.band import GROUPS, ActorSample, BandActor, Call, WorkerSpec, from_wire, to_wire
+from xlstm_ray.actors.metrics import GridMetrics
 from xlstm_ray.errors import GridLost, UsageError, XlstmRayError, one_line
 from xlstm_ray.memory import Limits
 from xlstm_ray.model import Band, join_bands
 from xlstm_ray.prefill.executor import Tile, TileResult
 
 if TYPE_CHECKING:
-    from actors.watchdog import Event
+    from xlstm_ray.actors.watchdog import Event
 
 HEAD_CHECK_S = 2.0
 DECODE_KEEP = 256  # tokens between two snapshots while decoding
@@ -353,7 +353,7 @@ class RayExecutor:
             return
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from actors.watchdog import Watchdog
+        from xlstm_ray.actors.watchdog import Watchdog
 
         o = self._options
         nodes = {seat.node for seat in self._seats}

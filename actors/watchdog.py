@@ -16,7 +16,7 @@ import ray
 from xlstm_ray.memory import MIB, Level, Limits, Sample
 
 if TYPE_CHECKING:
-    from actors.band import ActorSample
+    from xlstm_ray.actors.band import ActorSample
 
 
 class Event(NamedTuple):

@@ -25,8 +25,8 @@ from test_slstm import CASES, write_model
 from tiny import make_model
 
 import xlstm_ray
-from actors.band import BandActor, WorkerSpec
 from xlstm_ray import RecurrentState, supervisor
+from xlstm_ray.actors.band import BandActor, WorkerSpec
 from xlstm_ray.errors import CheckpointError, StateError, UsageError
 from xlstm_ray.model import Band
 from xlstm_ray.supervisor import Head, HeadOptions
@@ -385,6 +385,43 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
     (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
     assert kept % TILE == 0
     assert 0 < kept < 40 * len(PROMPT)
+
+
+OURS = ("actors", "band", "executor", "engine", "xlstm", "watchdog", "metrics", "state", "settings", "errors", "model")
+THEIRS = ("torch", "numpy", "ray", "safetensors", "tokenizers", "psutil", "pydantic", "json", "typing", "logging")
+
+
+def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_others(
+    home, head, model, in_process, tmp_path
+):
+    for name in (*OURS, *THEIRS):  # where a command is run, a folder may hold anything
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").write_text(f"raise ImportError('{name} of the current folder')")
+    (tmp_path / "beside").mkdir()
+    for name in OURS:  # beside a program, whatever does not name a library that it needs
+        (tmp_path / "beside" / f"{name}.py").write_text(f"raise ImportError('{name} beside the program')")
+    program = tmp_path / "beside" / "program.py"
+    program.write_text(
+        "import sys, xlstm_ray\n"
+        "lm = xlstm_ray.load(sys.argv[1], ray_address=sys.argv[2], chunkwise_backend='ray_compiled_chunks', stages=2,\n"
+        "    device='cpu', threads=1, tile_size=32, chunk_size=16)\n"
+        "print(lm.prefill(sys.argv[3]).state.digest())\n"
+    )
+    by_command = [
+        "-P", "-c", "from xlstm_ray.cli import main; main()", "prefill", "--model", model, *SIZES, "--stages", 2,
+        "--ray-address", head.address, "--chunkwise-backend", "ray_compiled_chunks", "--prompt", PROMPT, "--json",
+    ]  # fmt: skip
+    for words in (by_command, [program, model, head.address, PROMPT]):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path / "here",
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert in_process[4]["digest"] in done.stdout
 
 
 # -- journal -----------------------------------------------------------------------------------------------------------

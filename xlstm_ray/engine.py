@@ -73,7 +73,7 @@ TILE_COLUMNS = (
     "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
 )
 if TYPE_CHECKING:
-    from actors.watchdog import Event
+    from xlstm_ray.actors.watchdog import Event
 
 JOURNAL_FILE = "prefill.state"
 
@@ -900,8 +900,8 @@ def _head_options(settings: Settings) -> HeadOptions:
 
 def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], steps: Fit) -> Executor:
     """An actor for each (stage, band) on the cluster that `ray` is connected to."""
-    from actors.band import WorkerSpec
-    from actors.executor import GridOptions, RayExecutor
+    from xlstm_ray.actors.band import WorkerSpec
+    from xlstm_ray.actors.executor import GridOptions, RayExecutor
 
     settings = engine.settings
     threads = settings.threads

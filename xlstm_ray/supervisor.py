@@ -23,6 +23,7 @@ import re
 import secrets
 import shutil
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -378,7 +379,13 @@ def connect(
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+            job_config=_job(ray),
+        )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise RayError(f"the head at {address} did not accept this process: {_first_line(error)}") from error
     finally:
@@ -422,6 +429,17 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     # switch for it. The run says itself what an actor's death means; --json must be JSON.
     worker.print_to_stdstream = _note_message
     return ray
+
+
+def _job(ray: ModuleType) -> Any:
+    """This process as a job: its workers import what it imports, wherever it was started.
+
+    Ray puts the current folder before all others on its workers' paths, so that a torch.py there would be taken for
+    torch; a job of Ray's client is spared that. A checkout that is only on this process's path is on theirs instead.
+    """
+    root = str(Path(__file__).parents[1])
+    installed = root in (*site.getsitepackages(), site.getusersitepackages())
+    return ray.job_config.JobConfig(_client_job=True, _py_driver_sys_path=[] if installed else [root])
 
 
 def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
