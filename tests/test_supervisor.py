@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,9 +142,9 @@ HEAD = """
 """
 
 
-def cli(state_dir: Path, *arguments: str) -> tuple[int, str, str]:
+def cli(state_dir: Path, *arguments: str, before: Sequence[str] = ()) -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", "from xlstm_ray.cli import main; main()", *arguments],
+        [*before, sys.executable, "-c", "from xlstm_ray.cli import main; main()", *arguments],
         env={**os.environ, "PYTHONPATH": ROOT, "HOME": str(state_dir.parents[2])},
         capture_output=True,
         text=True,
@@ -225,6 +226,7 @@ def made_up(state_dir: Path, *, guard: Process | None, **changes: object) -> Hea
     head = Head(
         id="abc123",
         host=platform.node(),
+        machine=supervisor.this_machine(),
         mode="run",
         created=0.0,
         driver=Process(pid=2**22 + 1, started=1.0),
@@ -268,13 +270,24 @@ def test_a_recorded_process_in_another_session_proves_nothing(tmp_path: Path, by
 
 
 def test_a_head_on_another_machine_is_listed_and_left_alone(tmp_path: Path, bystander: psutil.Process) -> None:
-    made_up(tmp_path, guard=supervisor._identify(bystander), host="elsewhere")
+    other = supervisor.this_machine().model_copy(update={"id": "0" * 32, "boot": "another"})
+    made_up(tmp_path, guard=supervisor._identify(bystander), machine=other)  # of the same name
     (item,) = supervisor.status(tmp_path).heads
     assert (item.state, item.processes) == ("elsewhere", 0)
     assert supervisor.down(tmp_path) == []
     assert bystander.status() == psutil.STATUS_SLEEPING
     with pytest.raises(RayError, match="no head abc123 of ours on this machine"):
         supervisor.down(tmp_path, "abc123")
+
+
+def test_what_was_here_before_the_machine_was_booted_is_dead(tmp_path: Path, bystander: psutil.Process) -> None:
+    """Its pids are other programs' by now. Two containers that share a machine's id are no such case."""
+    earlier = supervisor.this_machine().model_copy(update={"boot": "an earlier one", "processes": supervisor.HOSTS_OWN})
+    head = made_up(tmp_path, guard=supervisor._identify(bystander), machine=earlier)
+    in_container = supervisor.this_machine().processes not in ("", supervisor.HOSTS_OWN)
+    assert [i.state for i in supervisor.status(tmp_path).heads] == ["elsewhere" if in_container else "dead"]
+    assert supervisor.down(tmp_path) == ([] if in_container else [head])
+    assert bystander.status() == psutil.STATUS_SLEEPING
 
 
 def test_identity_survives_a_corrected_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +341,163 @@ def test_a_head_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path) 
         supervisor.start_head(options(tmp_path, start_timeout_s=1.0))
     assert list((tmp_path / "heads").iterdir()) == []
     assert [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def unshared(*flags: str) -> list[str]:
+    """A command line that runs what follows in namespaces of its own."""
+    command = ["unshare", *flags]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip(f"`{' '.join(command)}` is not permitted here: it takes Linux and root")
+    return command
+
+
+START = """
+    import sys
+    from pathlib import Path
+    from xlstm_ray.supervisor import HeadOptions, RayError, start_head
+    try:
+        start_head(HeadOptions(state_dir=Path(sys.argv[1]), temp_dir=Path(sys.argv[2])))
+        print("started")
+    except RayError as error:
+        print(error)
+"""
+FULL = "mount -t tmpfs -o mode=700,size=1m tmpfs {0} && head -c 4m /dev/zero 2>/dev/null >{0}/fill"
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("flags", "before", "words"),
+    [
+        (["--net"], "true", "cannot reach itself at 127.0.0.1"),
+        (["--mount"], "mount -o remount,bind,ro /dev/shm", "/dev/shm cannot be written"),
+        (["--mount"], FULL.format("{temp}"), "has 0 MiB left"),
+        (["--mount"], FULL.format("{state}"), "cannot be written: No space left on device"),
+        (["--mount"], "mount -t tmpfs -o ro,mode=700 tmpfs {state}", "Read-only file system"),
+    ],
+)
+def test_what_a_head_cannot_do_without_is_named_in_one_line(
+    flags: list[str], before: str, words: str, tmp_path: Path
+) -> None:
+    short = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # its sockets' paths must not be long
+    folders = [tmp_path / "state", short]
+    folders[0].mkdir(mode=0o700)
+    before = before.format(state=folders[0], temp=folders[1])
+    done = subprocess.run(
+        [*unshared(*flags), "bash", "-c", f'{before}; exec "$0" "$@"', sys.executable, "-c", textwrap.dedent(START)]
+        + [str(folder) for folder in folders],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    shutil.rmtree(short)
+    assert done.stderr == "" or done.stderr.startswith("head: "), done.stderr
+    assert words in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_told_which_folder_to_give(tmp_path: Path) -> None:
+    """A user id that no password file knows, as containers have them."""
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    user += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "env", "-u", "HOME"]
+    if shutil.which("setpriv") is None or subprocess.run([*user, "true"], capture_output=True).returncode:
+        pytest.skip("`setpriv` is not permitted here: it takes Linux and root")
+    code, out, err = cli(tmp_path / "a" / "b" / "c", "status", before=user)
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "error: this user has no home directory for Ray's records: give a folder with --ray-state-dir"
+    )
+    assert err.count("\n") == 1
+    assert cli(tmp_path / "a" / "b" / "c", "status", "--ray-state-dir", str(tmp_path / "none"), before=user)[0] == 0
+
+
+@needs_ray
+def test_a_port_that_is_taken_between_choice_and_use_costs_another_try(tmp_path: Path) -> None:
+    """Another program binds the ports as soon as a record names them; the first record's only."""
+    taken: list[socket.socket] = []
+
+    def thief() -> None:
+        while not taken:
+            for head in supervisor._heads(tmp_path):
+                for port in (head.client_port, head.metrics_port):
+                    taken.append(socket.create_server(("127.0.0.1", port)))
+            time.sleep(0.001)
+
+    (tmp_path / "heads").mkdir(mode=0o700)
+    thread = threading.Thread(target=thief)
+    thread.start()
+    head = supervisor.start_head(options(tmp_path, stays=True))
+    try:
+        thread.join()
+        stolen = {server.getsockname()[1] for server in taken}
+        assert not stolen & {head.client_port, head.metrics_port}
+        held = {port for _, port in listeners(head)}
+        assert {head.client_port, head.metrics_port, int(str(head.address).split(":")[1])} <= held
+        assert [h.id for h in supervisor._heads(tmp_path)] == [head.id]
+    finally:
+        supervisor.stop_head(head, tmp_path)
+        for server in taken:
+            server.close()
+    assert gone(head)
+
+
+@needs_ray
+def test_one_head_of_two_that_are_asked_for_at_once_and_its_life_under_another_name(
+    other: Other, tmp_path: Path
+) -> None:
+    """Helpers that no run needs die; the machine is renamed; `down` under the new name leaves nothing."""
+    state_dir = tmp_path / "home" / ".local" / "state" / "xlstm-ray"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", "from xlstm_ray.cli import main; main()", "up", "--ray-dashboard"],
+            env={**os.environ, "PYTHONPATH": ROOT, "HOME": str(tmp_path / "home")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [run.communicate(timeout=150) for run in runs]
+    try:
+        (head,) = supervisor._heads(state_dir)
+        assert sorted(run.returncode for run in runs) == [0, 1], said
+        assert [f"head {head.id} is up already at {head.address}" in err for _, err in said].count(True) == 1
+        assert {head.dashboard_port, head.client_port, head.metrics_port} <= {port for _, port in listeners(head)}
+
+        parts = {"dashboard.py": "dashboard", "log_monitor.py": "log monitor", "client.server": "client server"}
+        for process in in_session(head.pid):
+            line = " ".join(process.cmdline())
+            if any(part in line for part in parts):
+                process.kill()
+        assert until(lambda: set(supervisor.lost_helpers(head, state_dir)) == set(parts.values()), 10)
+        time.sleep(3)  # `ray start --block` looked once a second
+        (item,) = supervisor.status(state_dir).heads
+        assert (item.state, item.head.error) == ("alive", None)
+        text = "\n".join(supervisor.status(state_dir).lines())
+        assert "without its " in text
+        assert str(head.dashboard_url) not in text
+        connected = """
+            import sys
+            from pathlib import Path
+            from xlstm_ray.supervisor import connect
+            with connect(sys.argv[1], state_dir=Path(sys.argv[2])) as ray:
+                print(ray.get(ray.remote(num_cpus=0)(lambda: 7).remote()))
+        """
+        assert script(connected, head.address, state_dir) == ["7"]
+
+        renamed = [*unshared("--uts"), "sh", "-c", 'hostname another && exec "$@"', "sh"]
+        assert cli(state_dir, "status", before=renamed)[1].startswith(f"head {head.id}: alive")
+        assert f"head {head.id} is up already" in cli(state_dir, "up", before=renamed)[2]
+        stranger = unshared("--pid", "--fork", "--mount-proc")  # a container beside us: pids are not ours to read
+        assert cli(state_dir, "status", before=stranger)[1].startswith(f"head {head.id}: elsewhere")
+        assert cli(state_dir, "down", before=stranger) == (0, "", "")
+        assert in_session(head.pid)
+        assert cli(state_dir, "down", before=renamed) == (0, f"stopped head {head.id}\n", "")
+        assert gone(head)
+        assert other.intact()
+    finally:
+        for left in supervisor._heads(state_dir):
+            supervisor.stop_head(left, state_dir)
 
 
 @needs_ray

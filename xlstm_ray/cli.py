@@ -709,7 +709,7 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
 
 # -- Ray ---------------------------------------------------------------------------------------------------------------
 @app.command()
-@takes("ray_dashboard ray_dashboard_port")
+@takes("ray_dashboard ray_dashboard_port ray_state_dir ray_temp_dir")
 def up(
     ray_port: Annotated[
         int | None, typer.Option("--ray-port", help="The port of the head's address [default: a free one]")
@@ -728,7 +728,8 @@ def up(
     supervisor.choose_mode(local_mode=False, dashboard=settings.ray_dashboard, dashboard_port=port)
     head = supervisor.up(
         supervisor.HeadOptions(
-            state_dir=supervisor.default_state_dir(),
+            state_dir=settings.ray_state_dir or supervisor.default_state_dir(),
+            temp_dir=settings.ray_temp_dir,
             stays=True,
             dashboard=settings.ray_dashboard,
             dashboard_port=port,
@@ -740,11 +741,13 @@ def up(
 
 
 @app.command()
-def status(json_output: JsonOption = False) -> None:
+@takes("ray_state_dir")
+def status(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show the Ray heads of this project with their actors and memory, and Ray sessions that are not ours."""
+    settings = Settings.make(**asked)
     from xlstm_ray import supervisor
 
-    report = supervisor.status(supervisor.default_state_dir())
+    report = supervisor.status(settings.ray_state_dir or supervisor.default_state_dir())
     if json_output:
         _json_line(report.to_json())
     else:
@@ -752,15 +755,19 @@ def status(json_output: JsonOption = False) -> None:
 
 
 @app.command()
+@takes("ray_state_dir")
 def down(
     head: Annotated[
         str | None, typer.Argument(help="Stop this head only, also when its run is alive [default: all without a run]")
     ] = None,
+    *,
+    asked: dict[str, Any],
 ) -> None:
     """Stop the Ray heads of this project, and nothing else."""
+    settings = Settings.make(**asked)
     from xlstm_ray import supervisor
 
-    state_dir = supervisor.default_state_dir()
+    state_dir = settings.ray_state_dir or supervisor.default_state_dir()
     stopped = supervisor.down(state_dir, head)
     for gone in stopped:
         _out(f"stopped head {gone.id}")

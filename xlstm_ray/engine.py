@@ -161,6 +161,8 @@ class Engine:
         self._cluster = ExitStack()
         self._executor: Executor | None = None
         self.stays: Head | None = None  # a head of ours that outlives this engine
+        self._head: Head | None = None  # a head of ours
+        self._lost_helpers: set[str] = set()  # of it, that have been told of
         self._memory_events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
         self._launches: LaunchCounter | None = None
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
@@ -251,7 +253,7 @@ class Engine:
             )
         else:
             if ray is None:
-                head = self._cluster.enter_context(managed(_head_options(settings)))
+                head = self._head = self._cluster.enter_context(managed(_head_options(settings)))
                 ray = self._cluster.enter_context(connect(head))
                 self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
             self._executor = _grid_executor(ray, self, stages, steps)
@@ -458,6 +460,15 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def tell_lost_helpers(self) -> None:
+        """Say once of each of Ray's helpers that has ended: the run goes on without it."""
+        if self._head is None:
+            return
+        state_dir = self.settings.ray_state_dir or supervisor.default_state_dir()
+        for name in set(supervisor.lost_helpers(self._head, state_dir)) - self._lost_helpers:
+            self._lost_helpers.add(name)
+            self.on_note(f"Ray's {name} has ended; the run goes on without it (logs in {self._head.folder})")
 
     @property
     def _journal_every(self) -> int:
@@ -697,6 +708,7 @@ class _Guard:
     def should_stop(self) -> bool:
         if self._should_stop():
             return True
+        self.engine.tell_lost_helpers()
         if self._watchdog is None:
             return False
         while self.engine._memory_events:
@@ -874,7 +886,7 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
 @contextmanager
 def _attached(settings: Settings) -> Iterator[ModuleType]:
     assert settings.ray_address is not None
-    state_dir = supervisor.default_state_dir()
+    state_dir = settings.ray_state_dir or supervisor.default_state_dir()
     with connect(settings.ray_address, state_dir=state_dir, token_path=settings.ray_token_path) as ray:
         yield ray
 
@@ -890,7 +902,8 @@ def _device_of_cluster(settings: Settings, ray: ModuleType) -> torch.device:
 def _head_options(settings: Settings) -> HeadOptions:
     """A head for one run, or one that stays where it was asked for."""
     return HeadOptions(
-        state_dir=supervisor.default_state_dir(),
+        state_dir=settings.ray_state_dir or supervisor.default_state_dir(),
+        temp_dir=settings.ray_temp_dir,
         stays=settings.ray_keep_alive or not settings.ray_autoshutdown,
         dashboard=settings.ray_dashboard,
         dashboard_port=settings.ray_dashboard_port,

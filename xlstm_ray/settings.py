@@ -156,6 +156,14 @@ class Settings(BaseSettings):
     ray_keep_alive: bool = setting("Leave the Ray head running after the run.", False)
     ray_address: str | None = setting("HOST:PORT of a Ray head that runs.", shown="none", min_length=1)
     ray_token_path: File = setting("The file with that head's token.", shown="where Ray looks")
+    ray_state_dir: File = setting(
+        "Where records of Ray heads and their token are.", shown="~/.local/state/xlstm-ray", env="XLSTM_RAY_STATE_DIR"
+    )
+    ray_temp_dir: File = setting(
+        "Where a head's sockets, logs and spilled objects go; a short path.",
+        shown="/tmp/xr-UID",
+        env="XLSTM_RAY_TEMP_DIR",
+    )
     actors_per_device: int = count("Actors that may share a GPU.", 1, high=64)
     journal: File = setting("Write snapshots of the run to this directory.", shown="none")
     journal_every: int | None = count("Tiles between snapshots.", shown="16; 64 on cuda")

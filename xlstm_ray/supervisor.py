@@ -2,17 +2,20 @@
 
 A managed head is three layers, all in one POSIX session of their own:
 
-    guard (this file, a few lines of Python)  ->  ray start --head --block  ->  Ray's processes and the workers
+    guard (this file, a few lines of Python)  ->  ray start --head  ->  Ray's processes and the workers
 
-The guard's pid is the session's id, so "ours" is a question to the kernel and not a search for names. The guard watches
-the driver by pid and start time; when the driver is gone, however it ended, the guard takes the session down. A head
-that stays (`up`, or a run with keep-alive) has the same guard, which then waits for `stop_head` or `down` instead.
+The guard's pid is the session's id, so "ours" is a question to the kernel and not a search for names. `ray start` ends
+when all run; the guard then watches GCS and raylet, without which no run can be, and notes which helpers have gone. It
+watches the driver by pid and start time; when the driver is gone, however it ended, the guard takes the session down. A
+head that stays (`up`, or a run with keep-alive) has the same guard, which then waits for `stop_head` or `down` instead.
 What was started is recorded in `<state_dir>/heads/<id>.json`, written whole or not at all, before anything runs.
+A record says on which machine its pids are, by the machine's own identity: its name is shown and never compared.
 
 Only `connect` imports Ray. This module reads no settings; it passes the environment on to Ray, with token
 authentication switched on and every listener on loopback.
 """
 
+import fcntl
 import http.client
 import importlib.util
 import json
@@ -33,9 +36,10 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -53,6 +57,12 @@ MIN_OBJECT_STORE = 75 << 20  # bytes; Ray refuses less
 POLL_S = 0.1
 GRACE_S = 5.0  # what each group of processes gets between SIGTERM and SIGKILL; Ray's dashboard takes 3
 PROBE_S = 3.0
+START_TRIES = 3  # each with other ports, in start_timeout_s together
+SPACE = 64 << 20  # bytes that Ray's logs and sockets want at least
+# What a system takes as a socket's path, less what Ray puts behind the folder.
+LONGEST_FOLDER = (103 if platform.system() == "Darwin" else 107) - len(
+    "/123456/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+)
 
 
 class Mode(StrEnum):
@@ -72,17 +82,28 @@ class Process(BaseModel):
     started: float  # seconds since boot: a corrected wall clock does not move it
 
 
+class Machine(BaseModel):
+    """What pids are of: a machine since it was booted, and in it a container's own table of processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str  # stays when the machine is renamed or booted; containers may share it
+    boot: str
+    processes: str  # the pid namespace; empty where there is none
+
+
 class Head(BaseModel):
     """The record of one head. Only its guard writes it, once `start_head` has laid it down.
 
     `mode` "run" goes with its driver, "up" stays until it is stopped. `address`, `members` and `dashboard_url` are
-    empty until the head answers. `error` says why Ray ended by itself.
+    empty until the head answers. `lost` names helpers that ended while the head goes on. `error` says why it ended.
     """
 
     model_config = ConfigDict(frozen=True)
 
     id: str
-    host: str
+    host: str  # to show
+    machine: Machine
     mode: Literal["run", "up"]
     created: float  # seconds since the epoch, to show
     driver: Process
@@ -95,6 +116,7 @@ class Head(BaseModel):
     metrics_port: int
     token_path: Path
     folder: Path  # Ray's sockets, logs and spilled objects
+    lost: tuple[str, ...] = ()
     error: str | None = None
 
     @property
@@ -118,6 +140,7 @@ class HeadOptions:
     """What a head of ours is to be. Ports left None are chosen free; the object store is bounded, in bytes."""
 
     state_dir: Path
+    temp_dir: Path | None = None  # above the head's folder; None: xr-UID in /tmp
     stays: bool = False
     dashboard: bool = False
     dashboard_port: int | None = None
@@ -148,7 +171,7 @@ class HeadStatus:
     """A head of ours.
 
     starting; alive; orphaned (runs on though its driver is gone); dead (only the record is left);
-    elsewhere (on another machine that shares the state directory)."""
+    elsewhere (on another machine, or in another container, that shares the state directory)."""
 
     head: Head
     state: State
@@ -182,14 +205,16 @@ class StatusReport:
             kind = f"of the run with pid {head.driver.pid}" if head.mode == "run" else "stays until `xlstm-ray down`"
             out.append(f"head {head.id}: {item.state}, {kind}")
             if item.state == "elsewhere":
-                out.append(f"  on another machine: {head.host}; ask there")
+                out.append(f"  on another machine or in another container: {head.host}; ask there")
                 continue
             if item.state == "dead":
                 out.append(f"  {head.error or 'nothing of it runs'}; logs in {head.folder}; `xlstm-ray down` clears it")
                 continue
             out.append(f"  address {head.address or 'not yet known'}, metrics {head.metrics_url}")
-            if head.dashboard_url:
+            if head.dashboard_url and DASHBOARD not in head.lost:
                 out.append(f"  dashboard {head.dashboard_url}; log in with the token in {head.token_path}")
+            if head.lost:
+                out.append(f"  without its {', '.join(head.lost)}: ended, and no run needs it; logs in {head.folder}")
             out.append(f"  {item.processes} processes, {item.rss_bytes / 2**20:.0f} MiB")
             for a in item.actors:
                 what = f"{a.name} ({a.class_name})" if a.class_name else a.name
@@ -208,8 +233,14 @@ class StatusReport:
 
 
 def default_state_dir() -> Path:
-    """Where records and the token live unless told otherwise."""
-    return Path.home() / ".local" / "state" / "xlstm-ray"
+    """Where records and the token live unless told otherwise. Raises RayError where this user has no home."""
+    try:
+        return Path.home() / ".local" / "state" / "xlstm-ray"
+    except RuntimeError:
+        raise RayError(
+            "this user has no home directory for Ray's records: give a folder with --ray-state-dir "
+            "(XLSTM_RAY_STATE_DIR), or set HOME"
+        ) from None
 
 
 def choose_mode(
@@ -248,17 +279,42 @@ def choose_mode(
 def start_head(options: HeadOptions) -> Head:
     """Start a head on loopback, wait until it answers, and return its record.
 
-    Unless `options.stays`, it goes when this process goes. Takes 4 to 10 s. Raises RayError, with nothing left behind,
-    when Ray is missing, a port is busy, or Ray does not come up within `options.start_timeout_s`.
+    Unless `options.stays`, it goes when this process goes. Takes 4 to 10 s. What is free when ports are chosen may be
+    taken when Ray binds them, so a start that fails is tried again with other ports, unless it fails twice for one
+    reason. Raises RayError, with nothing left behind, when Ray is missing, a port is busy, a folder has no room, or Ray
+    does not come up within `options.start_timeout_s`.
     """
     _require_ray()
+    _require_loopback()
     _check_options(options)
     _private_directory(options.state_dir)
     token_path = _own_token(options.state_dir)
     # Under /tmp because the paths of Ray's sockets must fit in 103 bytes on macOS. Ray makes its own folders 0777 and
     # its sockets know no token, so it is our 0700 above them that keeps other users out.
-    root = Path("/tmp") / f"xr-{os.getuid()}"
+    root = options.temp_dir or Path("/tmp") / f"xr-{os.getuid()}"
+    if len(os.fsencode(root)) > LONGEST_FOLDER:
+        raise RayError(
+            f"--ray-temp-dir {root}: the paths of Ray's sockets are too long in there; give a folder whose path has "
+            f"{LONGEST_FOLDER} bytes at most"
+        )
     _private_directory(root)
+    _require_space(root)
+    deadline = time.monotonic() + options.start_timeout_s
+    reasons: list[str] = []
+    while True:
+        try:
+            return _try_to_start(options, root, token_path, deadline)
+        except _StartFailed as failed:
+            reasons.append(failed.reason)
+            if failed.reason in reasons[:-1] or len(reasons) == START_TRIES or time.monotonic() > deadline:
+                tries = f" in {len(reasons)} tries" if len(reasons) > 1 else ""
+                raise RayError(
+                    f"Ray's head did not start{tries} ({failed.what}): {failed.reason}; its output is in {failed.kept}"
+                ) from None
+            _check_options(options)  # a port that was asked for may have been taken meanwhile
+
+
+def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: float) -> Head:
     identity = secrets.token_hex(3)
     folder = root / identity
     client_port = options.client_port or _free_port()
@@ -267,6 +323,7 @@ def start_head(options: HeadOptions) -> Head:
     head = Head(
         id=identity,
         host=platform.node(),
+        machine=this_machine(),
         mode="up" if options.stays else "run",
         created=time.time(),
         driver=_identify(psutil.Process()),
@@ -279,10 +336,13 @@ def start_head(options: HeadOptions) -> Head:
     )
     record = _record(options.state_dir, identity)
     _private_directory(record.parent)
-    folder.mkdir(mode=0o700)
-    _write(record, head)
     try:
-        with open(folder / "start.log", "ab") as log:
+        with _writing(folder):
+            folder.mkdir(mode=0o700)
+            log = open(folder / "start.log", "ab")
+        with log:
+            with _writing(record):
+                _write(record, head)
             guard = subprocess.Popen(
                 [sys.executable, "-P", "-c", _GUARD, "xlstm-ray-guard", str(Path(__file__).parents[1]), str(record)],
                 stdin=subprocess.DEVNULL,
@@ -292,13 +352,7 @@ def start_head(options: HeadOptions) -> Head:
                 env=_environment(token_path),
             )
         _guards[identity] = guard
-        ready = _await_ready(record, guard, options.start_timeout_s)
-        if ready.dashboard_port and not _listens(_session(ready), ready.dashboard_port):
-            raise RayError(
-                f"another program took port {ready.dashboard_port} before the dashboard did: give another one with "
-                "--ray-dashboard-port"
-            )
-        return ready
+        return _await_ready(record, head, guard, deadline)
     except BaseException:  # Ctrl-C too: a head that nobody was told of must not stay
         stop_head(head, options.state_dir)
         raise
@@ -324,15 +378,29 @@ def ended_by_itself(head: Head, state_dir: Path) -> str | None:
     return f"{now.error}; logs in {now.folder}" if now and now.error else None
 
 
+def lost_helpers(head: Head, state_dir: Path) -> tuple[str, ...]:
+    """Ray's helpers that have ended while the head goes on: no run needs them."""
+    now = _read(_record(state_dir, head.id))
+    return now.lost if now else ()
+
+
 def up(options: HeadOptions) -> Head:
-    """`xlstm-ray up`: one head that stays across runs. Raises RayError when there is one already."""
-    for head in _heads(options.state_dir):
-        if head.mode == "up" and _state(head, _session(head)) in ("alive", "starting"):
-            raise RayError(
-                f"head {head.id} is up already at {head.address}: use it with --ray-address {head.address}, "
-                f"or stop it with `xlstm-ray down {head.id}`"
-            )
-    return start_head(options)
+    """`xlstm-ray up`: one head that stays across runs, however many ask for it at once.
+
+    Raises RayError when there is one already.
+    """
+    _private_directory(options.state_dir)
+    with _writing(options.state_dir):
+        lock = open(options.state_dir / "up.lock", "ab")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it, however this process ends
+        for head in _heads(options.state_dir):
+            if head.mode == "up" and _state(head, _session(head)) in ("alive", "starting"):
+                raise RayError(
+                    f"head {head.id} is up already at {head.address}: use it with --ray-address {head.address}, "
+                    f"or stop it with `xlstm-ray down {head.id}`"
+                )
+        return start_head(options)
 
 
 def stays_lines(head: Head) -> list[str]:
@@ -367,7 +435,7 @@ def connect(
     _require_ray()
     if isinstance(target, str) and state_dir is not None and token_path is None:
         here = f"{LOOPBACK}:{_split(target)[1]}" if _is_loopback(target) else target
-        target = next((h for h in _heads(state_dir) if h.address == here), target)
+        target = next((h for h in _heads(state_dir) if h.address == here and _is_here(h)), target)
     if isinstance(target, Head):
         address, token_path = target.address, target.token_path
         if address is None or not _listens(_session(target), _split(address)[1]):
@@ -524,8 +592,8 @@ def status(state_dir: Path) -> StatusReport:
 
 
 def _state(head: Head, processes: list[psutil.Process]) -> State:
-    if head.host != platform.node():  # a home directory that several machines share
-        return "elsewhere"
+    if not _is_here(head):  # a home directory that several machines share, or a boot that is over
+        return "dead" if _was_here(head) else "elsewhere"
     driven = _find(head.driver) is not None
     if head.error:
         return "dead"
@@ -612,7 +680,7 @@ def down(state_dir: Path, head_id: str | None = None) -> list[Head]:
     Without `head_id`: heads that stay, orphans, and records of dead ones. A head whose run is alive is left to that
     run, unless it is named. Raises RayError for an unknown id, or when a process does not end.
     """
-    heads = [h for h in _heads(state_dir) if h.host == platform.node()]
+    heads = [h for h in _heads(state_dir) if _is_here(h) or _was_here(h)]
     if head_id is not None:
         known = ", ".join(h.id for h in heads) or "none"
         heads = [h for h in heads if h.id == head_id]
@@ -620,7 +688,7 @@ def down(state_dir: Path, head_id: str | None = None) -> list[Head]:
             raise RayError(f"no head {head_id} of ours on this machine; there are: {known}")
     stopped = []
     for head in heads:
-        if head_id is None and head.mode == "run" and _find(head.driver) is not None:
+        if head_id is None and head.mode == "run" and _is_here(head) and _find(head.driver) is not None:
             continue
         stop_head(head, state_dir)
         stopped.append(head)
@@ -634,7 +702,7 @@ def stop_head(head: Head, state_dir: Path) -> None:
     """
     record = _record(state_dir, head.id)
     head = _read(record) or head  # what the guard has learnt since
-    guard = _find(head.guard) if head.guard else None
+    guard = _find(head.guard) if head.guard and _is_here(head) else None
     if guard is not None:
         _signal([guard], signal.SIGTERM)
         _wait([guard], 4 * GRACE_S)
@@ -687,6 +755,15 @@ sys.path.insert(0, sys.argv[2])
 from xlstm_ray.supervisor import _guard
 _guard(sys.argv[3])
 """
+HOSTS_OWN = "pid:[4026531836]"  # the first pid namespace of a Linux machine has this number
+VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # without these there is no head
+DASHBOARD = "dashboard"
+HELPERS = {  # by a part of their command lines: no run needs them
+    "/dashboard/dashboard.py": DASHBOARD,
+    "/log_monitor.py": "log monitor",
+    "/_private/monitor.py": "autoscaler's monitor",
+    "ray.util.client.server": "client server",
+}
 _CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" makes GCS, raylet and metrics listen on loopback, on Linux too
 _guards: dict[str, subprocess.Popen[bytes]] = {}  # this process's children, to be reaped
 
@@ -709,31 +786,59 @@ def _guard(path: str) -> None:
     me = psutil.Process()
     head = head.model_copy(update={"guard": _identify(me)})
     _write(record, head)
-    # A group of its own: when `ray start` dies, Ray's reaper kills that group, and it must not be the guard's.
     ray = subprocess.Popen(head.command, stdin=subprocess.DEVNULL, process_group=0)
-    vital: list[psutil.Process] = []
+    vital: dict[str, psutil.Process] = {}
+    helpers: dict[str, psutil.Process] = {}
+    next_look = 0.0
     try:
         while not stopping:
-            if ray.poll() is not None:
-                head = head.model_copy(update={"error": f"Ray ended by itself with code {ray.returncode}"})
-            elif not all(_running(p) for p in vital):  # `ray start` waits on when somebody's `ray stop` ends these
-                head = head.model_copy(update={"error": "Ray's raylet or GCS was ended from outside"})
-            if head.error:
-                _write(record, head)
-                break
-            if (head.mode == "run" or head.address is None) and _find(head.driver) is None:
-                break
-            address = None if head.address else _announced(head.folder)
-            if address:
+            error = None
+            if ray.poll():
+                error = f"`ray start` ended with code {ray.returncode}"
+            if gone := [name for name, process in vital.items() if not _running(process)]:
+                error = f"Ray's {' and '.join(gone)} was ended from outside, or ended by itself"
+            lost = tuple(name for name, process in helpers.items() if not _running(process))
+            if head.address is None and not error and (address := _announced(head.folder)):
                 members = _members(me.pid)
-                vital = [p for p in members if _name(p) in ("raylet", "gcs_server")]
-                head = head.model_copy(update={"address": address, "members": _identify_all(members)})
-                _write(record, head)
+                if not vital:
+                    vital = {VITAL[name]: p for p in members if (name := _name(p)) in VITAL}
+                    helpers = {label: p for p in members for part, label in HELPERS.items() if part in _title(p)}
+                if all(_listens(members, port) for port in _promised(head, address)):
+                    head = head.model_copy(update={"address": address, "members": _identify_all(members)})
+                    _write(record, head)
+                elif lost:
+                    error = f"its {lost[0]} ended at once"
+            if head.address is None and not error and time.monotonic() > next_look:
+                next_look = time.monotonic() + 1
+                error = _taken(head, me.pid)  # the program that has no port would be waited for half a minute
+            if error or lost != head.lost:
+                head = head.model_copy(update={"error": error, "lost": lost})
+                with suppress(OSError):  # a full disk is no reason to end a head
+                    _write(record, head)
+            if error or (head.mode == "run" or head.address is None) and _find(head.driver) is None:
+                break
             time.sleep(POLL_S)
     finally:  # a bug here or a full disk must not leave a head that nobody watches
+        if ray.poll() is None:
+            ray.kill()
+            ray.wait()
         _end(lambda: [p for p in _members(me.pid) if p.pid != me.pid])
     if not head.error:
         _remove(record, head)
+
+
+def _promised(head: Head, address: str) -> list[int]:
+    """The ports that people are told of."""
+    ports = [_split(address)[1], *([head.client_port, head.metrics_port] if head.mode == "up" else [])]
+    return ports + ([head.dashboard_port] if head.dashboard_port else [])
+
+
+def _taken(head: Head, session: int) -> str | None:
+    """The port of ours that another program holds by now, if there is one, in a sentence."""
+    for port in (head.client_port, head.metrics_port, head.dashboard_port):
+        if port is not None and _answers(port) and not _listens(_members(session), port):
+            return f"another program took port {port} before Ray did"
+    return None
 
 
 def _announced(folder: Path) -> str | None:
@@ -745,27 +850,55 @@ def _announced(folder: Path) -> str | None:
     return text if re.fullmatch(r"127\.0\.0\.1:\d+", text) else None
 
 
-def _await_ready(record: Path, guard: subprocess.Popen[bytes], timeout_s: float) -> Head:
-    """The completed record. Raises RayError, saying what Ray said last, when it does not come."""
-    deadline = time.monotonic() + timeout_s
-    reason = f"no answer within {timeout_s:.0f} s"
+class _StartFailed(Exception):
+    """A start that came to nothing: what was seen, Ray's own reason, and the file with all that Ray said."""
+
+    def __init__(self, what: str, reason: str, kept: Path):
+        self.what, self.reason, self.kept = what, reason, kept
+
+
+def _await_ready(record: Path, started: Head, guard: subprocess.Popen[bytes], deadline: float) -> Head:
+    """The completed record. Raises _StartFailed, with what Ray said, when it does not come."""
+    what = f"no answer within {deadline - time.monotonic():.0f} s"
     while time.monotonic() < deadline:
         ended = guard.poll() is not None
         head = _read(record)
         if head is None or head.error or ended:
-            reason = "it ended at once"
+            what = head.error if head and head.error else "it ended at once"
             break
         if head.address:
             return head
         time.sleep(POLL_S)
     # The folder goes with the head; what Ray said must stay.
-    head = _read(record)
     kept = record.parent.parent / "failed-start.log"
-    said = ""
-    if head is not None:
-        shutil.copyfile(head.folder / "start.log", kept)
-        said = next((line for line in reversed(kept.read_text(errors="replace").splitlines()) if "Error" in line), "")
-    raise RayError(f"Ray's head did not start ({reason}): {said or 'no error was printed'}; its output is in {kept}")
+    said = _said(started.folder)
+    with _writing(kept):
+        kept.write_text("".join(f"== {name}\n{text}\n" for name, text in said.items()))
+    raise _StartFailed(what, _reason(said) or what, kept)
+
+
+def _said(folder: Path) -> dict[str, str]:
+    """The last of all that Ray's programs wrote, by file: `ray start` first, then GCS and raylet."""
+    logs = sorted((folder / "session_latest" / "logs").glob("*.*"), key=lambda p: (p.stem not in VITAL, p.name))
+    said = {}
+    for path in [folder / "start.log", *(p for p in logs if p.suffix in (".err", ".out", ".log"))]:
+        try:
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - (64 << 10)))
+                said[path.name] = file.read().decode(errors="replace")
+        except FileNotFoundError:  # it is being taken away
+            continue
+    return said
+
+
+def _reason(said: dict[str, str]) -> str | None:
+    """The first line that tells of a failure, of the program that comes first; without times and places."""
+    sign = re.compile(r"No space left|(ddress|ort)\b.* in use|Read-only|Check failed|\w+Error\b|^Error|^Usage: ")
+    for text in said.values():
+        for line in reversed(text.splitlines()):
+            if sign.search(line):
+                return re.sub(r"^(.*(?=Check failed)|\[[^]]*\]\s*(\([^)]*\)\s*)?(\S+:\d+: )?)", "", line.strip())[:300]
+    return None
 
 
 def _ray_start(
@@ -774,7 +907,7 @@ def _ray_start(
     resources = dict(options.resources)
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         resources.setdefault("mps", 1.0)  # one GPU a Mac
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
     command += [f"--node-ip-address={LOOPBACK}", f"--port={options.port or 0}", f"--temp-dir={folder}"]
     # Ray's own defaults are fixed numbers, which a second head on the machine would meet.
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
@@ -814,7 +947,74 @@ def _check_options(options: HeadOptions) -> None:
             raise RayError(f"{name} {port} is in use on this machine: give another one, or leave it out for a free one")
 
 
-# Ports, files, processes
+# Machine, ports, files, processes
+
+
+@cache
+def this_machine() -> Machine:
+    """This machine since its boot, and this container's processes in it."""
+    if platform.system() == "Darwin":
+        uuid = re.search(
+            r'"IOPlatformUUID" = "([^"]+)"', _said_by("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
+        )
+        boot = _said_by("/usr/sbin/sysctl", "-n", "kern.bootsessionuuid").strip()
+        return Machine(id=uuid[1] if uuid else "", boot=boot, processes="")
+    machine = Path("/etc/machine-id")  # a container may have none
+    return Machine(
+        id=machine.read_text().strip() if machine.exists() else "",
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        processes=os.readlink("/proc/self/ns/pid"),
+    )
+
+
+def _said_by(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _is_here(head: Head) -> bool:
+    """Whether the record's pids are of the processes that this program can see."""
+    now = this_machine()
+    return (head.machine.boot, head.machine.processes) == (now.boot, now.processes)
+
+
+def _was_here(head: Head) -> bool:
+    """Whether the record is of this very machine before it was booted: containers may share a machine's id."""
+    now, then = this_machine(), head.machine
+    alone = now.processes in ("", HOSTS_OWN) and now.processes == then.processes
+    return alone and now.id != "" and now.id == then.id and now.boot != then.boot
+
+
+def _require_loopback() -> None:
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname()[:2], timeout=PROBE_S).close()
+    except OSError as error:
+        raise RayError(
+            f"this machine cannot reach itself at {LOOPBACK} ({error.strerror or error}), where all of Ray would "
+            "listen: bring its loopback interface up (ip link set lo up)"
+        ) from None
+
+
+def _require_space(root: Path) -> None:
+    """Raise RayError where Ray's logs, sockets or shared memory would have no place."""
+    free = shutil.disk_usage(root).free
+    if free < SPACE:
+        raise RayError(
+            f"{root} has {free >> 20} MiB left, and Ray's logs and sockets need {SPACE >> 20}: free some, or give "
+            "another folder with --ray-temp-dir (XLSTM_RAY_TEMP_DIR)"
+        )
+    shared = Path("/dev/shm")
+    if platform.system() == "Linux" and not os.access(shared, os.W_OK):
+        raise RayError(f"{shared} cannot be written, and Ray shares tensors there: mount it for writing")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A disk that is full or cannot be written is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RayError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _is_free(port: int) -> bool:
@@ -824,9 +1024,13 @@ def _is_free(port: int) -> bool:
             server.bind((LOOPBACK, port))
         except OSError:
             return False
-    with socket.socket() as client:  # macOS lets us bind beside a listener on all addresses
+    return not _answers(port)  # macOS lets us bind beside a listener on all addresses
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
         client.settimeout(PROBE_S)
-        return client.connect_ex((LOOPBACK, port)) != 0
+        return client.connect_ex((LOOPBACK, port)) == 0
 
 
 def _free_port(first: int | None = None) -> int:
@@ -871,7 +1075,9 @@ def _private_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise RayError(f"the folder {path} cannot be made: {error.strerror}") from None
+        raise RayError(
+            f"the folder {path} cannot be made: {error.strerror}; --ray-state-dir and --ray-temp-dir choose others"
+        ) from None
     found = path.lstat()
     if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RayError(f"{path} must be a folder of yours that nobody else may enter: chmod 700 it, or remove it")
@@ -881,14 +1087,16 @@ def _own_token(state_dir: Path) -> Path:
     """The token's file, made at first use with 256 random bits, 0600. Raises RayError where others could read it."""
     path = state_dir / "auth_token"
     if not path.exists():
-        handle, temporary = tempfile.mkstemp(dir=state_dir, prefix=".auth_token.")  # 0600
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-        try:
-            os.link(temporary, path)  # whole, and never over a token that another process made just now
-        except FileExistsError:
-            pass
-        os.unlink(temporary)
+        temporary = path.with_name(f".auth_token.{secrets.token_hex(8)}")
+        with _writing(path):
+            try:
+                temporary.touch(mode=0o600, exist_ok=False)
+                temporary.write_text(secrets.token_hex(32))
+                os.link(temporary, path)  # whole, and never over a token that another process made just now
+            except FileExistsError:
+                pass
+            finally:
+                temporary.unlink(missing_ok=True)
     found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise RayError(
@@ -923,11 +1131,15 @@ def _read(record: Path) -> Head | None:
 def _write(record: Path, head: Head) -> None:
     """Whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=record.parent, prefix=".head.")
-    with os.fdopen(handle, "w") as file:
-        file.write(head.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, record)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(head.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, record)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _identify(process: psutil.Process) -> Process:
@@ -964,7 +1176,7 @@ def _session(head: Head) -> list[psutil.Process]:
     A session's id is not given to another process while the session has members, so one recorded member proves that
     the id still means our session; without one it may have become a stranger's.
     """
-    if head.guard is None or head.host != platform.node():
+    if head.guard is None or not _is_here(head):
         return []
     known = (head.guard, *head.members)
     if not any(_find(p) is not None and _session_id(p.pid) == head.guard.pid for p in known):
