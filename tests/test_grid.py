@@ -194,6 +194,10 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     say(text="".join(generation), after=generation.state().digest(), rate=generation.decode_tok_s)
     say(all=torch.cat(lm.prefill(prompt[:96], all_logits=True).all_logits).double().sum().item())
 
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(2) as pool:
+        say(threads=[result.state.digest() for result in pool.map(lm.prefill, [prompt, prompt])])
+
     from xlstm_ray.memory import peak_process_bytes
     lm.prefill(prompt * 4)
     before = peak_process_bytes()
@@ -278,6 +282,7 @@ def test_a_grid_gives_the_bits_of_one_process(grid, in_process):
     assert found["digest"] == in_process[heads]["digest"]
     assert found.get("batch") == in_process[heads].get("batch")
     assert found["restarts"] == 0
+    assert found["threads"] == [found["digest"]] * 2
 
 
 def test_decoding_in_the_grid_gives_the_same_text_and_state(grid, in_process):

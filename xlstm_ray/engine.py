@@ -68,6 +68,7 @@ from xlstm_ray.prefill.plan import window_sizes
 from xlstm_ray.settings import Settings
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
+from xlstm_ray.turn import Turn, in_turn
 
 TILE_COLUMNS = (
     "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
@@ -154,9 +155,14 @@ class PrefillResult:
 
 
 class Engine:
-    """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`."""
+    """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`.
+
+    It has one state, so it does one call at a time: a thread waits while another's runs, or has a generation that has
+    not ended. A call from inside another one (from `on_progress`) and one in a forked child raise UsageError.
+    """
 
     def __init__(self, settings: Settings):
+        self._turn = Turn()
         self.settings = settings
         self._cluster = ExitStack()
         self._executor: Executor | None = None
@@ -311,6 +317,7 @@ class Engine:
             ]
 
     # -- prefill -------------------------------------------------------------------------------------------------------
+    @in_turn
     def prefill(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
@@ -414,6 +421,7 @@ class Engine:
             launches=self._launches.total if self._launches and outcome else None,
         )
 
+    @in_turn
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
         """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
         started = perf_counter()
@@ -426,6 +434,7 @@ class Engine:
         return 0.0
 
     # -- generate ------------------------------------------------------------------------------------------------------
+    @in_turn
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
@@ -446,6 +455,7 @@ class Engine:
         prefill = self.prefill(prompt, state=state, any_grid=any_grid, on_progress=on_progress, should_stop=should_stop)
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
+    @in_turn
     def close(self) -> None:
         """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays."""
         executor, self._executor = self._executor, None
@@ -792,6 +802,8 @@ class Generation:
         self.compile_s = engine.warm_up(prefill.state.batch, [1]) if prefill.complete and max_new_tokens > 1 else 0.0
         self.texts = [""] * prefill.state.batch
         self._run = engine._runs
+        if prefill.complete:
+            engine._turn.begin(self)
 
     def rows(self) -> Iterator[list[str]]:
         """A piece of text for each row, step by step."""
@@ -799,15 +811,19 @@ class Generation:
             return  # stopped on the way: there is nothing to decode from yet
         streams = [TextStream(self._engine.tokenizer) for _ in self.texts]
         steps = self._decoder.run(self._limit, self._should_stop)
-        while True:
-            self._require_own_state()
-            step = next(steps, None)
-            if step is None:
-                return
-            with _tokenizing(self._engine._tokenizer_file):
-                pieces = ["" if t is None else stream.step(t) for stream, t in zip(streams, step, strict=True)]
-            self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
-            yield pieces
+        try:
+            while True:
+                with self._engine._turn.of("step", self):
+                    self._require_own_state()
+                    step = next(steps, None)
+                if step is None:
+                    return
+                with _tokenizing(self._engine._tokenizer_file):
+                    pieces = ["" if t is None else stream.step(t) for stream, t in zip(streams, step, strict=True)]
+                self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
+                yield pieces
+        finally:
+            self._engine._turn.end(self)
 
     def __iter__(self) -> Iterator[str]:
         if len(self.texts) != 1:
@@ -839,6 +855,10 @@ class Generation:
         before = self.prefill.state
         if not before.complete:
             return before
+        with self._engine._turn.of("state", self):
+            return self._state_after(before)
+
+    def _state_after(self, before: RecurrentState) -> RecurrentState:
         self._require_own_state()
         self._engine.warm_up(before.batch, [1])
         self._decoder.catch_up()
@@ -849,6 +869,7 @@ class Generation:
 
     def _require_own_state(self) -> None:
         """An engine has one state at a time: after another prefill it is no longer this generation's."""
+        _ = self._engine.executor  # it may have been closed
         if self._run != self._engine._runs:
             raise UsageError(
                 "this generation's engine has begun another prompt since, so it cannot go on; "

@@ -364,11 +364,11 @@ def managed(options: HeadOptions) -> Iterator[Head]:
 
     When Ray ended by itself, its record and logs stay, for `status` to tell and `down` to clear.
     """
-    head = start_head(options)
+    head, mine = start_head(options), os.getpid()
     try:
         yield head
-    finally:
-        if not options.stays and ended_by_itself(head, options.state_dir) is None:
+    finally:  # not in a fork, which ends what it has copied
+        if os.getpid() == mine and not options.stays and ended_by_itself(head, options.state_dir) is None:
             stop_head(head, options.state_dir)
 
 
@@ -459,10 +459,12 @@ def connect(
     finally:
         if main:  # ray.init puts its own in its place, which would end the run between two tiles without a state
             signal.signal(signal.SIGTERM, handler)
+    mine = os.getpid()
     try:
         yield ray
     finally:
-        ray.shutdown()
+        if os.getpid() == mine:
+            ray.shutdown()
 
 
 def _require_ray() -> None:

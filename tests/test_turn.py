@@ -1,0 +1,154 @@
+"""An engine's one state: calls of several threads wait for each other, and what cannot be waited for is refused."""
+
+import gc
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_model
+
+import xlstm_ray
+from xlstm_ray.errors import UsageError
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
+PROMPTS = [bytes(range(32 + n, 120)).decode() * 4 for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
+    return directory
+
+
+@pytest.fixture
+def lm(model: Path):
+    with xlstm_ray.load(model, **OPTIONS) as engine:
+        yield engine
+
+
+def test_prefills_of_several_threads_give_what_each_gives_alone(lm):
+    alone = [lm.prefill(p).state.digest() for p in PROMPTS]
+    assert len(set(alone)) == len(PROMPTS)
+    start = threading.Barrier(len(PROMPTS))
+
+    def prefill(prompt):
+        start.wait()
+        return lm.prefill(prompt).state.digest()
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        for _ in range(3):
+            assert list(pool.map(prefill, PROMPTS)) == alone
+
+
+def test_generations_of_several_threads_give_what_each_gives_alone(lm):
+    alone = ["".join(lm.generate(p, max_new_tokens=8)) for p in PROMPTS]
+    start = threading.Barrier(len(PROMPTS))
+
+    def generate(prompt):
+        start.wait()
+        return "".join(lm.generate(prompt, max_new_tokens=8))
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        assert list(pool.map(generate, PROMPTS)) == alone
+
+
+@pytest.mark.parametrize("end", ["done", "closed", "forgotten", "its thread is gone"])
+def test_a_prefill_waits_for_another_threads_generation_until_it_has_ended(lm, end):
+    alone = lm.prefill(PROMPTS[1]).state.digest()
+    held: list[Any] = []
+    if end == "its thread is gone":
+
+        def abandon():
+            generation = lm.generate(PROMPTS[0], max_new_tokens=4)
+            held.append(iter(generation))
+            next(held[0])
+
+        thread = threading.Thread(target=abandon)
+        thread.start()
+        thread.join()
+    else:
+        held.append(iter(lm.generate(PROMPTS[0], max_new_tokens=4)))
+        next(held[0])
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: lm.prefill(PROMPTS[1]).state.digest())
+        if end != "its thread is gone":
+            assert not threading.Event().wait(0.2)
+            assert not other.done()
+        if end == "done":
+            assert len(list(held[0])) == 3
+        elif end == "closed":
+            held[0].close()
+        elif end == "forgotten":
+            held.clear()
+            gc.collect()
+        assert other.result(60) == alone
+
+
+def test_a_call_from_inside_another_one_is_refused_by_name(lm):
+    alone = lm.prefill(PROMPTS[0]).state.digest()
+    refused = []
+
+    def call(_progress):
+        for inner in (lambda: lm.prefill("abc"), lambda: lm.generate("abc"), lm.close):
+            with pytest.raises(UsageError, match="called from inside this engine's prefill") as error:
+                inner()
+            refused.append(str(error.value).split()[0])
+
+    assert lm.prefill(PROMPTS[0], on_progress=call).state.digest() == alone
+    assert refused[:3] == ["prefill", "generate", "close"]
+
+
+def test_close_waits_for_the_call_that_runs_and_ends_a_generation(model):
+    lm = xlstm_ray.load(model, **OPTIONS)
+    alone = lm.prefill(PROMPTS[0]).state.digest()
+    began, closed = threading.Event(), threading.Event()
+
+    def close():
+        began.wait()
+        lm.close()
+        closed.set()
+
+    thread = threading.Thread(target=close)
+    thread.start()
+
+    def progress(_progress):
+        began.set()
+        assert not closed.wait(0.05)
+
+    assert lm.prefill(PROMPTS[0], on_progress=progress).state.digest() == alone
+    thread.join(60)
+    assert closed.is_set()
+
+    lm = xlstm_ray.load(model, **OPTIONS)
+    pieces = iter(lm.generate(PROMPTS[0], max_new_tokens=4))
+    next(pieces)
+    lm.close()
+    with pytest.raises(UsageError, match="closed"):
+        next(pieces)
+
+
+def _use(lm: xlstm_ray.Engine, said: Any) -> None:
+    for call in (lambda: lm.prefill("abc"), lambda: lm.generate("abc"), lambda: lm.warm_up(1, [16]), lm.close):
+        try:
+            call()
+        except UsageError as error:
+            said.put(str(error))
+
+
+def test_a_forked_child_is_told_and_its_parents_engine_goes_on(lm):
+    alone = lm.prefill(PROMPTS[0]).state.digest()
+    fork = multiprocessing.get_context("fork")
+    said = fork.Queue()
+    child = fork.Process(target=_use, args=(lm, said))
+    child.start()
+    try:
+        lines = [said.get(timeout=60) for _ in range(4)]
+    finally:
+        child.kill()
+        child.join()
+    assert all("which this one is a fork" in line for line in lines)
+    assert lm.prefill(PROMPTS[0]).state.digest() == alone
