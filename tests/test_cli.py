@@ -222,6 +222,67 @@ def test_a_prompt_file_that_is_no_text(data, said, run, options, tmp_path):
     assert said in error
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_marks_and_ends_of_lines_of_other_systems_are_not_the_prompts(mark, end, jsonl, run, options, tmp_path):
+    path = tmp_path / "prompt"
+    text = json.dumps(PROMPT) if jsonl else PROMPT
+    path.write_bytes(mark + text.encode() + end)
+    row = run("prefill", *options, "--json", "--prompt-file", path, *(["--jsonl"] if jsonl else [])).row
+    assert row["prompt_tokens"] == len(PROMPT)
+    path.write_bytes(mark + end)
+    empty = run("prefill", *options, "--prompt-file", path, *(["--jsonl"] if jsonl else []))
+    assert f"{path}: is empty" in empty.error
+
+
+def test_what_is_inside_a_prompt_stays(run, options, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"a\r\n\xef\xbb\xbfb\r\n\r\n")
+    assert run("prefill", *options, "--json", "--prompt-file", tmp_path / "prompt").row["prompt_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"a\nb\nc\xff", ("line 3", "byte 5")),
+        (b"\xef\xbb\xbfa\n\xff", ("line 2", "byte 5")),
+        (PROMPT.encode("utf-16"), ("line 1", "UTF-16", "save it as UTF-8")),
+    ],
+)
+def test_a_text_of_another_encoding_is_refused_by_its_line(data, said, run, options, tmp_path):
+    (tmp_path / "prompt").write_bytes(data)
+    for words in ((), ("--jsonl",)):
+        error = run("prefill", *options, "--prompt-file", tmp_path / "prompt", *words).error
+        assert error.startswith(f"error: {tmp_path / 'prompt'}, line")
+        for part in said:
+            assert part in error
+
+
+@pytest.mark.parametrize("words", [("--prompt", "-"), ("--prompt-file", "-"), ()], ids=["prompt", "file", "neither"])
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_a_text_on_standard_input(words, kind, options, tmp_path):
+    (tmp_path / "prompt").write_text(PROMPT + "\n")
+    with open(tmp_path / "prompt") as file:
+        piped = kind == "pipe"
+        with start("prefill", *options, "--json", *words, stdin=subprocess.PIPE if piped else file) as process:
+            ran = finish(process, input=PROMPT + "\n") if piped else finish(process)
+    assert ran.row["prompt_tokens"] == len(PROMPT)
+    assert ran.err == ("" if words else "note: the prompt is read from standard input\n")
+
+
+def test_a_text_on_standard_input_beside_a_prompt_is_told_and_left(options, tmp_path):
+    script = f"{shlex.join([str(PROGRAM), 'prefill', *options, '--json', '--prompt', PROMPT])}; cat"
+    (tmp_path / "more").write_text("what comes next")
+    with open(tmp_path / "more") as file:
+        done = subprocess.run(["bash", "-c", script], stdin=file, capture_output=True, text=True, timeout=120)
+    result, _, rest = done.stdout.partition("\n")
+    assert json.loads(result)["prompt_tokens"] == len(PROMPT)
+    assert done.stderr.splitlines() == [
+        "note: standard input has a text that is not read; --prompt-file - makes it the prompt"
+    ]
+    assert rest == "what comes next"
+
+
 def test_bytes_that_are_no_text_in_an_option(run, options):
     # What Python makes of `--prompt $'caf\xe9'`.
     error = run("prefill", *options, "--prompt", "caf\udce9").error
@@ -237,7 +298,12 @@ def test_bytes_that_are_no_text_in_an_option(run, options):
         ("a", "line 1"),
         ('"a"\n{"prompt": 1}', "line 2"),
         ('"a"\n\n{"text": "b"}', "line 3"),
-        ('"a"\n""', "line 2"),
+        ('"a"\n""', "line 2: the prompt is empty"),
+        ('{"prompt": ""}', "line 1: the prompt is empty"),
+        ('"a"\n{"prompt": "b", "max_tokens": 3}', "line 2: 'max_tokens' is not a key; there are: prompt, id"),
+        ('{"promt": "b"}', "line 1: 'promt' is not a key; did you mean prompt?"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: is not JSON (the key 'prompt' is there twice)"),
+        ('"a"\n"b \\ud83d"', "line 2: the prompt is not Unicode text"),
         ('{"prompt": null}', "line 1"),
         ("[" * 100_000, "line 1"),
         ('"\\ud800"', "not Unicode text"),

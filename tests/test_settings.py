@@ -127,6 +127,74 @@ def test_a_switch_of_a_file_can_be_undone_by_a_flag(tmp_path):
     assert (row["value"], row["source"], row["where"]) == (False, "flag", "--no-force")
 
 
+# Another value of every setting that the guide has no variable for, as text, and what it means.
+OTHERS = {
+    "model": ("a/b", Path("a/b")),
+    "device": ("cpu", "cpu"),
+    "dtype": ("float32", "float32"),
+    "tile_size": ("64", 64),
+    "chunk_size": ("32", 32),
+    "mem_log": ("m.csv", Path("m.csv")),
+    "force": ("1", True),
+    "stats_log": ("s.csv", Path("s.csv")),
+    "profile": ("high-memory-256gb", "high-memory-256gb"),
+    "stages": ("2", 2),
+    "threads": ("2", 2),
+    "ray_keep_alive": ("true", True),
+    "ray_address": ("h:1", "h:1"),
+    "ray_token_path": ("t", Path("t")),
+    "actors_per_device": ("2", 2),
+    "journal": ("j", Path("j")),
+    "journal_every": ("2", 2),
+    "resume": ("j", Path("j")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_setting_has_a_variable_and_a_key(name, tmp_path, monkeypatch):
+    text, value = OTHERS[name]
+    monkeypatch.setenv(f"XLSTM_{name.upper()}", text)
+    settings = Settings.make()
+    assert getattr(settings, name) == value
+    assert settings.source(name) == ("environment", f"XLSTM_{name.upper()}")
+    monkeypatch.delenv(f"XLSTM_{name.upper()}")
+    plain = str(value) if isinstance(value, Path) else value
+    (tmp_path / "s.toml").write_text(f"{name} = {json.dumps(plain)}\n")
+    from_file = Settings.make(config=tmp_path / "s.toml")
+    assert getattr(from_file, name) == (tmp_path / value if isinstance(value, Path) else value)
+
+
+def test_no_setting_is_without_a_way_in():
+    assert not set(table()) - {name for name, *_ in VARIABLES.values()} - set(OTHERS)
+    assert len({row.env for row in table().values()}) == len(table())
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("XLSTM_WORKERS", "did you mean XLSTM_MPS_WORKERS"),
+        ("XLSTM_MEM_SOFT_PERCENT", "did you mean XLSTM_MEM_SOFT_PCT"),
+        ("XLSTM_QQQ", "xlstm-ray config --json has the names"),
+    ],
+)
+def test_a_variable_that_is_not_ours_is_told_once(variable, said, tmp_path):
+    done = program("config", "--json", **{variable: "3"})
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"note: the variable {variable} has no effect")
+    assert said in line
+    assert (done.returncode, json.loads(done.stdout)["workers"]["source"]) == (0, "default")
+    code = "import xlstm_ray; xlstm_ray.load(device='cpu', chunkwise_backend='native')"
+    env = {**os.environ, variable: "3"}
+    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert python.stderr.count(f"the variable {variable} has no effect") == 1
+
+
+def test_an_empty_variable_is_not_a_path(monkeypatch):
+    monkeypatch.setenv("XLSTM_MODEL", "")
+    with pytest.raises(UsageError, match="^XLSTM_MODEL is ''; allowed: a text that is not empty"):
+        Settings.make()
+
+
 def test_only_the_variables_of_the_table_are_read(monkeypatch):
     for variable in ("workers", "WORKERS", "device", "DEVICE", "sources", "xlstm_mps_workers"):
         monkeypatch.setenv(variable, "3")

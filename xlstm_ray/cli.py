@@ -7,8 +7,10 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import sys
 import threading
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +22,7 @@ import typer
 
 from xlstm_ray import __version__
 from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
-from xlstm_ray.settings import Setting, Settings, table
+from xlstm_ray.settings import Setting, Settings, refuse_unknown, table, unknown_variables
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, Statistics
@@ -35,8 +37,9 @@ app = typer.Typer(
 )
 
 ProgressKind = Literal["auto", "bar", "ndjson", "none"]
+JSONL_KEYS = "prompt", "id"
 
-PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt's text.")]
+PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt's text, '-' for standard input.")]
 PromptFileOption = Annotated[
     str | None,
     typer.Option(
@@ -74,6 +77,8 @@ def takes(names: str = "") -> Callable[[Callable], Callable]:
 
     def decorate(command: Callable) -> Callable:
         def run(**given: Any) -> None:
+            for note in unknown_variables():
+                _err(f"note: {note}")
             command(**{name: v for name, v in given.items() if name not in options}, asked=_only(options, given))
 
         own = inspect.signature(command)
@@ -353,44 +358,91 @@ def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in:
     """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is."""
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file were both given; give one")
+    if prompt == "-":
+        prompt, prompt_file = None, "-"
+    if prompt is None and prompt_file is None and state_in is None and _piped():
+        prompt_file = "-"
+        _err("note: the prompt is read from standard input")
     if jsonl and prompt_file is None:
         raise UsageError("--jsonl describes a --prompt-file, and none was given")
+    if prompt_file != "-" and _piped():
+        _err("note: standard input has a text that is not read; --prompt-file - makes it the prompt")
     if prompt == "":
         raise UsageError("the prompt is empty; give at least one token")
     if prompt is not None:
         return prompt
     if prompt_file is None:
         if state_in is None:
-            raise UsageError("there is no prompt; give --prompt TEXT, --prompt-file FILE or --state-in FILE")
+            raise UsageError(
+                "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
+            )
         return None
-    source = "standard input" if prompt_file == "-" else prompt_file
-    try:
-        data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
-        text = data.decode("utf-8")
-    except OSError as err:
-        raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
-    except UnicodeDecodeError as err:
-        raise UsageError(f"{source}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
+    source, text = _read_text(prompt_file)
     if not jsonl:
-        text = text.removesuffix("\n")
+        text = text.removesuffix("\n").removesuffix("\r")
         if not text:
             raise UsageError(f"{source}: is empty; give at least one token")
         return text
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold U+2028 as it is
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise UsageError(f"{source}, line {number}: is not JSON ({err})") from None
-        row = row.get("prompt") if isinstance(row, dict) else row
-        if not isinstance(row, str) or not row:
-            raise UsageError(f"{source}, line {number}: is neither a text nor an object with a 'prompt' text")
-        rows.append(row)
+    rows = [
+        _jsonl_prompt(line, f"{source}, line {number}")
+        for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold U+2028 as it is
+        if line.strip()
+    ]
     if not rows:
-        raise UsageError(f"{source}: has no prompts")
+        raise UsageError(f"{source}: is empty; it has no prompts")
     return rows
+
+
+def _piped() -> bool:
+    """Whether a pipe or a file is at standard input, with something in it that can be read now."""
+    mode = os.fstat(0).st_mode
+    if stat.S_ISREG(mode):
+        return os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size
+    if not stat.S_ISFIFO(mode):
+        return False
+    from fcntl import ioctl
+    from termios import FIONREAD
+
+    return int.from_bytes(ioctl(0, FIONREAD, bytes(4)), sys.byteorder) > 0
+
+
+def _read_text(name: str) -> tuple[str, str]:
+    """What errors call the file ('-' is standard input), and its text without a byte order mark."""
+    source = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return source, data.removeprefix(BOM_UTF8).decode("utf-8")
+    except OSError as err:
+        raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
+    except UnicodeDecodeError as err:
+        at = err.start + len(data) - len(err.object)
+        line = data.count(b"\n", 0, at) + 1
+        why = f"{err.reason} at byte {at}"
+        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            why = "it begins with the byte order mark of UTF-16; save it as UTF-8"
+        raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
+
+
+def _jsonl_prompt(line: str, place: str) -> str:
+    """The prompt of a line of JSON. Raises UsageError that begins with its place."""
+    from xlstm_ray.config import parse_json
+
+    try:
+        row = parse_json(line.encode())
+    except (ValueError, RecursionError) as err:
+        raise UsageError(f"{place}: is not JSON ({err})") from None
+    if isinstance(row, dict):
+        refuse_unknown(row, JSONL_KEYS, f"{place}: ", "key")
+        row = row.get("prompt")
+    if not isinstance(row, str):
+        raise UsageError(f"{place}: is neither a text nor an object with a 'prompt' text")
+    if not row:
+        raise UsageError(f"{place}: the prompt is empty; give at least one token")
+    try:
+        row.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise UsageError(f"{place}: the prompt is not Unicode text ({err.reason} at character {err.start})") from None
+    return row
 
 
 def _check_writable(path: Path | None) -> None:

@@ -65,7 +65,7 @@ from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
-from xlstm_ray.settings import Settings
+from xlstm_ray.settings import Settings, unknown_variables
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 from xlstm_ray.turn import Turn, in_turn
@@ -883,6 +883,8 @@ def load(model: str | Path | None = None, **options: Any) -> Engine:
     options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
     chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.
     """
+    for note in unknown_variables():
+        _warn(note)
     return Engine(Settings.make(model=model, **options))
 
 

@@ -73,9 +73,11 @@ Actions = Annotated[
 
 
 def setting(
-    help: str, default: Any = None, *, env: str | None = None, flag: str | None = "", shown: str = "", **bounds: Any
+    help: str, default: Any = None, *, env: str = "", flag: str | None = "", shown: str = "", **bounds: Any
 ) -> Any:
-    """A field of Settings. flag: "" for --name (and --no-name for a switch), None for none; shown: for the default."""
+    """A field of Settings. env: "" for XLSTM_NAME; flag: "" for --name (and --no-name for a switch), None for none;
+    shown: for the default.
+    """
     return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "shown": shown}, **bounds)
 
 
@@ -178,7 +180,7 @@ class Settings(BaseSettings):
 
         Raises UsageError that names the flag, variable or file which the wrong value came from.
         """
-        _refuse_unknown(asked, table())
+        refuse_unknown(asked, table())
         given = {**asked, "config": config, "state": state}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -235,7 +237,7 @@ class Setting:
         hint: Any = field.annotation
         hint = get_args(hint)[0] if NoneType in get_args(hint) else hint
         self.name, self.default, self.help = name, field.default, field.description
-        self.env, self.shown = extra["env"], extra["shown"]
+        self.env, self.shown = extra["env"] or f"XLSTM_{name.upper()}", extra["shown"]
         self.kind = {Literal: str, tuple: tuple}.get(get_origin(hint), hint)  # or int, float, bool, Path
         self.flags = "--" + name.replace("_", "-") if extra["flag"] == "" else extra["flag"]
         if self.kind is bool and self.flags:
@@ -269,19 +271,33 @@ class _Environment(EnvSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         row = table().get(field_name)
-        return os.environ.get(row and row.env or ""), field_name, False
+        return os.environ.get(row.env) if row else None, field_name, False
 
     def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
+        if value == "":
+            return value  # a path made of it would be this directory
         with suppress(ValidationError):
             return TypeAdapter[Any](field.annotation or str).validate_python(value)
         return value
 
 
-def _refuse_unknown(names: Collection[str], known: Collection[str], where: str = "") -> None:
+def refuse_unknown(names: Collection[str], known: Collection[str], where: str = "", kind: str = "setting") -> None:
+    """Raise UsageError for the first name that is not known, with those that are near it."""
     for name in (name for name in names if name not in known):
         near = get_close_matches(name.replace("-", "_"), known, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
-        raise UsageError(f"{where}{name!r} is no setting; {hint}")
+        raise UsageError(f"{where}{name!r} is not a {kind}; {hint}")
+
+
+def unknown_variables() -> list[str]:
+    """A line for each variable of the environment that begins like ours and is not one."""
+    known = {row.env.removeprefix("XLSTM_"): row.env for row in table().values()}
+    notes = []
+    for name in sorted(name for name in os.environ if name.startswith("XLSTM_") and name not in known.values()):
+        near = [known[word] for word in get_close_matches(name.removeprefix("XLSTM_"), known, 3)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "xlstm-ray config --json has the names that there are"
+        notes.append(f"the variable {name} has no effect: it is not a setting's; {hint}")
+    return notes
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -295,7 +311,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as err:
         raise UsageError(f"--config {path}: is not TOML ({err})") from None
     known = [name for name in table() if name != "enable_mps_fallback"]  # torch itself reads the variable
-    _refuse_unknown(values, known, f"--config {path}: ")
+    refuse_unknown(values, known, f"--config {path}: ")
     for name, value in values.items():
         if table()[name].kind is Path and isinstance(value, str) and value:
             values[name] = path.parent / value
