@@ -69,16 +69,17 @@ def finish(process: subprocess.Popen[str], **how: Any) -> Ran:
 
 
 # -- help and usage ----------------------------------------------------------------------------------------------------
-def modules_after(*words: str) -> set[str]:
+def modules_after(*words: str, code: int = 0) -> set[str]:
     """The modules that a process has imported when the program has run with these words."""
-    code = (
+    script = (
         "import sys\n"
         f"sys.argv = {['xlstm-ray', *words]!r}\n"
         "from xlstm_ray import cli\n"
         "try:\n    cli.main()\n"
         "finally:\n    print(*sys.modules, sep='\\n')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
     return set(done.stdout.splitlines())
 
 
@@ -90,10 +91,34 @@ def test_help_answers_without_torch():
 
 
 @pytest.mark.parametrize(
-    "words", [("prefill",), ("prefill", "--no-such"), ("prefill", "--prompt-file", "no such file")]
+    "words",
+    [
+        "prefill",
+        "prefill --no-such",
+        "prefill --prompt-file none",
+        "prefill --prompt a --model none",
+        "prefill --prompt a --model .",
+        "prefill --prompt a --chunkwise-backend eager",
+        "prefill --prompt a --tile-size 100",
+        "prefill --prompt a --heads-per-band 99",
+        "prefill --prompt a --chunk-size 3 --tile-size 4 --device cuda",
+        "prefill --prompt a --stages 2",
+        "prefill --prompt a --stages 99 --chunkwise-backend ray_compiled_chunks --no-ray-local-mode",
+        "prefill --prompt a --journal-every 2",
+        "prefill --prompt a --resume . --journal .",
+        "prefill --resume .",
+        "prefill --state-in none",
+        "generate --prompt a --top-p 2",
+        "generate --prompt a --temperature 0 --seed 1",
+        "generate --prompt a --max-new-tokens 0",
+        "config --tile-size 100",
+        "config --chunkwise-backend eager",
+        "bench --backends eager",
+    ],
 )
-def test_mistakes_are_answered_without_torch(words):
-    found = modules_after(*words)
+def test_mistakes_are_answered_without_torch(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = modules_after(*words.split(), code=2 if "--no-such" in words else 1)
     assert "xlstm_ray.cli" in found
     assert "torch" not in found
 

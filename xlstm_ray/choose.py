@@ -1,20 +1,65 @@
-"""Settings and a model's configuration -> device, backend, mode, grid. The only place that picks where nobody asked."""
+"""Settings and a model's configuration -> device, backend, mode, grid. The only place that picks where nobody asked.
+
+torch is imported in the functions that need it: what is wrong with a model's directory or with the settings is said
+before it is loaded.
+"""
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlstm_ray import supervisor
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
-from xlstm_ray.kernels.probe import Fit, fit_t_inner
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
-from xlstm_ray.state import Grid
 from xlstm_ray.supervisor import Mode
 
+if TYPE_CHECKING:
+    import torch
+
+    from xlstm_ray.kernels.probe import Fit
+    from xlstm_ray.state import Grid
+
 DEMO_MODEL = Path(__file__).parent / "demo"
+
+
+class Setup(NamedTuple):
+    """What a run is of, and where it works."""
+
+    model: Path
+    config: ModelConfig
+    backend: Backend
+    mode: Mode
+
+
+def choose_setup(settings: Settings) -> Setup:
+    """All that is known without torch. Raises an error for what cannot work on any device."""
+    model = choose_model(settings)
+    config_file = model / "config.json"
+    config = ModelConfig.from_file(config_file)
+    backend = choose_backend(settings, config, config_file)
+    mode = choose_mode(settings, backend)
+    journal = settings.journal or settings.resume
+    if settings.journal_every is not None and mode is Mode.LOCAL and journal is None:
+        raise UsageError(
+            f"{settings.named('journal_every')} has no effect in one process without --journal or --resume; "
+            "leave it out"
+        )
+    if settings.stages > config.num_blocks:
+        raise UsageError(
+            f"{settings.named('stages')} is {settings.stages}, but the model has {config.num_blocks} blocks"
+        )
+    refused = None
+    for kind in ("cuda", "mps", "cpu") if settings.device == "auto" else (settings.device,):
+        try:
+            _choose_sizes(settings, config, kind)
+            break
+        except UsageError as err:
+            refused = err
+    else:
+        assert refused is not None
+        raise refused
+    return Setup(model, config, backend, mode)
 
 
 def choose_model(settings: Settings) -> Path:
@@ -30,8 +75,10 @@ def choose_model(settings: Settings) -> Path:
     )
 
 
-def choose_device(settings: Settings) -> torch.device:
+def choose_device(settings: Settings) -> "torch.device":
     """The device asked for, or the best there is."""
+    import torch
+
     there = {
         "mps": torch.backends.mps.is_available(),
         "cuda": torch.cuda.is_available(),
@@ -97,10 +144,18 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     return mode
 
 
-def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: torch.device) -> Grid:
+def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: "torch.device") -> "Grid":
     """What was asked, else the device's defaults."""
+    from xlstm_ray.state import Grid
+
+    tile, chunk, heads = _choose_sizes(settings, config, device.type)
+    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+
+
+def _choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> tuple[int, int, int]:
+    """Tile, chunk and heads a band on that kind of device."""
     chunk = settings.chunk_size or config.chunk_size
-    if settings.chunk_size is None and device.type == "cuda" and settings.dtype != "float32":
+    if settings.chunk_size is None and kind == "cuda" and settings.dtype != "float32":
         # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
         # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for its precision.
         chunk = max(chunk, 256)
@@ -110,7 +165,7 @@ def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, devic
         # cores 2048 tokens are 5 to 10 % faster than 512 for a small model, but would take minutes for one of 7B.
         flops = 2 * config.num_blocks * config.hidden_size * (2 * config.qk_dim + 3 * (config.v_dim + config.ffn_dim))
         on_cpu = 2048 if flops * 2048 < 2e11 else 1024 if flops * 1024 < 2e11 else 512
-        tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[device.type] // chunk)
+        tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[kind] // chunk)
     if tile % chunk:
         raise UsageError(
             f"{settings.named('tile_size')} is {tile}, which is no multiple of the chunk size {chunk}; "
@@ -120,11 +175,11 @@ def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, devic
     if heads is not None and heads > config.num_heads:
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
-        heads = min(4, config.num_heads) if device.type == "mps" else config.num_heads
-    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+        heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
+    return tile, chunk, heads
 
 
-def choose_streams(settings: Settings, workers: int, device: torch.device) -> int:
+def choose_streams(settings: Settings, workers: int, device: "torch.device") -> int:
     """How many CUDA streams the bands' threads share."""
     streams, name = settings.streams, settings.named("streams")
     if streams is None:
@@ -136,10 +191,17 @@ def choose_streams(settings: Settings, workers: int, device: torch.device) -> in
     return streams
 
 
+def choose_workers(settings: Settings, config: ModelConfig, heads: int) -> int:
+    """How many threads work on bands of so many heads: at most one a band."""
+    return min(settings.workers, -(-config.num_heads // heads))
+
+
 def choose_steps(
-    settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: torch.dtype, device: torch.device
-) -> Fit:
+    settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: "torch.dtype", device: "torch.device"
+) -> "Fit":
     """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
+    from xlstm_ray.kernels.probe import Fit, fit_t_inner
+
     if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
         raise UsageError(
             f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
@@ -154,12 +216,9 @@ def choose_steps(
 
 def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
     """Every setting with the value that a run here would use and where it came from; of the model, config.json only."""
-    device = choose_device(settings)
-    model = choose_model(settings)
+    model, config, backend, _ = choose_setup(settings)
     config_file = model / "config.json"
-    config = ModelConfig.from_file(config_file)
-    backend = choose_backend(settings, config, config_file)
-    choose_mode(settings, backend)
+    device = choose_device(settings)
     grid = choose_grid(settings, backend, config, device)
     values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
     values["model"] = model, settings.source("model")

@@ -22,7 +22,7 @@ import typer
 
 from xlstm_ray import __version__
 from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
-from xlstm_ray.settings import Setting, Settings, refuse_unknown, table, unknown_variables
+from xlstm_ray.settings import JOURNAL_FILE, Setting, Settings, refuse_unknown, table, unknown_variables
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, Statistics
@@ -461,10 +461,9 @@ def _check_writable(path: Path | None) -> None:
         raise StateError(f"{path}: cannot be written ({err.strerror}); choose another --state-out") from None
 
 
-@_leave_at_once()
 def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
     """Find out before a model is read that it cannot be asked this."""
-    from xlstm_ray.decode import Sampling
+    from xlstm_ray.sampling import Sampling
 
     Sampling.make(temperature, top_p, seed)
     if max_new_tokens < 1:
@@ -479,18 +478,27 @@ def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dic
     head too; a head that stays says where it is.
     """
     settings = Settings.make(**asked)  # before torch: a wrong flag answers at once
+    from xlstm_ray.choose import choose_model, choose_setup
+    from xlstm_ray.config import ModelConfig
+
+    if settings.resume is not None:
+        for other, given in (("--state-in", state_in), ("--journal", settings.journal)):
+            if given is not None:
+                raise UsageError(f"{other} and --resume were both given; a resumed run goes on in its own journal")
+        state_in = settings.resume / JOURNAL_FILE
+        if not state_in.is_file():
+            raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
+    if state_in is None:
+        choose_setup(settings)
+    elif not os.path.exists(state_in):
+        raise StateError(f"{state_in}: there is no such state file")
+    else:  # what was not asked for is taken from the state
+        ModelConfig.from_file(choose_model(settings) / "config.json")
     start: dict[str, Any] = {}
     with _leave_at_once():
-        from xlstm_ray.engine import JOURNAL_FILE, Engine
+        from xlstm_ray.engine import Engine
         from xlstm_ray.state import RecurrentState
 
-        if settings.resume is not None:
-            for other, given in (("--state-in", state_in), ("--journal", settings.journal)):
-                if given is not None:
-                    raise UsageError(f"{other} and --resume were both given; a resumed run goes on in its own journal")
-            state_in = settings.resume / JOURNAL_FILE
-            if not state_in.is_file():
-                raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
         if state_in is not None:
             state = start["state"] = RecurrentState.load(state_in)
             grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
@@ -743,8 +751,11 @@ def _tile_line(stats: "Statistics") -> list[str]:
 def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show every setting, its value and where it came from."""
     settings = Settings.make(**asked)
+    from xlstm_ray.choose import choose_setup, explain
+
+    choose_setup(settings)
     with _leave_at_once():
-        from xlstm_ray.choose import explain
+        import torch  # noqa: F401
     rows = {}
     for name, (value, source) in explain(settings).items():
         row = table()[name]

@@ -1,7 +1,6 @@
-"""Token after token: sampling and turning tokens into pieces of text."""
+"""Token after token, and turning tokens into pieces of text."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -10,8 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from xlstm_ray.errors import CheckpointError, UsageError
+from xlstm_ray.errors import CheckpointError
 from xlstm_ray.prefill.executor import Executor
+from xlstm_ray.sampling import Sampling
 
 
 def require_finite(logits: Tensor, model: Path) -> None:
@@ -20,43 +20,6 @@ def require_finite(logits: Tensor, model: Path) -> None:
         raise CheckpointError(
             f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
         )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_p keeps the likeliest tokens of that total mass."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    @classmethod
-    def make(cls, temperature: float | None, top_p: float | None, seed: int | None) -> "Sampling":
-        """Greedy unless asked otherwise; asking for top_p or a seed asks for sampling, at temperature 1."""
-        if temperature is None:
-            temperature = 0.0 if top_p is None and seed is None else 1.0
-        if not 0 <= temperature <= 100:
-            raise UsageError(f"--temperature is {temperature}; allowed: 0 (greedy) to 100")
-        if temperature == 0 and (top_p is not None or seed is not None):
-            raise UsageError("--top-p and --seed have no effect at --temperature 0 (greedy); leave them out")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UsageError(f"--top-p is {top_p}; allowed: above 0, up to 1")
-        if seed is not None and not 0 <= seed < 1 << 63:
-            raise UsageError(f"--seed is {seed}; allowed: 0 to 2^63 - 1")
-        return cls(temperature, 1.0 if top_p is None else top_p, 0 if seed is None else seed)
-
-    def sampler(self) -> Callable[[Tensor], list[int]]:
-        """A function from logits (B, vocabulary) to a token a row; it owns its random generator."""
-        if self.temperature == 0:
-            return lambda logits: logits.argmax(-1).tolist()
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def sample(logits: Tensor) -> list[int]:
-            p, order = torch.softmax(logits.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)  # keeps the token that crosses top_p
-            return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1).tolist()
-
-        return sample
 
 
 class TextStream:

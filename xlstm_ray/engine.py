@@ -23,18 +23,10 @@ from torch import Tensor
 
 from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import (
-    choose_backend,
-    choose_device,
-    choose_grid,
-    choose_mode,
-    choose_model,
-    choose_steps,
-    choose_streams,
-)
-from xlstm_ray.config import ModelConfig, read_json
+from xlstm_ray.choose import choose_device, choose_grid, choose_setup, choose_steps, choose_streams, choose_workers
+from xlstm_ray.config import read_json
 from xlstm_ray.csvlog import CsvLog
-from xlstm_ray.decode import Decoder, Sampling, TextStream, require_finite
+from xlstm_ray.decode import Decoder, TextStream, require_finite
 from xlstm_ray.errors import (
     CheckpointError,
     KernelError,
@@ -65,7 +57,8 @@ from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import window_sizes
-from xlstm_ray.settings import Settings, unknown_variables
+from xlstm_ray.sampling import Sampling
+from xlstm_ray.settings import JOURNAL_FILE, Settings, unknown_variables
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 from xlstm_ray.turn import Turn, in_turn
@@ -75,8 +68,6 @@ TILE_COLUMNS = (
 )
 if TYPE_CHECKING:
     from xlstm_ray.actors.watchdog import Event
-
-JOURNAL_FILE = "prefill.state"
 
 Prompt = str | Sequence[int]
 
@@ -182,19 +173,10 @@ class Engine:
     def _open(self) -> None:
         started = perf_counter()
         settings = self.settings
-        self.model_path = choose_model(settings)
-        config_file = self.model_path / "config.json"
-        self.config = ModelConfig.from_file(config_file)
-        self.backend = choose_backend(settings, self.config, config_file)
-        self.mode = choose_mode(settings, self.backend)
+        self.model_path, self.config, self.backend, self.mode = choose_setup(settings)
         ray = self._cluster.enter_context(_attached(settings)) if self.mode is Mode.ATTACHED else None
         self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
         self.grid = choose_grid(settings, self.backend, self.config, self.device)
-        if settings.journal_every is not None and self.mode is Mode.LOCAL and self.journal_file is None:
-            raise UsageError(
-                f"{settings.named('journal_every')} has no effect in one process without --journal or --resume; "
-                "leave it out"
-            )
         if settings.actors_per_device > 1 and self.device.type == "cpu":
             raise UsageError(
                 f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
@@ -227,12 +209,8 @@ class Engine:
         steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
         self.t_inner = steps.t_inner
         self.note = "; ".join(filter(None, [self.note, steps.note])) or None
-        self.workers = min(settings.workers, -(-self.config.num_heads // self.grid.heads_per_band))
+        self.workers = choose_workers(settings, self.config, self.grid.heads_per_band)
         self._require_room(1)
-        if settings.stages > self.config.num_blocks:
-            raise UsageError(
-                f"{settings.named('stages')} is {settings.stages}, but the model has {self.config.num_blocks} blocks"
-            )
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
         if self.mode is Mode.LOCAL:

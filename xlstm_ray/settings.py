@@ -38,6 +38,7 @@ from xlstm_ray.errors import UsageError
 
 DEFAULT_BACKEND = "queued_compiled_chunks"
 MIB = 1 << 20
+JOURNAL_FILE = "prefill.state"
 
 PROFILES: dict[str, dict[str, Any]] = {
     # A Mac with 256 GB: throughput first, a warning only near the limit, no shrinking.
