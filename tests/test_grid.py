@@ -186,6 +186,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     text = (
         GRID
         + """
+    say(nice=[seat.process.nice() for seat in executor._seats])
     result = lm.prefill(prompt)
     say(digest=result.state.digest(), peak=result.stats.peak_memory_bytes, restarts=result.stats.restarts)
     if heads == "4":
@@ -283,6 +284,11 @@ def test_a_grid_gives_the_bits_of_one_process(grid, in_process):
     assert found.get("batch") == in_process[heads].get("batch")
     assert found["restarts"] == 0
     assert found["threads"] == [found["digest"]] * 2
+
+
+def test_actors_are_not_nicer_than_other_programs(grid):
+    _, found = grid
+    assert set(found["nice"]) == {0}
 
 
 def test_decoding_in_the_grid_gives_the_same_text_and_state(grid, in_process):

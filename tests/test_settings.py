@@ -322,6 +322,26 @@ def test_without_warm_up_kernels_compile_on_first_use():
     assert cold.state.digest() == warm.state.digest()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
+@pytest.mark.parametrize(
+    ("given", "first", "said"),
+    [
+        ({}, "xlstm_ray", "GOMP_SPINCOUNT = '1000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "xlstm_ray", "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "active"}, "xlstm_ray", "OMP_WAIT_POLICY = 'ACTIVE'"),
+        ({}, "xlstm_ray.actors.band", "GOMP_SPINCOUNT = '1000'"),  # what Ray's worker imports
+        ({}, "torch, xlstm_ray", "GOMP_SPINCOUNT = '300000'"),  # too late: README says so
+    ],
+)
+def test_threads_that_wait_for_each_other_sleep_soon(given, first, said):
+    """What OpenMP itself says that it has read."""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= {"OMP_DISPLAY_ENV": "verbose"} | given
+    code = f"import {first}; import torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert said in done.stderr
+
+
 def test_torchs_own_variables_are_passed_on():
     code = (
         "import xlstm_ray; xlstm_ray.load(device='cpu', chunkwise_backend='native'); import torch._dynamo.config as c; "

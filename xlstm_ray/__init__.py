@@ -10,12 +10,16 @@ print("".join(lm.generate(state=result.state, max_new_tokens=8)))
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from xlstm_ray.settings import calm_threads
+
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, load
     from xlstm_ray.state import RecurrentState
 
 __all__ = ["Engine", "PrefillResult", "RecurrentState", "load"]
 __version__ = "0.1.0"
+
+calm_threads()  # here, since the package comes before its modules, and so before torch, in every process
 
 _HOME = {"Engine": "engine", "PrefillResult": "engine", "load": "engine", "RecurrentState": "state"}
 

@@ -928,6 +928,8 @@ def _ray_start(
 def _environment(token_path: Path) -> dict[str, str]:
     """Ours, with what Ray must know; the token itself is in no environment and no argument, only its file's path."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    # Ray makes its workers nicer than other programs (15): beside one that works they would hardly be given a core.
+    kept.setdefault("RAY_worker_niceness", "0")
     return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path), _CLUSTER: "0"}
 
 
