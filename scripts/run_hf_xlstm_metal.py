@@ -14,7 +14,7 @@ from run_local_xlstm_mps import generate
 
 from xlstm_ray.errors import DownloadError
 
-PROMPTS = "--prompt", "--prompt-file", "--state-in", "--resume"
+PROMPTS = "--prompt", "-p", "--prompt-file", "-f", "--state-in", "--resume"
 
 
 def main() -> None:

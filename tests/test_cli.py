@@ -85,9 +85,78 @@ def modules_after(*words: str, code: int = 0) -> set[str]:
 
 def test_help_answers_without_torch():
     found = modules_after("--help")
-    assert "  prefill   Compute a prompt's state and the likeliest next tokens." in found
-    assert "typer" in found
-    assert not found & {"torch", "tokenizers", "safetensors", "ray", "rich"}
+    assert any("prefill   Compute a prompt's state and the likeliest next tokens." in line for line in found)
+    assert {"typer", "rich"} <= found  # rich draws the panels
+    assert not found & {"torch", "tokenizers", "safetensors", "ray", "numpy", "huggingface_hub"}
+
+
+COMMANDS = "prefill generate doctor config up status down parity bench plan".split()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_whole_at_80_columns(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [command] if command else []
+    shown = run(*words, "--help")
+    assert shown.code == 0
+    assert run(*words, "-h").out == shown.out
+    assert shown.err == ""
+    assert "\u2026" not in shown.out  # the mark of what was cut
+    assert "..." not in shown.out.replace("[ARGS]...", "")
+    assert all(len(line) <= 80 for line in shown.out.splitlines())
+
+
+def test_help_has_panels_and_examples(run):
+    shown = run("generate", "--help").out
+    titles = re.findall(r"^\u256d\u2500 (.+?) \u2500", shown, re.MULTILINE)
+    for title in ("Prompt", "Sampling", "State", "Output", "Model", "Memory", "Journal and logs"):
+        assert titles.count(title) == 1
+    assert 'xlstm-ray generate -p "The capital of France is" -n 8' in shown
+    assert {"Run a model", "Ray heads", "Look and measure"} <= set(
+        re.findall(r"^\u256d\u2500 (.+?) \u2500", run("--help").out, re.MULTILINE)
+    )
+
+
+def test_no_arguments_are_answered_with_help(run):
+    assert run() == run("--help")
+
+
+def test_short_options_are_the_long_ones(run, options, model, tmp_path):
+    (tmp_path / "prompt").write_text(PROMPT)
+    long = ("--model", model, "--device", "cpu", "--prompt-file", tmp_path / "prompt", "--max-new-tokens", 3)
+    short = ("-m", model, "-d", "cpu", "-f", tmp_path / "prompt", "-n", 3)
+    rows = [
+        run("generate", *words, out, tmp_path / out, "--chunkwise-backend", "native", "--json").row
+        for words, out in ((long, "--state-out"), (short, "-o"))
+    ]
+    assert rows[0]["text"] == rows[1]["text"]
+    assert rows[0]["state_digest"] == rows[1]["state_digest"] == RecurrentState.load(tmp_path / "-o").digest()
+    assert run("prefill", *options, "-p", PROMPT, "--json").row["prompt_tokens"] == len(PROMPT)
+
+
+def test_completion_for_a_shell(tmp_path):
+    def complete(how: str, **variables: str) -> str:
+        env = {**os.environ, "HOME": str(tmp_path), "_XLSTM_RAY_COMPLETE": how, **variables}
+        return subprocess.run([str(PROGRAM)], capture_output=True, text=True, env=env, timeout=60).stdout
+
+    assert complete("complete_bash", COMP_WORDS="xlstm-ray pre", COMP_CWORD="1").split() == ["prefill"]
+    assert "_XLSTM_RAY_COMPLETE=complete_bash" in complete("source_bash")
+
+
+def test_as_a_module_of_python(options):
+    module = [sys.executable, "-m", "xlstm_ray"]
+    words = [*module, "prefill", *options, "--prompt", LONG, "--tile-size", "128", "--progress", "ndjson"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        interrupt_after(process, 1, signal.SIGINT)
+        ran = finish(process)
+    assert ran.code == 130
+    shown = subprocess.run([*module, "--version"], capture_output=True, text=True, timeout=60)
+    assert shown.stdout == f"xlstm-ray {xlstm_ray.__version__}\n"
+
+
+def test_a_command_to_go_on_is_given_for_the_way_that_the_program_was_started(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a place/xlstm_ray/__main__.py", "prefill"])
+    assert cli._resume_command(["--state-in", "s"]) == f"{sys.executable} -m xlstm_ray prefill --state-in s"
 
 
 @pytest.mark.parametrize(
@@ -132,12 +201,11 @@ def test_help_names_every_option_of_the_command(command, run):
         "--prompt --prompt-file --jsonl --model --device --dtype --chunkwise-backend --tile-size --chunk-size "
         "--heads-per-band --workers --state-in --state-out --json --progress"
     ).split():
-        assert re.search(rf"^ +{option}\b", ran.out, re.MULTILINE), option
+        assert re.search(rf"^\u2502 +{option}\b", ran.out, re.MULTILINE), option
 
 
 # (words, exit code, what the line must say)
 MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "no command": ("", 2, ("Missing command", "--help")),
     "an unknown command": ("prefil", 2, ("prefil", "prefill")),
     "an unknown option": ("prefill --promt a", 2, ("--promt", "--prompt")),
     "an option of another command": ("prefill --prompt a --temperature 1", 2, ("--temperature",)),

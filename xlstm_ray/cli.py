@@ -31,39 +31,75 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="xlstm-ray",
     help="Prefill prompts of any length through xLSTM language models, in flat memory.",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
+RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of the commands' list
+PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
 
 ProgressKind = Literal["auto", "bar", "ndjson", "none"]
 JSONL_KEYS = "prompt", "id"
 
-PromptOption = Annotated[str | None, typer.Option("--prompt", help="The prompt's text, '-' for standard input.")]
+
+def _plain(text: str) -> str:
+    """A text in which rich reads no markup."""
+    return text.replace("[", r"\[")
+
+
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The prompt's text, '-' for standard input.", rich_help_panel=PROMPT),
+]
 PromptFileOption = Annotated[
     str | None,
     typer.Option(
-        "--prompt-file", help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped."
+        "--prompt-file",
+        "-f",
+        help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped.",
+        rich_help_panel=PROMPT,
     ),
 ]
 JsonlOption = Annotated[
     bool,
     typer.Option(
-        "--jsonl", help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key."
+        "--jsonl",
+        help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key.",
+        rich_help_panel=PROMPT,
     ),
 ]
 StateInOption = Annotated[
     Path | None,
-    typer.Option("--state-in", help="Go on from this saved state; settings not given are taken from it."),
+    typer.Option(
+        "--state-in",
+        help="Go on from this saved state; settings not given are taken from it.",
+        rich_help_panel=STATE,
+    ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A TOML file with settings; flags and environment go before it.")
+    Path | None,
+    typer.Option(
+        "--config",
+        help=_plain(
+            "A TOML file with settings; flags and environment go before it. A setting's key is its option's name "
+            "with _ for -, its variable XLSTM_ and the key in capitals where no [env: NAME] says otherwise."
+        ),
+        rich_help_panel="Settings",
+    ),
 ]
-StateOutOption = Annotated[Path | None, typer.Option("--state-out", help="Write the state to this file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+StateOutOption = Annotated[
+    Path | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
+]
 ProgressOption = Annotated[
     ProgressKind,
-    typer.Option("--progress", help="On standard error: a bar, JSON lines, or nothing; auto is a bar on a terminal."),
+    typer.Option(
+        "--progress",
+        help="On standard error: a bar, JSON lines, or nothing; auto is a bar on a terminal.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 
@@ -104,9 +140,16 @@ def _option(row: Setting) -> Any:
     shown = row.shown or (",".join(row.default) if row.kind is tuple else row.default)
     if row.kind is bool:
         shown = "on" if row.default else "off"
-    env = f" [env: {row.env}]" if row.env else ""
+    env = "" if row.env == f"XLSTM_{row.name.upper()}" else f" [env: {row.env}]"
     kind = str if row.kind is tuple else row.kind
-    return Annotated[kind | None, typer.Option(row.flags, help=f"{row.help}{env} [default: {shown}]")]  # type: ignore
+    words = f"{row.help}{env} [default: {shown}]"
+    flags = [row.flags, *filter(None, [row.short])]
+    return Annotated[kind | None, typer.Option(*flags, help=_plain(words), rich_help_panel=row.panel)]  # type: ignore
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help: a line each."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {_plain(line)}" for line in lines)])
 
 
 def _show_version(asked: bool) -> None:
@@ -124,7 +167,14 @@ def _xlstm_ray(
     pass
 
 
-@app.command()
+@app.command(
+    rich_help_panel=RUN,
+    epilog=_examples(
+        'xlstm-ray prefill -p "The capital of France is"',
+        "xlstm-ray prefill -m DIR -f book.txt -o book.state",
+        "cat book.txt | xlstm-ray prefill -m DIR --json",
+    ),
+)
 @takes()
 def prefill(
     prompt: PromptOption = None,
@@ -152,20 +202,37 @@ def prefill(
         engine.discard_journal()
 
 
-@app.command()
+@app.command(
+    rich_help_panel=RUN,
+    epilog=_examples(
+        'xlstm-ray generate -p "The capital of France is" -n 8',
+        "xlstm-ray generate -m DIR --state-in book.state",
+        "xlstm-ray generate -m DIR -f prompts.jsonl --jsonl > answers.jsonl",
+    ),
+)
 @takes()
 def generate(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     jsonl: JsonlOption = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Stop after this many tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.", rich_help_panel=SAMPLING)
+    ] = 64,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 is greedy [default: 0; 1 with --top-p or --seed]")
+        float | None,
+        typer.Option(
+            "--temperature",
+            help=_plain("0 is greedy. [default: 0; 1 with --top-p or --seed]"),
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.")
+        float | None,
+        typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=SAMPLING),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help=_plain("Seed of the sampling. [default: 0]"), rich_help_panel=SAMPLING)
+    ] = None,
     state_in: StateInOption = None,
     state_out: StateOutOption = None,
     json_output: JsonOption = False,
@@ -232,7 +299,7 @@ def generate(
             raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 @takes("model device dtype chunkwise_backend tile_size chunk_size heads_per_band t_inner profile")
 def doctor(
     kernels: Annotated[
@@ -261,7 +328,7 @@ def main() -> None:
     """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
     _open_standard_files()
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
         if code == 130:  # typer's answer to a Ctrl-C that nothing else took
             _err("interrupted")
         sys.exit(code)
@@ -570,14 +637,16 @@ def _resume_command(start: list[str]) -> str:
             skip = word in replaced and not skip
             continue
         words.append(word)
-    return shlex.join([_program(), *words, *start])
+    return f"{_program()} {shlex.join([*words, *start])}"
 
 
 def _program() -> str:
-    """The name that starts this program: without its directory, where that is found."""
+    """What starts this program in a shell: without its directory, where that is found."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return shlex.join([sys.executable, "-m", "xlstm_ray"])
     found = shutil.which("xlstm-ray")
     same = found is not None and os.path.realpath(found) == os.path.realpath(sys.argv[0])
-    return "xlstm-ray" if same else sys.argv[0]
+    return "xlstm-ray" if same else shlex.quote(sys.argv[0])
 
 
 def _require_some(result: "PrefillResult", stop: _Stop) -> None:
@@ -746,7 +815,7 @@ def _tile_line(stats: "Statistics") -> list[str]:
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
-@app.command()
+@app.command(rich_help_panel=MACHINE, epilog=_examples("xlstm-ray config -m DIR --config settings.toml"))
 @takes()
 def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show every setting, its value and where it came from."""
@@ -771,14 +840,15 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
 
 
 # -- Ray ---------------------------------------------------------------------------------------------------------------
-@app.command()
+@app.command(rich_help_panel=RAY)
 @takes("ray_dashboard ray_dashboard_port ray_state_dir ray_temp_dir")
 def up(
     ray_port: Annotated[
-        int | None, typer.Option("--ray-port", help="The port of the head's address [default: a free one]")
+        int | None, typer.Option("--ray-port", help=_plain("The port of the head's address. [default: a free one]"))
     ] = None,
     ray_metrics_port: Annotated[
-        int | None, typer.Option("--ray-metrics-port", help="The port that Prometheus reads [default: a free one]")
+        int | None,
+        typer.Option("--ray-metrics-port", help=_plain("The port that Prometheus reads. [default: a free one]")),
     ] = None,
     *,
     asked: dict[str, Any],
@@ -803,7 +873,7 @@ def up(
     _out("\n".join(supervisor.stays_lines(head)))
 
 
-@app.command()
+@app.command(rich_help_panel=RAY)
 @takes("ray_state_dir")
 def status(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show the Ray heads of this project with their actors and memory, and Ray sessions that are not ours."""
@@ -817,11 +887,12 @@ def status(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
         _out("\n".join(report.lines()))
 
 
-@app.command()
+@app.command(rich_help_panel=RAY)
 @takes("ray_state_dir")
 def down(
     head: Annotated[
-        str | None, typer.Argument(help="Stop this head only, also when its run is alive [default: all without a run]")
+        str | None,
+        typer.Argument(help=_plain("Stop this head only, also when its run is alive. [default: all without a run]")),
     ] = None,
     *,
     asked: dict[str, Any],
@@ -845,10 +916,10 @@ def down(
             )
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE, epilog=_examples("xlstm-ray parity mlstm --device cpu"))
 @takes("model device")
 def parity(
-    part: Annotated[str | None, typer.Argument(help="mlstm, slstm or model [default: all three]")] = None,
+    part: Annotated[str | None, typer.Argument(help=_plain("mlstm, slstm or model. [default: all three]"))] = None,
     json_output: JsonOption = False,
     *,
     asked: dict[str, Any],
@@ -873,7 +944,10 @@ def parity(
         raise ParityError(f"{len(over)} of {len(rows)} are over their tolerance: {', '.join(over)}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MACHINE,
+    epilog=_examples("xlstm-ray bench --lengths 512,2048,8192", "xlstm-ray bench -m DIR --rounds 7 --json"),
+)
 @takes("model device dtype tile_size chunk_size heads_per_band workers threads")
 def bench(
     lengths: Annotated[
@@ -907,7 +981,13 @@ def bench(
         _json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})
 
 
-@app.command()
+@app.command(
+    rich_help_panel=MACHINE,
+    epilog=_examples(
+        "xlstm-ray plan -m DIR --device m2-ultra --prompt-tokens 65536",
+        "xlstm-ray plan -m DIR --device this --prompt-tokens 4096 --check",
+    ),
+)
 @takes("model dtype tile_size chunk_size heads_per_band")
 def plan(
     device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],

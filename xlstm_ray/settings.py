@@ -53,6 +53,20 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+# The help's panels. A setting that is not named here is in the last one.
+PANELS: dict[str, str] = {
+    "Model": "model device dtype",
+    "Work": "chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale warmup",
+    "Memory": "mem_watchdog mem_soft_pct mem_hard_pct mem_soft_mb mem_hard_mb mem_poll_ms mem_action shrink_on_soft "
+    "min_chunk force",
+    "Actors on Ray": "stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir",
+    "A Ray head of this run": "ray_local_mode ray_autoshutdown ray_dashboard ray_dashboard_port ray_keep_alive",
+    "Journal and logs": "journal journal_every resume stats_log mem_log",
+    "Settings": "profile",
+}
+SHORT = {"model": "-m", "device": "-d"}
+
+
 class Source(NamedTuple):
     """Where a value came from: flag, state, environment, file, profile, model, autoscale or default, and which."""
 
@@ -239,6 +253,8 @@ class Setting:
         hint = get_args(hint)[0] if NoneType in get_args(hint) else hint
         self.name, self.default, self.help = name, field.default, field.description
         self.env, self.shown = extra["env"] or f"XLSTM_{name.upper()}", extra["shown"]
+        self.panel = next((title for title, names in PANELS.items() if name in names.split()), "Settings")
+        self.short = SHORT.get(name)
         self.kind = {Literal: str, tuple: tuple}.get(get_origin(hint), hint)  # or int, float, bool, Path
         self.flags = "--" + name.replace("_", "-") if extra["flag"] == "" else extra["flag"]
         if self.kind is bool and self.flags:
