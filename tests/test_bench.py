@@ -103,7 +103,9 @@ def test_matplotlib_is_missed_only_where_a_picture_is_asked_for(model: Path, tmp
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = ("--model", model, "--device", "cpu", "--lengths", "8", "--rounds", 1, "--backends", "native")
     error = bench(*words, "--png", tmp_path / "b.png", code=1, PYTHONPATH=path)
-    assert "--png draws with matplotlib, which is not installed; pip install matplotlib" in error
+    assert (
+        f"--png draws with matplotlib, which is not installed; {sys.executable} -m pip install 'matplotlib>=" in error
+    )
     header, line = bench(*words, PYTHONPATH=path).splitlines()
     assert header.split() == "tokens backend tokens/s range of seconds memory, MiB".split()
     assert line.split()[:2] == ["8", "native"]

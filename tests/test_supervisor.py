@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import requires
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,7 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
 )
 ROOT = str(Path(supervisor.__file__).parents[1])
+RAY = next(r.partition(";")[0] for r in requires("xlstm-ray") or [] if r.startswith("ray[default]"))
 STORE = 80 << 20  # bytes: the least that Ray takes is 75 MiB
 
 
@@ -181,7 +183,7 @@ def test_importable_without_ray_which_is_named_when_a_head_is_asked_for(tmp_path
     )
     assert out == [
         "()",
-        *2 * ["Ray is not installed: pip install '.[ray]' in the project's checkout, or stay in local mode"],
+        *2 * [f"Ray is not installed; {sys.executable} -m pip install '{RAY}' installs it, or stay in local mode"],
     ]
 
 

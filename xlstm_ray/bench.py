@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from xlstm_ray import errors
-from xlstm_ray.errors import UsageError, XlstmRayError, one_line
+from xlstm_ray.errors import UsageError, XlstmRayError, one_line, pip_install
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.settings import MIB, Settings
 
@@ -170,7 +170,8 @@ def _pyplot() -> ModuleType:
         import matplotlib
     except ImportError:
         raise UsageError(
-            "--png draws with matplotlib, which is not installed; pip install matplotlib, or leave it out"
+            f"--png draws with matplotlib, which is not installed; {pip_install('matplotlib')} installs it, or leave "
+            "--png out"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot

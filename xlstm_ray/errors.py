@@ -1,5 +1,10 @@
 """One exception tree. The command line turns these into one line and their exit code; anything else is a bug."""
 
+import re
+import shlex
+import sys
+from importlib import metadata
+
 
 class XlstmRayError(Exception):
     """A user's mistake or a limit that was met: what was given, what is allowed, what to do. Exit code 1."""
@@ -64,3 +69,13 @@ class Interrupted(XlstmRayError):
 def one_line(text: object) -> str:
     """What a library says about a file in one printable line of moderate length: it may quote the file."""
     return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:300]
+
+
+def pip_install(package: str) -> str:
+    """The command that puts a package into the environment of this very process, as the project asks for it."""
+    try:
+        asked = [requirement.partition(";")[0].strip() for requirement in metadata.requires("xlstm-ray") or []]
+    except metadata.PackageNotFoundError:  # on the PYTHONPATH, not installed
+        asked = []
+    wanted = next((one for one in asked if re.match(rf"{package}(?![\w.-])", one)), package)
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(wanted)}"

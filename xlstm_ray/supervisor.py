@@ -47,7 +47,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from xlstm_ray.errors import RayError, UsageError
+from xlstm_ray.errors import RayError, UsageError, pip_install
 
 LOOPBACK = "127.0.0.1"
 NAMESPACE = "xlstm-ray"
@@ -470,7 +470,7 @@ def connect(
 def _require_ray() -> None:
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
-        raise RayError("Ray is not installed: pip install '.[ray]' in the project's checkout, or stay in local mode")
+        raise RayError(f"Ray is not installed; {pip_install('ray')} installs it, or stay in local mode")
 
 
 def _import_ray(address: str, token_path: Path | None) -> ModuleType:
