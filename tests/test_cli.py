@@ -18,15 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Ran
 from tiny import make_model
 
 import xlstm_ray
-from xlstm_ray import PrefillResult, RecurrentState, cli
+from xlstm_ray import Engine, PrefillResult, RecurrentState, cli, reporter
+from xlstm_ray.settings import Settings
 
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 PROMPT = "The time has come, the walrus said"
@@ -481,6 +484,9 @@ def test_every_tile_has_its_own_speed(run, options, tmp_path):
     assert row["tile_tok_s_p99"] == pytest.approx(min(rates))
     with open(tmp_path / "tiles.csv") as file:
         logged = list(csv.DictReader(file))
+    times = [datetime.fromisoformat(tile["time"]) for tile in logged]
+    assert times == sorted(times)
+    assert abs((datetime.now().astimezone() - times[-1]).total_seconds()) < 60
     assert [int(tile["tokens_done"]) for tile in logged] == done[1:]
     assert [float(tile["tile_s"]) for tile in logged] == [event["tile_s"] for event in events]
     people = run("prefill", *options, "--prompt", PROMPT * 3, "--tile-size", 32).out
@@ -518,6 +524,45 @@ def test_progress_lines_count_up(run, options):
         assert row["tile_s"] > 0
         assert row["tok_s"] > 0
     assert rows[0]["eta_s"] > rows[-1]["eta_s"] == 0
+
+
+ISO = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d"
+
+
+def test_where_there_is_no_terminal_a_line_comes_every_half_minute(run, options, monkeypatch):
+    assert reporter.EVERY_S == 30
+    monkeypatch.setattr(reporter, "EVERY_S", 0.005)
+    words = ("prefill", *options, "--prompt", PROMPT * 20, "--tile-size", 32, "--json")
+    lines = run(*words).err.splitlines()
+    for line in lines:
+        assert re.fullmatch(
+            rf"{ISO} (prefill: [\d,]+/{len(PROMPT) * 20:,} tokens  [\d,]+ tokens/s  [\d:]+ left|[a-z ]+: [\d:]+ so far)", line
+        )
+    assert len([line for line in lines if " tokens/s " in line]) > 2
+    ran = run(*words, "--progress", "ndjson")
+    events = [json.loads(line) for line in ran.err.splitlines()]
+    assert {"tile", "phase"} >= {event["event"] for event in events} >= {"tile"}
+    for event in events:
+        assert re.fullmatch(ISO, event["time"])
+    assert run(*words, "--progress", "none").err == ""
+
+
+def test_each_phase_is_named_while_it_lasts(model, capsys):
+    begun: list[str] = []
+    with Engine(Settings.make(model=model, device="cpu", chunkwise_backend="native"), on_phase=begun.append) as engine:
+        engine.prefill(PROMPT)
+    assert begun == ["loading the model", "cutting the prompt into tokens", "prefill"]
+    with torch.compiler.set_stance("force_eager"):
+        with Engine(Settings.make(model=model, device="cpu"), on_phase=begun.append) as engine:
+            engine.prefill(PROMPT)
+    assert begun[5].startswith("compiling for 16 token(s) at once")
+
+
+def test_decoding_that_shows_no_text_says_how_long_it_takes(run, options, monkeypatch):
+    monkeypatch.setattr(reporter, "EVERY_S", 0.01)
+    ran = run("generate", *options, "--prompt", PROMPT, "--max-new-tokens", 60, "--json")
+    assert ran.row["new_tokens"] == 60
+    assert re.search(rf"^{ISO} decoding: 0:00:0\d so far$", ran.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", ["none", "auto"])

@@ -13,20 +13,19 @@ import threading
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xlstm_ray import __version__
 from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
+from xlstm_ray.reporter import ProgressKind, Reporter
 from xlstm_ray.settings import JOURNAL_FILE, Setting, Settings, refuse_unknown, table, unknown_variables
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, Statistics
-    from xlstm_ray.prefill.driver import Progress
 
 app = typer.Typer(
     name="xlstm-ray",
@@ -38,7 +37,6 @@ app = typer.Typer(
 RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of the commands' list
 PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
 
-ProgressKind = Literal["auto", "bar", "ndjson", "none"]
 JSONL_KEYS = "prompt", "id"
 
 
@@ -190,9 +188,9 @@ def prefill(
     """Compute a prompt's state and the likeliest next tokens."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
     _check_writable(state_out)
-    with _opened(state_in, asked) as (start, engine):
-        with _stop_on_signals() as stop, _reporter(progress) as on_progress:
-            result = engine.prefill(prompts, **start, on_progress=on_progress, should_stop=stop)
+    with _opened(state_in, asked, progress) as (start, engine, report):
+        with _stop_on_signals() as stop, report:
+            result = engine.prefill(prompts, **start, on_progress=report.tile, should_stop=stop)
         digest = result.state.save(state_out) if state_out and sum(result.state.tokens) else None
         engine.close()  # the state is safe; memory and devices are free for others from now on
         _require_some(result, stop)
@@ -245,19 +243,22 @@ def generate(
     _check_writable(state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
     streams = not (json_output or jsonl)
-    with _opened(state_in, asked) as (start, engine):
-        with _stop_on_signals() as stop:
-            with _reporter(progress) as on_progress:
-                generation = engine.generate(
-                    prompts,
-                    **start,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    on_progress=on_progress,
-                    should_stop=stop,
-                )
+    with _opened(state_in, asked, progress) as (start, engine, report):
+        with _stop_on_signals() as stop, report:
+            generation = engine.generate(
+                prompts,
+                **start,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_progress=report.tile,
+                should_stop=stop,
+            )
+            if streams:
+                report.close()  # the text says how far it is
+            else:
+                report.phase("decoding")
             for pieces in generation.rows():
                 if streams:
                     _out(pieces[0], end="")
@@ -413,7 +414,7 @@ def _leave_at_once() -> Iterator[None]:
     """Ctrl-C ends the process here and now: libraries that are being imported may swallow an exception."""
 
     def leave(_number: int, _frame: object) -> None:
-        os.write(2, b"interrupted\n")
+        os.write(2, b"\x1b[?25hinterrupted\n" if os.isatty(2) else b"interrupted\n")  # a bar hides the cursor
         os._exit(130)
 
     with _handling(leave, signal.SIGINT):
@@ -538,8 +539,10 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
 
 
 @contextmanager
-def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dict[str, Any], Engine]]":
-    """The model, and what to go on from, as keyword arguments of prefill and generate.
+def _opened(
+    state_in: Path | None, asked: dict[str, Any], progress: ProgressKind
+) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
+    """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
 
     What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
     head too; a head that stays says where it is.
@@ -561,39 +564,41 @@ def _opened(state_in: Path | None, asked: dict[str, Any]) -> "Iterator[tuple[dic
         raise StateError(f"{state_in}: there is no such state file")
     else:  # what was not asked for is taken from the state
         ModelConfig.from_file(choose_model(settings) / "config.json")
-    start: dict[str, Any] = {}
-    with _leave_at_once():
-        from xlstm_ray.engine import Engine
-        from xlstm_ray.state import RecurrentState
+    with Reporter(progress) as report:
+        start: dict[str, Any] = {}
+        with _leave_at_once():
+            report.phase("loading torch")
+            from xlstm_ray.engine import Engine
+            from xlstm_ray.state import RecurrentState
 
-        if state_in is not None:
-            state = start["state"] = RecurrentState.load(state_in)
-            grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
-            del grid["kernel"], grid["mixed"]
-            settings = Settings.make(**asked, state=(str(state_in), grid))
-    # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
-    leaving: Any = _leave_at_once if settings.ray_local_mode and not settings.ray_address else _stop_on_signals
-    with leaving():
-        engine = Engine(settings)
-    try:
-        engine.on_note = lambda text: _err(f"note: {text}")
-        if engine.note:
-            _err(f"note: {engine.note}")
-        if settings.resume is not None:
-            start["any_grid"] = True
-            if not start["state"].grid.goes_on_as(engine.grid):
-                differences = start["state"].grid.differences(engine.grid)
-                _err(
-                    f"note: the journal is of another grid ({differences}): the result will be that of an "
-                    "uninterrupted run within rounding, not to the bit"
-                )
-        yield start, engine
-    finally:
-        engine.close()
-        if engine.stays is not None:
-            from xlstm_ray.supervisor import stays_lines
+            if state_in is not None:
+                state = start["state"] = RecurrentState.load(state_in)
+                grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
+                del grid["kernel"], grid["mixed"]
+                settings = Settings.make(**asked, state=(str(state_in), grid))
+        # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
+        leaving: Any = _leave_at_once if settings.ray_local_mode and not settings.ray_address else _stop_on_signals
+        with leaving():
+            engine = Engine(settings, on_phase=report.phase)
+        try:
+            engine.on_note = lambda text: _err(f"note: {text}")
+            if engine.note:
+                _err(f"note: {engine.note}")
+            if settings.resume is not None:
+                start["any_grid"] = True
+                if not start["state"].grid.goes_on_as(engine.grid):
+                    differences = start["state"].grid.differences(engine.grid)
+                    _err(
+                        f"note: the journal is of another grid ({differences}): the result will be that of an "
+                        "uninterrupted run within rounding, not to the bit"
+                    )
+            yield start, engine, report
+        finally:
+            engine.close()
+            if engine.stays is not None:
+                from xlstm_ray.supervisor import stays_lines
 
-            _err("\n".join(stays_lines(engine.stays)))
+                _err("\n".join(stays_lines(engine.stays)))
 
 
 def _backend_of(kernel: str) -> str:
@@ -689,46 +694,6 @@ def _rate(tokens_per_s: float | None) -> str:
 
 def _resumed(summary: dict[str, Any]) -> str:
     return f" (and {summary['resumed_tokens']} from the state)" if summary["resumed_tokens"] else ""
-
-
-@contextmanager
-def _reporter(kind: ProgressKind) -> "Iterator[Callable[[Progress], None] | None]":
-    """Where progress goes: a bar, JSON lines, or nowhere."""
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "none"
-    if kind == "none":
-        yield None
-        return
-    if kind == "ndjson":
-
-        def line(p: "Progress") -> None:
-            row = {
-                "event": "tile",
-                "tiles_done": p.tiles_done,
-                "tokens_done": p.tokens_done,
-                "tokens_total": p.tokens_total,
-                "tile_s": p.tile_seconds,
-                "tok_s": p.tokens_per_s,
-                "eta_s": p.eta_s,
-            }
-            _err(json.dumps(row))
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[numbers]}")
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loading, compiling", total=None, numbers="")
-
-        def update(p: "Progress") -> None:
-            left = timedelta(seconds=math.ceil(p.eta_s))
-            numbers = f"{p.tokens_done:,}/{p.tokens_total:,} tokens  {p.tokens_per_s:,.0f} tokens/s  {left} left"
-            bar.update(task, description="prefill", completed=p.tokens_done, total=p.tokens_total, numbers=numbers)
-
-        yield update
 
 
 def _summary(

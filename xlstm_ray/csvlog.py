@@ -1,8 +1,13 @@
-"""A CSV file that grows while a run goes on; where it cannot be written any more, the run goes on without it."""
+"""A CSV file that grows while a run goes on; where it cannot be written any more, the run goes on without it.
+
+Its first column is the time in ISO 8601.
+"""
 
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from xlstm_ray.reporter import now
 
 
 class CsvLog:
@@ -12,10 +17,13 @@ class CsvLog:
         self.failure: OSError | None = None
         self._file = open(path, "a" if append else "w")
         if self._file.tell() == 0:
-            self.row(*names)
+            self._write("time", *names)
 
     def row(self, *values: object) -> None:
-        """One more row."""
+        """One more row, of now."""
+        self._write(now(), *values)
+
+    def _write(self, *values: object) -> None:
         if self.failure is None:
             try:
                 print(*values, sep=",", file=self._file, flush=True)

@@ -152,8 +152,9 @@ class Engine:
     not ended. A call from inside another one (from `on_progress`) and one in a forked child raise UsageError.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, *, on_phase: Callable[[str], object] = lambda text: None):
         self._turn = Turn()
+        self._on_phase = on_phase  # told what begins that may take long
         self.settings = settings
         self._cluster = ExitStack()
         self._executor: Executor | None = None
@@ -173,6 +174,7 @@ class Engine:
     def _open(self) -> None:
         started = perf_counter()
         settings = self.settings
+        self._on_phase("loading the model")
         self.model_path, self.config, self.backend, self.mode = choose_setup(settings)
         ray = self._cluster.enter_context(_attached(settings)) if self.mode is Mode.ATTACHED else None
         self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
@@ -237,9 +239,11 @@ class Engine:
             )
         else:
             if ray is None:
+                self._on_phase("starting Ray")
                 head = self._head = self._cluster.enter_context(managed(_head_options(settings)))
                 ray = self._cluster.enter_context(connect(head))
                 self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
+            self._on_phase("starting actors, which load the model")
             self._executor = _grid_executor(ray, self, stages, steps)
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
@@ -332,6 +336,7 @@ class Engine:
             self._set_state(state, state.batch)
             stats = self._statistics(state.tokens, state.tokens, 0.0, None)
             return PrefillResult(state, state.tensors["logits"], stats)
+        self._on_phase("cutting the prompt into tokens")
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
         self._require_room(len(rows))
         journal = self._begin_journal()
@@ -356,6 +361,7 @@ class Engine:
             self._set_state(state, len(rows))
             if self._launches is not None:
                 self._launches.total = 0
+            self._on_phase("prefill")
             outcome = driver.prefill(
                 self.executor,
                 rows,
@@ -406,6 +412,8 @@ class Engine:
         chunk = self._kernels.chunk_size if self.mode is Mode.LOCAL else self.grid.chunk_size
         missing = [size for size in sizes if (batch, size, chunk) not in self._warm]
         if missing and self.backend.compiled and self.settings.warmup:
+            sizes_text = " and ".join(map(str, missing))
+            self._on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s where that is new here)")
             self.executor.warm_up(batch, missing)
             self._warm |= {(batch, size, chunk) for size in missing}
             return perf_counter() - started
