@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -258,3 +259,60 @@ def test_a_hub_that_does_not_answer(published, tmp_path):
         pass  # its port is closed again
     line = fetch(silent, tmp_path).stderr.splitlines()[-1]
     assert line.startswith(f"error: {REPO} is not whole in the cache, and the hub does not answer")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+def program(hub: Hub, home: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "xlstm_ray", *map(str, words)]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "XLSTM_CHUNKWISE_BACKEND": "native"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_a_hubs_name_for_a_model_is_refused_with_the_command_that_fetches_it(hub, tmp_path):
+    name = f"{REPO}@{COMMIT}"
+    refused = program(hub, tmp_path, "generate", "--model", name, "--prompt", "a")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert not hub.asked
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {name}: is not a directory here")
+    (command,) = re.findall(r"`xlstm-ray (.+?)`", line)
+    assert command == f"download {name}"
+    fetched_now = program(hub, tmp_path, *command.split())
+    assert fetched_now.returncode == 0, fetched_now.stderr
+    model = Path(fetched_now.stdout.strip())
+    assert sorted(path.name for path in model.iterdir()) == FILES
+    use = next(line for line in fetched_now.stderr.splitlines() if line.startswith("to use it: "))
+    words = shlex.split(use.removeprefix("to use it: "))
+    assert words[:3] == [sys.executable, "-m", "xlstm_ray"]
+    row = json.loads(program(hub, tmp_path, *words[3:], "-n", "2", "--json").stdout)
+    assert (row["model"], row["new_tokens"]) == (str(model), 2)
+    hub.asked.clear()
+    again = program(hub, tmp_path, "download", name, "--offline")
+    assert again.stdout == fetched_now.stdout
+    assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("someone/other",), "someone/other is not there"),
+        ((f"{REPO}@no-such",), "no revision 'no-such'"),
+        ((f"{REPO}@",), "names no revision after the @"),
+        (("a b/c",), "'a b/c' is no name of a repository"),
+        ((REPO, "--offline"), "not whole in the cache"),
+    ],
+)
+def test_what_the_command_cannot_fetch_is_one_line(words, said, hub, tmp_path):
+    done = program(hub, tmp_path, "download", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert said in line
+
+
+def test_a_download_without_a_terminal_says_that_it_goes_on(hub, tmp_path):
+    code = "import sys; from xlstm_ray import cli, reporter; reporter.EVERY_S = 0.02; "
+    code += f"sys.argv = ['xlstm-ray', 'download', {REPO!r}]; cli.main()"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^\S+ downloading {REPO}: 0:00:\d\d so far$", done.stderr, re.MULTILINE)

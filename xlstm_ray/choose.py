@@ -4,6 +4,7 @@ torch is imported in the functions that need it: what is wrong with a model's di
 before it is loaded.
 """
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,6 +71,11 @@ def choose_model(settings: Settings) -> Path:
             return path
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and not path.parent.is_dir():
+        raise CheckpointError(
+            f"{path}: is not a directory here; if it is the name of a model of the Hugging Face hub, "
+            f"`xlstm-ray download {path}` fetches it and prints the directory that --model takes"
+        )
     raise CheckpointError(
         f"{path}: is not a directory; --model takes one with config.json, tokenizer.json and safetensors weights"
     )

@@ -300,6 +300,37 @@ def generate(
             raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
 
 
+@app.command(
+    rich_help_panel=RUN,
+    epilog=_examples(
+        "xlstm-ray download NX-AI/xLSTM-7b",
+        "xlstm-ray download NX-AI/xLSTM-7b@main --cache-dir DIR",
+        "xlstm-ray download NX-AI/xLSTM-7b --offline",
+    ),
+)
+def download(
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of the Hugging Face hub.")],
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", help=_plain("Where models are kept. [default: the hub's own cache, see HF_HOME]")),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take what is in the cache, and ask nobody.", show_default=False)
+    ] = False,
+) -> None:
+    """Fetch a model from the Hugging Face hub; the directory to give to --model is printed."""
+    repo, at, revision = name.partition("@")
+    if at and not revision:
+        raise UsageError(f"{name!r} names no revision after the @; give a branch, tag or commit, or leave the @ out")
+    with Reporter("none" if sys.stderr.isatty() else "auto") as report, _leave_at_once():  # on a terminal a bar a file
+        report.phase(f"downloading {name}")
+        from xlstm_ray import hub
+
+        directory = hub.download(repo, revision=revision or None, cache=cache_dir, offline=offline)
+    _out(str(directory))
+    _err(f"to use it: {_program()} generate --model {shlex.quote(str(directory))} --prompt 'The capital of France is'")
+
+
 @app.command(rich_help_panel=MACHINE)
 @takes("model device dtype chunkwise_backend tile_size chunk_size heads_per_band t_inner profile")
 def doctor(
