@@ -10,7 +10,7 @@ node without copying; bfloat16 travels as int16. What arrives is read-only and m
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
@@ -60,7 +60,8 @@ class WorkerSpec:
     """What every actor of a grid has in common."""
 
     model: Path
-    fingerprint: str
+    config: ModelConfig
+    stored: Mapping[str, Stored]  # the driver's weights
     backend: str
     device: str
     dtype: torch.dtype
@@ -141,9 +142,9 @@ class BandActor:
         if not there[self.device.type]:
             raise UsageError(f"--device is {spec.device!r}, but node {os.uname().nodename} has none")
         config = ModelConfig.from_file(spec.model / "config.json")
-        checkpoint = Checkpoint(spec.model, config)
-        if checkpoint.fingerprint() != spec.fingerprint:
+        if config != spec.config:
             raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")
+        checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this band reads is checked while it is read
         # A pool of processes that compile would be one more of them for every actor.
         torch._inductor.config.compile_threads = 1
         kernels = Kernels(

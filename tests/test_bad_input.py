@@ -1163,11 +1163,19 @@ def test_a_state_that_cannot_be_written_leaves_nothing(place, state, tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_a_link_to_a_state_stays_a_link(state, tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    state.save(tmp_path / "link")
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link(there, state, tmp_path):
+    target = tmp_path / "target"
+    if there:
+        state.save(target)
+    before = target.read_bytes() if there else None
+    (tmp_path / "link").symlink_to(target)
+    for overwrite in (False, True):
+        with pytest.raises(StateError) as caught:
+            state.save(tmp_path / "link", overwrite=overwrite)
+        check_message(caught.value, str(tmp_path / "link"), "is a link")
     assert (tmp_path / "link").is_symlink()
-    assert_same_state(RecurrentState.load(tmp_path / "target"), state)
+    assert (target.read_bytes() if target.exists() else None) == before
 
 
 # -- prompts from Python -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tiny import make_model
 import xlstm_ray
 from xlstm_ray import RecurrentState, supervisor
 from xlstm_ray.actors.band import BandActor, WorkerSpec
+from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, StateError, UsageError
 from xlstm_ray.model import Band
 from xlstm_ray.supervisor import Head, HeadOptions
@@ -173,7 +174,8 @@ def test_what_has_no_effect_is_refused(options, said, model, monkeypatch):
 
 
 def test_an_actor_refuses_another_model_than_the_drivers(model):
-    spec = WorkerSpec(model, "0" * 32, "ray_compiled_chunks", "cpu", torch.float32, CHUNK, 8, None, 1)
+    config = ModelConfig.from_file(model / "config.json")
+    spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, CHUNK, 8, None, 1)
     with pytest.raises(CheckpointError, match="has another model there than the driver"):
         BandActor(spec, Band(range(3), range(4), range(10)), "a", alone=True).load()
 

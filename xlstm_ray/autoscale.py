@@ -52,7 +52,6 @@ def autoscale(
     *,
     config: ModelConfig,
     checkpoint: Checkpoint,
-    fingerprint: str,
     backend: Backend,
     grid: Grid,
     device: torch.device,
@@ -72,7 +71,7 @@ def autoscale(
     fixed = {name: getattr(usual, name) for name in NAMES if name not in free}
     key = "|".join(
         [
-            fingerprint,
+            checkpoint.fingerprint(),
             _device_name(device),
             f"torch {torch.__version__}",
             f"xlstm-ray {__version__}",

@@ -6,20 +6,20 @@ drifts treats all alike.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from secrets import token_hex
 from statistics import median
 from types import ModuleType
 from typing import Any
 
 from xlstm_ray import errors
 from xlstm_ray.errors import UsageError, XlstmRayError, one_line, pip_install
+from xlstm_ray.files import PICTURE, Output, check_outputs, require_replaceable, write_whole
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.settings import MIB, Settings
 
@@ -54,7 +54,9 @@ class Row:
         return {**asdict(self), "tok_s": self.tok_s}
 
 
-def parse(lengths: str, backends: str, rounds: int, png: Path | None) -> tuple[list[int], list[str]]:
+def parse(
+    lengths: str, backends: str, rounds: int, png: Path | None, *, overwrite: bool = False
+) -> tuple[list[int], list[str]]:
     """Prompt lengths and backends of a command line. Raises UsageError where one is none, or the picture cannot be."""
     words = [word.strip() for word in lengths.split(",")]
     if not all(word.isdecimal() and 0 < int(word) <= 1 << 24 for word in words):
@@ -66,9 +68,8 @@ def parse(lengths: str, backends: str, rounds: int, png: Path | None) -> tuple[l
     if rounds < 1:
         raise UsageError(f"--rounds is {rounds}; allowed: 1 or more")
     if png is not None:
+        check_outputs([Output("--png", png, PICTURE)], [], overwrite=overwrite)
         _pyplot()
-        if not png.absolute().parent.is_dir():
-            raise UsageError(f"--png {png}: its directory does not exist")
     return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
 
 
@@ -179,7 +180,7 @@ def _pyplot() -> ModuleType:
     return pyplot
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
     """tokens/s and peak memory against prompt length, a line a backend; the file is whole or not there."""
     pyplot = _pyplot()
     from matplotlib import ticker
@@ -198,18 +199,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"prefill on {rows[0].device}, {rows[0].dtype}")
-    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=120, metadata={"Software": "xlstm-ray bench"})
+    pyplot.close(figure)
+    require_replaceable(path, PICTURE, overwrite=overwrite, option="--png")
     try:
-        with open(temporary, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, data.getvalue())
     except OSError as err:
         raise UsageError(f"--png {path}: cannot be written ({err.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
 
 
 if __name__ == "__main__":

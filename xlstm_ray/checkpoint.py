@@ -7,16 +7,24 @@ must be there with its shape, and no other.
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from time import time_ns
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from xxhash import xxh3_128_digest
 
 from xlstm_ray.config import ModelConfig, parse_json, read_json
 from xlstm_ray.errors import CheckpointError, one_line
+from xlstm_ray.files import is_lfs_pointer, lfs_advice, write_whole
 from xlstm_ray.model import Band, BlockWeights, EndWeights, SlstmWeights, Weights
+from xlstm_ray.settings import MIB, cache_dir
 
 EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -24,6 +32,11 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # four "i", and its layer hands it what the tensor named fgate makes; likewise the second, "f", gets igate's.
 SLSTM_GATES = "fgate", "igate", "zgate", "ogate"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+UNIT = MIB  # of a tensor's bytes, whole rows, have a digest each, so that a band checks its rows alone
+DIGEST = 16  # bytes
+KEPT_FROM = 64 * MIB  # digests of smaller files are taken faster than looked up
+KEPT_FILES = 64
+SETTLED_NS = 2_000_000_000  # a file changed since may change again within one tick of its time stamp
 
 
 def projections(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
@@ -92,16 +105,27 @@ def itemsize_of(name: str, dtype: torch.dtype) -> int:
     return 4 if any(part in name for part in exact) else dtype.itemsize
 
 
+class Stored(NamedTuple):
+    """What a tensor is in the files, to the bit: `units` are the digests of its rows, UNIT bytes or one row each."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    units: bytes
+
+
 class Checkpoint:
     """A model directory whose weights have been checked against the configuration; nothing but headers is read yet.
 
     The out norm is applied where the files have one, and must be there unless add_out_norm is false: transformers
     applies it whatever that key says. Likewise a head of its own is used where there is one, and must be there unless
     tie_word_embeddings is true.
+
+    Everything that is read has its digest taken on the way. expected: what another process, maybe on another machine,
+    has found (`stored`); reading what differs from it raises CheckpointError.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig):
-        self.config = config
+    def __init__(self, directory: Path, config: ModelConfig, expected: Mapping[str, Stored] | None = None):
+        self.config, self.directory = config, directory
         self._files = _locate(directory)
         self._header: dict[str, tuple[list[int], str]] = {}
         for path in sorted(set(self._files.values())):
@@ -110,6 +134,12 @@ class Checkpoint:
                     raise CheckpointError(f"{path}: tensor {name!r} is in it, but {INDEX_FILE} does not say so")
                 self._header[name] = entry
         self._check(directory)
+        self._expected = expected
+        if expected is not None and {n: (list(e.shape), e.dtype) for n, e in expected.items()} != self._header:
+            raise self._another()
+        self._units: dict[str, list[bytes | None]] = {name: [None] * self._rows(name)[1] for name in self._header}
+        self._stats = {path: _stat(path) for path in set(self._files.values())}
+        self._kept_already = expected is not None or self._recall()
 
     def _check(self, directory: Path) -> None:
         expected = expected_tensors(self.config)
@@ -157,15 +187,33 @@ class Checkpoint:
         return max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
 
     def fingerprint(self) -> str:
-        """Names this model: 32 hex digits of the configuration, all shapes, and the first row of every tensor."""
-        # Left out where there are none: states made before the key was read stay valid.
+        """Names this model: 32 hex digits of its configuration, all bytes of its weights, and its tokenizer's file.
+
+        How the weights are spread over files has no part in it. What has not been read yet is read now.
+        """
+        # Left out where there are none, so that the key's absence names the same model.
         without = None if self.config.slstm_at else {"slstm_at"}
         digest = hashlib.sha256(self.config.model_dump_json(exclude=without).encode())
-        for name in sorted(self._header):
-            digest.update(json.dumps([name, *self._header[name]]).encode())
-            row = self._read(name, slice(0, 1)).contiguous()
-            digest.update(row.view(torch.uint8).numpy().tobytes())
+        for name, tensor in sorted(self.stored().items()):
+            digest.update(json.dumps([name, tensor.shape, tensor.dtype]).encode() + tensor.units)
+        tokenizer = self.directory / "tokenizer.json"
+        if tokenizer.is_file():
+            digest.update(b"tokenizer" + hashlib.sha256(tokenizer.read_bytes()).digest())
         return digest.hexdigest()[:32]
+
+    def stored(self) -> dict[str, Stored]:
+        """Every tensor as it is in the files. What has not been read yet is read now, and kept for the next time."""
+        missing = [name for name, units in self._units.items() if None in units]
+        if missing:
+            with ThreadPoolExecutor(4) as pool:  # a disk answers several at once, and hashing lets other threads run
+                list(pool.map(self._read, missing))
+        if not self._kept_already:
+            self._kept_already = True
+            self._remember()
+        return {
+            name: Stored(tuple(shape), dtype, b"".join(unit or b"" for unit in self._units[name]))
+            for name, (shape, dtype) in self._header.items()
+        }
 
     def load(self, band: Band, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
@@ -272,12 +320,83 @@ class Checkpoint:
         return tensor
 
     def _read(self, name: str, *where: slice) -> Tensor:
+        """A slice of a tensor: a view of its file's mapping, whose rows have their digests taken or checked."""
         path = self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_slice(name)[where if where else slice(None)]
+                whole = file.get_tensor(name)
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{path}: tensor {name} cannot be read: {one_line(err)}") from None
+        part = whole[where] if where else whole
+        rows, units = self._rows(name)[0], self._units[name]
+        first, last, _ = (where[0] if where else slice(None)).indices(len(whole))
+        for n in range(first // rows, -(-last // rows)):
+            if units[n] is None:
+                unit = whole[n * rows : (n + 1) * rows].contiguous().view(torch.uint8).numpy()
+                units[n] = xxh3_128_digest(unit)
+                if self._expected is not None and units[n] != self._expected[name].units[n * DIGEST : (n + 1) * DIGEST]:
+                    raise self._another()
+        return part
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        """Of a tensor: how many rows a unit has, and how many units there are."""
+        shape, dtype = self._header[name]
+        rows = max(1, UNIT // (torch.Size(shape[1:]).numel() * DTYPES[dtype].itemsize))
+        return rows, -(-shape[0] // rows)
+
+    def _another(self) -> CheckpointError:
+        return CheckpointError(f"{self.directory}: node {os.uname().nodename} has another model there than the driver")
+
+    # Digests are kept by what the file system says of a file, so that nobody has to read it only for them.
+    def _kept(self, path: Path) -> Path:
+        return cache_dir() / "digests" / f"{xxh3_128_digest(str(path.resolve()).encode()).hex()}.json"
+
+    def _recall(self) -> bool:
+        """Take what is kept of these files; returns whether that is all that can be kept."""
+        everything = True
+        for path, now in self._stats.items():
+            if now[0] < KEPT_FROM:
+                continue
+            try:
+                stat, kept = _KEPT.validate_json(self._kept(path).read_bytes())
+                units = {name: bytes.fromhex(digits) for name, digits in kept.items()}
+            except (OSError, ValueError):  # pydantic's too
+                stat, units = (), {}  # they are taken again, and written anew
+            names = self._names(path)
+            if stat == now and all(len(units.get(name, b"")) == DIGEST * len(self._units[name]) for name in names):
+                for name in names:
+                    self._units[name] = [units[name][at : at + DIGEST] for at in range(0, len(units[name]), DIGEST)]
+            else:
+                everything = False
+        return everything
+
+    def _remember(self) -> None:
+        for path, before in self._stats.items():
+            settled = time_ns() - max(before[1], before[2]) > SETTLED_NS
+            if before[0] < KEPT_FROM or not settled or _stat(path) != before:
+                continue
+            kept = self._kept(path)
+            digits = {name: b"".join(u or b"" for u in self._units[name]).hex() for name in self._names(path)}
+            data = _KEPT.dump_json((before, digits))
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(kept, data)
+                for old in sorted(kept.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-KEPT_FILES]:
+                    old.unlink()
+            except OSError:
+                return  # nothing is lost but the time to take them again
+
+    def _names(self, path: Path) -> list[str]:
+        return [name for name, where in self._files.items() if where == path]
+
+
+_KEPT: TypeAdapter[tuple[tuple[int, ...], dict[str, str]]] = TypeAdapter(tuple[tuple[int, ...], dict[str, str]])
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    """What changes when a file does: size, times in ns, and which file it is."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
 def _locate(directory: Path) -> dict[str, Path]:
@@ -328,4 +447,6 @@ def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
             parse_json(raw.read(int.from_bytes(raw.read(8), "little")))  # the library takes the last of equal names
         return header
     except (SafetensorError, OSError, ValueError, RecursionError) as err:
+        if is_lfs_pointer(path):
+            raise CheckpointError(lfs_advice(path)) from None
         raise CheckpointError(f"{path}: is not a whole safetensors file: {one_line(err)}") from None

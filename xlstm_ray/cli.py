@@ -14,13 +14,13 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_ray import __version__
+from xlstm_ray import __version__, files
 from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
+from xlstm_ray.files import Input, Output, check_outputs
 from xlstm_ray.reporter import ProgressKind, Reporter
 from xlstm_ray.settings import JOURNAL_FILE, Setting, Settings, refuse_unknown, table, unknown_variables
 
@@ -187,11 +187,13 @@ def prefill(
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
-    _check_writable(state_out)
-    with _opened(state_in, asked, progress) as (start, engine, report):
+    settings = _settings(asked, prompt_file, state_in, state_out)
+    with _opened(settings, state_in, asked, progress) as (start, engine, report):
         with _stop_on_signals() as stop, report:
             result = engine.prefill(prompts, **start, on_progress=report.tile, should_stop=stop)
-        digest = result.state.save(state_out) if state_out and sum(result.state.tokens) else None
+        digest = None
+        if state_out and sum(result.state.tokens):
+            digest = result.state.save(state_out, overwrite=settings.overwrite)
         engine.close()  # the state is safe; memory and devices are free for others from now on
         _require_some(result, stop)
         if not result.complete:
@@ -240,10 +242,10 @@ def generate(
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
     prompts = _prompts(prompt, prompt_file, jsonl, state_in)
-    _check_writable(state_out)
+    settings = _settings(asked, prompt_file, state_in, state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
     streams = not (json_output or jsonl)
-    with _opened(state_in, asked, progress) as (start, engine, report):
+    with _opened(settings, state_in, asked, progress) as (start, engine, report):
         with _stop_on_signals() as stop, report:
             generation = engine.generate(
                 prompts,
@@ -266,7 +268,7 @@ def generate(
         _require_some(result, stop)
         digest = None
         if state_out:
-            digest = generation.state().save(state_out)
+            digest = generation.state().save(state_out, overwrite=settings.overwrite)
         engine.close()
         if not result.complete:
             raise _interrupted(engine, result, state_out, stop)
@@ -544,20 +546,21 @@ def _jsonl_prompt(line: str, place: str) -> str:
     return row
 
 
-def _check_writable(path: Path | None) -> None:
-    """Find out before the work, not after it, that its result has no place."""
-    if path is None:
-        return
-    try:
-        if path.exists() and not path.is_file():
-            raise StateError(f"{path}: is not a file; --state-out takes the name of one")
-        parent = Path(os.path.realpath(path)).parent
-        if not parent.is_dir():
-            raise StateError(f"{parent}: there is no such directory for --state-out")
-        with TemporaryFile(dir=parent):
-            pass
-    except OSError as err:
-        raise StateError(f"{path}: cannot be written ({err.strerror}); choose another --state-out") from None
+def _settings(
+    asked: dict[str, Any], prompt_file: str | None, state_in: Path | None, state_out: Path | None
+) -> Settings:
+    """The settings, and whether every output has its place: both are found out before torch is loaded."""
+    settings = Settings.make(**asked)
+    outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
+    inputs = settings.inputs()
+    if prompt_file not in (None, "-"):
+        inputs.append(Input("--prompt-file", Path(str(prompt_file))))
+    if asked["config"] is not None:
+        inputs.append(Input("--config", asked["config"]))
+    if state_in is not None:
+        inputs.append(Input("--state-in", state_in, files.STATE))
+    check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
+    return settings
 
 
 def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
@@ -571,14 +574,13 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
 
 @contextmanager
 def _opened(
-    state_in: Path | None, asked: dict[str, Any], progress: ProgressKind
+    settings: Settings, state_in: Path | None, asked: dict[str, Any], progress: ProgressKind
 ) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
     """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
 
     What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
     head too; a head that stays says where it is.
     """
-    settings = Settings.make(**asked)  # before torch: a wrong flag answers at once
     from xlstm_ray.choose import choose_model, choose_setup
     from xlstm_ray.config import ModelConfig
 
@@ -944,7 +946,7 @@ def parity(
     rich_help_panel=MACHINE,
     epilog=_examples("xlstm-ray bench --lengths 512,2048,8192", "xlstm-ray bench -m DIR --rounds 7 --json"),
 )
-@takes("model device dtype tile_size chunk_size heads_per_band workers threads")
+@takes("model device dtype tile_size chunk_size heads_per_band workers threads overwrite")
 def bench(
     lengths: Annotated[
         str, typer.Option("--lengths", help="Prompt lengths in tokens, with commas between.")
@@ -961,18 +963,19 @@ def bench(
     asked: dict[str, Any],
 ) -> None:
     """Measure prefill on this machine: tokens/s and memory of prompt lengths x backends."""
+    settings = Settings.make(**asked)
     from xlstm_ray.bench import HEADER, draw, measure, parse
 
     rows: list[Any] = []
     with _stop_on_signals():
-        for row in measure(*parse(lengths, backends, rounds, png), rounds, asked):
+        for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked):
             if not rows and not json_output:
                 _out(HEADER)
             rows.append(row)
             if not json_output:
                 _out(row.line)
     if png is not None:
-        draw(rows, png)
+        draw(rows, png, overwrite=settings.overwrite)
     if json_output:
         _json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})
 

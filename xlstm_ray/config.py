@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from xlstm_ray.errors import ConfigError, XlstmRayError
+from xlstm_ray.files import is_lfs_pointer, lfs_advice
 
 Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 Factor = Annotated[float, Field(gt=0, le=64, allow_inf_nan=False, strict=True)]
@@ -43,6 +44,8 @@ def read_json(path: Path, error: type[XlstmRayError]) -> Any:
     except UnicodeDecodeError as err:
         raise error(f"{path}: is not UTF-8 text ({err.reason} at byte {err.start})") from None
     except (ValueError, RecursionError) as err:
+        if is_lfs_pointer(path):
+            raise error(lfs_advice(path)) from None
         raise error(f"{path}: is not JSON ({err})") from None
 
 

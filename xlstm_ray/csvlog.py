@@ -7,14 +7,19 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from xlstm_ray.files import LOG, require_replaceable
 from xlstm_ray.reporter import now
 
 
 class CsvLog:
-    """Rows reach the file one by one. Raises OSError where the file cannot be opened; `failure` is what came later."""
+    """Rows reach the file one by one; another log is replaced, any other file only where `overwrite` says so.
 
-    def __init__(self, path: Path, names: Iterable[str], *, append: bool = False):
+    Raises OutputError where that forbids it, OSError where the file cannot be opened; `failure` is what came later.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], *, append: bool = False, overwrite: bool = False):
         self.failure: OSError | None = None
+        require_replaceable(path, LOG, overwrite=overwrite)
         self._file = open(path, "a" if append else "w")
         if self._file.tell() == 0:
             self._write("time", *names)

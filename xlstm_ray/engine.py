@@ -36,6 +36,7 @@ from xlstm_ray.errors import (
     XlstmRayError,
     one_line,
 )
+from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict
 from xlstm_ray.kernels.probe import Fit
@@ -176,6 +177,7 @@ class Engine:
         settings = self.settings
         self._on_phase("loading the model")
         self.model_path, self.config, self.backend, self.mode = choose_setup(settings)
+        check_outputs(settings.outputs(), settings.inputs(), overwrite=settings.overwrite)
         ray = self._cluster.enter_context(_attached(settings)) if self.mode is Mode.ATTACHED else None
         self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
         self.grid = choose_grid(settings, self.backend, self.config, self.device)
@@ -196,7 +198,6 @@ class Engine:
             dtype = torch.float32
         self.dtype = dtype
         self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        self.fingerprint = checkpoint.fingerprint()
         self._limits: Limits | None = None
         self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self._before_load = self._base_bytes()
@@ -244,7 +245,8 @@ class Engine:
                 ray = self._cluster.enter_context(connect(head))
                 self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
             self._on_phase("starting actors, which load the model")
-            self._executor = _grid_executor(ray, self, stages, steps)
+            self._executor = _grid_executor(ray, self, stages, steps, checkpoint)
+        self.fingerprint = checkpoint.fingerprint()  # loading has read everything, or the digests are kept
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self._runs = 0  # counts what the executor's one state has been given to
@@ -554,7 +556,6 @@ class Engine:
             self.settings,
             config=self.config,
             checkpoint=checkpoint,
-            fingerprint=self.fingerprint,
             backend=self.backend,
             grid=self.grid,
             device=self.device,
@@ -680,7 +681,7 @@ class _Guard:
         if path is None:
             return None
         try:
-            log = CsvLog(path, columns, append=name in engine._logs)
+            log = CsvLog(path, columns, append=name in engine._logs, overwrite=engine.settings.overwrite)
         except OSError as err:
             raise UsageError(f"{named} {path}: cannot be written ({err.strerror})") from None
         engine._logs.add(name)
@@ -920,7 +921,9 @@ def _head_options(settings: Settings) -> HeadOptions:
     )
 
 
-def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], steps: Fit) -> Executor:
+def _grid_executor(
+    ray: ModuleType, engine: Engine, stages: list[list[Band]], steps: Fit, checkpoint: Checkpoint
+) -> Executor:
     """An actor for each (stage, band) on the cluster that `ray` is connected to."""
     from xlstm_ray.actors.band import WorkerSpec
     from xlstm_ray.actors.executor import GridOptions, RayExecutor
@@ -932,7 +935,8 @@ def _grid_executor(ray: ModuleType, engine: Engine, stages: list[list[Band]], st
         threads = max(1, cores // (engine.stages * engine.bands)) if engine.device.type == "cpu" else 1
     spec = WorkerSpec(
         model=engine.model_path.resolve(),
-        fingerprint=engine.fingerprint,
+        config=engine.config,
+        stored=checkpoint.stored(),
         backend=engine.backend.name,
         device=engine.device.type,
         dtype=engine.dtype,

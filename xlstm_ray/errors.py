@@ -32,6 +32,10 @@ class StateError(XlstmRayError):
     """A saved state is damaged, or belongs to another model, grid or prompt."""
 
 
+class OutputError(XlstmRayError):
+    """A file that was asked for cannot be written, or its place is taken by what this program did not write."""
+
+
 class KernelError(XlstmRayError):
     """A kernel does not compile or is not to be had on this device. Compilation is strict: nothing falls back."""
 

@@ -11,6 +11,7 @@ from collections import ChainMap
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -35,10 +36,19 @@ from pydantic_settings import (
 )
 
 from xlstm_ray.errors import UsageError
+from xlstm_ray.files import LOG, STATE, Input, Output
 
 DEFAULT_BACKEND = "queued_compiled_chunks"
 MIB = 1 << 20
-JOURNAL_FILE = "prefill.state"
+JOURNAL_FILE = "prefill.state"  # in the directory of --journal
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 
 PROFILES: dict[str, dict[str, Any]] = {
     # A Mac with 256 GB: throughput first, a warning only near the limit, no shrinking.
@@ -157,6 +167,7 @@ class Settings(BaseSettings):
     mem_log: File = setting("Write the watchdog's samples to this CSV file.", shown="none")
     force: bool = setting("Start although the computed need of memory does not fit.", False)
     stats_log: File = setting("Write a row a tile to this CSV file.", shown="none")
+    overwrite: bool = setting("Outputs may replace files that this program did not write.", False)
     profile: Literal["high-memory-256gb"] | None = setting(f"A set of settings: {', '.join(PROFILES)}.", shown="none")
     stages: int = count("Stages that the blocks are cut into, an actor each.", 1)
     threads: int | None = count("CPU threads a worker.", shown="the cores, shared out", high=1024)
@@ -233,6 +244,28 @@ class Settings(BaseSettings):
                     f"{settings.named(name)} has no effect without the watchdog ({off}); leave one of them out"
                 )
         return settings
+
+    def outputs(self) -> list[Output]:
+        """The files that these settings ask for."""
+        logs = [(name, getattr(self, name)) for name in ("stats_log", "mem_log")]
+        found = [Output(self.named(name), path, LOG) for name, path in logs if path is not None]
+        if self.journal or self.resume:
+            name = "journal" if self.journal else "resume"
+            path = getattr(self, name) / JOURNAL_FILE
+            found.append(Output(self.named(name), path, STATE, makes_directory=True))
+        return found
+
+    def inputs(self) -> list[Input]:
+        """The files that these settings have read."""
+        found = []
+        if self.model:
+            names = set(MODEL_FILES)
+            with suppress(OSError):  # the model is read later, and says it then
+                names |= {name for name in os.listdir(self.model) if fnmatch(name, "model-*.safetensors")}
+            found += [Input(self.named("model"), self.model / name) for name in sorted(names)]
+        if self.ray_token_path:
+            found.append(Input(self.named("ray_token_path"), self.ray_token_path))
+        return found
 
     def source(self, name: str) -> Source:
         """Where a setting's value came from."""

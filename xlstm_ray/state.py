@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import Annotated
 
 import torch
@@ -16,9 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.errors import StateError, one_line
+from xlstm_ray.errors import OutputError, StateError, one_line
+from xlstm_ray.files import STATE, require_replaceable, write_whole
 
-FORMAT = "xlstm-ray state 1"
+FORMAT = "xlstm-ray state 3"
+SAMPLED = "xlstm-ray state 1"  # told models apart by a sample of their weights
 EMPTY_PROMPT = hashlib.blake2b(b"xlstm-ray prompt", digest_size=16).hexdigest()
 
 
@@ -118,12 +117,17 @@ class RecurrentState:
             name=self.name,
         )
 
-    def save(self, path: str | Path) -> str:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> str:
         """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
 
-        Raises StateError where the place cannot be written.
+        Another state is replaced; any other file only where `overwrite` says so, and nothing through a link. Raises
+        StateError where that, or the place, does not allow it.
         """
         path = Path(path)
+        try:
+            require_replaceable(path, STATE, overwrite=overwrite)
+        except OutputError as err:
+            raise StateError(str(err)) from None
         digest = self.digest()
         metadata = _Metadata(
             format=FORMAT,
@@ -137,22 +141,10 @@ class RecurrentState:
         text = metadata.model_dump_json()
         check = hashlib.sha256(text.encode()).hexdigest()
         data = save({k: v.contiguous() for k, v in self.tensors.items()}, {"xlstm_ray": text, "check": check})
-        target = Path(os.path.realpath(path))  # a link stays a link
-        temporary = target.with_name(f".xlstm-ray.{token_hex(8)}.tmp")
         try:
-            if target.exists() and not target.is_file():
-                raise StateError(f"{path}: is not a file, so the state cannot be written there")
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-            _sync_directory(target.parent)
+            write_whole(path, data)
         except OSError as err:
             raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
-        finally:  # also after Ctrl-C
-            with suppress(OSError):
-                temporary.unlink()
         return digest
 
     @classmethod
@@ -175,6 +167,11 @@ class RecurrentState:
         text = header.get("xlstm_ray", "")
         if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
             raise StateError(f"{path}: is no state of this program, or its header is damaged")
+        if text.startswith(json.dumps({"format": SAMPLED}, separators=(",", ":"))[:-1]):
+            raise StateError(
+                f"{path}: was made by an earlier version, which told models apart by a sample of their weights, so it "
+                "may be of another model; make it anew from its prompt"
+            )
         try:
             metadata = _Metadata.model_validate_json(text)
         except ValidationError as err:
@@ -218,12 +215,3 @@ class RecurrentState:
                 raise StateError(f"{self.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
             if not tensor.isfinite().all():
                 raise StateError(f"{self.name}: {name} holds values that are not finite; make the state anew")
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the rename itself durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
