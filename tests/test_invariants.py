@@ -31,7 +31,7 @@ from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.model import Kernels, Worker, make_grid
 from xlstm_ray.prefill import driver
 from xlstm_ray.prefill.executor import InProcessExecutor
-from xlstm_ray.prefill.plan import plan_windows
+from xlstm_ray.prefill.plan import plan_groups, plan_windows
 
 TILE, CHUNK = 32, 16
 IDS: list[int] = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(11)).tolist()
@@ -182,14 +182,19 @@ def through_a_file(state: RecurrentState, path: Path) -> RecurrentState:
 def assert_cancel_and_resume_keep_every_bit(lm: Engine, prompt: Any, path: Path) -> None:
     """Stopped after every number of tiles, and after every tile, saved and resumed: one and the same digest."""
     rows = prompt if isinstance(prompt[0], list) else [prompt]
-    windows = list(plan_windows([0] * len(rows), [len(r) for r in rows], tile_size=TILE, chunk_size=CHUNK))
+    sizes = {"tile_size": TILE, "chunk_size": CHUNK}
+    windows, at = [], [0] * len(rows)  # the places of all rows before each window
+    for places, _ in plan_groups([0] * len(rows), [len(r) for r in rows], **sizes):
+        for window in plan_windows([0] * len(places), [len(rows[b]) for b in places], **sizes):
+            windows.append(list(at))
+            for b in places:
+                at[b] = min(window.start + window.size, len(rows[b]))
     whole = lm.prefill(prompt)
     assert lm.prefill(prompt).state.digest() == whole.state.digest()
     for done in range(len(windows)):
         stopped = lm.prefill(prompt, **stop_after(done))
         assert not stopped.complete
-        at = windows[done].start
-        assert stopped.state.tokens == [min(at, len(row)) for row in rows]  # stopped within one tile
+        assert stopped.state.tokens == windows[done]  # stopped within one tile
         resumed = lm.prefill(prompt, state=through_a_file(stopped.state, path))
         assert resumed.stats.row_resumed == stopped.state.tokens
         assert resumed.state.digest() == whole.state.digest()

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -54,10 +54,10 @@ from xlstm_ray.memory import (
     take_sample,
 )
 from xlstm_ray.model import Band, Kernels, Worker, make_grid
-from xlstm_ray.prefill import driver
+from xlstm_ray.prefill.batch import BatchOutcome, prefill_groups, take
 from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
-from xlstm_ray.prefill.plan import window_sizes
+from xlstm_ray.prefill.plan import Group, group_size, plan_groups, window_sizes
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import JOURNAL_FILE, Settings, unknown_variables
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
@@ -92,9 +92,27 @@ class Statistics:
     tile_seconds: list[float] = field(default_factory=list, repr=False)
     restarts: int = 0  # workers that had to be replaced
     tile_tokens: list[int] = field(default_factory=list, repr=False)  # new ones of all rows, a tile
+    row_ttft_s: list[float] = field(default_factory=list, repr=False)  # ttft_s of each row
+    row_prefill_s: list[float] = field(default_factory=list, repr=False)  # what the row's group took
     peak_process_bytes: int = 0  # the largest resident size of this process
     peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
     launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
+
+    def of_rows(self, rows: Sequence[int]) -> "Statistics":
+        """The figures of some rows, of which the times are those of the last one's group; the rest is the run's."""
+
+        def picked(values: list) -> list:
+            return [values[b] for b in rows]
+
+        return replace(
+            self,
+            row_tokens=picked(self.row_tokens),
+            row_resumed=picked(self.row_resumed),
+            row_ttft_s=picked(self.row_ttft_s),
+            row_prefill_s=picked(self.row_prefill_s),
+            ttft_s=max(picked(self.row_ttft_s)),
+            prefill_s=max(picked(self.row_prefill_s)),
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -144,6 +162,13 @@ class PrefillResult:
     def complete(self) -> bool:
         """False where the run was stopped before the prompt's end."""
         return self.state.complete
+
+    def row(self, b: int) -> "PrefillResult":
+        """The result of one prompt of a batch, with its own figures."""
+        all_logits = self.all_logits[b : b + 1]
+        return PrefillResult(
+            self.state.row(b), self.logits[b : b + 1], self.stats.of_rows([b]), all_logits, self.ended_by
+        )
 
 
 class Engine:
@@ -213,7 +238,7 @@ class Engine:
         self.t_inner = steps.t_inner
         self.note = "; ".join(filter(None, [self.note, steps.note])) or None
         self.workers = choose_workers(settings, self.config, self.grid.heads_per_band)
-        self._require_room(1)
+        self._require_room(1, [(1, self.grid.tile_size)])
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
         if self.mode is Mode.LOCAL:
@@ -310,9 +335,13 @@ class Engine:
         any_grid: bool = False,
         all_logits: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
+        on_ready: Callable[[int, PrefillResult], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> PrefillResult:
         """Consume one prompt or a batch of them (texts or token ids), from `state` on where one is given.
+
+        A batch's rows are computed in groups of about the same length; on_ready is called with a row's place and result
+        when its group is done.
 
         With a state, only what is new is computed; without a prompt it is taken as it is. should_stop is asked
         between tiles; a stopped run gives a state that resumes there. Raises StateError where the state belongs to
@@ -336,72 +365,95 @@ class Engine:
                     "give the same prompt to go on"
                 )
             self._set_state(state, state.batch)
-            stats = self._statistics(state.tokens, state.tokens, 0.0, None)
+            stats = self._statistics(state.tokens, state.tokens)
             return PrefillResult(state, state.tensors["logits"], stats)
         self._on_phase("cutting the prompt into tokens")
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
-        self._require_room(len(rows))
-        journal = self._begin_journal()
+        ends = [len(row) for row in rows]
         start, hashes = self._resume(rows, state)
         begin = start.consumed
+        begun = list(state.begun or state.tokens) if state is not None else begin
+        groups = plan_groups(begun, ends, tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size)
+        self._require_room(len(rows), self._calls(groups, begun, ends))
+        journal = self._begin_journal()
         known = list(zip(hashes, begin, strict=True))
 
-        def state_at(snapshot: Snapshot) -> RecurrentState:
+        def state_at(snapshot: Snapshot, places: Sequence[int] = range(len(rows))) -> RecurrentState:
+            """What a snapshot of the rows at these places is to the outside."""
             require_finite(snapshot.logits, self.model_path)
-            nonlocal known
-            known = [
-                (extend_prompt_hash(h, row[n:c].tolist()), c)
-                for (h, n), row, c in zip(known, rows, snapshot.consumed, strict=True)
-            ]
-            complete = snapshot.consumed == [len(row) for row in rows]
-            return self._state(snapshot, [h for h, _ in known], complete, guard.grid)
+            for b, c in zip(places, snapshot.consumed, strict=True):
+                prompt_hash, n = known[b]
+                known[b] = extend_prompt_hash(prompt_hash, rows[b][n:c].tolist()), c
+            complete = snapshot.consumed == [ends[b] for b in places]
+            made = self._state(snapshot, [known[b][0] for b in places], complete, guard.grid)
+            made.begun = None if complete else [begun[b] for b in places]
+            return made
+
+        def ready(group: Group, outcome: BatchOutcome) -> None:
+            guard.left.remove(group)
+            if on_ready is None:
+                return
+            own, places = take(outcome.end, group.rows, len(group.rows)), group.rows
+            stats = self._statistics(ends, begin, guard, outcome).of_rows(places)
+            result = PrefillResult(state_at(own, places), own.logits, stats)
+            for n, b in enumerate(places):
+                on_ready(b, result.row(n))
 
         mixed = state is not None and state.grid != self.grid and any(begin)
         with ExitStack() as files:
-            guard = _Guard(self, rows, begin, should_stop, mixed=mixed, files=files)
+            guard = _Guard(self, rows, begin, groups, should_stop, mixed=mixed, files=files)
             guard.warm_up()
-            self._set_state(state, len(rows))
+            self._runs += 1
             if self._launches is not None:
                 self._launches.total = 0
             self._on_phase("prefill")
-            outcome = driver.prefill(
+            outcome = prefill_groups(
                 self.executor,
                 rows,
+                groups,
                 start=start,
-                tile_size=self.grid.tile_size,
-                chunk_size=self.grid.chunk_size,
+                sizes=lambda: (guard.grid.tile_size, guard.grid.chunk_size),
                 all_logits=all_logits,
                 keep_every=None if self.mode is Mode.LOCAL and journal is None else self._journal_every,
                 on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
+                on_group=ready,
                 on_progress=guard.reporting(on_progress),
                 should_stop=guard.should_stop,
                 resize=guard.resize,
             )
         if outcome.lost and not outcome.end.tensors:
             raise outcome.lost  # before the first snapshot: there is nothing to keep
-        stats = self._statistics([len(row) for row in rows], list(begin), guard.compile_s, outcome)
-        stats.prefill_s -= guard.paused_s
+        stats = self._statistics(ends, list(begin), guard, outcome)
         state = state_at(outcome.end)
+        if len(groups) > 1:
+            self._set_state(state, len(rows))
         if journal is not None and not state.complete and not outcome.lost:
             state.save(journal)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or guard.ended_by)
 
     def _statistics(
-        self, row_tokens: list[int], row_resumed: list[int], compile_s: float, outcome: driver.Outcome | None
+        self,
+        row_tokens: list[int],
+        row_resumed: list[int],
+        guard: "_Guard | None" = None,
+        outcome: BatchOutcome | None = None,
     ) -> Statistics:
-        """The figures of a run; outcome: None where nothing was computed."""
+        """The figures of a run, so far; without the last two where nothing was computed."""
         seconds = outcome.seconds if outcome else 0.0
+        nothing = [0.0] * len(row_tokens)
         on_device = self.mode is Mode.LOCAL and self.device.type != "cpu"
         return Statistics(
             row_tokens,
             row_resumed,
-            compile_s,
-            prefill_s=seconds,
+            guard.compile_s if guard else 0.0,
+            prefill_s=seconds - (guard.paused_s if guard else 0.0),
             ttft_s=seconds,
             peak_memory_bytes=self.executor.peak_memory_bytes,
             tile_seconds=outcome.tile_seconds if outcome else [],
             restarts=self.executor.restarts if outcome else 0,
             tile_tokens=outcome.tile_tokens if outcome else [],
+            row_ttft_s=outcome.ready_s if outcome else nothing,
+            row_prefill_s=outcome.group_s if outcome else nothing,
             peak_process_bytes=peak_process_bytes(),
             peak_device_bytes=peak_device_bytes(self.device) if on_device else None,
             launches=self._launches.total if self._launches and outcome else None,
@@ -550,7 +602,8 @@ class Engine:
 
         def fits(choice: Choice) -> bool:
             grid = {"tile_size": choice.tile_size, "heads_per_band": choice.heads_per_band}
-            return self._need_of(1, self.grid.model_copy(update=grid), choice.workers).total <= self._room()[0]
+            picked = self.grid.model_copy(update=grid)
+            return self._need_of(1, [(1, picked.tile_size)], picked, choice.workers).total <= self._room()[0]
 
         settings, self.note = autoscale(
             self.settings,
@@ -574,9 +627,27 @@ class Engine:
 
     def need(self, batch: int) -> Need:
         """The memory that a prefill of `batch` prompts of any length takes in this process (on cuda, on the device)."""
-        return self._need_of(batch, self.grid, self.workers)
+        few, many = (1, self.grid.tile_size), (group_size(batch), self.grid.chunk_size)
+        return self._need_of(batch, [few, many], self.grid, self.workers)
 
-    def _need_of(self, batch: int, grid: Grid, workers: int) -> Need:
+    def _calls(self, groups: Sequence[Group], begin: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
+        """The shapes (rows, tokens) of all windows that these groups take from `begin` on."""
+        tile, chunk = self.grid.tile_size, self.grid.chunk_size
+        return [
+            (size, window)
+            for rows, size in groups
+            for window in window_sizes(
+                [begin[b] for b in rows], [ends[b] for b in rows], tile_size=tile, chunk_size=chunk
+            )
+        ] or [(1, chunk)]
+
+    def _need_of(self, batch: int, calls: Sequence[tuple[int, int]], grid: Grid, workers: int) -> Need:
+        """calls: the shapes (rows, tokens) of the windows."""
+        return max(
+            (self._need_of_call(batch, *call, grid, workers) for call in set(calls)), key=lambda need: need.total
+        )
+
+    def _need_of_call(self, batch: int, rows: int, tokens: int, grid: Grid, workers: int) -> Need:
         weights, largest = self._weights
         return computed_need(
             self.config,
@@ -586,18 +657,19 @@ class Engine:
             weights=weights,
             largest_tensor=largest,
             batch=batch,
-            tile=grid.tile_size,
+            rows=rows,
+            tile=tokens,
             chunk=grid.chunk_size,
             heads_per_band=grid.heads_per_band,
             workers=workers,
             itemsize=self.dtype.itemsize,
         )
 
-    def _require_room(self, batch: int) -> None:
-        """Raise MemoryLimitError where `batch` rows cannot fit, with the arithmetic."""
+    def _require_room(self, batch: int, calls: Sequence[tuple[int, int]]) -> None:
+        """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic."""
         if self.mode is not Mode.LOCAL or self.settings.force:
             return
-        need, (room, where) = self.need(batch), self._room()
+        need, (room, where) = self._need_of(batch, calls, self.grid, self.workers), self._room()
         if need.total > room:
             raise MemoryLimitError(
                 f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
@@ -645,12 +717,14 @@ class _Guard:
         engine: Engine,
         rows: Sequence[Tensor],
         begin: Sequence[int],
+        groups: Sequence[Group],
         should_stop: Callable[[], bool],
         *,
         mixed: bool,
         files: ExitStack,
     ):
         self.engine, self.rows, self.begin, self._should_stop = engine, rows, begin, should_stop
+        self.left = list(groups)  # those that are not done
         self.grid = engine.grid.model_copy(update={"mixed": mixed})
         self.ended_by: MemoryLimitError | None = None
         self._windows = 0
@@ -696,9 +770,11 @@ class _Guard:
 
     def warm_up(self) -> float:
         """Compile the sizes of now; returns the seconds it took."""
-        ends = [len(row) for row in self.rows]
-        tile, chunk = self.grid.tile_size, self.grid.chunk_size
-        seconds = self.engine.warm_up(len(ends), window_sizes(self.begin, ends, tile_size=tile, chunk_size=chunk))
+        seconds = 0.0
+        for rows, size in self.left:
+            begin, ends = [self.begin[b] for b in rows], [len(self.rows[b]) for b in rows]
+            tile, chunk = self.grid.tile_size, self.grid.chunk_size
+            seconds += self.engine.warm_up(size, window_sizes(begin, ends, tile_size=tile, chunk_size=chunk))
         self.compile_s += seconds
         return seconds
 

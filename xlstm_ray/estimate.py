@@ -318,6 +318,7 @@ def need(model: Model, device: Device, tile: int, chunk: int, heads: int, machin
         weights=model.weights,
         largest_tensor=model.largest_tensor,
         batch=1,
+        rows=1,
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,

@@ -377,6 +377,7 @@ def computed_need(
     weights: int,
     largest_tensor: int,
     batch: int,
+    rows: int,
     tile: int,
     chunk: int,
     heads_per_band: int,
@@ -385,14 +386,17 @@ def computed_need(
 ) -> Need:
     """The need of a run in this process; base: what the process takes before anything is loaded. All in bytes.
 
+    batch: prompts; rows: of them in one call, of `tile` tokens each.
     On cuda it is the device's memory that is meant, and base its context.
     """
     shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
     row = sum(prod(shape) for block in shapes for shape in block.values()) * 4
-    state = 2 * batch * row  # of now, and as it is handed over
+    state = 2 * rows * row  # of now, and as it is handed over
+    if batch > rows and device_type != "cuda":  # there they are the host's
+        state += batch * row
     tile_bytes = activation_bytes(
         config,
-        batch=batch,
+        batch=rows,
         tile=tile,
         chunk=chunk,
         heads_per_band=heads_per_band,

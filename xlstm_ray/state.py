@@ -62,6 +62,7 @@ class _Metadata(BaseModel):
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 16)]
     prompt_hash: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
     complete: bool
+    begun: list[Annotated[int, Field(ge=0)]] | None = None
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -70,8 +71,9 @@ class RecurrentState:
 
     tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1) of an mLSTM block,
     `blocks.N.h`, `.c`, `.n`, `.m` (B, NH, DH) of an sLSTM block, and `logits` (B, vocabulary) of the last token
-    consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which. `complete` is
-    false for a prefill that was stopped on the way. `name` is what errors call it.
+    consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which (none yet: the
+    row is all zeros). `complete` is false for a prefill that was stopped on the way; then `begun` tells, a row, after
+    how many tokens it had begun, which decides what rows go together. `name` is what errors call it.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class RecurrentState:
         model: str,
         grid: Grid,
         complete: bool,
+        begun: Sequence[int] | None = None,
         name: str = "the state",
     ):
         self.tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
         self.model, self.grid, self.complete, self.name = model, grid, complete, name
+        self.begun = None if begun is None else list(begun)
 
     @property
     def batch(self) -> int:
@@ -114,6 +118,7 @@ class RecurrentState:
             model=self.model,
             grid=self.grid,
             complete=self.complete,
+            begun=None if self.begun is None else self.begun[b : b + 1],
             name=self.name,
         )
 
@@ -136,6 +141,7 @@ class RecurrentState:
             tokens=self.tokens,
             prompt_hash=self.prompt_hash,
             complete=self.complete,
+            begun=self.begun,
             digest=digest,
         )
         text = metadata.model_dump_json()
@@ -182,6 +188,8 @@ class RecurrentState:
             raise StateError(f"{path}: has format {metadata.format!r}; this program reads {FORMAT!r}")
         if len(metadata.prompt_hash) != len(metadata.tokens):
             raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.prompt_hash)} hashes")
+        if metadata.begun is not None and len(metadata.begun) != len(metadata.tokens):
+            raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.begun)} beginnings")
         state = cls(
             tensors,
             tokens=metadata.tokens,
@@ -189,6 +197,7 @@ class RecurrentState:
             model=metadata.model,
             grid=metadata.grid,
             complete=metadata.complete,
+            begun=metadata.begun,
             name=f"the state {path}",
         )
         if state.digest() != metadata.digest:

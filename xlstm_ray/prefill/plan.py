@@ -1,4 +1,4 @@
-"""Which tokens go into which window. Integers only: no torch, no device.
+"""Which rows go together, and which tokens into which window. Integers only: no torch, no device.
 
 Windows lie on an absolute grid: a full window starts at a multiple of tile_size, a tail window at a multiple of
 chunk_size. So there are two window sizes at most, and a prefill that is stopped at a window's end and resumed goes
@@ -8,6 +8,8 @@ window, before its first new token or after its last, is padding.
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+GROUP_SIZES = 1, 4, 16  # rows of a call: each number is compiled for itself
 
 
 class Window(NamedTuple):
@@ -49,3 +51,45 @@ def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
         if len(sizes) == len({tile_size, chunk_size}):
             break
     return sorted(sizes, reverse=True)
+
+
+class Group(NamedTuple):
+    """Rows of a batch that share their windows, in a call for `size` rows: what is missing is empty."""
+
+    rows: list[int]
+    size: int
+
+
+def group_size(rows: int) -> int:
+    """How many rows a call has for so many: all of them, where it can."""
+    return next((size for size in GROUP_SIZES if size >= rows), GROUP_SIZES[-1])
+
+
+def plan_groups(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> list[Group]:
+    """Every row in one group, by its tokens begin..end, the shortest first.
+
+    A row that fills tiles gains nothing from company and goes alone. Of those that take chunk windows only, up to 16 go
+    together where they begin in the same chunk, and the shortest takes half as many windows as the longest at least. A
+    call is half full at least.
+    """
+
+    def windows(b: int) -> list[int]:
+        plan = plan_windows([begin[b]], [end[b]], tile_size=tile_size, chunk_size=chunk_size)
+        return [window.size for window in plan]
+
+    plans = [windows(b) for b in range(len(begin))]
+    order = sorted(range(len(begin)), key=lambda b: (sum(plans[b]), begin[b] // chunk_size))
+    groups = []
+    while order:
+        longest = order[-1]
+        most_tokens = GROUP_SIZES[-1] * chunk_size
+        most = max(size for size in GROUP_SIZES if size == 1 or size * max(plans[longest], default=1) <= most_tokens)
+        near = [
+            b
+            for b in order[-most:]
+            if sum(plans[b]) * 2 >= sum(plans[longest]) and begin[b] // chunk_size == begin[longest] // chunk_size
+        ]
+        size = max(size for size in GROUP_SIZES if size <= most and size <= len(near) * 2)
+        groups.append(Group(near[-size:], size))
+        order = [b for b in order if b not in groups[-1].rows]
+    return groups[::-1]
