@@ -186,11 +186,16 @@ def prefill(
     asked: dict[str, Any],
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
-    prompts = _prompts(prompt, prompt_file, jsonl, state_in)
+    prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
     settings = _settings(asked, prompt_file, state_in, state_out)
     with _opened(settings, state_in, asked, progress) as (start, engine, report):
+
+        def ready(b: int, of_row: "PrefillResult") -> None:
+            _json_line({**names[b], **_summary(engine, of_row, state_out, None)})
+
         with _stop_on_signals() as stop, report:
-            result = engine.prefill(prompts, **start, on_progress=report.tile, should_stop=stop)
+            on_ready = ready if jsonl else None
+            result = engine.prefill(prompts, **start, on_progress=report.tile, on_ready=on_ready, should_stop=stop)
         digest = None
         if state_out and sum(result.state.tokens):
             digest = result.state.save(state_out, overwrite=settings.overwrite)
@@ -198,7 +203,8 @@ def prefill(
         _require_some(result, stop)
         if not result.complete:
             raise _interrupted(engine, result, state_out, stop)
-        _print_results(engine, result, state_out, digest, json_output=json_output, a_line_each=jsonl)
+        if not jsonl:
+            _print_results(engine, result, state_out, digest, json_output=json_output)
         engine.discard_journal()
 
 
@@ -241,7 +247,7 @@ def generate(
     asked: dict[str, Any],
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
-    prompts = _prompts(prompt, prompt_file, jsonl, state_in)
+    prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
     settings = _settings(asked, prompt_file, state_in, state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
     streams = not (json_output or jsonl)
@@ -291,9 +297,17 @@ def generate(
                 _err(f"state {state_out} (digest {digest})")
         else:
             for b, text in enumerate(generation.texts):
-                row = _summary(engine, result, state_out, digest, row=b if jsonl else None)
+                row = _summary(engine, result.row(b) if jsonl else result, state_out, None if jsonl else digest)
                 row["compile_s"] += generation.compile_s
-                _json_line({**row, "text": text, "new_tokens": len(generation.tokens[b]), **speed})
+                _json_line(
+                    {
+                        **(names[b] if jsonl else {}),
+                        **row,
+                        "text": text,
+                        "new_tokens": len(generation.tokens[b]),
+                        **speed,
+                    }
+                )
         engine.discard_journal()
         if stop():
             go_on = (
@@ -455,8 +469,13 @@ def _leave_at_once() -> Iterator[None]:
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
-def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None) -> Any:
-    """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is."""
+def _prompts(
+    prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is.
+
+    And what names a row in the results: its `index` from 0, and the `id` that was given.
+    """
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file were both given; give one")
     if prompt == "-":
@@ -471,27 +490,28 @@ def _prompts(prompt: str | None, prompt_file: str | None, jsonl: bool, state_in:
     if prompt == "":
         raise UsageError("the prompt is empty; give at least one token")
     if prompt is not None:
-        return prompt
+        return prompt, []
     if prompt_file is None:
         if state_in is None:
             raise UsageError(
                 "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
             )
-        return None
+        return None, []
     source, text = _read_text(prompt_file)
     if not jsonl:
         text = text.removesuffix("\n").removesuffix("\r")
         if not text:
             raise UsageError(f"{source}: is empty; give at least one token")
-        return text
+        return text, []
     rows = [
-        _jsonl_prompt(line, f"{source}, line {number}")
+        _jsonl_row(line, f"{source}, line {number}")
         for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold U+2028 as it is
         if line.strip()
     ]
     if not rows:
         raise UsageError(f"{source}: is empty; it has no prompts")
-    return rows
+    names = [{"index": n, **row} for n, row in enumerate(rows)]
+    return [name.pop("prompt") for name in names], names
 
 
 def _piped() -> bool:
@@ -524,23 +544,25 @@ def _read_text(name: str) -> tuple[str, str]:
         raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
 
 
-def _jsonl_prompt(line: str, place: str) -> str:
-    """The prompt of a line of JSON. Raises UsageError that begins with its place."""
+def _jsonl_row(line: str, place: str) -> dict[str, Any]:
+    """A line of JSON: its prompt, and its id where it has one. Raises UsageError that begins with its place."""
     from xlstm_ray.config import parse_json
 
     try:
         row = parse_json(line.encode())
     except (ValueError, RecursionError) as err:
         raise UsageError(f"{place}: is not JSON ({err})") from None
-    if isinstance(row, dict):
-        refuse_unknown(row, JSONL_KEYS, f"{place}: ", "key")
-        row = row.get("prompt")
-    if not isinstance(row, str):
+    row = row if isinstance(row, dict) else {"prompt": row}
+    refuse_unknown(row, JSONL_KEYS, f"{place}: ", "key")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
         raise UsageError(f"{place}: is neither a text nor an object with a 'prompt' text")
-    if not row:
+    if not isinstance(row.get("id", ""), str | int | float):
+        raise UsageError(f"{place}: the id is {str(row['id'])[:80]!r}; allowed: a text or a number")
+    if not prompt:
         raise UsageError(f"{place}: the prompt is empty; give at least one token")
     try:
-        row.encode("utf-8")
+        prompt.encode("utf-8")
     except UnicodeEncodeError as err:
         raise UsageError(f"{place}: the prompt is not Unicode text ({err.reason} at character {err.start})") from None
     return row
@@ -729,19 +751,16 @@ def _resumed(summary: dict[str, Any]) -> str:
     return f" (and {summary['resumed_tokens']} from the state)" if summary["resumed_tokens"] else ""
 
 
-def _summary(
-    engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None, *, row: int | None = None
-) -> dict[str, Any]:
-    """What --json prints; of one prompt of a batch where `row` is given."""
+def _summary(engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None) -> dict[str, Any]:
+    """What --json prints. digest: the state's, where it is known."""
     stats, state = result.stats, result.state
-    state_digest = digest if digest is not None and row is None else (state if row is None else state.row(row)).digest()
     return {
         "model": str(engine.model_path),
         "device": str(engine.device),
         "dtype": engine.grid.dtype,
         "backend": engine.backend.name,
-        "prompt_tokens": stats.prompt_tokens if row is None else stats.row_tokens[row],
-        "resumed_tokens": stats.resumed_tokens if row is None else stats.row_resumed[row],
+        "prompt_tokens": stats.prompt_tokens,
+        "resumed_tokens": stats.resumed_tokens,
         "tile_size": engine.grid.tile_size,
         "chunk_size": engine.grid.chunk_size,
         "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
@@ -763,8 +782,8 @@ def _summary(
         "peak_device_bytes": stats.peak_device_bytes,
         "restarts": stats.restarts,
         "state_path": None if state_out is None else str(state_out),
-        "state_digest": state_digest,
-        "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[row or 0])],
+        "state_digest": digest or state.digest(),
+        "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[0])],
     }
 
 
@@ -775,12 +794,7 @@ def _print_results(
     digest: str | None,
     *,
     json_output: bool,
-    a_line_each: bool,
 ) -> None:
-    if a_line_each:
-        for b in range(result.state.batch):
-            _json_line(_summary(engine, result, state_out, digest, row=b))
-        return
     summary, stats = _summary(engine, result, state_out, digest), result.stats
     if json_output:
         _json_line(summary)
