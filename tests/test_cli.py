@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -909,3 +910,53 @@ def test_without_a_compiler_one_line_names_the_way_out(model, tmp_path):
     words = ("prefill", "--model", model, "--device", "cpu", "--prompt", PROMPT, "--json")
     with start(*words, "--chunkwise-backend", "native", env=bare) as process:
         assert finish(process).row["backend"] == "native"
+
+
+@pytest.mark.parametrize("place", ["a file", "full"])
+def test_a_compile_cache_without_a_place_is_one_line(place, model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = tmp_path / place.removeprefix("a ")
+    words = [str(PROGRAM), "prefill", "--model", str(model), "--device", "cpu", "--prompt", PROMPT]
+    if place == "full":
+        small = f'mkdir {path} && mount -t tmpfs -o size=4k tmpfs {path} && exec "$@"'
+        words = ["unshare", "--mount", "bash", "-c", small, "-", *words]
+        if subprocess.run([*words[:6], "true"], capture_output=True, timeout=60).returncode:
+            pytest.skip("no file system can be mounted here")
+        path.rmdir()
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(path)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
+    error = Ran(done.returncode, done.stdout, done.stderr).error
+    assert f"the compile cache {path} cannot be written" in error
+    assert "TORCHINDUCTOR_CACHE_DIR" in error
+
+
+def test_a_damaged_compile_cache_is_one_line(tmp_path):
+    code = """
+        import torch
+        from xlstm_ray.errors import KernelError
+        from xlstm_ray.kernels.compiled import compile_strict
+
+        def double(x):
+            return x + x
+
+        try:
+            print(compile_strict(double, "double")(torch.ones(3)).tolist())
+        except KernelError as err:
+            print(err)
+    """
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def run_it() -> str:
+        words = [sys.executable, "-c", textwrap.dedent(code)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert run_it() == "[2.0, 2.0, 2.0]"
+    damaged = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".h"]
+    assert any(path.suffix == ".so" for path in damaged)
+    for path in damaged:
+        path.write_bytes(b"not what was here")
+    said = run_it()
+    assert said == "[2.0, 2.0, 2.0]" or f"its cache may be damaged or full: remove {tmp_path}" in said
+    assert "\n" not in said

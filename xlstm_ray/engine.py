@@ -38,7 +38,7 @@ from xlstm_ray.errors import (
 )
 from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import Backend
-from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict
+from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict, require_compile_cache
 from xlstm_ray.kernels.probe import Fit
 from xlstm_ray.memory import (
     LOG_COLUMNS,
@@ -1033,8 +1033,11 @@ def _grid_executor(
 
 
 def _require_compiler(backend: Backend, device: torch.device) -> None:
-    """Inductor builds C++ on the CPU; say so before anything is loaded where there is no compiler."""
-    if not backend.compiled or device.type != "cpu":
+    """Inductor needs its cache, and on the CPU builds C++; say so before anything is loaded where it cannot."""
+    if not backend.compiled:
+        return
+    require_compile_cache()
+    if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -13,7 +13,9 @@ from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
+from getpass import getuser
 from pathlib import Path
+from tempfile import gettempdir
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
@@ -382,3 +384,13 @@ def cache_dir() -> Path:
     """Where this user's caches of the program live."""
     default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     return Path(os.environ.get("XDG_CACHE_HOME") or default) / "xlstm-ray"
+
+
+def compile_cache_dir() -> Path:
+    """Where torch keeps what it has compiled: its variable, else its default."""
+    try:
+        user = getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # a user without a name, as in containers
+        user = f"uid_{os.getuid()}"
+    default = Path(gettempdir()) / f"torchinductor_{user}"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)).absolute()

@@ -7,7 +7,9 @@ tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.errors import KernelError
 from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
+from xlstm_ray.settings import compile_cache_dir
 
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
@@ -53,6 +56,22 @@ def own_code(fn: Callable, name: str) -> Callable:
     return own
 
 
+@cache
+def require_compile_cache() -> None:
+    """Raise KernelError where torch has no place to keep what it compiles; it would fail in many ways, later."""
+    directory = compile_cache_dir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as err:
+        raise KernelError(
+            f"the compile cache {directory} cannot be written ({err.strerror}); set TORCHINDUCTOR_CACHE_DIR to a "
+            "directory that can, or use --chunkwise-backend native, the slow eager reference"
+        ) from None
+
+
 def compile_strict(
     fn: Callable, name: str, *, fusion_limit: int | None = None, counter: LaunchCounter | None = None
 ) -> Callable:
@@ -63,6 +82,7 @@ def compile_strict(
     Raises KernelError naming the kernel, the shapes and the device where the compilation fails, would have broken the
     graph, or would happen a second time.
     """
+    require_compile_cache()
     options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
     if torch.cuda.is_available():
         # Inductor times several block sizes of a kernel and keeps the fastest, which changes the order of sums: without
@@ -90,14 +110,15 @@ def compile_strict(
             if counter:
                 counter.add(launches)
             return result
-        except (TorchDynamoException, FailOnRecompileLimitHit) as err:
+        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as err:  # OSError: of the cache's files
             cause = getattr(err, "inner_exception", err)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
             line = next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
             reason = f"{type(cause).__name__}: {line}"  # a compiler's own error comes after the source it quotes
             raise KernelError(
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
-                "--chunkwise-backend native runs the eager reference instead"
+                "--chunkwise-backend native runs the eager reference instead. Where it has compiled before, its cache "
+                f"may be damaged or full: remove {compile_cache_dir()}"
             ) from err
 
     return call
