@@ -17,6 +17,7 @@ weights; each length in a process of its own that has loaded and compiled before
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -27,6 +28,13 @@ import time
 from pathlib import Path
 
 SELF = Path(__file__).resolve()
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def make_model(directory: Path, args: argparse.Namespace) -> None:
@@ -254,6 +262,13 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.dtype, args)
         return
+    if "transformers" in args.contestants and not _is_there("transformers"):
+        sys.path.insert(0, str(SELF.parents[1]))
+        from xlstm_ray.errors import pip_install
+
+        parser.error(
+            f"it is compared with transformers: {pip_install('transformers')}, or name --contestants without it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         args.model = Path(folder) / "model"
         make_model(args.model, args)

@@ -1,19 +1,163 @@
-"""README's Python example runs as it stands."""
+"""README's commands and its Python example run as they stand, in an environment like the one that its first makes."""
 
+import os
 import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = "--chunkwise-backend native"  # kernels that need not be compiled for this test
+
+# What README shows -> what is added at its end, where later options win.
+RUN = {
+    './scripts/run prefill --prompt "The capital of France is"': SMALL,
+    'xlstm-ray generate --prompt "The capital of France is" --max-new-tokens 8': SMALL,
+    "xlstm-ray prefill --model DIR --prompt-file book.txt --state-out book.state": SMALL,
+    "xlstm-ray generate --model DIR --state-in book.state": "--max-new-tokens 2",
+    "xlstm-ray generate --model DIR --state-in book.state --prompt-file book-and-question.txt": "--max-new-tokens 2",
+    "xlstm-ray prefill --prompt-file prompts.jsonl --jsonl": SMALL,
+    "xlstm-ray prefill --prompt-file - --json --progress ndjson < book.txt": SMALL,
+    "xlstm-ray config": "",
+    "xlstm-ray plan --model DIR --device m2-ultra --prompt-tokens 65536": "",
+    "xlstm-ray bench --lengths 512,2048,8192": "--lengths 8 --backends native --rounds 1",
+    "export XLSTM_RAY_LOCAL_MODE=0": "",
+}
+# What is not run here, and why. Its options are parsed all the same.
+RAY = "a Ray head and actors that compile: tests/test_grid.py and tests/test_supervisor.py run them"
+NOT_RUN = {
+    "./scripts/test": "it runs this test",
+    "xlstm-ray download NX-AI/xLSTM-7b": "14 GB of the network: tests/test_runners.py has a hub of its own",
+    "xlstm-ray parity": "minutes of compiling: tests/test_parity_command.py runs it",
+    "EXTRAS=bench ./scripts/run bench --lengths 512,2048,8192 --png bench.png": "installs: tests/test_bench.py draws",
+    "xlstm-ray prefill --model DIR --prompt-file book.txt --chunkwise-backend ray_compiled_chunks --stages 2": RAY,
+    "xlstm-ray up --ray-dashboard": RAY,
+    "xlstm-ray generate --model DIR --prompt-file book.txt --chunkwise-backend ray_compiled_chunks --stages 4 "
+    "--ray-address HOST:PORT --journal book.journal": RAY,
+    "xlstm-ray generate ... --resume book.journal": RAY,
+}
+
+
+def commands() -> list[str]:
+    """The lines of README's shell blocks, without comments, each on one line."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in (re.sub(r"\s+#.*", "", line) for line in lines) if line.strip()]
+
+
+def needed(requirements: list[str]) -> set[str]:
+    """The names of the distributions that pip installs for these."""
+    names: set[str] = set()
+    done: set[tuple[str, str]] = set()
+    todo = [(Requirement(text), "") for text in requirements]
+    while todo:
+        wanted, extra = todo.pop()
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(wanted.name)
+        names.add(name)
+        for own in ["", *wanted.extras]:
+            if (name, own) not in done:
+                done.add((name, own))
+                todo += [(Requirement(text), own) for text in metadata.requires(name) or []]
+    return names
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables under which Python has what the first command installs and nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    there = needed(project["dependencies"]) | {"xlstm-ray", "pip", "setuptools"}
+    others = [
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & there
+    ]
+    assert {"transformers", "matplotlib", "hypothesis"} <= set(others)
+    assert not {"ray", "torch", "typer", "aiohttp"} & set(others)
+    directory = tmp_path_factory.mktemp("site")
+    (directory / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name.partition('.')[0] in {set(others)!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    # For ./scripts/run: an environment that is there and has all of it.
+    venv = directory / "venv"
+    venv.mkdir()
+    (venv / "bin").symlink_to(Path(sys.executable).parent)
+    (venv / ".installed-base").touch()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    python_path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PATH": path, "PYTHONPATH": python_path, "VENV": str(venv)}
+
+
+def shell(line: str, directory: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    line = line.replace("./scripts/", f"{ROOT}/scripts/").replace("DIR", str(ROOT / "xlstm_ray" / "demo"))
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=directory,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_command_is_run_here_or_says_why_not() -> None:
+    assert sorted(commands()) == sorted([*RUN, *NOT_RUN])
+
+
+def test_commands_run_one_after_the_other(fresh: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Once upon a time\n")
+    (tmp_path / "book-and-question.txt").write_text("Once upon a time there was a\n")
+    (tmp_path / "prompts.jsonl").write_text('"Once"\n{"prompt": "The capital of France is"}\n')
+    said = {}
+    for command in (command for command in commands() if command in RUN):
+        left, redirected, right = command.partition(" <")
+        done = shell(f"{left} {RUN[command]} {redirected}{right}", tmp_path, fresh)
+        assert done.returncode == 0, (command, done.stderr)
+        said[command] = done.stdout
+    assert "' Paris'" in said['./scripts/run prefill --prompt "The capital of France is"']
+    assert said["xlstm-ray prefill --prompt-file prompts.jsonl --jsonl"].count("\n") == 2
+
+
+@pytest.mark.parametrize("command", [command for command in NOT_RUN if "xlstm-ray" in command])
+def test_options_of_the_other_commands_exist(command: str, fresh: dict[str, str], tmp_path: Path) -> None:
+    done = shell(f"{command.replace('...', '')} --help", tmp_path, fresh)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_that_are_named_are_there() -> None:
+    named = set(re.findall(r"(?:scripts|deploy|xlstm_ray|tests)/[\w/]+\.(?:py|md|yaml|sh)", README))
+    assert {"scripts/test_metal_parity.py", "scripts/run_hf_xlstm_metal.py", "deploy/RUNBOOK.md"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_benchmark_says_what_it_needs_first(fresh: dict[str, str], tmp_path: Path) -> None:
+    done = shell(f"python {ROOT}/scripts/bench_prefill.py --rounds 7", tmp_path, fresh)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{sys.executable} -m pip install 'transformers" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert shell(f"python {ROOT}/scripts/bench_grid.py --help", tmp_path, fresh).returncode == 0
 
 
 def test_python_example_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, str(README), "exec"), {})
+    exec(compile(example, str(ROOT / "README.md"), "exec"), {})
     assert (tmp_path / "france.state").is_file()
     assert " Paris" in capsys.readouterr().out.splitlines()[-1]
