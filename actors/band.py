@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
@@ -89,8 +88,8 @@ Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
 class ActorSample(NamedTuple):
     """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
 
-    process: supervisor.Process
-    machine: supervisor.Machine  # of whose processes it is one
+    pid: int
+    host: str
     node: str  # Ray's id of the node
     busy_s: float | None
     peak_bytes: int
@@ -162,6 +161,7 @@ class BandActor:
         """Compile what windows of these sizes need."""
         for size in sizes:
             self._compute(self.worker.warm_up, batch, size, alone=self.alone)
+        self._compute(self.worker.warm_up_logits, batch)
 
     def restore(self, epoch: int, tensors: dict[str, Wire] | None, batch: int) -> None:
         """Begin an epoch: the state is this one of all heads (or a fresh one), and nothing is under way."""
@@ -233,8 +233,8 @@ class BandActor:
 
         since, device = self.busy_since, torch.device(self.spec.device)
         return ActorSample(
-            supervisor.this_process(),
-            supervisor.this_machine(),
+            os.getpid(),
+            os.uname().nodename,
             ray.get_runtime_context().get_node_id(),
             None if since is None else monotonic() - since,
             peak_device_bytes(device),

@@ -23,6 +23,8 @@ from xlstm_ray.kernels.native import PAD_F, PAD_I, SlstmState, State
 
 SLSTM_NORM_EPS = 1e-5  # of the sLSTM's head norm, whatever the configuration says of the others
 ONEDNN = torch.backends.mkldnn.is_available()
+HEAD_PART = 1 << 19  # elements of the head that are widened at a time: 2 MiB of float32 stay in a core's cache
+FEW_ROWS = 8  # up to so many rows the compiled product is the faster one
 
 
 class BlockWeights(NamedTuple):
@@ -229,12 +231,35 @@ def block(
     return x + feed(x, w, s), state
 
 
-def logits(x: Tensor, ends: EndWeights, config: ModelConfig) -> Tensor:
+def head_product(x: Tensor, head: Tensor) -> Tensor:
+    """x (rows, D) @ head (vocabulary, D) transposed -> (rows, vocabulary), float32 whatever the operands' dtype.
+
+    Rounded to bfloat16, the best two logits of one position in 50 would be equal. torch has such a product on cuda
+    only; elsewhere some rows of the head at a time are widened, so that little memory is taken.
+    """
+    if head.dtype.itemsize > 2:
+        return F.linear(x, head)
+    if head.device.type == "cuda":
+        return torch.mm(x, head.T, out_dtype=torch.float32)
+    rows = max(1, HEAD_PART // head.shape[1])
+    return torch.cat([linear(x.float(), part.float(), None) for part in head.split(rows)], -1)
+
+
+def few_rows_product(x: Tensor, head: Tensor) -> Tensor:
+    """head_product as it is compiled for few rows: one pass over the head, as it is stored."""
+    head = head.float()
+    return torch.stack([(row * head).sum(-1) for row in x.float().unbind()])
+
+
+def logits(
+    x: Tensor, ends: EndWeights, config: ModelConfig, product: Callable[[Tensor, Tensor], Tensor] = head_product
+) -> Tensor:
     """Residual stream (..., D) after the last block -> logits (..., vocabulary), float32."""
     assert ends.head is not None
     if ends.out_norm is not None:
         x = rms_norm(x, ends.out_norm, None, config.norm_eps).to(ends.head.dtype)
-    return soft_cap(wide(F.linear(x, ends.head)), config.output_logit_soft_cap)
+    y = product(x.flatten(0, -2), ends.head).unflatten(0, x.shape[:-1])
+    return soft_cap(y, config.output_logit_soft_cap)
 
 
 @dataclass(frozen=True)
@@ -293,6 +318,16 @@ class Kernels:
     def __init__(self, backend: Backend, *, chunk_size: int, t_inner: int, compiler: Compiler = compile_strict):
         self.backend, self.chunk_size, self.t_inner, self.compiler = backend, chunk_size, t_inner, compiler
         self.built: dict[tuple, Calls] = {}
+        self.heads: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
+
+    def head(self, x: Tensor, head: Tensor) -> Tensor:
+        """As head_product; compiled for few rows, where torch has no such product."""
+        if not self.backend.compiled or head.dtype.itemsize > 2 or head.device.type == "cuda" or len(x) > FEW_ROWS:
+            return head_product(x, head)
+        key = x.shape, head.shape, head.dtype
+        if key not in self.heads:
+            self.heads.setdefault(key, self.compiler(few_rows_product, f"head_{len(x)}"))
+        return self.heads[key](x, head)
 
     def calls(self, s: BandShape, w: Weights, B: int, T: int) -> Calls:
         """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
@@ -423,6 +458,11 @@ class Worker:
                 calls.mix(*args)
                 calls.feed(x, w)
 
+    def warm_up_logits(self, batch: int) -> None:
+        """Compile what logits of `batch` rows need, where the head is here."""
+        if self.ends.head is not None:
+            self.logits(torch.zeros(batch, self.config.hidden_size, dtype=self.dtype, device=self.device))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> residual stream (B, T, D) on this worker's device."""
         assert self.ends.embedding is not None
@@ -430,7 +470,7 @@ class Worker:
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., D) after the last block -> (..., vocabulary) float32."""
-        return logits(x.to(self.device), self.ends, self.config)
+        return logits(x.to(self.device), self.ends, self.config, self.kernels.head)
 
     def run_block(self, n: int, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
         """All of this stage's n-th block, where this band has all heads; its state moves on."""

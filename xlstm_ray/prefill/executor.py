@@ -104,6 +104,7 @@ class InProcessExecutor:
                 # One after the other, but in the pool: the number of threads is compiled in.
                 for worker in bands:
                     self._call(worker.warm_up, batch, size, alone=self._bands == 1)
+        self.stages[-1][0].warm_up_logits(batch)  # in this thread, where they are computed
         self._synchronize()
 
     def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
