@@ -14,7 +14,7 @@ from torch import Tensor
 from xlstm_ray.errors import KernelError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, chunkwise_backend, sequence_kernel, step_kernel
 from xlstm_ray.kernels.compiled import compile_each, compile_strict
-from xlstm_ray.kernels.native import PAD_F, PAD_I, State, log_sigmoid, mlstm_sequence
+from xlstm_ray.kernels.native import PAD_F, PAD_I, State, decayed, log_sigmoid, mlstm_sequence
 
 EPS = 1e-6
 Run = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, State]  # q, k, v, i, f, state
@@ -307,6 +307,40 @@ def test_20_000_tokens_with_gates_near_the_caps_equal_float64(kernel):
         outputs.append(h)
     # The steps' m stays where logf + m rounds to m; it is only the scale of C and n, and they follow it.
     assert_close((torch.cat(outputs, 2)[:, :, rows], state), reference, 1e-4, m_tolerance=1e-3)
+
+
+# Windows of one chunk: what a long prompt's state goes through where tiles are that short.
+MANY, AT_THE_CAP = 40_000, {
+    "steps": (8, lambda: sequence_kernel("native_sequence__metal", t_inner=8)),
+    "closed form": (16, lambda: compile_strict(positional(EAGER["closed form"](16, 16)), "window")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", AT_THE_CAP)
+def test_what_a_gate_at_its_cap_forgets_does_not_drift(kernel):
+    """A token keeps exp(-3e-7), which float32 rounds to one side: 1e-4 of the state in so many tokens."""
+    g = torch.Generator().manual_seed(7)
+    i = torch.stack([torch.full((MANY,), 15.0), torch.zeros(MANY), torch.rand(MANY, generator=g) * 4 - 3]).unsqueeze(0)
+    q, k, v = (torch.randn(1, 3, MANY, 8, generator=g).abs() for _ in "qkv")
+    fresh = tuple(torch.zeros(1, 3, *shape) for shape in ((8, 8), (8,), (1,)))
+    inputs, (window, make) = (q, k, v, i, torch.full_like(i, 15)), AT_THE_CAP[kernel]
+    want = at_once(*inputs[:3], i=i, f=inputs[4], state=fresh, rows=torch.tensor([MANY - 1]))
+    cell, state = make(), fresh
+    for start in range(0, MANY, window):
+        h, state = run(cell, (*(x[:, :, start : start + window].contiguous() for x in inputs), state))
+    assert_close((h[:, :, -1:], state), want, 2e-5, m_tolerance=1e-3)
+
+
+@pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])
+def test_decayed_is_accurate_for_every_exponent(compile_it):
+    exponents = -torch.cat([torch.logspace(-9, 1.9, 20_001), torch.linspace(0.2, 0.3, 1001), torch.zeros(1)])
+    old, new = torch.tensor([1.0, -3.0, 0.0]).unsqueeze(-1), torch.tensor([0.0, 0.5, 7.0]).unsqueeze(-1)
+    out = (compile_strict(decayed, "decayed") if compile_it else decayed)(old, exponents, new).double()
+    want = torch.exp(exponents.double()) * old + new
+    assert ((out - want).abs() <= 1.2e-7 * (torch.exp(exponents.double()) * old.abs() + new)).all()
+    assert torch.equal(out[:, -1], (old + new)[:, 0].double())  # 0 takes nothing away, to the bit
+    wide = [x.double() for x in (old, exponents, new)]
+    assert torch.allclose(decayed(*wide), want, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("compile_it", [False, True], ids=["eager", "compiled"])

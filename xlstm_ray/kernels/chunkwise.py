@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_ray.kernels.native import State, log_sigmoid
+from xlstm_ray.kernels.native import State, decayed, log_sigmoid
 
 
 def mlstm_chunkwise(
@@ -51,9 +51,10 @@ def mlstm_chunkwise(
     log_w = (between + a_max.unsqueeze(-2)).masked_fill(row <= col, -torch.inf)
     ms = torch.maximum(G + m, log_w.amax(-1))
     # G + (m - ms), not G + m - ms: in windows of one chunk, m grows large over a long prompt, and G is small beside it.
-    W, w0 = torch.exp(log_w - ms.unsqueeze(-1)), torch.exp(G + (m - ms))
-    Cs = (W @ dC.view(B, NH, NC, K * V)).view(B, NH, NC + 1, K, V) + w0[..., None, None] * C.unsqueeze(2)
-    ns = W @ dn + w0.unsqueeze(-1) * n.unsqueeze(2)
+    W, log_w0 = torch.exp(log_w - ms.unsqueeze(-1)), G + (m - ms)
+    added = (W @ dC.view(B, NH, NC, K * V)).view(B, NH, NC + 1, K, V)
+    Cs = decayed(C.unsqueeze(2), log_w0[..., None, None], added)
+    ns = decayed(n.unsqueeze(2), log_w0.unsqueeze(-1), W @ dn)
 
     # 3. Outputs, all chunks at once: what came before the chunk, plus what is within it.
     D = b.unsqueeze(-1) - b.unsqueeze(-2) + i.unsqueeze(-2)
