@@ -320,7 +320,7 @@ WRONG = {
     "caps": ('"15"', "false", "[15]", "0", "-15", "1e300", "1e-300", "NaN", "Infinity"),
     "switches": ('"false"', "1", "null", "[]", "0.0"),
     "words": ("null", "7", "true", "[]", '""', '"\\u0000\\n\\u001b[2J"'),
-    "ids": ('"257"', "-1", "2.5", "[[1]]", "{}", '[1, "x"]', "true"),
+    "ids": ('"257"', "-2", "2.5", "[[1]]", "{}", '[1, "x"]', "true"),
     "blocks": ("0", '"some"', "true", "{}", "[-1]", "[2]", "[0, 0]", "[1.0]", "[true]", '["0"]', "[null]", "[[0]]"),
 }
 ALLOWED = {("eos_token_id", "[]"), ("chunkwise_kernel", '""'), ("chunkwise_kernel", '"\\u0000\\n\\u001b[2J"')}
@@ -353,6 +353,8 @@ def config_corruptions() -> Iterator[Corruption]:
                 if (key, text) not in ALLOWED:
                     named = {"num_blocks": "num_", "hidden_size": "hidden_size"}.get(key, key)
                     yield Corruption(f"{key} {text[:12]}", CONFIG, put_text(CONFIG, key, text), key=named)
+    for text in ('"int4"', '""', "7", "true", "[]", "{}", '["float32"]'):  # no part of the model's identity
+        yield Corruption(f"dtype {text}", CONFIG, put_text(CONFIG, "dtype", text), key="dtype")
     for key, value in REFUSED_CHOICES.items():
         yield Corruption(f"{key} {value}", CONFIG, put(CONFIG, key, value), outcome=REFUSE)
     for key in ("norm_eps", "gate_soft_cap", "hidden_size", "weight_mode", "use_bias", "slstm_at", "model_type"):
@@ -795,6 +797,21 @@ def test_a_kernel_of_ours_that_there_is_not_is_refused(models, tmp_path):
     with pytest.raises(ConfigError) as caught:
         xlstm_ray.load(tmp_path / "model", device="cpu")
     check_message(caught.value, CONFIG, "chunkwise_kernel", "queued_no_such", "queued_compiled_chunks")
+
+
+@pytest.mark.parametrize("indexed", ["its shards", "the single file itself"])
+def test_two_sets_of_weights_are_named_and_none_is_chosen(indexed, models, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(models["sharded"], directory)
+    tensors = load_file(models["single"] / SINGLE_FILE)
+    save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, directory / SINGLE_FILE)
+    if indexed == "its shards":
+        with pytest.raises(CheckpointError) as caught:
+            load(directory)
+        check_message(caught.value, str(directory), "two sets of weights", SINGLE_FILE, INDEX_FILE)
+    else:
+        (directory / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, SINGLE_FILE)}))
+        assert load(directory).prefill([1]).complete
 
 
 # -- pickles -----------------------------------------------------------------------------------------------------------

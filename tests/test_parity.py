@@ -350,6 +350,21 @@ def test_decoding_stops_at_the_end_token(reference, eager, tmp_path):
     assert generation.tokens[0] == made.tokens[0][: made.tokens[0].index(end)]
 
 
+@pytest.mark.parametrize(("written", "meant"), [(-1, None), ([-1], None), ([-1, 258], 258), ([], None)])
+def test_an_end_token_of_minus_one_is_how_exporters_say_none(written, meant, reference, eager, tmp_path):
+    ref = reference("usual")
+    copies = [copy_model(ref.directory, tmp_path / name) for name in ("written", "meant")]
+    edit_config(copies[0], eos_token_id=written, bos_token_id=-1, pad_token_id=-1)
+    edit_config(copies[1], eos_token_id=meant, bos_token_id=None)
+    made = []
+    for copy in copies:
+        generation = load(copy).generate(ref.ids, max_new_tokens=12)
+        list(generation)
+        made.append(generation.tokens)
+    assert made[0] == made[1]
+    assert load(copies[0]).config == load(copies[1]).config
+
+
 # -- bfloat16 ----------------------------------------------------------------------------------------------------------
 def in_bfloat16(ref: Reference, directory: Path) -> tuple[xLSTMForCausalLM, Reference]:
     """The model stored in bfloat16, and its float32 reference: equal weights, so what is left is the arithmetic."""
@@ -363,8 +378,7 @@ def in_bfloat16(ref: Reference, directory: Path) -> tuple[xLSTMForCausalLM, Refe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_block_in_bfloat16_is_within_2_percent_of_float32(backend, reference, eager, tmp_path):
     _, expected = in_bfloat16(reference("one block"), tmp_path / "model")
-    lm = load(expected.directory, **BACKENDS[backend])
-    assert lm.dtype == torch.bfloat16  # as stored
+    lm = load(expected.directory, dtype="bfloat16", **BACKENDS[backend])
     result = lm.prefill(expected.ids, all_logits=True)
     assert relative(result.all_logits[0], expected.logits) < 0.02
     for name, state in zip("Cnm", expected.states[0], strict=True):
@@ -376,7 +390,7 @@ def test_one_block_in_bfloat16_is_within_2_percent_of_float32(backend, reference
 def test_bfloat16_is_about_as_close_to_float32_as_transformers(case, options, reference, eager, tmp_path):
     """Random blocks multiply what the blocks before them have rounded; another program's error is the measure."""
     exact, expected = in_bfloat16(reference(case), tmp_path / "model")
-    result = load(expected.directory, **options).prefill(expected.ids, all_logits=True)
+    result = load(expected.directory, dtype="bfloat16", **options).prefill(expected.ids, all_logits=True)
     theirs = relative(ask_transformers(exact.bfloat16(), expected.ids)[0], expected.logits)
     assert relative(result.all_logits[0], expected.logits) < 2 * theirs < 0.3
 

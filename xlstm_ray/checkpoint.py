@@ -8,6 +8,7 @@ must be there with its shape, and no other.
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,8 +170,16 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the embedding, and so the model, is stored in."""
-        return DTYPES[self._header[EMBEDDING][1]]
+        """The dtype to run in: config.json's, or that of most bytes of the weights where it is wider or there is none.
+
+        One tensor that is stored in less than the others does not make all of them so.
+        """
+        stored: Counter[torch.dtype] = Counter()
+        for shape, name in self._header.values():
+            stored[DTYPES[name]] += torch.Size(shape).numel() * DTYPES[name].itemsize
+        most = max(stored, key=lambda dtype: (stored[dtype], dtype.itemsize))
+        asked = getattr(torch, self.config.dtype) if self.config.dtype else most
+        return max(asked, most, key=lambda dtype: dtype.itemsize)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights, matrices and norms in `dtype`: gates and all of an sLSTM layer are float32."""
@@ -402,9 +411,9 @@ def _stat(path: Path) -> tuple[int, ...]:
 def _locate(directory: Path) -> dict[str, Path]:
     """Which file holds which tensor, from model.safetensors or its index."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file():
-        return dict.fromkeys(_read_header(single), single)
     if not index.is_file():
+        if single.is_file():
+            return dict.fromkeys(_read_header(single), single)
         try:
             beside = sorted(directory.iterdir())
         except OSError as err:
@@ -427,6 +436,11 @@ def _locate(directory: Path) -> dict[str, Path]:
                 f"{index}: tensor {name!r} is said to be in {str(file)[:80]!r}, which is no .safetensors file name"
             )
         files[name] = directory / file
+    if single.is_file() and single not in files.values():
+        raise CheckpointError(
+            f"{directory}: has two sets of weights, {SINGLE_FILE} and the shards that {INDEX_FILE} names; "
+            "move one of them elsewhere"
+        )
     for path in sorted(set(files.values())):
         try:
             missing = not path.is_file()

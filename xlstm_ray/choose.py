@@ -5,6 +5,7 @@ before it is loaded.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,7 +133,6 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
                     f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
                     "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
                 )
-        _refuse_folders(settings, Mode.LOCAL)
         return Mode.LOCAL
     mode = supervisor.choose_mode(
         local_mode=settings.ray_local_mode,
@@ -144,19 +144,11 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
-    _refuse_folders(settings, mode)
     for name in ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
     return mode
-
-
-def _refuse_folders(settings: Settings, mode: Mode) -> None:
-    """Of heads that this run has nothing to do with; from the environment they are for other commands too."""
-    for name, used in (("ray_state_dir", mode is not Mode.LOCAL), ("ray_temp_dir", mode is Mode.MANAGED)):
-        if settings.source(name).kind == "flag" and not used:
-            raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
 def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: "torch.device") -> "Grid":
@@ -192,6 +184,44 @@ def _choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> tuple[i
     if heads is None:
         heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
     return tile, chunk, heads
+
+
+WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory
+
+
+class Dtype(NamedTuple):
+    """What to compute in, and why where it was measured."""
+
+    dtype: "torch.dtype"
+    reason: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def choose_dtype(
+    settings: Settings, device: "torch.device", stored: "torch.dtype", fits: "Callable[[torch.dtype], bool]"
+) -> Dtype:
+    """What was asked; else bfloat16 on a GPU, float32 on the CPU, or bfloat16 there too, where the model is meant for
+    it and computes as fast in it, or float32 does not fit in memory."""
+    import torch
+
+    if settings.dtype != "auto":
+        return Dtype(getattr(torch, settings.dtype))
+    if device.type != "cpu":
+        return Dtype(torch.bfloat16)
+    if stored != torch.bfloat16:
+        return Dtype(torch.float32)
+    from xlstm_ray.products import bfloat16_cost
+
+    cost = bfloat16_cost()
+    found = f"bfloat16 products take {cost:.2g} x as long here"
+    if cost < WORTH_WIDENING:
+        return Dtype(torch.bfloat16, found)
+    if not fits(torch.float32):
+        return Dtype(torch.bfloat16, f"{found}, but float32 does not fit in memory")
+    return Dtype(torch.float32, found)
 
 
 def choose_streams(settings: Settings, workers: int, device: "torch.device") -> int:
@@ -246,4 +276,10 @@ def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
         values[name] = chosen[name], source
     if settings.device == "auto":
         values["device"] = device.type, values["device"][1]
+    if settings.dtype == "auto" and (config.dtype or device.type != "cpu"):  # else the weights would have to be read
+        import torch
+
+        dtype = choose_dtype(settings, device, getattr(torch, config.dtype or "bfloat16"), lambda _: True)
+        source = Source("measured", dtype.reason) if dtype.reason else values["dtype"][1]
+        values["dtype"] = dtype.name, source
     return values

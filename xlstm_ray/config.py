@@ -16,6 +16,7 @@ Epsilon = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, strict=True)]
 Cap = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False, strict=True)]  # cap tanh(x / cap) fits float32
 BlockIndex = Annotated[int, Field(ge=0, strict=True)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+DTYPES = "float32", "bfloat16", "float16", "float64"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,11 +62,27 @@ def _one_edit_apart(a: str, b: str) -> bool:
     return a[n + (len(a) == len(b)) :] == b[n + 1 :]
 
 
+def _no_id(value: Any) -> bool:
+    """Exporters write null or -1 for "there is none"."""
+    return value is None or (type(value) is int and value == -1)
+
+
+def _id(value: Any) -> Any:
+    return None if _no_id(value) else value
+
+
 def _id_list(value: Any) -> Any:
     """eos_token_id is written as a number, a list or null."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = value if isinstance(value, list) else [value]
+    return tuple(one for one in ids if not _no_id(one))
+
+
+def _dtype_name(value: Any) -> Any:
+    """The name of a dtype, which older writers put "torch." before."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"allowed: {', '.join(DTYPES)}")
+    return name
 
 
 def _block_indices(value: Any) -> Any:
@@ -103,9 +120,11 @@ class ModelConfig(BaseModel):
     chunk_size: Annotated[int, Field(gt=0, le=1 << 16, strict=True)] = 64
     chunkwise_kernel: Annotated[str, Field(strict=True)] = "chunkwise--native_autograd"
     slstm_at: Annotated[tuple[BlockIndex, ...], BeforeValidator(_block_indices)] = ()  # the blocks that are sLSTM
-    bos_token_id: TokenId | None = None
+    bos_token_id: Annotated[TokenId | None, BeforeValidator(_id)] = None
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_id_list)] = ()
     force_bos_token_insert: Annotated[bool, Field(strict=True)] = False
+    # What the model is meant to run in. No part of what it computes: left out of the model's identity.
+    dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(None, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -132,7 +151,9 @@ class ModelConfig(BaseModel):
             data[name] = value
         if data.get("slstm_at") == "all" and isinstance(data["num_blocks"], int):
             data["slstm_at"] = list(range(min(data["num_blocks"], 4096)))
-        if data.get("force_bos_token_insert") and data.get("bos_token_id") is None:
+        if data.get("dtype") is None:
+            data["dtype"] = data.get("torch_dtype")  # its older name
+        if data.get("force_bos_token_insert") and _no_id(data.get("bos_token_id")):
             raise ValueError("force_bos_token_insert is true but bos_token_id is missing")
         for name, served in _ONLY.items():
             if name in data and data[name] not in served:

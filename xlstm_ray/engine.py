@@ -23,7 +23,15 @@ from torch import Tensor
 
 from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import choose_device, choose_grid, choose_setup, choose_steps, choose_streams, choose_workers
+from xlstm_ray.choose import (
+    choose_device,
+    choose_dtype,
+    choose_grid,
+    choose_setup,
+    choose_steps,
+    choose_streams,
+    choose_workers,
+)
 from xlstm_ray.config import read_json
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.decode import Decoder, TextStream, require_finite
@@ -216,19 +224,24 @@ class Engine:
         self._tokenizer_file = self.model_path / "tokenizer.json"
         self.tokenizer = _tokenizer(self._tokenizer_file)
         checkpoint = Checkpoint(self.model_path, self.config)
-        dtype = checkpoint.dtype if self.device.type == "cpu" else torch.bfloat16
-        if settings.dtype != "auto":
-            dtype = getattr(torch, settings.dtype)
-        elif dtype not in (torch.float32, torch.bfloat16):
-            dtype = torch.float32
-        self.dtype = dtype
-        self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         self._limits: Limits | None = None
-        self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self._before_load = self._base_bytes()
         if settings.mem_watchdog:
             own = device_total_bytes(self.device) if self.mode is Mode.LOCAL else None
             self._limits = Limits.make(settings, take_sample().total_bytes, own)
+
+        def fits(dtype: torch.dtype) -> bool:
+            """Whether the model has room in this dtype; of other machines it is not known."""
+            self.dtype = dtype
+            self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
+            workers = choose_workers(settings, self.config, self.grid.heads_per_band)
+            need = self._need_of(1, [(1, self.grid.tile_size)], self.grid, workers)
+            return self.mode is Mode.ATTACHED or need.total <= self._room()[0]
+
+        dtype, self.dtype_reason = choose_dtype(settings, self.device, checkpoint.dtype, fits)
+        self.dtype = dtype
+        self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self.note: str | None = None
         if settings.autoscale:
             settings = self.settings = self._autoscaled(checkpoint)
@@ -317,12 +330,14 @@ class Engine:
         return tokens
 
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
-        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability."""
-        top = torch.log_softmax(logits.double(), -1).topk(min(count, len(logits)))
+        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
+        as greedy decoding takes it."""
+        best = logits.sort(descending=True, stable=True).indices[:count]
+        chances = torch.log_softmax(logits.double(), -1)[best]
         with _tokenizing(self._tokenizer_file):
             return [
                 NextToken(i, self.tokenizer.decode([i], skip_special_tokens=False), p)
-                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+                for p, i in zip(chances.tolist(), best.tolist(), strict=True)
             ]
 
     # -- prefill -------------------------------------------------------------------------------------------------------
@@ -337,7 +352,6 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         on_ready: Callable[[int, PrefillResult], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-        on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> PrefillResult:
         """Consume one prompt or a batch of them (texts or token ids), from `state` on where one is given.
 
@@ -347,8 +361,7 @@ class Engine:
         With a state, only what is new is computed; without a prompt it is taken as it is. should_stop is asked
         between tiles; a stopped run gives a state that resumes there. Raises StateError where the state belongs to
         another model, grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
-        result is then the same within tolerance, not to the bit. on_snapshot is given every state that a grid keeps on
-        the way, before the grid is asked anything more. A run that actors or nodes failed for good ends with
+        result is then the same within tolerance, not to the bit. A run that actors or nodes failed for good ends with
         the state of its last snapshot and the reason in `ended_by`.
         """
         if state is not None:
@@ -401,13 +414,6 @@ class Engine:
             for n, b in enumerate(places):
                 on_ready(b, result.row(n))
 
-        def keep(snapshot: Snapshot) -> None:
-            kept = state_at(snapshot)
-            if journal is not None:
-                kept.save(journal)
-            if on_snapshot is not None:
-                on_snapshot(kept)
-
         mixed = state is not None and state.grid != self.grid and any(begin)
         with ExitStack() as files:
             guard = _Guard(self, rows, begin, groups, should_stop, mixed=mixed, files=files)
@@ -424,7 +430,7 @@ class Engine:
                 sizes=lambda: (guard.grid.tile_size, guard.grid.chunk_size),
                 all_logits=all_logits,
                 keep_every=None if self.mode is Mode.LOCAL and journal is None else self._journal_every,
-                on_snapshot=None if journal is None and on_snapshot is None else keep,
+                on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
                 on_group=ready,
                 on_progress=guard.reporting(on_progress),
                 should_stop=guard.should_stop,
@@ -496,20 +502,12 @@ class Engine:
         any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-        on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> "Generation":
         """Prefill, then an iterator of pieces of text. Greedy unless temperature, top_p or a seed is given."""
         sampling = Sampling.make(temperature, top_p, seed)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
-        prefill = self.prefill(
-            prompt,
-            state=state,
-            any_grid=any_grid,
-            on_progress=on_progress,
-            should_stop=should_stop,
-            on_snapshot=on_snapshot,
-        )
+        prefill = self.prefill(prompt, state=state, any_grid=any_grid, on_progress=on_progress, should_stop=should_stop)
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
     @in_turn

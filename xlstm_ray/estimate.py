@@ -23,7 +23,7 @@ import torch
 
 from xlstm_ray.bench import Child
 from xlstm_ray.checkpoint import EMBEDDING, HEAD, OUT_NORM, Checkpoint, expected_tensors, itemsize_of
-from xlstm_ray.choose import choose_grid, choose_model
+from xlstm_ray.choose import choose_dtype, choose_grid, choose_model
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
@@ -146,7 +146,8 @@ def read_model(settings: Settings, kind: str) -> Model:
     path = choose_model(settings)
     config = ModelConfig.from_file(path / "config.json")
     shapes = expected_tensors(config)
-    stored, known_from = torch.bfloat16, "config.json alone, as if stored in bfloat16"
+    stored = getattr(torch, config.dtype or "bfloat16")
+    known_from = f"config.json alone, as if stored in {config.dtype or 'bfloat16'}"
     largest = 0
     if any(path.glob("*.safetensors")):
         checkpoint = Checkpoint(path, config)
@@ -156,10 +157,7 @@ def read_model(settings: Settings, kind: str) -> Model:
         shapes[OUT_NORM] = (config.hidden_size,)
         if not config.tie_word_embeddings:
             shapes[HEAD] = (config.vocab_size, config.hidden_size)
-    if settings.dtype != "auto":
-        dtype = getattr(torch, settings.dtype)
-    else:
-        dtype = torch.bfloat16 if kind != "cpu" or stored == torch.bfloat16 else torch.float32
+    dtype = choose_dtype(settings, torch.device(kind), stored, lambda _: True).dtype
     size = {name: torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in shapes.items()}
     blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
     first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)

@@ -28,6 +28,7 @@ LEVELS: tuple[Level | None, ...] = None, "soft", "hard"
 # glibc keeps freed blocks of up to 32 MiB, and where bands have threads, in a pool of each thread: measured on Linux,
 # peaks are then 1.9 to 2.7 times what is alive.
 KEPT_BY_THREADS = 2.2
+WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while it is multiplied
 COMPILED_CODE = 60 * MIB  # what compiling leaves behind, beyond the compiler's own modules
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _START = perf_counter()
@@ -390,7 +391,9 @@ def computed_need(
     On cuda it is the device's memory that is meant, and base its context.
     """
     shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
-    row = sum(prod(shape) for block in shapes for shape in block.values()) * 4
+    row = (
+        sum(prod(shape) for block in shapes for shape in block.values()) * 4 + config.vocab_size * 4
+    )  # with its logits
     state = 2 * rows * row  # of now, and as it is handed over
     if batch > rows and device_type != "cuda":  # there they are the host's
         state += batch * row
@@ -403,6 +406,8 @@ def computed_need(
         workers=workers,
         itemsize=itemsize,
     )
+    if itemsize == 2 and device_type != "cuda":
+        tile_bytes = max(tile_bytes, WIDENED_HEAD)
     if device_type == "cpu" and workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
     base += COMPILED_CODE if compiled else 0

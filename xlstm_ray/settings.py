@@ -80,7 +80,7 @@ SHORT = {"model": "-m", "device": "-d"}
 
 
 class Source(NamedTuple):
-    """Where a value came from: flag, state, environment, file, profile, model, autoscale or default, and which."""
+    """Where a value came from: flag, state, environment, file, profile, model, autoscale, measured, default; which."""
 
     kind: str
     where: str = ""
@@ -126,7 +126,9 @@ class Settings(BaseSettings):
         "auto, mps, cuda or cpu.", "auto", shown="auto, the first that is there"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto, float32 or bfloat16.", "auto", shown="auto, bfloat16 on a GPU, else as stored"
+        "auto, float32 or bfloat16.",
+        "auto",
+        shown="auto, bfloat16 on a GPU, else by the model and this CPU",
     )
     chunkwise_backend: str | None = setting(
         "queued_compiled_chunks, queued_compiled_steps, the same with ray_, or native (the eager reference).",
