@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -64,7 +65,12 @@ def test_two_axes_with_a_line_for_each_backend(tmp_path: Path, monkeypatch: pyte
     pyplot = pytest.importorskip("matplotlib.pyplot")
     from xlstm_ray.bench import Row, draw
 
-    rows = [Row(n, b, "cpu", "float32", [n / 1000, n / 500], 1 << 20, 1 << 20, None) for n in (512, 2048) for b in "ab"]
+    about = ("a-model", 3, "a machine")
+    rows = [
+        Row(n, b, "cpu", "float32", [n / 1000, n / 500], 1 << 20, 1 << 20, None, *about)
+        for n in (512, 2048)
+        for b in "ab"
+    ]
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     draw(rows, tmp_path / "b.png")
     speed, memory = pyplot.gcf().axes
@@ -74,6 +80,11 @@ def test_two_axes_with_a_line_for_each_backend(tmp_path: Path, monkeypatch: pyte
         assert all(list(line.get_xdata()) == [512, 2048] for line in axis.lines)
     assert list(speed.lines[0].get_ydata()) == pytest.approx([512 / 0.768, 2048 / 3.072])
     assert list(memory.lines[0].get_ydata()) == [1, 1]
+    edges = sorted(set(speed.collections[0].get_paths()[0].vertices[:, 1]))
+    assert (edges[0], edges[-1]) == pytest.approx((500, 1000))  # the range of the rounds
+    title = speed.figure.get_suptitle()
+    for part in ("a-model", "cpu", "float32", "3 threads", "2 rounds", "a machine", str(datetime.now().year)):
+        assert part in title
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,16 @@ def test_for_programs(of_7b: Path, run: Callable[..., Ran]) -> None:
     estimate = planned(of_7b, "h200", 8192)
     assert (row["seconds"], row["fits"], row["need_bytes"]["total"]) == (estimate.seconds, True, estimate.need.total)
     assert (row["tile_size"], row["dtype"], row["device"]["memory_gb"]) == (4096, "bfloat16", 141)
+
+
+def test_long_times_are_in_hours_and_what_cannot_be_known_is_said(of_7b: Path, run: Callable[..., Ran]) -> None:
+    words = ("plan", "--model", of_7b, "--device", "m1-max", "--heads-per-band", 4)
+    row = run(*words, "--prompt-tokens", 1 << 22, "--json").row
+    people = run(*words, "--prompt-tokens", 1 << 22).out
+    minutes = round(row["seconds"] / 60)
+    assert minutes > 120
+    assert f"{row['seconds']:,.0f} s ({minutes // 60:,} h {minutes % 60} min) for 4,194,304 tokens" in people
+    assert " h " not in run(*words, "--prompt-tokens", 64).out.partition("not known")[0].partition("time ")[2]
+    assert "other work on the machine" in row["not_known"]
+    assert row["not_known"] in people
+    assert row["workers"] == 2  # of 8 heads, not the 6 that may be

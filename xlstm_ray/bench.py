@@ -6,16 +6,20 @@ drifts treats all alike.
 """
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import Any
+
+import psutil
 
 from xlstm_ray import errors
 from xlstm_ray.errors import UsageError, XlstmRayError, one_line, pip_install
@@ -38,6 +42,9 @@ class Row:
     peak_bytes: int
     peak_process_bytes: int
     peak_device_bytes: int | None  # None on the CPU
+    model: str = ""
+    threads: int | None = None  # of torch on the CPU
+    machine: str = ""
 
     @property
     def tok_s(self) -> float:
@@ -87,8 +94,10 @@ def measure(lengths: Sequence[int], backends: Sequence[str], rounds: int, asked:
             runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]
             for n, name in enumerate(backends):
                 last = runs[-1][n]
+                about = {"model": last["model"], "threads": last["threads"], "machine": _machine()}
                 peaks = (last[key] for key in ("peak_memory_bytes", "peak_process_bytes", "peak_device_bytes"))
-                yield Row(tokens, name, last["device"], last["dtype"], [turn[n]["prefill_s"] for turn in runs], *peaks)
+                seconds = [turn[n]["prefill_s"] for turn in runs]
+                yield Row(tokens, name, last["device"], last["dtype"], seconds, *peaks, **about)
 
 
 class Child:
@@ -145,6 +154,8 @@ def _serve() -> None:
     if "config" in asked:
         asked["config"] = Path(asked["config"])
     try:
+        from torch import get_num_threads
+
         from xlstm_ray.engine import Engine
 
         with Engine(Settings.make(**asked)) as engine:
@@ -155,6 +166,8 @@ def _serve() -> None:
                 figures = {
                     "device": str(engine.device),
                     "dtype": engine.grid.dtype,
+                    "model": engine.model_path.resolve().name,
+                    "threads": get_num_threads(),
                     "prefill_s": stats.prefill_s,
                     "peak_memory_bytes": stats.peak_memory_bytes,
                     "peak_process_bytes": stats.peak_process_bytes,
@@ -163,6 +176,12 @@ def _serve() -> None:
                 print(json.dumps(figures), flush=True)
     except XlstmRayError as err:
         print(json.dumps({"error": one_line(err), "kind": type(err).__name__}), flush=True)
+
+
+def _machine() -> str:
+    """This machine, in words."""
+    processor = platform.processor() or platform.machine()
+    return f"{platform.node()}: {platform.system()} {platform.machine()}, {processor}, {psutil.cpu_count()} cores"
 
 
 def _pyplot() -> ModuleType:
@@ -190,15 +209,20 @@ def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
         own = sorted((row for row in rows if row.backend == backend), key=lambda row: row.tokens)
         lengths = [row.tokens for row in own]
         axes[0].plot(lengths, [row.tok_s for row in own], marker="o", label=backend)
+        slow, fast = [[row.tokens / edge(row.seconds) for row in own] for edge in (max, min)]
+        axes[0].fill_between(lengths, slow, fast, alpha=0.25)  # the range of the rounds
         axes[1].plot(lengths, [row.peak_bytes / MIB for row in own], marker="o", label=backend)
-    for axis, title in zip(axes, ("tokens/s (median)", "peak memory, MiB"), strict=True):
+    for axis, title in zip(axes, ("tokens/s (median, and the range of rounds)", "peak memory, MiB"), strict=True):
         axis.set(xscale="log", xlabel="prompt tokens", ylabel=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
         axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row.tokens for row in rows})))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend()
-    figure.suptitle(f"prefill on {rows[0].device}, {rows[0].dtype}")
+    first = rows[0]
+    threads = f", {first.threads} threads" if first.threads and first.device == "cpu" else ""
+    title = f"prefill of {first.model} on {first.device}, {first.dtype}{threads}, {len(first.seconds)} rounds"
+    figure.suptitle(f"{title}\n{first.machine}, {datetime.now().astimezone():%Y-%m-%d %H:%M %z}", fontsize=10)
     data = BytesIO()
     figure.savefig(data, format="png", dpi=120, metadata={"Software": "xlstm-ray bench"})
     pyplot.close(figure)

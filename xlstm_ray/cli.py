@@ -10,12 +10,14 @@ import signal
 import stat
 import sys
 import threading
+import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 
 from xlstm_ray import __version__, files
@@ -291,7 +293,8 @@ def generate(
                 f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
                 f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
                 f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
-                f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s"
+                f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s; "
+                f"whole command {_first_token(summary)}{summary['total_s']:.1f} s in all"
             )
             if state_out:
                 _err(f"state {state_out} (digest {digest})")
@@ -771,9 +774,12 @@ def _summary(engine: "Engine", result: "PrefillResult", state_out: Path | None, 
         "workers": engine.workers,
         "load_s": engine.load_s,
         "compile_s": stats.compile_s,
+        "total_s": _since_start(time.time()),
         "tiles": stats.tiles,
+        "tail_windows": stats.tail_windows,
         "launches": stats.launches,
         "ttft_s": stats.ttft_s,
+        "ttft_command_s": None if stats.first_token_at is None else _since_start(stats.first_token_at),
         "prefill_s": stats.prefill_s,
         "prefill_tok_s": stats.prefill_tok_s,
         "tile_tok_s_median": stats.tile_tok_s_median,
@@ -807,6 +813,7 @@ def _print_results(
         f"{s['stages']} stage(s) x {s['bands']} band(s)",
         f"prompt tokens   {s['prompt_tokens']}{_resumed(s).replace('and ', '')}",
         f"first token in  {s['ttft_s']:.3f} s{_rate(s['prefill_tok_s'])}",
+        f"whole command   {_first_token(s)}{s['total_s']:.1f} s in all",
         f"load time       {s['load_s']:.1f} s",
         f"compile time    {s['compile_s']:.1f} s",
         *_tile_line(stats),
@@ -818,11 +825,22 @@ def _print_results(
     _out("\n".join(lines))
 
 
+def _since_start(moment: float) -> float:
+    """Seconds from this process's start to that time of the clock."""
+    return moment - psutil.Process().create_time()
+
+
+def _first_token(summary: dict[str, Any]) -> str:
+    seconds = summary["ttft_command_s"]
+    return "" if seconds is None else f"{seconds:.1f} s to the first token, "
+
+
 def _tile_line(stats: "Statistics") -> list[str]:
     """Of more than one tile, how fast each was; and the launches where they are known."""
     if stats.tiles < 2 or stats.tile_tok_s_median is None:
         return []
-    line = f"tiles           {stats.tiles}: median {stats.tile_tok_s_median:,.0f} tokens/s"
+    tail = f", {stats.tail_windows} of them the tail's" if stats.tail_windows else ""
+    line = f"tiles           {stats.tiles}{tail}: median {stats.tile_tok_s_median:,.0f} tokens/s"
     line += f", 99 % reach {stats.tile_tok_s_p99:,.0f}"
     return [line + (f"; {stats.launches:,} launches" if stats.launches is not None else "")]
 

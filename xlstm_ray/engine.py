@@ -12,7 +12,7 @@ from secrets import token_hex
 from statistics import median
 from tempfile import TemporaryFile
 from threading import RLock
-from time import perf_counter
+from time import perf_counter, time
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,11 +95,13 @@ class Statistics:
     row_resumed: list[int]  # of these, found in the given state
     compile_s: float
     prefill_s: float  # without compile_s
-    ttft_s: float  # from the first tile to the first token's logits; loading and compiling before it are not in it
+    ttft_s: float  # from the prompt's text to the first token, chosen; loading and compiling before it are not in it
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
     restarts: int = 0  # workers that had to be replaced
     tile_tokens: list[int] = field(default_factory=list, repr=False)  # new ones of all rows, a tile
+    tile_whole: list[bool] = field(default_factory=list, repr=False)  # False for a window of the tail
+    first_token_at: float | None = None  # the clock's time (seconds since 1970) at which it was chosen
     row_ttft_s: list[float] = field(default_factory=list, repr=False)  # ttft_s of each row
     row_prefill_s: list[float] = field(default_factory=list, repr=False)  # what the row's group took
     peak_process_bytes: int = 0  # the largest resident size of this process
@@ -142,8 +144,14 @@ class Statistics:
 
     @property
     def tile_tok_s(self) -> list[float]:
-        """Each tile's own tokens a second: a tail's windows have fewer tokens than a whole tile."""
-        return [n / s for n, s in zip(self.tile_tokens, self.tile_seconds, strict=True) if s > 0]
+        """Each whole tile's own tokens a second: a tail's windows, which are slower, are not among them."""
+        each = zip(self.tile_tokens, self.tile_seconds, self.tile_whole, strict=True)
+        return [n / s for n, s, whole in each if whole and s > 0]
+
+    @property
+    def tail_windows(self) -> int:
+        """How many of the tiles were smaller windows, or not full."""
+        return self.tile_whole.count(False)
 
     @property
     def tile_tok_s_median(self) -> float | None:
@@ -382,8 +390,10 @@ class Engine:
             self._set_state(state, state.batch)
             stats = self._statistics(state.tokens, state.tokens)
             return PrefillResult(state, state.tensors["logits"], stats)
+        began = perf_counter()
         self._on_phase("cutting the prompt into tokens")
         rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
+        encode_s = perf_counter() - began
         ends = [len(row) for row in rows]
         start, hashes = self._resume(rows, state)
         begin = start.consumed
@@ -409,7 +419,8 @@ class Engine:
             if on_ready is None:
                 return
             own, places = take(outcome.end, group.rows, len(group.rows)), group.rows
-            stats = self._statistics(ends, begin, guard, outcome).of_rows(places)
+            stats = self._statistics(ends, begin, guard, outcome, encode_s).of_rows(places)
+            stats.first_token_at = time()
             result = PrefillResult(state_at(own, places), own.logits, stats)
             for n, b in enumerate(places):
                 on_ready(b, result.row(n))
@@ -438,7 +449,10 @@ class Engine:
             )
         if outcome.lost and not outcome.end.tensors:
             raise outcome.lost  # before the first snapshot: there is nothing to keep
-        stats = self._statistics(ends, list(begin), guard, outcome)
+        chosen = perf_counter()
+        outcome.end.logits.argmax(-1).tolist()
+        stats = self._statistics(ends, list(begin), guard, outcome, encode_s + perf_counter() - chosen)
+        stats.first_token_at = time()
         state = state_at(outcome.end)
         if len(groups) > 1:
             self._set_state(state, len(rows))
@@ -452,8 +466,12 @@ class Engine:
         row_resumed: list[int],
         guard: "_Guard | None" = None,
         outcome: BatchOutcome | None = None,
+        beside_s: float = 0.0,
     ) -> Statistics:
-        """The figures of a run, so far; without the last two where nothing was computed."""
+        """The figures of a run, so far; without guard and outcome where nothing was computed.
+
+        beside_s: what the first token took beside the prefill.
+        """
         seconds = outcome.seconds if outcome else 0.0
         nothing = [0.0] * len(row_tokens)
         on_device = self.mode is Mode.LOCAL and self.device.type != "cpu"
@@ -462,12 +480,13 @@ class Engine:
             row_resumed,
             guard.compile_s if guard else 0.0,
             prefill_s=seconds - (guard.paused_s if guard else 0.0),
-            ttft_s=seconds,
+            ttft_s=seconds + beside_s,
             peak_memory_bytes=self.executor.peak_memory_bytes,
             tile_seconds=outcome.tile_seconds if outcome else [],
             restarts=self.executor.restarts if outcome else 0,
             tile_tokens=outcome.tile_tokens if outcome else [],
-            row_ttft_s=outcome.ready_s if outcome else nothing,
+            tile_whole=outcome.tile_whole if outcome else [],
+            row_ttft_s=[s + beside_s for s in outcome.ready_s] if outcome else nothing,
             row_prefill_s=outcome.group_s if outcome else nothing,
             peak_process_bytes=peak_process_bytes(),
             peak_device_bytes=peak_device_bytes(self.device) if on_device else None,

@@ -23,7 +23,7 @@ import torch
 
 from xlstm_ray.bench import Child
 from xlstm_ray.checkpoint import EMBEDDING, HEAD, OUT_NORM, Checkpoint, expected_tensors, itemsize_of
-from xlstm_ray.choose import choose_dtype, choose_grid, choose_model
+from xlstm_ray.choose import choose_dtype, choose_grid, choose_model, choose_workers
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
@@ -37,6 +37,10 @@ LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
 SLSTM_STEP_S = 10e-6  # assumed: a token's step of an sLSTM block, which waits for the one before
 BASE = 400 * MIB  # interpreter, torch and compiler, as measured on Linux
 METAL_SHARE = 0.75  # of a Mac's memory: what Metal recommends for its GPU, about (2/3 of small ones)
+UNKNOWN = (
+    "other work on the machine, a device that slows down when it is hot, the disk (loading), and what kernels that "
+    "are not compiled there yet take (10 to 60 s a shape)"
+)
 FACTOR = 1.5  # what an estimate may be off by
 CHECK_ROUNDS = 5
 PROBE_S = 2.0
@@ -203,6 +207,7 @@ class Plan:
     need: Need
     room: int  # bytes that may be used on a machine
     seconds: float
+    workers: int  # threads that work on bands, at most one a band
     machines_needed: int | None  # the fewest that it fits on; None where not even a block each does
 
     @property
@@ -242,8 +247,9 @@ class Plan:
             f"            of these {shares.products:.0%} and {shares.traffic:.0%} are reached: {shares.source}",
             f"memory      {self.need}",
             f"            {fit}: {self.room / MIB:,.0f} MiB may be used; the prompt's length does not matter",
-            f"time        {self.seconds:,.2f} s for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
+            f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
             "            without loading and compiling",
+            f"not known   {UNKNOWN}",
             f"settings    {self.flags}",
         ]
 
@@ -262,12 +268,22 @@ class Plan:
             "chunk_size": self.chunk_size,
             "heads_per_band": self.heads_per_band,
             "stages": self.machines,
+            "workers": self.workers,
+            "not_known": UNKNOWN,
             "need_bytes": {**asdict(self.need), "total": self.need.total},
             "room_bytes": self.room,
             "fits": self.fits,
             "seconds": self.seconds,
             "tok_s": self.tok_s,
         }
+
+
+def _duration(seconds: float) -> str:
+    """In seconds, and from two minutes on in hours and minutes too."""
+    if seconds < 120:
+        return f"{seconds:,.2f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds:,.0f} s ({minutes // 60:,} h {minutes % 60} min)"
 
 
 def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -> Plan:
@@ -302,7 +318,8 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
     fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
     seconds = prefill_seconds(model, device, tokens, tile, chunk, machines)
     most = needed(tile, machines)
-    return Plan(device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, fewest)
+    workers = choose_workers(settings, model.config, heads)
+    return Plan(device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, workers, fewest)
 
 
 def need(model: Model, device: Device, tile: int, chunk: int, heads: int, machines: int, workers: int) -> Need:

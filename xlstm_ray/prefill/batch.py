@@ -25,6 +25,7 @@ class BatchOutcome:
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
     tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
+    tile_whole: list[bool] = field(default_factory=list)  # not a tail's window
     lost: GridLost | None = None  # why it ended early, at its last snapshot
 
 
@@ -133,6 +134,7 @@ def prefill_groups(
             outcome.lost = run.lost
             outcome.tile_seconds += run.tile_seconds
             outcome.tile_tokens += run.tile_tokens
+            outcome.tile_whole += run.tile_whole
             unsaved += len(run.tile_seconds)
             logits |= dict(zip(group.rows, run.all_logits, strict=False))
             outcome.seconds = perf_counter() - started

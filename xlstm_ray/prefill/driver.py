@@ -50,6 +50,7 @@ class Outcome:
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
     tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
+    tile_whole: list[bool] = field(default_factory=list)  # a window of the tile's size that some row fills
     lost: GridLost | None = None  # why it ended early, at its last snapshot
 
 
@@ -91,6 +92,7 @@ def prefill(
     pieces: list[list[Tensor]] = [[] for _ in rows]
     hidden: Tensor | None = None
     submitted: dict[int, tuple[Window, Tile]] = {}
+    whole: dict[int, bool] = {}
 
     def tiles() -> Iterator[Tile]:
         sizes = tile_size, chunk_size
@@ -108,6 +110,7 @@ def prefill(
             keep = keep_every is not None and (window.number + 1) % keep_every == 0
             tile = make_tile(window, rows, begin, keep=keep)
             submitted[window.number] = window, tile
+            whole[window.number] = window.size == sizes[0] and bool(((tile.last - tile.first) == window.size).any())
             yield tile
 
     started = perf_counter()
@@ -127,6 +130,7 @@ def prefill(
                     on_snapshot(last)
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
+            outcome.tile_whole.append(whole.pop(result.number))
             outcome.tile_tokens.append(int((tile.last - tile.first).clamp(min=0).sum()))
             if on_progress is not None:
                 done = sum(consumed) - sum(begin)
