@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xlstm_ray import supervisor
 from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
@@ -88,8 +89,8 @@ Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
 class ActorSample(NamedTuple):
     """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
 
-    pid: int
-    host: str
+    process: supervisor.Process
+    machine: supervisor.Machine  # of whose processes it is one
     node: str  # Ray's id of the node
     busy_s: float | None
     peak_bytes: int
@@ -233,8 +234,8 @@ class BandActor:
 
         since, device = self.busy_since, torch.device(self.spec.device)
         return ActorSample(
-            os.getpid(),
-            os.uname().nodename,
+            supervisor.this_process(),
+            supervisor.this_machine(),
             ray.get_runtime_context().get_node_id(),
             None if since is None else monotonic() - since,
             peak_device_bytes(device),

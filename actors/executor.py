@@ -8,15 +8,13 @@ Actors are never restarted by Ray: a fresh one would go on with an empty state. 
 its place, all actors are set back to the last snapshot, and the tiles since are played again, to the same bits.
 """
 
-import platform
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from statistics import median
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +22,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from xlstm_ray import supervisor
 from xlstm_ray.actors.band import GROUPS, ActorSample, BandActor, Call, WorkerSpec, from_wire, to_wire
+from xlstm_ray.actors.link import LOOK_S, PATIENCE_S, Link
 from xlstm_ray.actors.metrics import GridMetrics
 from xlstm_ray.errors import GridLost, UsageError, XlstmRayError, one_line
 from xlstm_ray.memory import Limits
@@ -34,7 +34,8 @@ from xlstm_ray.prefill.executor import Tile, TileResult
 if TYPE_CHECKING:
     from xlstm_ray.actors.watchdog import Event
 
-HEAD_CHECK_S = 2.0
+END_S = 5.0  # what a call to Ray may take at the end
+KILL_S = 2.0  # and an actor that Ray has been told to kill
 DECODE_KEEP = 256  # tokens between two snapshots while decoding
 
 
@@ -46,6 +47,7 @@ class GridOptions:
     actors_per_device: int = 1
     place_timeout_s: float = 10.0
     answer_timeout_s: float = 5.0
+    patience_s: float = PATIENCE_S  # for an actor that may be behind a network that is away
     start_timeout_s: float = 120.0
     least_deadline_s: float = 30.0  # a tile's: 20 times the median of the last ones, but this at least
     first_deadline_s: float = 900.0  # before any tile was measured
@@ -65,7 +67,7 @@ class Seat:
     band: Band
     handle: Any = None
     node: str = ""  # Ray's id of the node that it is on
-    process: psutil.Process | None = None  # the actor's, where it is on this machine
+    process: psutil.Process | None = None  # the actor's, where this process sees the same ones
     done: dict[int, Any] = field(default_factory=dict)  # a block: its last call, which the next one waits for
 
 
@@ -112,17 +114,19 @@ class RayExecutor:
         self._failures = 0  # since the last new result
         self._behind = False  # whether the actors are at the snapshot, with the log still to be played
         self.restarts = 0
-        self._headless = False
-        self._head: str = ray.get_runtime_context().gcs_address
+        self._link = Link(ray)
         self._metrics = GridMetrics(options.run)
         self._watchdogs: dict[str, Any] = {}  # by node id
         self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
         self._next_look = 0.0
-        self._group = self._reserve()
+        self._group: Any = None
         try:
+            self._group = self._reserve()
             self._start(self._seats)
-        except BaseException:  # Ctrl-C too: actors and their places must not stay
+        except BaseException as error:  # Ctrl-C too: actors and their places must not stay
             self.close()
+            if isinstance(error, ray.exceptions.RayError):
+                raise GridLost(f"the grid did not start: {one_line(error)}") from error
             raise
 
     # -- Executor ------------------------------------------------------------------------------------------------------
@@ -165,21 +169,27 @@ class RayExecutor:
         return self.logits(result.hidden)
 
     def close(self) -> None:
-        """End the actors, and only then give their places back: device memory is free when this returns."""
-        if not self._headless:  # without a head, every call would wait for it
-            for watchdog in self._watchdogs.values():
-                self._ray.kill(watchdog)
-        self._watchdogs = {}
-        for seat in self._seats:
-            self._end(seat)
-        if self._group is not None and not self._headless:
-            self._ray.util.remove_placement_group(self._group)
-        self._group = None
+        """End the actors, and only then give their places back: device memory is free when this returns.
+
+        Bounded in time whatever has become of Ray, and never an error: what is computed is computed.
+        """
+        watchdogs, self._watchdogs = list(self._watchdogs.values()), {}
+        group, self._group = self._group, None
+        with suppress(GridLost, self._ray.exceptions.RayError):
+            for watchdog in watchdogs:
+                self._link.ask(self._ray.kill, watchdog, timeout_s=END_S)
+        self._end(self._seats)
+        if group is not None:
+            with suppress(GridLost, self._ray.exceptions.RayError):
+                self._link.ask(self._ray.util.remove_placement_group, group, timeout_s=END_S)
 
     @property
     def peak_memory_bytes(self) -> int:
         """Summed over the actors that answer, each at its own peak."""
-        return sum(sample.peak_bytes for sample in self._samples(self._seats).values())
+        try:
+            return sum(sample.peak_bytes for sample in self._samples(self._seats, patient=False).values())
+        except GridLost:  # a figure is no reason to lose a result
+            return 0
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
     @property
@@ -208,7 +218,7 @@ class RayExecutor:
                         break
                     if not self._log or entry.number > self._log[-1].number:
                         self._log.append(entry)
-                    flights.append(self._submit(entry))
+                    flights.append(self._link.ask(self._submit, entry))
                 if not flights:
                     return
                 result = self._collect(flights[0], len(flights))
@@ -302,15 +312,15 @@ class RayExecutor:
         if device != "cpu":
             bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self._options.actors_per_device
         bundles = [bundle] * len(self._seats)
-        group = self._ray.util.placement_group(bundles, strategy="PACK")
-        if not group.wait(self._options.place_timeout_s):
-            self._ray.util.remove_placement_group(group)
+        group = self._link.ask(self._ray.util.placement_group, bundles, strategy="PACK")
+        if not self._link.ask(group.wait, self._options.place_timeout_s):
+            self._link.ask(self._ray.util.remove_placement_group, group)
             raise UsageError(self._no_room(bundle))
         return group
 
     def _no_room(self, bundle: dict[str, float]) -> str:
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        free = self._ray.available_resources()
+        nodes = [node for node in self._link.ask(self._ray.nodes) if node["Alive"]]
+        free = self._link.ask(self._ray.available_resources)
         have = ", ".join(f"{name} {sum(n['Resources'].get(name, 0) for n in nodes):g}" for name in bundle)
         left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
         each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
@@ -324,6 +334,17 @@ class RayExecutor:
 
     def _start(self, seats: list[Seat]) -> None:
         """Actors for these seats: alive, with their weights, warm."""
+        self._link.ask(self._create, seats)
+        for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
+            (sample,) = self._get([ref], self._options.start_timeout_s)
+            seat.node = sample.node
+            seat.process = supervisor.find(sample.process) if sample.machine == supervisor.this_machine() else None
+        self._get(self._each(seats, "load"))
+        self._link.ask(self._watch)
+        for batch, size in self._warm:
+            self._get(self._each(seats, "warm_up", batch, [size]))
+
+    def _create(self, seats: list[Seat]) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = self._group.bundle_specs[0]
@@ -338,14 +359,6 @@ class RayExecutor:
                 allow_out_of_order_execution=True,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, seat.index),
             ).remote(self._spec, seat.band, seat.name, alone=self._alone)
-        for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
-            (sample,) = self._get([ref], self._options.start_timeout_s)
-            seat.node = sample.node
-            seat.process = psutil.Process(sample.pid) if sample.host == platform.node() else None
-        self._get(self._each(seats, "load"))
-        self._watch()
-        for batch, size in self._warm:
-            self._get(self._each(seats, "warm_up", batch, [size]))
 
     def _watch(self) -> None:
         """A watchdog on every node that has actors, told which."""
@@ -380,10 +393,10 @@ class RayExecutor:
                 continue
             del self._reports[node]
             try:
-                report = self._ray.get(ref)
+                (report,) = self._get([ref])
             except self._failure:  # its node is gone, or only it was killed: then another takes its place
                 self._watchdogs.pop(node, None)
-                self._watch()
+                self._link.ask(self._watch)
                 continue
             for name, sample in report.samples.items():
                 self._metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
@@ -404,7 +417,7 @@ class RayExecutor:
         self._epoch += 1
         tensors, batch = self._snapshot
         wires = None if tensors is None else {name: to_wire(tensor) for name, tensor in tensors.items()}
-        shared = self._ray.put(wires)
+        shared = self._link.ask(self._ray.put, wires)
         for seat in self._seats:
             seat.done = {}
         return self._each(self._seats, "restore", self._epoch, shared, batch)
@@ -412,44 +425,56 @@ class RayExecutor:
     def _sample(self, seat: Seat) -> Any:
         return seat.handle.sample.options(concurrency_group="control").remote()
 
-    def _samples(self, seats: list[Seat]) -> dict[int, ActorSample]:
-        """By seat: what those actors say that answer."""
-        if self._headless:
+    def _samples(self, seats: list[Seat], *, patient: bool = True) -> dict[int, ActorSample]:
+        """By seat: what those actors say that answer. One whose process is not seen from here may be behind a network
+        that is away: it is given the time that Ray itself would give it."""
+        if self._link.gone:
             return {}
+        found: dict[int, ActorSample] = {}
+        began = monotonic()
         asked = {seat.index: self._sample(seat) for seat in seats if seat.handle is not None}
-        found = {}
-        until = monotonic() + self._options.answer_timeout_s
-        for index, ref in asked.items():
-            with suppress(*self._failure):
-                found[index] = self._get([ref], max(0.0, until - monotonic()))[0]
+        for seat in seats:
+            here = seat.process is not None or not patient
+            until = began + (self._options.answer_timeout_s if here else self._options.patience_s)
+            while seat.index in asked:
+                try:
+                    found[seat.index] = self._get([asked.pop(seat.index)], max(0.0, until - monotonic()))[0]
+                except self._ray.exceptions.ActorUnavailableError:
+                    if not here and monotonic() < until:
+                        sleep(1)
+                        asked[seat.index] = self._sample(seat)
+                except self._failure:
+                    pass
         return found
 
-    def _end(self, seat: Seat) -> None:
-        """The actor is gone when this returns, also one that does not answer, where it is on this machine."""
-        if seat.handle is None:
-            return
-        if not self._headless:
-            self._ray.kill(seat.handle, no_restart=True)
-        if seat.process is not None:
+    def _end(self, seats: list[Seat]) -> None:
+        """The actors are gone when this returns, also those that do not answer, where their processes are seen here.
+
+        They end by Ray's means. A signal is for one that Ray cannot end, and goes to the very process: psutil compares
+        its start time first.
+        """
+        seats = [seat for seat in seats if seat.handle is not None]
+        with suppress(GridLost, self._ray.exceptions.RayError):
+            for seat in seats:
+                self._link.ask(self._ray.kill, seat.handle, no_restart=True, timeout_s=END_S)
+        processes = [seat.process for seat in seats if seat.process is not None]
+        if not self._link.gone:
+            supervisor.wait_for_end(processes, KILL_S)
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
-                seat.process.kill()
-                seat.process.wait(self._options.answer_timeout_s)
-        seat.handle = seat.process = None
+                process.kill()
+        supervisor.wait_for_end(processes, self._options.answer_timeout_s)
+        for seat in seats:
+            seat.handle = seat.process = None
 
     # -- faults --------------------------------------------------------------------------------------------------------
     @property
-    def _failure(self) -> tuple[type[Exception], ...]:
-        """What says that an actor, its process, its node or what it held is gone, or that it does not answer."""
-        e = self._ray.exceptions
-        return (
-            e.RayActorError,
-            e.WorkerCrashedError,
-            e.OutOfMemoryError,
-            e.ObjectLostError,
-            e.NodeDiedError,
-            e.ActorPlacementGroupRemoved,
-            e.GetTimeoutError,
-        )
+    def _failure(self) -> type[Exception]:
+        """What says that an actor, its process, its node or what it held is gone, or that it does not answer.
+
+        All that Ray raises of its own; `_get` turns what an actor's code raises into that.
+        """
+        return self._ray.exceptions.RayError
 
     def _guard(self, ask: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
         """What the calls return; asked again after a recovery when an actor is gone, or late by what tiles take."""
@@ -464,7 +489,7 @@ class RayExecutor:
     def _recover(self, error: Exception) -> None:
         """Replace what is dead or hangs, and set all actors back to the snapshot. GridLost where that cannot be."""
         while True:
-            self._require_head()
+            self._link.require_head()
             self._failures += 1
             if self._failures > self._options.retries:
                 where = f"tile {self._log[0].tile.number}" if self._log else "a snapshot"
@@ -485,13 +510,12 @@ class RayExecutor:
         lost = self._lost(timed_out)
         if timed_out and not lost:  # all answer and none works: what they wait for will not come
             lost = self._seats
-        for seat in lost:
-            self._end(seat)
+        self._end(lost)
         if not lost:  # the error was of one that has been replaced already
             return
         self.restarts += len(lost)
         self._metrics.restarts(len(lost))
-        if not self._group.wait(self._options.place_timeout_s):
+        if not self._link.ask(self._group.wait, self._options.place_timeout_s):
             names = ", ".join(seat.name for seat in lost)
             raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}") from error
         self._start(lost)
@@ -522,28 +546,21 @@ class RayExecutor:
         """
         until = monotonic() + timeout_s if timeout_s is not None else None
         while True:
-            left = HEAD_CHECK_S if until is None else min(HEAD_CHECK_S, max(0.0, until - monotonic()))
+            left = LOOK_S if until is None else min(LOOK_S, max(0.0, until - monotonic()))
             _, missing = self._ray.wait(refs, num_returns=len(refs), timeout=left)
             if not missing:
                 break
-            self._require_head()
+            self._link.require_head()
             if until is not None and monotonic() >= until:
                 raise self._ray.exceptions.GetTimeoutError(f"no answer in {timeout_s:.0f} s")
         try:
-            return self._ray.get(refs)
+            return self._link.ask(self._ray.get, refs)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, XlstmRayError):
                 raise error.cause from None
-            raise
-
-    def _require_head(self) -> None:
-        """Raise GridLost where nothing listens at the head's address: Ray itself would end this process in a minute."""
-        host, port = self._head.rsplit(":", 1)
-        try:
-            socket.create_connection((host, int(port)), timeout=HEAD_CHECK_S).close()
-        except OSError as error:
-            self._headless = True
-            raise GridLost(f"Ray's head at {self._head} is gone ({error.strerror or error})") from None
+            if isinstance(error, self._ray.exceptions.RayError) and isinstance(error.cause, self._failure):
+                raise
+            raise error.cause from error  # a bug, as it was raised there
 
 
 def _tile(number: int) -> str:

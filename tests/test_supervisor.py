@@ -298,7 +298,7 @@ def test_identity_survives_a_corrected_clock(monkeypatch: pytest.MonkeyPatch) ->
     moved, boot = psutil.Process.create_time, psutil.boot_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: moved(self) + 3600)
     monkeypatch.setattr(psutil, "boot_time", lambda: boot() + 3600)
-    assert supervisor._find(me) is not None
+    assert supervisor.find(me) is not None
 
 
 def test_a_folder_or_token_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
                     f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
                     "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
                 )
+        _refuse_folders(settings, Mode.LOCAL)
         return Mode.LOCAL
     mode = supervisor.choose_mode(
         local_mode=settings.ray_local_mode,
@@ -144,11 +145,19 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
+    _refuse_folders(settings, mode)
     for name in ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
     return mode
+
+
+def _refuse_folders(settings: Settings, mode: Mode) -> None:
+    """Of heads that this run has nothing to do with; from the environment they are for other commands too."""
+    for name, used in (("ray_state_dir", mode is not Mode.LOCAL), ("ray_temp_dir", mode is Mode.MANAGED)):
+        if settings.source(name).kind == "flag" and not used:
+            raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
 def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: "torch.device") -> "Grid":

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from xlstm_ray import __version__, files
-from xlstm_ray.errors import Interrupted, ParityError, StateError, UsageError, XlstmRayError
+from xlstm_ray import __version__, files, keeper
+from xlstm_ray.errors import GridLost, Interrupted, ParityError, StateError, UsageError, XlstmRayError
 from xlstm_ray.files import Input, Output, check_outputs
 from xlstm_ray.reporter import ProgressKind, Reporter
 from xlstm_ray.settings import JOURNAL_FILE, Setting, Settings, refuse_unknown, table, unknown_variables
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, Statistics
+    from xlstm_ray.state import RecurrentState
 
 app = typer.Typer(
     name="xlstm-ray",
@@ -188,6 +189,7 @@ def prefill(
     asked: dict[str, Any],
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
+    _run_under_keeper(asked)
     prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
     settings = _settings(asked, prompt_file, state_in, state_out)
     with _opened(settings, state_in, asked, progress) as (start, engine, report):
@@ -197,7 +199,14 @@ def prefill(
 
         with _stop_on_signals() as stop, report:
             on_ready = ready if jsonl else None
-            result = engine.prefill(prompts, **start, on_progress=report.tile, on_ready=on_ready, should_stop=stop)
+            result = engine.prefill(
+                prompts,
+                **start,
+                on_progress=report.tile,
+                on_ready=on_ready,
+                should_stop=stop,
+                on_snapshot=_keeping(engine, state_out),
+            )
         digest = None
         if state_out and sum(result.state.tokens):
             digest = result.state.save(state_out, overwrite=settings.overwrite)
@@ -249,6 +258,7 @@ def generate(
     asked: dict[str, Any],
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
+    _run_under_keeper(asked)
     prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
     settings = _settings(asked, prompt_file, state_in, state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
@@ -264,19 +274,22 @@ def generate(
                 seed=seed,
                 on_progress=report.tile,
                 should_stop=stop,
+                on_snapshot=_keeping(engine, state_out),
             )
             if streams:
                 report.close()  # the text says how far it is
             else:
                 report.phase("decoding")
-            for pieces in generation.rows():
-                if streams:
-                    _out(pieces[0], end="")
+            with _prompts_state_kept(engine, generation.prefill, state_out):
+                for pieces in generation.rows():
+                    if streams:
+                        _out(pieces[0], end="")
         result = generation.prefill
         _require_some(result, stop)
         digest = None
         if state_out:
-            digest = generation.state().save(state_out, overwrite=settings.overwrite)
+            with _prompts_state_kept(engine, result, state_out):
+                digest = generation.state().save(state_out, overwrite=settings.overwrite)
         engine.close()
         if not result.complete:
             raise _interrupted(engine, result, state_out, stop)
@@ -415,7 +428,7 @@ def _open_standard_files() -> None:
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 class _Stop:
-    """Whether Ctrl-C or SIGTERM has come: prefill asks between tiles, decoding between tokens.
+    """Whether Ctrl-C, SIGTERM or SIGHUP has come: prefill asks between tiles, decoding between tokens.
 
     A second Ctrl-C interrupts at once, and so does the first before anything was asked: compiling takes long, and there
     is nothing to keep yet.
@@ -431,6 +444,8 @@ class _Stop:
 
     def handle(self, number: int, _frame: object) -> None:
         self.signals.append(number)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if not self.asked or (len(self.signals) > 1 and number == signal.SIGINT):
             raise KeyboardInterrupt
 
@@ -441,7 +456,8 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    kept = {n for n in numbers if n == signal.SIGHUP and signal.getsignal(n) is signal.SIG_IGN}  # under nohup
+    before = {number: signal.signal(number, handler) for number in numbers if number not in kept}
     try:
         yield
     finally:
@@ -449,10 +465,17 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
             signal.signal(number, previous)
 
 
+def _leave_terminal() -> None:
+    """A terminal that is closed cannot be written to: what is said from now on goes nowhere, and work is kept."""
+    for handle in (1, 2):
+        if stat.S_ISCHR(os.fstat(handle).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
+
+
 @contextmanager
 def _stop_on_signals() -> Iterator[_Stop]:
     stop = _Stop()
-    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM):
+    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             yield stop
         except KeyboardInterrupt:
@@ -669,26 +692,70 @@ def _stopped(text: str, stop: _Stop) -> Interrupted:
     error = Interrupted(text)
     if signal.SIGTERM in stop.signals:
         error.exit_code = 128 + signal.SIGTERM
+    elif signal.SIGHUP in stop.signals:
+        error.exit_code = 128 + signal.SIGHUP
     return error
 
 
 def _interrupted(engine: "Engine", result: "PrefillResult", state_out: Path | None, stop: _Stop) -> XlstmRayError:
     """Why the run ended early, what is kept, and how to go on."""
     text = f"stopped after {sum(result.state.tokens)} of {result.stats.prompt_tokens} tokens"
-    if engine.journal_file is not None:
-        text += f"; journal in {engine.journal_file.parent}"
-        words = ["--resume", str(engine.journal_file.parent)]
-    elif state_out is not None:
-        text += f"; state in {state_out}"
-        words = ["--state-in", str(state_out)]
-    else:
-        words = []
-        text += "; with --state-out FILE the run could be resumed"
-    if words:
-        text += f"\nto go on: {_resume_command(words)}"
+    text += _way_on(engine, state_out)
     if result.ended_by is not None:
         return type(result.ended_by)(f"{result.ended_by}; {text}")
     return _stopped(text, stop)
+
+
+def _way_on(engine: "Engine", state_out: Path | None) -> str:
+    """Where the state is, and the command that goes on from it."""
+    if engine.journal_file is not None:
+        text = f"; journal in {engine.journal_file.parent}"
+        words = ["--resume", str(engine.journal_file.parent)]
+    elif state_out is not None:
+        text = f"; state in {state_out}"
+        words = ["--state-in", str(state_out)]
+    else:
+        return "; with --state-out FILE the run could be resumed"
+    return f"{text}\nto go on: {_resume_command(words)}"
+
+
+# -- runs on Ray -------------------------------------------------------------------------------------------------------
+def _run_under_keeper(asked: dict[str, Any]) -> None:
+    """A run that connects to Ray is a process of its own: Ray may end it at any moment."""
+    settings = Settings.make(**asked)
+    on_ray = "ray_" in (settings.chunkwise_backend or "ray_") and (
+        settings.ray_address is not None or not settings.ray_local_mode
+    )
+    if on_ray and keeper.current is None:
+        sys.exit(keeper.start())
+
+
+def _keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentState], None] | None":
+    """What a run on Ray does with each snapshot, so that it outlives this process; a journal does so by itself."""
+    run = keeper.current
+    if run is None:
+        return None
+    place = state_out if engine.journal_file is None else None
+
+    def keep(state: "RecurrentState") -> None:
+        if place is not None:
+            state.save(run.hold(place))
+        run.kept(f"stopped after {sum(state.tokens)} tokens{_way_on(engine, state_out)}", place)
+
+    return keep
+
+
+@contextmanager
+def _prompts_state_kept(engine: "Engine", result: "PrefillResult", state_out: Path | None) -> Iterator[None]:
+    """A grid that is lost after the prompt leaves the prompt's state."""
+    if result.complete and (keep := _keeping(engine, state_out)):
+        keep(result.state)
+    try:
+        yield
+    except GridLost as lost:
+        if state_out is not None:
+            result.state.save(state_out, overwrite=engine.settings.overwrite)
+        raise GridLost(f"{lost}; the state is the prompt's, without an answer{_way_on(engine, state_out)}") from None
 
 
 def _resume_command(start: list[str]) -> str:

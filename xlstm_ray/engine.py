@@ -360,6 +360,7 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         on_ready: Callable[[int, PrefillResult], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> PrefillResult:
         """Consume one prompt or a batch of them (texts or token ids), from `state` on where one is given.
 
@@ -369,7 +370,8 @@ class Engine:
         With a state, only what is new is computed; without a prompt it is taken as it is. should_stop is asked
         between tiles; a stopped run gives a state that resumes there. Raises StateError where the state belongs to
         another model, grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
-        result is then the same within tolerance, not to the bit. A run that actors or nodes failed for good ends with
+        result is then the same within tolerance, not to the bit. on_snapshot is given every state that a grid keeps on
+        the way, before the grid is asked anything more. A run that actors or nodes failed for good ends with
         the state of its last snapshot and the reason in `ended_by`.
         """
         if state is not None:
@@ -425,6 +427,13 @@ class Engine:
             for n, b in enumerate(places):
                 on_ready(b, result.row(n))
 
+        def keep(snapshot: Snapshot) -> None:
+            kept = state_at(snapshot)
+            if journal is not None:
+                kept.save(journal)
+            if on_snapshot is not None:
+                on_snapshot(kept)
+
         mixed = state is not None and state.grid != self.grid and any(begin)
         with ExitStack() as files:
             guard = _Guard(self, rows, begin, groups, should_stop, mixed=mixed, files=files)
@@ -441,7 +450,7 @@ class Engine:
                 sizes=lambda: (guard.grid.tile_size, guard.grid.chunk_size),
                 all_logits=all_logits,
                 keep_every=None if self.mode is Mode.LOCAL and journal is None else self._journal_every,
-                on_snapshot=None if journal is None else lambda snapshot: state_at(snapshot).save(journal),
+                on_snapshot=None if journal is None and on_snapshot is None else keep,
                 on_group=ready,
                 on_progress=guard.reporting(on_progress),
                 should_stop=guard.should_stop,
@@ -521,12 +530,20 @@ class Engine:
         any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> "Generation":
         """Prefill, then an iterator of pieces of text. Greedy unless temperature, top_p or a seed is given."""
         sampling = Sampling.make(temperature, top_p, seed)
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
-        prefill = self.prefill(prompt, state=state, any_grid=any_grid, on_progress=on_progress, should_stop=should_stop)
+        prefill = self.prefill(
+            prompt,
+            state=state,
+            any_grid=any_grid,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            on_snapshot=on_snapshot,
+        )
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
     @in_turn

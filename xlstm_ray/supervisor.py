@@ -15,6 +15,7 @@ Only `connect` imports Ray. This module reads no settings; it passes the environ
 authentication switched on and every listener on loopback.
 """
 
+import atexit
 import fcntl
 import http.client
 import importlib.util
@@ -58,6 +59,7 @@ POLL_S = 0.1
 GRACE_S = 5.0  # what each group of processes gets between SIGTERM and SIGKILL; Ray's dashboard takes 3
 PROBE_S = 3.0
 START_TRIES = 3  # each with other ports, in start_timeout_s together
+LEAST_START_S = 60.0  # but with so much for each, where the first has taken long
 SPACE = 64 << 20  # bytes that Ray's logs and sockets want at least
 # What a system takes as a socket's path, less what Ray puts behind the folder.
 LONGEST_FOLDER = (103 if platform.system() == "Darwin" else 107) - len(
@@ -308,10 +310,10 @@ def start_head(options: HeadOptions) -> Head:
             reasons.append(failed.reason)
             if failed.reason in reasons[:-1] or len(reasons) == START_TRIES or time.monotonic() > deadline:
                 tries = f" in {len(reasons)} tries" if len(reasons) > 1 else ""
-                raise RayError(
-                    f"Ray's head did not start{tries} ({failed.what}): {failed.reason}; its output is in {failed.kept}"
-                ) from None
+                said = "; ".join(dict.fromkeys([failed.what, *reasons]))
+                raise RayError(f"Ray's head did not start{tries}: {said}; its output is in {failed.kept}") from None
             _check_options(options)  # a port that was asked for may have been taken meanwhile
+            deadline = max(deadline, time.monotonic() + LEAST_START_S)
 
 
 def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: float) -> Head:
@@ -464,7 +466,18 @@ def connect(
         yield ray
     finally:
         if os.getpid() == mine:
-            ray.shutdown()
+            _disconnect(ray)
+
+
+def _disconnect(ray: ModuleType) -> None:
+    """Bounded in time: a head that does not answer must not keep a result from being printed."""
+    closing = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
+    closing.start()
+    closing.join(2 * GRACE_S)
+    if closing.is_alive():
+        from ray._private import worker
+
+        atexit.unregister(worker.shutdown)  # which would wait again
 
 
 def _require_ray() -> None:
@@ -479,6 +492,8 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     wanted = {"RAY_AUTH_MODE": "token", _CLUSTER: "0" if _is_loopback(address) else "1"}
     # Results that nobody asks for any more, of tiles that are played again, may be errors.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    # After this Ray ends the process whose head is away; the executor gives up before, and keeps what there is.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "300")
     if token_path is not None:
         wanted["RAY_AUTH_TOKEN_PATH"] = str(token_path)
     missing = [name for name, value in wanted.items() if os.environ.get(name) != value]
@@ -492,9 +507,11 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     os.environ.update(wanted)
     if token_path is not None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+    hook = sys.excepthook
     import ray
     from ray._private import worker
 
+    sys.excepthook = hook  # Ray's own asks the head before it shows an error, and waits where there is none
     # Ray writes the cluster's error messages to this program's standard output, whatever log_to_driver says, and has no
     # switch for it. The run says itself what an actor's death means; --json must be JSON.
     worker.print_to_stdstream = _note_message
@@ -596,7 +613,7 @@ def status(state_dir: Path) -> StatusReport:
 def _state(head: Head, processes: list[psutil.Process]) -> State:
     if not _is_here(head):  # a home directory that several machines share, or a boot that is over
         return "dead" if _was_here(head) else "elsewhere"
-    driven = _find(head.driver) is not None
+    driven = find(head.driver) is not None
     if head.error:
         return "dead"
     if not processes:
@@ -690,7 +707,7 @@ def down(state_dir: Path, head_id: str | None = None) -> list[Head]:
             raise RayError(f"no head {head_id} of ours on this machine; there are: {known}")
     stopped = []
     for head in heads:
-        if head_id is None and head.mode == "run" and _is_here(head) and _find(head.driver) is not None:
+        if head_id is None and head.mode == "run" and _is_here(head) and find(head.driver) is not None:
             continue
         stop_head(head, state_dir)
         stopped.append(head)
@@ -704,10 +721,10 @@ def stop_head(head: Head, state_dir: Path) -> None:
     """
     record = _record(state_dir, head.id)
     head = _read(record) or head  # what the guard has learnt since
-    guard = _find(head.guard) if head.guard and _is_here(head) else None
+    guard = find(head.guard) if head.guard and _is_here(head) else None
     if guard is not None:
         _signal([guard], signal.SIGTERM)
-        _wait([guard], 4 * GRACE_S)
+        wait_for_end([guard], 4 * GRACE_S)
     child = _guards.pop(head.id, None)
     if child is not None and head.guard is None:  # it has not got as far as its record
         child.terminate()
@@ -731,13 +748,13 @@ def _end(find: Callable[[], Iterable[psutil.Process]]) -> list[psutil.Process]:
     for chosen in (lambda name: name == "raylet", lambda name: name != "gcs_server", lambda name: True):
         group = left(chosen)
         _signal(group, signal.SIGTERM)
-        _wait(group, GRACE_S)
+        wait_for_end(group, GRACE_S)
     for _ in range(3):  # a worker may be born while others die
         group = left()
         if not group:
             break
         _signal(group, signal.SIGKILL)
-        _wait(group, GRACE_S)
+        wait_for_end(group, GRACE_S)
     return left()
 
 
@@ -817,7 +834,7 @@ def _guard(path: str) -> None:
                 head = head.model_copy(update={"error": error, "lost": lost})
                 with suppress(OSError):  # a full disk is no reason to end a head
                     _write(record, head)
-            if error or (head.mode == "run" or head.address is None) and _find(head.driver) is None:
+            if error or (head.mode == "run" or head.address is None) and find(head.driver) is None:
                 break
             time.sleep(POLL_S)
     finally:  # a bug here or a full disk must not leave a head that nobody watches
@@ -1150,6 +1167,12 @@ def _identify(process: psutil.Process) -> Process:
     return Process(pid=process.pid, started=_since_boot(process))
 
 
+@cache
+def this_process() -> Process:
+    """This process. Not for one that is about to fork."""
+    return _identify(psutil.Process())
+
+
 def _identify_all(processes: Iterable[psutil.Process]) -> tuple[Process, ...]:
     found = []
     for process in processes:
@@ -1164,7 +1187,7 @@ def _since_boot(process: psutil.Process) -> float:
     return round(process.create_time() - psutil.boot_time(), 2)
 
 
-def _find(wanted: Process) -> psutil.Process | None:
+def find(wanted: Process) -> psutil.Process | None:
     """The very process, or None when it is gone, is a zombie, or its pid is somebody else's by now."""
     try:
         process = psutil.Process(wanted.pid)
@@ -1183,7 +1206,7 @@ def _session(head: Head) -> list[psutil.Process]:
     if head.guard is None or not _is_here(head):
         return []
     known = (head.guard, *head.members)
-    if not any(_find(p) is not None and _session_id(p.pid) == head.guard.pid for p in known):
+    if not any(find(p) is not None and _session_id(p.pid) == head.guard.pid for p in known):
         return []
     return _members(head.guard.pid)
 
@@ -1253,7 +1276,7 @@ def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None
             continue
 
 
-def _wait(processes: list[psutil.Process], timeout_s: float) -> None:
+def wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
     """Until all are gone or zombies (which psutil.wait_procs would wait for, as their parents may never reap)."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and any(_running(p) for p in processes):

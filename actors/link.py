@@ -1,0 +1,110 @@
+"""The one place where the driver asks Ray for what may not come: it knows time limits, and what "gone" means.
+
+A head that is away, or a raylet that is stopped, leaves Ray's own calls without an answer, a minute long or for ever.
+So each is made on a thread of its own, which is left there when it does not come back. GridLost is for a head or a
+raylet that is gone; errors of actors, nodes and objects are Ray's RayError and for the executor to recover from.
+"""
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Thread
+from time import monotonic
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from xlstm_ray.errors import GridLost, XlstmRayError, one_line
+
+LOOK_S = 2.0  # between two looks at the head while something is waited for
+PATIENCE_S = 60.0  # what Ray itself waits for a head that is away; networks come back
+
+
+class Link:
+    """This process's connection to its head. `ray` is the connected module."""
+
+    def __init__(self, ray: ModuleType, patience_s: float = PATIENCE_S):
+        self._ray, self._patience_s = ray, patience_s
+        self.head: str = ray.get_runtime_context().gcs_address
+        self._host, _, port = self.head.rpartition(":")
+        self._port = int(port)
+        self._asked: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] | None = None
+        self._silent: tuple[float, float] | None = None  # since when the head has not answered, and the last look
+        self.gone: str | None = None  # why, once it is
+
+    def ask(self, call: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        """What a call to Ray returns or raises. GridLost where it does not answer in timeout_s, or the patience."""
+        if self.gone:
+            raise GridLost(self.gone)
+        if self._asked is None:
+            self._asked = SimpleQueue()
+            Thread(target=_answer, args=(self._asked,), name="ray", daemon=True).start()
+        answer: Future[Any] = Future()
+        self._asked.put((answer, lambda: call(*args, **options)))
+        until = monotonic() + (timeout_s if timeout_s is not None else self._patience_s)
+        while not answer.done():
+            try:
+                answer.exception(max(0.0, min(LOOK_S, until - monotonic())))
+            except TimeoutError:
+                self._asked_in_vain(answer, until)
+        try:
+            return answer.result()
+        except (self._ray.exceptions.RayError, XlstmRayError):
+            raise
+        except (OSError, RuntimeError) as error:  # what Ray's clients raise where the other end is not there
+            raise self._lost(
+                f"Ray's head at {self.head} or this machine's raylet is gone ({one_line(error)})"
+            ) from None
+
+    def _asked_in_vain(self, answer: "Future[Any]", until: float) -> None:
+        if answer.done():
+            return
+        try:
+            self.require_head()
+        except GridLost:
+            self._asked = None
+            raise
+        if monotonic() >= until:
+            self._asked = None  # its thread stays with the call
+            raise self._lost(f"Ray's head at {self.head} or this machine's raylet does not answer")
+
+    def require_head(self) -> None:
+        """Raise GridLost where the head is known to be gone, or has been silent for as long as Ray itself would wait.
+
+        Known is what this machine's own kernel says of one of its own addresses: nothing listens there any more.
+        """
+        if self.gone:
+            raise GridLost(self.gone)
+        try:
+            socket.create_connection((self._host, self._port), timeout=LOOK_S).close()
+        except OSError as error:
+            now = monotonic()
+            if self._silent is None or now - self._silent[1] > 5 * LOOK_S:  # nobody has looked in between
+                self._silent = now, now
+            since = self._silent[0]
+            self._silent = since, now
+            known = isinstance(error, ConnectionRefusedError) and _is_own(self._host)
+            if known or now - since >= self._patience_s:
+                raise self._lost(f"Ray's head at {self.head} is gone ({error.strerror or error})") from None
+        else:
+            self._silent = None
+
+    def _lost(self, text: str) -> GridLost:
+        self.gone = self.gone or text
+        return GridLost(self.gone)
+
+
+def _answer(asked: "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]") -> None:
+    while True:
+        answer, call = asked.get()
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001  it is raised where it was asked
+            answer.set_exception(error)
+        del answer, call
+
+
+def _is_own(host: str) -> bool:
+    return any(a.address == host for addresses in psutil.net_if_addrs().values() for a in addresses)
