@@ -53,8 +53,8 @@ FAULTS = {
     "GCS terminated": Fault((GCS,), TERM, (4,)),
     "GCS frozen": Fault((GCS,), STOP, (0, 4)),  # tiles do not need it
     "raylet and GCS killed": Fault((RAYLET, GCS), KILL, (4,)),
-    "all terminated, as `ray stop` does": Fault(ALL, TERM, (4,)),
-    "all killed, as `ray stop --force` does": Fault(ALL, KILL, (4,)),
+    "all terminated as by ray stop": Fault(ALL, TERM, (4,)),
+    "all killed as by ray stop --force": Fault(ALL, KILL, (4,)),
     "node's agent killed": Fault(("ray::DashboardAgent",), KILL, (0, 4)),  # the raylet goes with it
     "runtime environment's agent killed": Fault(("ray::RuntimeEnvAgent",), KILL, (0, 4)),
     "an actor killed": Fault(("ray::BandActor",), KILL, (0,), once=True),
