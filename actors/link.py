@@ -49,14 +49,16 @@ class Link:
                 answer.exception(max(0.0, min(LOOK_S, until - monotonic())))
             except TimeoutError:
                 self._asked_in_vain(answer, until)
-        try:
+        error = answer.exception()
+        if error is None:
             return answer.result()
-        except (self._ray.exceptions.RayError, XlstmRayError):
-            raise
-        except (OSError, RuntimeError) as error:  # what Ray's clients raise where the other end is not there
-            raise self._lost(
-                f"Ray's head at {self.head} or this machine's raylet is gone ({one_line(error)})"
-            ) from None
+        if isinstance(error, (self._ray.exceptions.RayError, XlstmRayError)):
+            raise error
+        # What Ray's clients raise where the other end is not there, or has forgotten this job with its raylet.
+        if isinstance(error, (OSError, RuntimeError)) or type(error) is Exception:
+            why = f"Ray's head at {self.head} or this machine's raylet is gone ({one_line(error)})"
+            raise self._lost(why) from error
+        raise error
 
     def _asked_in_vain(self, answer: "Future[Any]", until: float) -> None:
         if answer.done():
