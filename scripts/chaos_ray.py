@@ -49,8 +49,8 @@ FAULTS = {
     "raylet killed": Fault((RAYLET,), KILL, (4,)),
     "raylet terminated": Fault((RAYLET,), TERM, (4,)),
     "raylet frozen": Fault((RAYLET,), STOP, (0, 4)),  # small tiles do not need it
-    "GCS killed": Fault((GCS,), KILL, (4,)),
-    "GCS terminated": Fault((GCS,), TERM, (4,)),
+    "GCS killed": Fault((GCS,), KILL, (0, 4)),  # the last tiles may come without it
+    "GCS terminated": Fault((GCS,), TERM, (0, 4)),
     "GCS frozen": Fault((GCS,), STOP, (0, 4)),  # tiles do not need it
     "raylet and GCS killed": Fault((RAYLET, GCS), KILL, (4,)),
     "all terminated as by ray stop": Fault(ALL, TERM, (4,)),
