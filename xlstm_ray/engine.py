@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from xlstm_ray.choose import (
 from xlstm_ray.config import read_json
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.decode import Decoder, TextStream, require_finite
+from xlstm_ray.encode import TextEncoder
 from xlstm_ray.errors import (
     CheckpointError,
     KernelError,
@@ -231,6 +233,7 @@ class Engine:
             _require_compiler(self.backend, self.device)
         self._tokenizer_file = self.model_path / "tokenizer.json"
         self.tokenizer = _tokenizer(self._tokenizer_file)
+        self._encoder = TextEncoder(self.tokenizer, calling=self._calling_tokenizers)
         checkpoint = Checkpoint(self.model_path, self.config)
         self._limits: Limits | None = None
         self._before_load = self._base_bytes()
@@ -310,10 +313,14 @@ class Engine:
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        tokens = self._encode_text(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-        if not tokens:
+        return self._tokens(prompt).tolist()
+
+    def _tokens(self, prompt: Prompt) -> Tensor:
+        """As `encode`: int32."""
+        ids = self._encode_text(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        if not ids:
             raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
-        odd = next((t for t in tokens if not 0 <= t < self.config.vocab_size), None)
+        odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < self.config.vocab_size), None)
         if odd is not None and isinstance(prompt, str):
             raise CheckpointError(
                 f"{self._tokenizer_file}: makes token {odd} of the prompt, but config.json says vocab_size "
@@ -321,21 +328,37 @@ class Engine:
             )
         if odd is not None:
             raise UsageError(f"token {odd} is outside the model's vocabulary of {self.config.vocab_size}")
-        return tokens
+        return torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)
 
-    def _encode_text(self, prompt: str) -> list[int]:
+    def _encode_text(self, prompt: str) -> "array[int]":
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as err:  # bytes of the command line that are no text, or half a pair in JSON
             raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
-        with _tokenizing(self._tokenizer_file), _held_stderr():
-            tokens = list(self.tokenizer.encode(prompt).ids)
+        tokens = self._encoder.encode(prompt, partial(self._encoded, len(prompt)))
         if prompt and not tokens:
             raise CheckpointError(f"{self._tokenizer_file}: makes no tokens of the prompt")
         bos = self.config.bos_token_id
         if self.config.force_bos_token_insert and bos is not None and tokens and tokens[0] != bos:
             tokens.insert(0, bos)
         return tokens
+
+    @contextmanager
+    def _calling_tokenizers(self) -> Iterator[None]:
+        with _tokenizing(self._tokenizer_file), _held_stderr():
+            yield
+
+    def _encoded(self, characters: int, done: int) -> None:
+        """Between two pieces of a long text: how far it is, and whether there is memory for more."""
+        if done < characters:
+            self._on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
+        sample = take_sample()
+        if self._limits is not None and self._limits.exceeded(sample) == "hard":
+            raise MemoryLimitError(
+                f"memory: this process uses {sample.process_bytes / MIB:,.0f} MiB, over the hard limit of "
+                f"{self._limits.hard / MIB:,.0f} MiB, while it cuts the prompt into tokens; give a shorter prompt, or "
+                f"raise the limit ({self._hard_name()})"
+            )
 
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
         """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
@@ -394,7 +417,7 @@ class Engine:
             return PrefillResult(state, state.tensors["logits"], stats)
         began = perf_counter()
         self._on_phase("cutting the prompt into tokens")
-        rows = [torch.tensor(self.encode(p)) for p in _batch(prompt)]
+        rows = [self._tokens(p) for p in _batch(prompt)]
         encode_s = perf_counter() - began
         ends = [len(row) for row in rows]
         start, hashes = self._resume(rows, state)
@@ -410,7 +433,7 @@ class Engine:
             require_finite(snapshot.logits, self.model_path)
             for b, c in zip(places, snapshot.consumed, strict=True):
                 prompt_hash, n = known[b]
-                known[b] = extend_prompt_hash(prompt_hash, rows[b][n:c].tolist()), c
+                known[b] = _extended(prompt_hash, rows[b][n:c]), c
             complete = snapshot.consumed == [ends[b] for b in places]
             made = self._state(snapshot, [known[b][0] for b in places], complete, guard.grid)
             made.begun = None if complete else [begun[b] for b in places]
@@ -463,8 +486,6 @@ class Engine:
         stats = self._statistics(ends, list(begin), guard, outcome, encode_s + perf_counter() - chosen)
         stats.first_token_at = time()
         state = state_at(outcome.end)
-        if len(groups) > 1:
-            self._set_state(state, len(rows))
         if journal is not None and not state.complete and not outcome.lost:
             state.save(journal)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or guard.ended_by)
@@ -544,6 +565,8 @@ class Engine:
             should_stop=should_stop,
             on_snapshot=on_snapshot,
         )
+        if prefill.complete and prefill.state.batch > 1:  # of a batch, only the last group is where it was computed
+            self._set_state(prefill.state, prefill.state.batch)
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
     @in_turn
@@ -603,7 +626,7 @@ class Engine:
                     f"{which} has {len(row)} tokens, but {state.name} has already seen {known}; "
                     "give the same prompt or a longer one"
                 )
-            if extend_prompt_hash(EMPTY_PROMPT, row[:known].tolist()) != prompt_hash:
+            if _extended(EMPTY_PROMPT, row[:known]) != prompt_hash:
                 raise StateError(
                     f"the first {known} tokens of {which} are not those that {state.name} has seen; "
                     "it is of another prompt"
@@ -1011,6 +1034,13 @@ def _batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
     return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
+
+
+def _extended(prompt_hash: str, tokens: Tensor) -> str:
+    """The hash of a prompt lengthened by these tokens, of which few at a time become Python's."""
+    for part in tokens.split(1 << 16):
+        prompt_hash = extend_prompt_hash(prompt_hash, part.tolist())
+    return prompt_hash
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
