@@ -350,3 +350,15 @@ def test_torchs_own_variables_are_passed_on():
     env = {**os.environ, "TORCH_LOGS": "+dynamo", "TORCHDYNAMO_VERBOSE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     assert done.stdout.split() == ["True", "10"], done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
+def test_a_user_without_a_name_and_a_home_has_caches():
+    code = "import os; from xlstm_ray.settings import cache_dir, compile_cache_dir; os.setuid(12345); "
+    code += "print(cache_dir()); print(compile_cache_dir())"
+    env = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == 0, done.stderr
+    first, second = map(Path, done.stdout.split())
+    assert first.name == "xlstm-ray-12345"
+    assert second.name == "torchinductor_uid_12345"

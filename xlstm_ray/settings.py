@@ -384,8 +384,11 @@ def calm_threads() -> None:
 
 def cache_dir() -> Path:
     """Where this user's caches of the program live."""
-    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "xlstm-ray"
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")) / "xlstm-ray"
+    except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
+        return Path(gettempdir()) / f"xlstm-ray-{os.getuid()}"
 
 
 def compile_cache_dir() -> Path:
