@@ -8,6 +8,10 @@ B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which R
 node without copying; bfloat16 travels as int16. What arrives is read-only and must never be written to.
 """
 
+# Ray sends an actor's signatures, and what they name, with every handle: a watchdog would import torch for them.
+from __future__ import annotations
+
+import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,12 +27,13 @@ import torch
 from torch import Tensor
 
 from xlstm_ray import supervisor
+from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
-from xlstm_ray.memory import Sample, device_total_bytes, empty_cache, peak_device_bytes, take_sample
+from xlstm_ray.memory import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState, Band, Kernels, Worker
 
 GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
@@ -84,18 +89,6 @@ class Call(NamedTuple):
 
 
 Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
-
-
-class ActorSample(NamedTuple):
-    """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
-
-    process: supervisor.Process
-    machine: supervisor.Machine  # of whose processes it is one
-    node: str  # Ray's id of the node
-    busy_s: float | None
-    peak_bytes: int
-    memory: Sample
-    device_total_bytes: int | None  # of a device with memory of its own
 
 
 class Done(NamedTuple):
@@ -163,6 +156,8 @@ class BandActor:
         for size in sizes:
             self._compute(self.worker.warm_up, batch, size, alone=self.alone)
         self._compute(self.worker.warm_up_logits, batch)
+        gc.collect()  # the compiler's graphs are cycles, of which there are none in the work that follows
+        empty_cache(self.device)
 
     def restore(self, epoch: int, tensors: dict[str, Wire] | None, batch: int) -> None:
         """Begin an epoch: the state is this one of all heads (or a fresh one), and nothing is under way."""
@@ -228,7 +223,7 @@ class BandActor:
             return {name: to_wire(part) for name, part in self.worker.get_state(kept.blocks).items()}
 
     # -- control -------------------------------------------------------------------------------------------------------
-    def sample(self) -> "ActorSample":
+    def sample(self) -> ActorSample:
         """Who and how this actor is."""
         import ray
 
@@ -340,7 +335,7 @@ class BandActor:
         fence.synchronize()
         return torch.cuda.stream(stream)
 
-    def _stream(self, name: str) -> "torch.cuda.Stream":
+    def _stream(self, name: str) -> torch.cuda.Stream:
         if name not in self._streams:
             self._streams[name] = torch.cuda.Stream(self.device)
         return self._streams[name]

@@ -8,6 +8,7 @@ Actors are never restarted by Ray: a fresh one would go on with an empty state. 
 its place, all actors are set back to the last snapshot, and the tiles since are played again, to the same bits.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -16,23 +17,21 @@ from itertools import count
 from statistics import median
 from time import monotonic, perf_counter, sleep
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 
 from xlstm_ray import supervisor
-from xlstm_ray.actors.band import GROUPS, ActorSample, BandActor, Call, WorkerSpec, from_wire, to_wire
+from xlstm_ray.actors.band import GROUPS, BandActor, Call, WorkerSpec, from_wire, to_wire
 from xlstm_ray.actors.link import LOOK_S, PATIENCE_S, Link
 from xlstm_ray.actors.metrics import GridMetrics
-from xlstm_ray.errors import GridLost, UsageError, XlstmRayError, one_line
+from xlstm_ray.actors.watchdog import ActorSample, Event, Watchdog
+from xlstm_ray.errors import GridLost, GridOutOfMemory, UsageError, XlstmRayError, one_line
 from xlstm_ray.memory import Limits
 from xlstm_ray.model import Band, join_bands
 from xlstm_ray.prefill.executor import Tile, TileResult
-
-if TYPE_CHECKING:
-    from xlstm_ray.actors.watchdog import Event
 
 END_S = 5.0  # what a call to Ray may take at the end
 KILL_S = 2.0  # and an actor that Ray has been told to kill
@@ -45,6 +44,7 @@ class GridOptions:
 
     run: str  # names this run's actors
     actors_per_device: int = 1
+    cpus: float | None = None  # what an actor asks of Ray; None: a CPU for each thread
     place_timeout_s: float = 10.0
     answer_timeout_s: float = 5.0
     patience_s: float = PATIENCE_S  # for an actor that may be behind a network that is away
@@ -55,7 +55,7 @@ class GridOptions:
     limits: Callable[[int, int | None], Limits] | None = None  # as the watchdog wants them; None: no watchdog
     watch_every_s: float = 0.2
     empty_cache: bool = True
-    on_event: "Callable[[Event], None]" = lambda event: None  # called between tiles
+    on_event: Callable[[Event], None] = lambda event: None  # called between tiles
 
 
 @dataclass
@@ -115,7 +115,7 @@ class RayExecutor:
         self._behind = False  # whether the actors are at the snapshot, with the log still to be played
         self.restarts = 0
         self._link = Link(ray)
-        self._metrics = GridMetrics(options.run)
+        self.metrics = GridMetrics(options.run)
         self._watchdogs: dict[str, Any] = {}  # by node id
         self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
         self._next_look = 0.0
@@ -308,9 +308,15 @@ class RayExecutor:
     def _reserve(self) -> Any:
         """A place for every actor, all or none. Raises UsageError within seconds where the cluster has no room."""
         device = torch.device(self._spec.device).type
-        bundle: dict[str, float] = {"CPU": self._spec.threads if device == "cpu" else 1}
+        bundle: dict[str, float] = {"CPU": self._options.cpus or (self._spec.threads if device == "cpu" else 1)}
         if device != "cpu":
             bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self._options.actors_per_device
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        # Ray would wait for nodes to come, in case that somebody adds some.
+        if sum(int(min(n.get(name, 0.0) / each for name, each in bundle.items()) + 1e-6) for n in nodes) < len(
+            self._seats
+        ):
+            raise UsageError(self._no_room(bundle))
         bundles = [bundle] * len(self._seats)
         group = self._link.ask(self._ray.util.placement_group, bundles, strategy="PACK")
         if not self._link.ask(group.wait, self._options.place_timeout_s):
@@ -366,8 +372,6 @@ class RayExecutor:
             return
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from xlstm_ray.actors.watchdog import Watchdog
-
         o = self._options
         nodes = {seat.node for seat in self._seats}
         for node in self._watchdogs.keys() - nodes:
@@ -386,7 +390,7 @@ class RayExecutor:
 
     def _observe(self, tile: Tile, seconds: float, under_way: int) -> None:
         """Metrics after a tile, and what the watchdogs have had to say since the last one; never waits for them."""
-        self._metrics.tile(int((tile.last - tile.first).sum()), seconds, under_way)
+        self.metrics.tile(int((tile.last - tile.first).sum()), seconds, under_way)
         for node, ref in list(self._reports.items()):
             ready, _ = self._ray.wait([ref], timeout=0)
             if not ready:
@@ -399,9 +403,9 @@ class RayExecutor:
                 self._link.ask(self._watch)
                 continue
             for name, sample in report.samples.items():
-                self._metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
+                self.metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
             for event in report.events:
-                self._metrics.limit(event.level)
+                self.metrics.limit(event.level)
                 self._options.on_event(event)
         if monotonic() >= self._next_look:
             self._next_look = monotonic() + self._options.watch_every_s
@@ -490,6 +494,12 @@ class RayExecutor:
         """Replace what is dead or hangs, and set all actors back to the snapshot. GridLost where that cannot be."""
         while True:
             self._link.require_head()
+            if isinstance(error, self._ray.exceptions.OutOfMemoryError):
+                # What an actor takes does not grow with the prompt: another in its place would meet the same end.
+                raise GridOutOfMemory(
+                    f"a node ran out of memory, and Ray ended an actor there: {_out_of_memory(error)}; free memory, or "
+                    "use a smaller --tile-size, fewer --stages on that node, or more nodes"
+                ) from error
             self._failures += 1
             if self._failures > self._options.retries:
                 where = f"tile {self._log[0].tile.number}" if self._log else "a snapshot"
@@ -514,7 +524,7 @@ class RayExecutor:
         if not lost:  # the error was of one that has been replaced already
             return
         self.restarts += len(lost)
-        self._metrics.restarts(len(lost))
+        self.metrics.restarts(len(lost))
         if not self._link.ask(self._group.wait, self._options.place_timeout_s):
             names = ", ".join(seat.name for seat in lost)
             raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}") from error
@@ -561,6 +571,13 @@ class RayExecutor:
             if isinstance(error, self._ray.exceptions.RayError) and isinstance(error.cause, self._failure):
                 raise
             raise error.cause from error  # a bug, as it was raised there
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Of Ray's long text, what was used of what there is."""
+    text = one_line(error)
+    found = re.search(r"Memory on the node .*? was ([\d.]+GB / [\d.]+GB)", str(error).replace("\n", " "))
+    return f"{found[1]} used" if found else text
 
 
 def _tile(number: int) -> str:

@@ -1,8 +1,10 @@
-"""A run's figures as Ray's metrics, which Prometheus reads with `ray_` before each name and `_total` after counts.
+"""A run's figures as Ray's metrics, which Prometheus reads with `ray_` before each name.
 
-deploy/grafana-dashboard.json draws these names.
+deploy/grafana-dashboard.json draws these names. All are gauges, counts and the histogram too: Ray's agent forgets a
+gauge 20 s after the run that set it, and keeps a counter for as long as the head lives.
 """
 
+from collections import Counter
 from typing import Any, Literal
 
 TILE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]  # bounds of the histogram's buckets
@@ -12,32 +14,39 @@ class GridMetrics:
     """Made after Ray is connected; every figure carries the run's name as a tag."""
 
     def __init__(self, run: str):
-        from ray.util import metrics as kinds
+        from ray.util.metrics import Gauge
 
-        self._run = {"run": run}
-
-        def make(kind: type, name: str, help: str, *tags: str, **more: object) -> Any:
-            metric = kind(f"xlstm_ray_{name}", description=help, tag_keys=("run", *tags), **more)
-            metric.set_default_tags(self._run)
+        def make(name: str, help: str, *tags: str) -> Any:
+            metric = Gauge(f"xlstm_ray_{name}", description=help, tag_keys=("run", *tags))
+            metric.set_default_tags({"run": run})
             return metric
 
-        self._tiles = make(kinds.Counter, "tiles", "Tiles done.")
-        self._tokens = make(kinds.Counter, "tokens", "Tokens done, over all rows of a batch.")
-        self._rate = make(kinds.Gauge, "tokens_per_second", "Of the last tile.")
-        self._seconds = make(kinds.Histogram, "tile_seconds", "Between two tiles' results.", boundaries=TILE_SECONDS)
-        self._depth = make(kinds.Gauge, "queue_depth", "Tiles under way.")
-        self._memory = make(kinds.Gauge, "actor_memory_bytes", "What an actor holds.", "actor", "kind")
-        self._restarts = make(kinds.Counter, "restarts", "Actors that were replaced.")
-        self._limits = make(kinds.Counter, "memory_events", "Memory limits that were met.", "limit")
+        self._counted: Counter[tuple[Any, ...]] = Counter()
+        self._tiles = make("tiles_total", "Tiles done.")
+        self._tokens = make("tokens_total", "Tokens done, over all rows of a batch and all prompts.")
+        self._prompt = make("prompt_tokens", "New tokens of the prompt that is read, over all rows of a batch.")
+        self._left = make("prompt_tokens_left", "Of these, the tokens that are still to be read.")
+        self._rate = make("tokens_per_second", "Of the last tile.")
+        self._buckets = make("tile_seconds_bucket", "Tiles by the time between two results.", "le")
+        self._depth = make("queue_depth", "Tiles under way.")
+        self._memory = make("actor_memory_bytes", "What an actor, or the process that works, holds.", "actor", "kind")
+        self._restarts = make("restarts_total", "Actors that were replaced.")
+        self._limits = make("memory_events_total", "Memory limits that were met.", "limit")
 
     def tile(self, tokens: int, seconds: float, under_way: int) -> None:
         """A tile's result has come."""
-        self._tiles.inc()
+        self._count(self._tiles)
         if tokens:
-            self._tokens.inc(tokens)
+            self._count(self._tokens, tokens)
             self._rate.set(tokens / seconds if seconds > 0 else 0.0)
-        self._seconds.observe(seconds)
+        for bound in (*TILE_SECONDS, float("inf")):
+            self._count(self._buckets, int(seconds <= bound), le="+Inf" if bound == float("inf") else str(bound))
         self._depth.set(under_way)
+
+    def progress(self, done: int, total: int) -> None:
+        """So many of the prompt's new tokens have been read."""
+        self._prompt.set(total)
+        self._left.set(total - done)
 
     def memory(self, actor: str, process_bytes: int, device_bytes: int) -> None:
         """A sample of an actor."""
@@ -46,8 +55,13 @@ class GridMetrics:
 
     def restarts(self, count: int) -> None:
         """Actors have been replaced."""
-        self._restarts.inc(count)
+        self._count(self._restarts, count)
 
     def limit(self, level: Literal["soft", "hard"]) -> None:
         """An actor or a node has met a memory limit."""
-        self._limits.inc(tags={"limit": level})
+        self._count(self._limits, limit=level)
+
+    def _count(self, gauge: Any, more: int = 1, **tags: str) -> None:
+        key = gauge, *tags.items()
+        self._counted[key] += more
+        gauge.set(self._counted[key], tags=tags)

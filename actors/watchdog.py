@@ -1,22 +1,32 @@
 """The watchdog of one node: samples its actors' memory, empties caches at a soft limit, reports to the driver.
 
-The executor places one on each node that has actors, and imports this module once Ray is connected. Actors answer
-through a concurrency group of their own, so that a busy one answers too. What a hard limit means, the driver decides:
-it stops between two tiles.
+The executor places one on each node that has actors. Actors answer through a concurrency group of their own, so that a
+busy one answers too. What a hard limit means, the driver decides: it stops between two tiles. Nothing here imports
+torch.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import ray
+import psutil
 
+from xlstm_ray import supervisor
 from xlstm_ray.memory import MIB, Level, Limits, Sample
 
-if TYPE_CHECKING:
-    from xlstm_ray.actors.band import ActorSample
+
+class ActorSample(NamedTuple):
+    """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
+
+    process: supervisor.Process
+    machine: supervisor.Machine  # of whose processes it is one
+    node: str  # Ray's id of the node
+    busy_s: float | None
+    peak_bytes: int
+    memory: Sample
+    device_total_bytes: int | None  # of a device with memory of its own
 
 
 class Event(NamedTuple):
@@ -85,6 +95,8 @@ class Watchdog:
         return report
 
     def _loop(self) -> None:
+        import ray  # actors import this module for what they answer, and they do without Ray
+
         pause = threading.Event()
         while not pause.wait(self.poll_s):
             actors = self._actors
@@ -97,7 +109,7 @@ class Watchdog:
             if samples and actors is self._actors:
                 self._judge(samples, actors)
 
-    def _judge(self, samples: "dict[str, ActorSample]", actors: dict[str, Any]) -> None:
+    def _judge(self, samples: dict[str, ActorSample], actors: dict[str, Any]) -> None:
         for name, sample in samples.items():
             limits = self.limits(sample.memory.total_bytes, sample.device_total_bytes)
             if self._note(name, sample.memory, limits) and self.empty_cache:
@@ -105,6 +117,13 @@ class Watchdog:
         together = sum(sample.memory.process_bytes for sample in samples.values())
         memory = replace(sample.memory, process_bytes=together, device_allocated_bytes=0, device_driver_bytes=0)
         self._note(f"all actors of {self.node}", memory, self.limits(memory.total_bytes, None))
+        if memory.total_bytes < psutil.virtual_memory().total:  # in a container: what is used there is a run's
+            used = memory.total_bytes - memory.available_bytes
+            self._note(
+                f"the container of {self.node}",
+                replace(memory, process_bytes=used),
+                self.limits(memory.total_bytes, None),
+            )
         with self._lock:
             self._samples = {name: sample.memory for name, sample in samples.items()}
 

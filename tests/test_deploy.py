@@ -101,6 +101,8 @@ METRICS = {  # name -> labels that it is asked for by; as Ray exports them: ray_
     "ray_xlstm_ray_restarts_total": {"run"},
     "ray_xlstm_ray_memory_events_total": {"run", "limit"},
     "ray_xlstm_ray_tokens_per_second": {"run"},
+    "ray_xlstm_ray_prompt_tokens": {"run"},
+    "ray_xlstm_ray_prompt_tokens_left": {"run"},
     "ray_xlstm_ray_queue_depth": {"run"},
     "ray_xlstm_ray_actor_memory_bytes": {"run", "actor", "kind"},
     "ray_xlstm_ray_tile_seconds_bucket": {"run", "le"},

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from containers import container, needs_containers
 from safetensors.torch import load_file
 from test_slstm import CASES, write_model
 from tiny import make_model
@@ -31,6 +32,7 @@ import xlstm_ray
 from xlstm_ray import RecurrentState, supervisor
 from xlstm_ray.actors.band import BandActor, WorkerSpec
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine import share_of_cpus
 from xlstm_ray.errors import CheckpointError, StateError, UsageError
 from xlstm_ray.model import Band
 from xlstm_ray.supervisor import Head, HeadOptions
@@ -374,7 +376,7 @@ def test_a_grid_without_room_is_refused_within_seconds(home, head, model):
     assert time.monotonic() - began < 60  # ten of them are the wait; the rest is Python on a busy machine
     assert done.returncode == 1
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "2 actors of CPU 8 each; the cluster's 1 node(s) have CPU 8 in all" in line
     assert "use fewer --stages" in line
 
@@ -440,6 +442,73 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
         )
         assert done.returncode == 0, done.stderr
         assert in_process[4]["digest"] in done.stdout
+
+
+@needs_containers
+def test_two_stages_run_where_there_is_less_than_one_cpu(home, model, in_process):
+    with container(cpus=0.99) as prefix:
+        words = [
+            *prefix, sys.executable, "-c", "from xlstm_ray.cli import main; main()", "prefill", "--model", model,
+            *SIZES[:2], *SIZES[4:], "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
+            "--prompt", PROMPT,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [str(word) for word in words], env=environment(home), capture_output=True, text=True, timeout=400
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state_digest"] == in_process[4]["digest"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "share"),
+    [([1], 2, 0.5), ([1], 3, 0.3333), ([1, 1], 3, 0.5), ([2, 1], 3, 1.0), ([0], 2, None), ([3, 1], 7, 0.5)],
+)
+def test_cpus_are_shared_where_there_are_fewer_than_actors(nodes, actors, share):
+    assert share_of_cpus(nodes, actors) == share
+
+
+def test_a_programs_own_connection_is_used_and_two_engines_share_one(home, head, model, in_process):
+    said = script(
+        home,
+        """
+        import json, os, sys, time
+        model, address, token, prompt = sys.argv[1:]
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        import ray
+        import xlstm_ray
+        from xlstm_ray import supervisor
+        from xlstm_ray.errors import RayError
+        options = {"chunkwise_backend": "ray_compiled_chunks", "device": "cpu", "threads": 1, "tile_size": 32,
+            "chunk_size": 16}
+        def refused(**where):
+            try:
+                xlstm_ray.load(model, **options, **where)
+            except RayError as error:
+                print(json.dumps({"said": str(error), "head_started": supervisor._guards != {}}), flush=True)
+        with xlstm_ray.load(model, ray_address=address, **options) as first:
+            with xlstm_ray.load(model, ray_address=address, stages=2, **options) as second:
+                pass
+            digests = [first.prefill(prompt).state.digest()]
+            refused(ray_local_mode=False)
+        assert not ray.is_initialized()
+        ray.init(address=address, log_to_driver=False)
+        with xlstm_ray.load(model, ray_address=address, stages=2, **options) as lm:
+            digests.append(lm.prefill(prompt).state.digest())
+        assert ray.is_initialized()
+        print(json.dumps({"digests": digests}), flush=True)
+        refused(ray_local_mode=False)
+        refused(ray_address="127.0.0.1:1024")
+        """,
+        model,
+        head.address,
+        head.token_path,
+        PROMPT,
+    )
+    by_engine, own, *others = said
+    assert own["digests"] == [in_process[4]["digest"]] * 2
+    for refusal in (by_engine, *others):
+        assert f"connected to Ray at {head.address} already" in refusal["said"]
+        assert not refusal["head_started"]
 
 
 # -- journal -----------------------------------------------------------------------------------------------------------

@@ -125,8 +125,10 @@ def own_backend(config: ModelConfig) -> str | None:
 
 def choose_mode(settings: Settings, backend: Backend) -> Mode:
     """Where the workers are. Raises UsageError for what has no effect there."""
-    for_actors = "stages ray_dashboard ray_dashboard_port ray_keep_alive ray_address ray_token_path actors_per_device"
+    for_actors = "stages ray_address ray_token_path actors_per_device"
     if backend.executor != "ray":
+        if not settings.ray_dashboard:  # a dashboard beside the work of this process has a head, and its settings
+            for_actors += " ray_dashboard_port ray_keep_alive"
         for name in for_actors.split():
             if getattr(settings, name) != table()[name].default:
                 raise UsageError(
@@ -146,7 +148,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
     _refuse_folders(settings, mode)
-    for name in ("workers", "streams", "force", "shrink_on_soft", "min_chunk"):
+    for name in ("workers", "streams", "shrink_on_soft", "min_chunk"):
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
@@ -156,7 +158,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
 def _refuse_folders(settings: Settings, mode: Mode) -> None:
     """Of heads that this run has nothing to do with; from the environment they are for other commands too."""
     for name, used in (("ray_state_dir", mode is not Mode.LOCAL), ("ray_temp_dir", mode is Mode.MANAGED)):
-        if settings.source(name).kind == "flag" and not used:
+        if settings.source(name).kind == "flag" and not (used or settings.ray_dashboard):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 

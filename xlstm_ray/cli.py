@@ -660,9 +660,8 @@ def _opened(
         # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
         leaving: Any = _leave_at_once if settings.ray_local_mode and not settings.ray_address else _stop_on_signals
         with leaving():
-            engine = Engine(settings, on_phase=report.phase)
+            engine = Engine(settings, on_phase=report.phase, on_note=lambda text: _err(f"note: {text}"))
         try:
-            engine.on_note = lambda text: _err(f"note: {text}")
             if engine.note:
                 _err(f"note: {engine.note}")
             if settings.resume is not None:

@@ -1,12 +1,15 @@
 """The composition root: Settings -> Engine, by the choices of choose.py. A run's memory is acted on here."""
 
 import os
+import shutil
+import sys
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import floor
 from operator import index
 from pathlib import Path
 from secrets import token_hex
@@ -17,6 +20,7 @@ from time import perf_counter, time
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -34,6 +38,7 @@ from xlstm_ray.choose import (
     choose_workers,
 )
 from xlstm_ray.config import read_json
+from xlstm_ray.container import cores, machine_bytes
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.decode import Decoder, TextStream, require_finite
 from xlstm_ray.encode import TextEncoder
@@ -51,16 +56,25 @@ from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict, require_compile_cache
 from xlstm_ray.kernels.probe import Fit
 from xlstm_ray.memory import (
+    ACTOR,
+    DASHBOARD,
+    HEAD,
     LOG_COLUMNS,
     MIB,
+    RAY_IN_DRIVER,
+    WATCHDOG,
+    GridNeed,
     Limits,
     Need,
     Watchdog,
+    activation_bytes,
     computed_need,
     device_total_bytes,
     peak_device_bytes,
     peak_process_bytes,
     process_bytes,
+    state_bytes,
+    store_bytes,
     take_sample,
 )
 from xlstm_ray.model import Band, Kernels, Worker, make_grid
@@ -78,6 +92,8 @@ TILE_COLUMNS = (
     "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
 )
 if TYPE_CHECKING:
+    from xlstm_ray.actors.executor import RayExecutor
+    from xlstm_ray.actors.metrics import GridMetrics
     from xlstm_ray.actors.watchdog import Event
 
 Prompt = str | Sequence[int]
@@ -196,19 +212,27 @@ class Engine:
     not ended. A call from inside another one (from `on_progress`) and one in a forked child raise UsageError.
     """
 
-    def __init__(self, settings: Settings, *, on_phase: Callable[[str], object] = lambda text: None):
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_phase: Callable[[str], object] = lambda text: None,
+        on_note: Callable[[str], None] | None = None,
+    ):
         self._turn = Turn()
         self._on_phase = on_phase  # told what begins that may take long
+        self._told = on_note
         self.settings = settings
         self._cluster = ExitStack()
         self._executor: Executor | None = None
         self.stays: Head | None = None  # a head of ours that outlives this engine
         self._head: Head | None = None  # a head of ours
+        self._metrics: GridMetrics | None = None  # where Ray is, to show them
         self._lost_helpers: set[str] = set()  # of it, that have been told of
         self._memory_events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
         self._launches: LaunchCounter | None = None
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
-        self.on_note: Callable[[str], None] = _warn  # told what a person should know of a run that goes on
+        self.on_note = on_note or _warn  # told what a person should know of a run that goes on
         try:
             self._open()
         except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
@@ -221,7 +245,7 @@ class Engine:
         self._on_phase("loading the model")
         self.model_path, self.config, self.backend, self.mode = choose_setup(settings)
         check_outputs(settings.outputs(), settings.inputs(), overwrite=settings.overwrite)
-        ray = self._cluster.enter_context(_attached(settings)) if self.mode is Mode.ATTACHED else None
+        ray = self._cluster.enter_context(_attached(settings, self.model_path)) if self.mode is Mode.ATTACHED else None
         self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
         self.grid = choose_grid(settings, self.backend, self.config, self.device)
         if settings.actors_per_device > 1 and self.device.type == "cpu":
@@ -262,9 +286,9 @@ class Engine:
         self.t_inner = steps.t_inner
         self.note = "; ".join(filter(None, [self.note, steps.note])) or None
         self.workers = choose_workers(settings, self.config, self.grid.heads_per_band)
-        self._require_room(1, [(1, self.grid.tile_size)])
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
+        self._require_room(1, [(1, self.grid.tile_size)])
         if self.mode is Mode.LOCAL:
             # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
             if self.backend.compiled and self.device.type == "mps":
@@ -287,18 +311,31 @@ class Engine:
                 streams=choose_streams(settings, self.workers, self.device),
                 cores=settings.threads,
             )
+            if settings.ray_dashboard:  # to look at only: the work stays in this process
+                from xlstm_ray.actors.metrics import GridMetrics
+
+                self._start_head(0)
+                self._metrics = GridMetrics(token_hex(3))
         else:
             if ray is None:
-                self._on_phase("starting Ray")
-                head = self._head = self._cluster.enter_context(managed(_head_options(settings)))
-                ray = self._cluster.enter_context(connect(head))
-                self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
+                ray = self._start_head(self.stages * self.bands)
             self._on_phase("starting actors, which load the model")
-            self._executor = _grid_executor(ray, self, stages, steps, checkpoint)
+            self._executor = executor = _grid_executor(ray, self, stages, steps, checkpoint)
+            self._metrics = executor.metrics
         self.fingerprint = checkpoint.fingerprint()  # loading has read everything, or the digests are kept
         self.load_s = perf_counter() - started
         self._warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self._runs = 0  # counts what the executor's one state has been given to
+
+    def _start_head(self, actors: int) -> ModuleType:
+        """A head of ours for so many actors, connected; a dashboard is told of as soon as there is one."""
+        settings = self.settings
+        self._on_phase("starting Ray")
+        head = self._head = self._cluster.enter_context(managed(_head_options(settings, actors, self.device)))
+        self.stays = head if settings.ray_keep_alive or not settings.ray_autoshutdown else None
+        if head.dashboard_url and self._told is not None:
+            self._told(supervisor.dashboard_line(head))
+        return self._cluster.enter_context(connect(head, metadata=_job(settings, self.model_path)))
 
     @property
     def executor(self) -> Executor:
@@ -741,7 +778,10 @@ class Engine:
 
     def _require_room(self, batch: int, calls: Sequence[tuple[int, int]]) -> None:
         """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic."""
-        if self.mode is not Mode.LOCAL or self.settings.force:
+        if self.settings.force:
+            return
+        if self.mode is not Mode.LOCAL:
+            self._require_room_for_grid(max((rows for rows, _ in calls), default=1))
             return
         need, (room, where) = self._need_of(batch, calls, self.grid, self.workers), self._room()
         if need.total > room:
@@ -749,6 +789,54 @@ class Engine:
                 f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
                 f"{self._less(batch)}, or start all the same with --force"
             )
+
+    def _require_room_for_grid(self, batch: int) -> None:
+        """Raise MemoryLimitError where a grid does not fit on this machine, if all of it is to be here.
+
+        Nodes of a cluster say nothing of their memory that would hold for a run; there the watchdogs speak.
+        """
+        here = self.mode is Mode.MANAGED or supervisor.is_loopback(self.settings.ray_address or "")
+        if not here:
+            return
+        if self._executor is None:
+            need = self.grid_need(batch)
+        elif batch > 1:  # what one row takes is there by now
+            one, all_ = self.grid_need(1), self.grid_need(batch)
+            need = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
+        else:
+            return
+        available, total = machine_bytes()
+        room, where = available + (process_bytes() if self._executor is None else 0), "can be had on this machine"
+        if self._limits and total < psutil.virtual_memory().total:
+            # A container's memory is this run's: over the hard limit of it, the watchdog ends the run.
+            room, where = room - (total - self._limits.hard), f"{where} below the hard limit ({self._hard_name()})"
+        if need.total > room:
+            fewer = f"fewer than {self.stages} --stages, " if self.stages > 1 else ""
+            raise MemoryLimitError(
+                f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; use {fewer}local mode, or "
+                f"{self._less(batch)}, or start all the same with --force"
+            )
+
+    def grid_need(self, batch: int) -> GridNeed:
+        """The memory that a grid takes on this machine, for a prefill of `batch` prompts of any length."""
+        settings, actors = self.settings, self.stages * self.bands
+        shape = {"batch": batch, "tile": self.grid.tile_size, "itemsize": self.dtype.itemsize}
+        on_host = self.device.type != "cuda"
+        state = 2 * batch * state_bytes(self.config)
+        tile = activation_bytes(
+            self.config, chunk=self.grid.chunk_size, heads_per_band=self.grid.heads_per_band, workers=1, **shape
+        )
+        return GridNeed(
+            head=HEAD + DASHBOARD * settings.ray_dashboard if self.mode is Mode.MANAGED else 0,
+            driver=process_bytes() + RAY_IN_DRIVER + state,
+            actors=actors,
+            programs=actors * ACTOR,
+            weights=self._weights[0] * on_host,
+            state=state * on_host,
+            tiles=actors * tile * on_host,
+            watchdog=WATCHDOG if settings.mem_watchdog else 0,
+            store=store_bytes(self.config, stages=self.stages, bands=self.bands, **shape),
+        )
 
     def _room(self) -> tuple[int, str]:
         """The bytes that a run here may take in all, and what sets them."""
@@ -900,13 +988,25 @@ class _Guard:
         return self.grid.tile_size, self.grid.chunk_size
 
     def reporting(self, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None] | None:
-        """on_progress, with a row of the log of tiles before it."""
-        log = self._stats_log
-        if log is None:
+        """on_progress, with a row of the log of tiles before it, and what a dashboard shows."""
+        log, metrics, local = self._stats_log, self.engine._metrics, self.engine.mode is Mode.LOCAL
+        if log is None and metrics is None:
             return on_progress
+        done = 0
 
         def report(p: Progress) -> None:
-            sample = take_sample(self.engine.device if self.engine.mode is Mode.LOCAL else None)
+            nonlocal done
+            sample = take_sample(self.engine.device if local else None)
+            if metrics is not None:
+                metrics.progress(p.tokens_done, p.tokens_total)
+                if local:  # else the executor tells, as it knows its actors
+                    metrics.tile(p.tokens_done - done, p.tile_seconds, 1)
+                    metrics.memory(f"process {os.getpid()}", sample.process_bytes, sample.device_driver_bytes)
+                done = p.tokens_done
+            if log is None:
+                if on_progress is not None:
+                    on_progress(p)
+                return
             row = p.tiles_done, p.tokens_done, p.tokens_total, p.tile_seconds, p.seconds
             memory = sample.process_bytes, sample.device_driver_bytes
             log.row(*row, self.grid.tile_size, self.grid.chunk_size, *memory)
@@ -1051,11 +1151,19 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def _attached(settings: Settings) -> Iterator[ModuleType]:
+def _attached(settings: Settings, model: Path) -> Iterator[ModuleType]:
     assert settings.ray_address is not None
     state_dir = settings.ray_state_dir or supervisor.default_state_dir()
-    with connect(settings.ray_address, state_dir=state_dir, token_path=settings.ray_token_path) as ray:
+    token, metadata = settings.ray_token_path, _job(settings, model)
+    with connect(settings.ray_address, state_dir=state_dir, token_path=token, metadata=metadata) as ray:
         yield ray
+
+
+def _job(settings: Settings, model: Path) -> dict[str, str]:
+    """What Ray's dashboard shows of this program beside its command line."""
+    figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
+    name = model.resolve().name
+    return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(settings.stages), "progress": figures}
 
 
 def _device_of_cluster(settings: Settings, ray: ModuleType) -> torch.device:
@@ -1066,9 +1174,11 @@ def _device_of_cluster(settings: Settings, ray: ModuleType) -> torch.device:
     return torch.device(next((d for d, name in (("mps", "mps"), ("cuda", "GPU")) if there.get(name)), "cpu"))
 
 
-def _head_options(settings: Settings) -> HeadOptions:
-    """A head for one run, or one that stays where it was asked for."""
+def _head_options(settings: Settings, actors: int, device: torch.device) -> HeadOptions:
+    """A head for one run, or one that stays where it was asked for; it has CPUs for this run's actors in any case."""
+    each = (settings.threads or 1) if device.type == "cpu" else 1
     return HeadOptions(
+        num_cpus=max(cores(), actors * each) if actors else 0,  # Ray starts a worker for each, before one is wanted
         state_dir=settings.ray_state_dir or supervisor.default_state_dir(),
         temp_dir=settings.ray_temp_dir,
         stays=settings.ray_keep_alive or not settings.ray_autoshutdown,
@@ -1080,16 +1190,18 @@ def _head_options(settings: Settings) -> HeadOptions:
 
 def _grid_executor(
     ray: ModuleType, engine: Engine, stages: list[list[Band]], steps: Fit, checkpoint: Checkpoint
-) -> Executor:
+) -> "RayExecutor":
     """An actor for each (stage, band) on the cluster that `ray` is connected to."""
     from xlstm_ray.actors.band import WorkerSpec
     from xlstm_ray.actors.executor import GridOptions, RayExecutor
 
     settings = engine.settings
-    threads = settings.threads
+    actors, threads, cpus = engine.stages * engine.bands, settings.threads, None
     if threads is None:
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        threads = max(1, cores // (engine.stages * engine.bands)) if engine.device.type == "cpu" else 1
+        there = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        threads = max(1, int(sum(there)) // actors) if engine.device.type == "cpu" else 1
+        if engine.device.type == "cpu" and sum(int(n) for n in there) < actors:
+            cpus = share_of_cpus(there, actors)  # they take turns
     spec = WorkerSpec(
         model=engine.model_path.resolve(),
         config=engine.config,
@@ -1105,12 +1217,23 @@ def _grid_executor(
     options = GridOptions(
         run=token_hex(3),
         actors_per_device=settings.actors_per_device,
+        cpus=cpus,
         limits=partial(Limits.make, settings) if settings.mem_watchdog else None,
         watch_every_s=settings.mem_poll_ms / 1000,
         empty_cache="empty_cache" in settings.mem_action,
         on_event=engine._memory_events.append,
     )
     return RayExecutor(ray, spec, stages, options)
+
+
+def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
+    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
+
+    Ray counts CPUs in steps of 0.0001.
+    """
+    ways = {floor(n / k * 10_000) / 10_000 for n in nodes for k in range(1, actors + 1)}
+    fit = [s for s in ways if 0 < s <= 1 and sum(int(n / s + 1e-6) for n in nodes) >= actors]
+    return max(fit, default=None)
 
 
 def _require_compiler(backend: Backend, device: torch.device) -> None:
@@ -1120,16 +1243,13 @@ def _require_compiler(backend: Backend, device: torch.device) -> None:
     require_compile_cache()
     if device.type != "cpu":
         return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    # As Inductor looks for it, which takes a second and 70 MiB to import: on Ray, this process does not compile.
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
         raise KernelError(
             f"--chunkwise-backend {backend.name} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
             "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
-        ) from None
+        )
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -58,6 +58,12 @@ class GridLost(XlstmRayError):
     exit_code = 4
 
 
+class GridOutOfMemory(GridLost):
+    """Ray ended an actor because its node ran out of memory; what the last snapshot holds can be resumed."""
+
+    exit_code = 3
+
+
 class MemoryLimitError(XlstmRayError):
     """A run cannot fit, or came over its hard limit of memory and was stopped at a tile boundary."""
 

@@ -6,9 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
-from functools import cache
 from math import prod
-from pathlib import Path
 from threading import Event, Lock, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.container import machine_bytes
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import MIB, Settings
@@ -59,7 +58,7 @@ def take_sample(device: "torch.device | None" = None, pid: int | None = None) ->
     allocated = driver = 0
     if pid in (None, os.getpid()) and device is not None:
         allocated, driver = _device_bytes(device)
-    available, total = _machine_bytes()
+    available, total = machine_bytes()
     return Sample(perf_counter() - _START, process_bytes(pid), allocated, driver, available, total)
 
 
@@ -168,42 +167,6 @@ def device_total_bytes(device: "torch.device") -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
-
-
-def _machine_bytes() -> tuple[int, int]:
-    """Available and total memory of the machine, or of the container around this process where that is less."""
-    machine = psutil.virtual_memory()
-    available, total = machine.available, machine.total
-    for limit, usage, statistics, cached in _containers(total):
-        rows = dict(row.split() for row in statistics.read_text().splitlines())
-        used = int(usage.read_text()) - int(rows.get(cached, 0))  # the file cache goes when memory is needed
-        available, total = min(available, max(0, limit - used)), min(total, limit)
-    return available, total
-
-
-@cache
-def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
-    """Control groups around this process with less than the machine: limit in bytes, files of usage and statistics,
-    and the statistic of what is only cached."""
-    if sys.platform != "linux":
-        return ()
-    found, root = [], Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            base, names, cached = root / "memory", ("limit_in_bytes", "usage_in_bytes"), "total_inactive_file"
-        elif not controllers:
-            base, names, cached = root, ("max", "current"), "inactive_file"
-        else:
-            continue
-        # In a container the path may be that of the host, which is not there: then what is at the root counts.
-        folder = base / path.lstrip("/")
-        for group in [folder, *folder.parents] if folder.is_dir() else [base]:
-            limit, usage = (group / f"memory.{name}" for name in names)
-            text = limit.read_text().strip() if limit.is_file() else "max"  # not every group has the controller
-            if text != "max" and int(text) < machine_bytes:
-                found.append((int(text), usage, group / "memory.stat", cached))
-    return tuple(found)
 
 
 def peak_process_bytes() -> int:
@@ -390,10 +353,7 @@ def computed_need(
     batch: prompts; rows: of them in one call, of `tile` tokens each.
     On cuda it is the device's memory that is meant, and base its context.
     """
-    shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
-    row = (
-        sum(prod(shape) for block in shapes for shape in block.values()) * 4 + config.vocab_size * 4
-    )  # with its logits
+    row = state_bytes(config) + config.vocab_size * 4  # with its logits
     state = 2 * rows * row  # of now, and as it is handed over
     if batch > rows and device_type != "cuda":  # there they are the host's
         state += batch * row
@@ -413,3 +373,62 @@ def computed_need(
     base += COMPILED_CODE if compiled else 0
     # A tensor is read through a mapping of its file, which counts until it is copied; no tile is alive then.
     return Need(base, weights, state, max(tile_bytes, largest_tensor if device_type != "cuda" else 0))
+
+
+# What Ray takes beside the work, in proportional set sizes of Ray 2.60 on Linux, rounded up: RUNBOOK
+# has them by process. A program is interpreter, torch, Ray and the compiler with what it leaves behind.
+HEAD = 330 * MIB
+DASHBOARD = 300 * MIB
+WATCHDOG = 190 * MIB
+RAY_IN_DRIVER = 60 * MIB
+ACTOR = 350 * MIB
+
+
+@dataclass(frozen=True)
+class GridNeed:
+    """The most memory that a grid takes on the one machine that has all of it, in bytes, computed before it starts."""
+
+    head: int  # 0 where it is there already
+    driver: int
+    actors: int  # how many
+    programs: int  # theirs
+    weights: int
+    state: int
+    tiles: int  # activations
+    watchdog: int
+    store: int  # what of Ray's object store is used
+
+    @property
+    def total(self) -> int:
+        parts = self.head, self.driver, self.programs, self.weights, self.state, self.tiles, self.watchdog, self.store
+        return sum(parts)
+
+    def __str__(self) -> str:
+        parts = {
+            "Ray's head": self.head,
+            "this program": self.driver,
+            f"{self.actors} actor(s)' programs": self.programs,
+            "weights": self.weights,
+            "state": self.state,
+            "tiles' activations": self.tiles,
+            "watchdog": self.watchdog,
+            "object store": self.store,
+        }
+        sums = " + ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items() if size)
+        return f"{sums} = {self.total / MIB:,.0f} MiB"
+
+
+def store_bytes(config: ModelConfig, *, stages: int, bands: int, batch: int, tile: int, itemsize: int) -> int:
+    """What a grid has in the object store at once: states as they are handed over, and the tiles under way.
+
+    A tile is a residual stream a stage; with several bands every band's partial sums of two halves of a block too.
+    """
+    stream = batch * tile * config.hidden_size * itemsize
+    each = 2 if bands == 1 else 1 + 4 * bands
+    return 2 * batch * state_bytes(config) + 2 * (stages + 1) * each * stream
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """A row's recurrent state of all blocks, float32."""
+    shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
+    return sum(prod(shape) for block in shapes for shape in block.values()) * 4

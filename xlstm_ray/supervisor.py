@@ -36,7 +36,8 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -48,6 +49,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from xlstm_ray.container import cores, machine_bytes
 from xlstm_ray.errors import RayError, UsageError, pip_install
 
 LOOPBACK = "127.0.0.1"
@@ -139,7 +141,7 @@ class Head(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """What a head of ours is to be. Ports left None are chosen free; the object store is bounded, in bytes."""
+    """What a head of ours is to be. Ports left None are chosen free; the object store is bounded in any case."""
 
     state_dir: Path
     temp_dir: Path | None = None  # above the head's folder; None: xr-UID in /tmp
@@ -149,7 +151,7 @@ class HeadOptions:
     port: int | None = None
     client_port: int | None = None  # `ray start` cannot leave Ray Client's server out
     metrics_port: int | None = None
-    object_store_bytes: int = 1 << 30
+    object_store_bytes: int | None = None  # None: by what memory there is
     num_cpus: int | None = None
     num_gpus: int | None = None
     resources: dict[str, float] = field(default_factory=dict)
@@ -366,8 +368,17 @@ def managed(options: HeadOptions) -> Iterator[Head]:
 
     When Ray ended by itself, its record and logs stay, for `status` to tell and `down` to clear.
     """
-    head, mine = start_head(options), os.getpid()
+    if (there := _connected()) is not None:
+        raise RayError(_one_connection(there))
+    _require_ray()
+    token_path = options.state_dir / "auth_token"
+    if "ray" in sys.modules and (missing := _missing(f"{LOOPBACK}:1", token_path)):
+        raise RayError(_imported_before("a head of our own", missing))
+    with ThreadPoolExecutor(1) as beside:  # the import takes a second, and so do the processes that are waited for
+        imported = beside.submit(_import_ray, f"{LOOPBACK}:1", token_path)
+        head, mine = start_head(options), os.getpid()
     try:
+        imported.result()
         yield head
     finally:  # not in a fork, which ends what it has copied
         if os.getpid() == mine and not options.stays and ended_by_itself(head, options.state_dir) is None:
@@ -405,11 +416,16 @@ def up(options: HeadOptions) -> Head:
         return start_head(options)
 
 
+def dashboard_line(head: Head) -> str:
+    """Where a head's dashboard is, and what it asks for."""
+    return f"dashboard: {head.dashboard_url} (it asks for a token: paste what is in {head.token_path})"
+
+
 def stays_lines(head: Head) -> list[str]:
     """What to print when a head stays: where it is, how to log in, and how to stop it. The token is not shown."""
     out = [f"Ray's head stays: use it with --ray-address {head.address}"]
     if head.dashboard_url:
-        out.append(f"dashboard: {head.dashboard_url} (it asks for a token: paste what is in {head.token_path})")
+        out.append(dashboard_line(head))
     return [*out, f"stop it with: xlstm-ray down {head.id}"]
 
 
@@ -424,6 +440,7 @@ def connect(
     token_path: Path | None = None,
     namespace: str = NAMESPACE,
     log_to_driver: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[ModuleType]:
     """Connect this process to a head and yield the `ray` module; disconnects at the end.
 
@@ -435,8 +452,11 @@ def connect(
     refused, or when the head would let anybody in.
     """
     _require_ray()
+    if (there := _connected()) is not None:
+        yield from _shared(there, target)
+        return
     if isinstance(target, str) and state_dir is not None and token_path is None:
-        here = f"{LOOPBACK}:{_split(target)[1]}" if _is_loopback(target) else target
+        here = f"{LOOPBACK}:{_split(target)[1]}" if is_loopback(target) else target
         target = next((h for h in _heads(state_dir) if h.address == here and _is_here(h)), target)
     if isinstance(target, Head):
         address, token_path = target.address, target.token_path
@@ -454,19 +474,64 @@ def connect(
             namespace=namespace,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            job_config=_job(ray),
+            job_config=_job(ray, metadata or {}),
         )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise RayError(f"the head at {address} did not accept this process: {_first_line(error)}") from error
     finally:
         if main:  # ray.init puts its own in its place, which would end the run between two tiles without a state
             signal.signal(signal.SIGTERM, handler)
-    mine = os.getpid()
+    global _users
+    mine, _users = os.getpid(), 1
     try:
         yield ray
     finally:
         if os.getpid() == mine:
-            _disconnect(ray)
+            _leave(ray)
+
+
+_users = 0  # engines on a connection of ours
+
+
+def _leave(ray: ModuleType) -> None:
+    global _users
+    _users -= 1
+    if _users == 0:  # the last one; an engine that shares it may live longer than the one that made it
+        _disconnect(ray)
+
+
+def _connected() -> str | None:
+    """The address that this process is connected to already: by an engine, or by the program itself."""
+    ray = sys.modules.get("ray")
+    return ray.get_runtime_context().gcs_address if ray is not None and ray.is_initialized() else None
+
+
+def _shared(there: str, target: Head | str) -> Iterator[ModuleType]:
+    """This process's own connection, which is left as it is. Raises RayError where it is another one than is wanted."""
+    global _users
+    address = target.address if isinstance(target, Head) else target
+    assert address is not None
+    if _split(address)[1] != _split(there)[1] or not (is_loopback(address) or _split(address)[0] == _split(there)[0]):
+        raise RayError(_one_connection(there))
+    if _asks_for_token(there, None) is False:
+        raise RayError(
+            f"this program is connected to the head at {there}, which lets anybody in: connect it to one that was "
+            "started with RAY_AUTH_MODE=token and a token, such as that of `xlstm-ray up`"
+        )
+    ray, mine, an_engines = sys.modules["ray"], os.getpid(), _users > 0
+    _users += an_engines
+    try:
+        yield ray
+    finally:
+        if an_engines and os.getpid() == mine:
+            _leave(ray)
+
+
+def _one_connection(there: str) -> str:
+    return (
+        f"this program is connected to Ray at {there} already, and Ray allows a process one connection: give that "
+        "address (ray_address, --ray-address), or close what made it first"
+    )
 
 
 def _disconnect(ray: ModuleType) -> None:
@@ -488,22 +553,13 @@ def _require_ray() -> None:
 
 def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     """Ray, imported with authentication on. Raises RayError where it was imported before in another way."""
-    # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
-    wanted = {"RAY_AUTH_MODE": "token", _CLUSTER: "0" if _is_loopback(address) else "1"}
     # Results that nobody asks for any more, of tiles that are played again, may be errors.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     # After this Ray ends the process whose head is away; the executor gives up before, and keeps what there is.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "300")
-    if token_path is not None:
-        wanted["RAY_AUTH_TOKEN_PATH"] = str(token_path)
-    missing = [name for name, value in wanted.items() if os.environ.get(name) != value]
-    if token_path is not None and "RAY_AUTH_TOKEN" in os.environ:
-        missing.append("RAY_AUTH_TOKEN")
+    wanted, missing = _wanted(address, token_path), _missing(address, token_path)
     if missing and "ray" in sys.modules:
-        raise RayError(
-            f"ray was imported before the connection to {address}, with other {', '.join(missing)}: "
-            "import what needs Ray inside `connect`, and use one state directory a process"
-        )
+        raise RayError(_imported_before(address, missing))
     os.environ.update(wanted)
     if token_path is not None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
@@ -518,7 +574,27 @@ def _import_ray(address: str, token_path: Path | None) -> ModuleType:
     return ray
 
 
-def _job(ray: ModuleType) -> Any:
+def _wanted(address: str, token_path: Path | None) -> dict[str, str]:
+    """What the environment must say when Ray is imported."""
+    # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
+    wanted = {"RAY_AUTH_MODE": "token", _CLUSTER: "0" if is_loopback(address) else "1"}
+    return wanted | ({} if token_path is None else {"RAY_AUTH_TOKEN_PATH": str(token_path)})
+
+
+def _missing(address: str, token_path: Path | None) -> list[str]:
+    missing = [name for name, value in _wanted(address, token_path).items() if os.environ.get(name) != value]
+    return missing + (["RAY_AUTH_TOKEN"] if token_path is not None and "RAY_AUTH_TOKEN" in os.environ else [])
+
+
+def _imported_before(what: str, missing: list[str]) -> str:
+    return (
+        f"ray was imported before the connection to {what}, with other {', '.join(missing)}: load the model before "
+        "anything imports ray, set these as they should be before it, or connect to a head with a token and give its "
+        "address"
+    )
+
+
+def _job(ray: ModuleType, metadata: Mapping[str, str]) -> Any:
     """This process as a job: its workers import what it imports, wherever it was started.
 
     Ray puts the current folder before all others on its workers' paths, so that a torch.py there would be taken for
@@ -526,7 +602,9 @@ def _job(ray: ModuleType) -> Any:
     """
     root = str(Path(__file__).parents[1])
     installed = root in (*site.getsitepackages(), site.getusersitepackages())
-    return ray.job_config.JobConfig(_client_job=True, _py_driver_sys_path=[] if installed else [root])
+    return ray.job_config.JobConfig(
+        metadata=dict(metadata), _client_job=True, _py_driver_sys_path=[] if installed else [root]
+    )
 
 
 def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
@@ -920,6 +998,11 @@ def _reason(said: dict[str, str]) -> str | None:
     return None
 
 
+def _object_store() -> int:
+    """A quarter of what memory can be had, at most 1 GiB: it is taken only as it is used, and spills to the disk."""
+    return max(MIN_OBJECT_STORE, min(1 << 30, machine_bytes()[0] // 4))
+
+
 def _ray_start(
     options: HeadOptions, folder: Path, client_port: int, metrics_port: int, dashboard_port: int | None
 ) -> tuple[str, ...]:
@@ -934,11 +1017,17 @@ def _ray_start(
     command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", f"--dashboard-host={LOOPBACK}"]
     if dashboard_port:
         command.append(f"--dashboard-port={dashboard_port}")
-    if options.num_cpus is not None:
-        command.append(f"--num-cpus={options.num_cpus}")
+    if not (options.stays or dashboard_port):  # two processes that nobody asks in a run
+        command += ["--no-monitor", "--include-log-monitor=false"]
+    command.append(
+        f"--num-cpus={cores() if options.num_cpus is None else options.num_cpus}"
+    )  # Ray counts half a CPU as none
     if options.num_gpus is not None:
         command.append(f"--num-gpus={options.num_gpus}")
-    command += [f"--object-store-memory={options.object_store_bytes}", f"--resources={json.dumps(resources)}"]
+    command += [
+        f"--object-store-memory={options.object_store_bytes or _object_store()}",
+        f"--resources={json.dumps(resources)}",
+    ]
     return (*command, "--disable-usage-stats", "--log-color=false")
 
 
@@ -951,7 +1040,7 @@ def _environment(token_path: Path) -> dict[str, str]:
 
 
 def _check_options(options: HeadOptions) -> None:
-    if options.object_store_bytes < MIN_OBJECT_STORE:
+    if options.object_store_bytes is not None and options.object_store_bytes < MIN_OBJECT_STORE:
         raise RayError(f"an object store of {options.object_store_bytes} bytes: Ray needs at least {MIN_OBJECT_STORE}")
     ports = {
         "--ray-dashboard-port": options.dashboard_port,
@@ -1082,7 +1171,7 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     host = _split(address)[0]
     return host in ("localhost", "::1") or host.startswith("127.")
 
