@@ -804,8 +804,11 @@ def test_a_stopped_prefill_goes_on_by_the_command_that_it_prints(number, code, u
     assert stopped.code == code
     assert stopped.out == ""
     *after, said, go_on = stopped.err.splitlines()
-    assert len(after) <= 4  # the tile under way, and what was done before the signal arrived
-    rows = before + [json.loads(line) for line in after]
+    told = [json.loads(line) for line in after]
+    rows = [row for row in told if row["event"] == "tile"]
+    assert len(rows) <= 4  # the tile under way, and what was done before the signal arrived
+    assert [row["text"] for row in told if row not in rows] == ["stopping after this tile; Ctrl-C again: now"]
+    rows = before + rows
     done = rows[-1]["tokens_done"]
     assert done == 128 * len(rows)
     assert said == f"stopped after {done} of {len(LONG)} tokens; state in {path}"
@@ -857,16 +860,19 @@ def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
         first = json.loads(process.stderr.readline())
         time.sleep(first["tile_s"] / 4)  # into the second tile
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        told = json.loads(process.stderr.readline())
+        assert told["text"] == "stopping after this tile; Ctrl-C again: now"
         assert process.poll() is None  # the first is polite
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         ran = finish(process)
         waited = time.monotonic() - began
     assert ran.code == 130
-    assert (ran.out, ran.err.strip()) == ("", "interrupted")
+    said, go_on = ran.err.splitlines()
+    assert (ran.out, said) == ("", f"interrupted after 4096 tokens; state in {tmp_path / 'state'}")
+    assert go_on.endswith(f"--state-in {tmp_path / 'state'}")
     assert waited < first["tile_s"]
-    assert [p.name for p in tmp_path.iterdir()] == ["prompt"]
+    assert RecurrentState.load(tmp_path / "state").tokens == [4096]  # the tile that was whole
 
 
 @pytest.mark.parametrize(

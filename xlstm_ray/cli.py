@@ -12,19 +12,27 @@ import sys
 import threading
 import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import psutil
 import typer
 
 from xlstm_ray import __version__, files, keeper
-from xlstm_ray.errors import GridLost, Interrupted, ParityError, StateError, UsageError, XlstmRayError
-from xlstm_ray.files import Input, Output, check_outputs
+from xlstm_ray.errors import GridLost, Interrupted, OutputError, ParityError, StateError, UsageError, XlstmRayError
+from xlstm_ray.files import Input, Output, check_outputs, require_writable, shown_bytes
 from xlstm_ray.reporter import ProgressKind, Reporter
-from xlstm_ray.settings import JOURNAL_FILE, Setting, Settings, refuse_unknown, table, unknown_variables
+from xlstm_ray.settings import (
+    JOURNAL_FILE,
+    Setting,
+    Settings,
+    given_variables,
+    refuse_unknown,
+    table,
+    unknown_variables,
+)
 
 if TYPE_CHECKING:
     from xlstm_ray.engine import Engine, PrefillResult, Statistics
@@ -41,6 +49,7 @@ RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of 
 PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
 
 JSONL_KEYS = "prompt", "id"
+PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f"
 
 
 def _plain(text: str) -> str:
@@ -192,12 +201,12 @@ def prefill(
     _run_under_keeper(asked)
     prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
     settings = _settings(asked, prompt_file, state_in, state_out)
-    with _opened(settings, state_in, asked, progress) as (start, engine, report):
+    with _opened(settings, state_in, state_out, asked, progress, _count(prompts)) as (start, engine, report):
 
         def ready(b: int, of_row: "PrefillResult") -> None:
             _json_line({**names[b], **_summary(engine, of_row, state_out, None)})
 
-        with _stop_on_signals() as stop, report:
+        with _stop_on_signals(report.at_once, lambda: _rescued(engine, state_out, settings)) as stop, report:
             on_ready = ready if jsonl else None
             result = engine.prefill(
                 prompts,
@@ -207,16 +216,14 @@ def prefill(
                 should_stop=stop,
                 on_snapshot=_keeping(engine, state_out),
             )
-        digest = None
-        if state_out and sum(result.state.tokens):
-            digest = result.state.save(state_out, overwrite=settings.overwrite)
-        engine.close()  # the state is safe; memory and devices are free for others from now on
         _require_some(result, stop)
+        saved = _save(engine, result.state, state_out, settings, needed=not result.complete)
+        engine.close(keep_journal=True)  # the state is safe; memory and devices are free for others from now on
         if not result.complete:
-            raise _interrupted(engine, result, state_out, stop)
+            raise _interrupted(result, saved, stop)
         if not jsonl:
-            _print_results(engine, result, state_out, digest, json_output=json_output)
-        engine.discard_journal()
+            _print_results(engine, result, saved.asked, saved.digest, json_output=json_output)
+        _finish(engine, saved)
 
 
 @app.command(
@@ -263,8 +270,8 @@ def generate(
     settings = _settings(asked, prompt_file, state_in, state_out)
     _check_generation(max_new_tokens, temperature, top_p, seed)
     streams = not (json_output or jsonl)
-    with _opened(settings, state_in, asked, progress) as (start, engine, report):
-        with _stop_on_signals() as stop, report:
+    with _opened(settings, state_in, state_out, asked, progress, _count(prompts)) as (start, engine, report):
+        with _stop_on_signals(report.at_once, lambda: _rescued(engine, state_out, settings)) as stop, report:
             generation = engine.generate(
                 prompts,
                 **start,
@@ -280,19 +287,22 @@ def generate(
                 report.close()  # the text says how far it is
             else:
                 report.phase("decoding")
+            stop.at = "token"
             with _prompts_state_kept(engine, generation.prefill, state_out):
                 for pieces in generation.rows():
                     if streams:
                         _out(pieces[0], end="")
         result = generation.prefill
         _require_some(result, stop)
-        digest = None
-        if state_out:
-            with _prompts_state_kept(engine, result, state_out):
-                digest = generation.state().save(state_out, overwrite=settings.overwrite)
-        engine.close()
+        ended = bool(stop.signals)
+        needed = ended or not result.complete
+        with _prompts_state_kept(engine, result, state_out):
+            state = generation.state() if needed or state_out else result.state
+        saved = _save(engine, state, state_out, settings, needed=needed)
+        engine.close(keep_journal=True)
         if not result.complete:
-            raise _interrupted(engine, result, state_out, stop)
+            raise _interrupted(result, saved, stop)
+        state_out, digest = saved.asked, saved.digest
         speed = {
             "decode_s": generation.decode_s,
             "decode_tok_s": generation.decode_tok_s,
@@ -324,12 +334,11 @@ def generate(
                         **speed,
                     }
                 )
-        engine.discard_journal()
-        if stop():
-            go_on = (
-                f"; to go on: {_program()} generate --state-in {shlex.quote(str(state_out))} ..." if state_out else ""
-            )
-            raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens{go_on}", stop)
+        if ended:
+            engine.discard_journal()
+            go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl"), before="; ")
+            raise _stopped(f"stopped after {sum(map(len, generation.tokens))} new tokens; {saved.said}{go_on}", stop)
+        _finish(engine, saved)
 
 
 @app.command(
@@ -430,13 +439,15 @@ def _open_standard_files() -> None:
 class _Stop:
     """Whether Ctrl-C, SIGTERM or SIGHUP has come: prefill asks between tiles, decoding between tokens.
 
-    A second Ctrl-C interrupts at once, and so does the first before anything was asked: compiling takes long, and there
-    is nothing to keep yet.
+    The first says at once what it does. A second Ctrl-C interrupts at once, and so does the first before anything was
+    asked: compiling takes long, and there is nothing to keep yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.signals: list[int] = []
         self.asked = False
+        self.at = "tile"
+        self._say = say
 
     def __call__(self) -> bool:
         self.asked = True
@@ -448,6 +459,8 @@ class _Stop:
             _leave_terminal()
         if not self.asked or (len(self.signals) > 1 and number == signal.SIGINT):
             raise KeyboardInterrupt
+        if len(self.signals) == 1:
+            self._say(f"stopping after this {self.at}; Ctrl-C again: now")
 
 
 @contextmanager
@@ -473,13 +486,16 @@ def _leave_terminal() -> None:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    stop = _Stop()
+def _stop_on_signals(
+    say: Callable[[str], None] = lambda text: None, rescued: Callable[[], str] = str
+) -> Iterator[_Stop]:
+    """say: from the signal's handler. rescued: keeps what an interrupted run has done, and says where."""
+    stop = _Stop(say)
     with _handling(stop.handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             yield stop
         except KeyboardInterrupt:
-            raise _stopped("interrupted", stop) from None
+            raise _stopped(f"interrupted{rescued() if stop.asked else ''}", stop) from None
 
 
 @contextmanager
@@ -611,6 +627,11 @@ def _settings(
     return settings
 
 
+def _count(prompts: Any) -> int:
+    """Rows of a batch; 0 where there is no prompt."""
+    return len(prompts) if isinstance(prompts, list) else int(prompts is not None)
+
+
 def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
     """Find out before a model is read that it cannot be asked this."""
     from xlstm_ray.sampling import Sampling
@@ -622,12 +643,17 @@ def _check_generation(max_new_tokens: int, temperature: float | None, top_p: flo
 
 @contextmanager
 def _opened(
-    settings: Settings, state_in: Path | None, asked: dict[str, Any], progress: ProgressKind
+    settings: Settings,
+    state_in: Path | None,
+    state_out: Path | None,
+    asked: dict[str, Any],
+    progress: ProgressKind,
+    rows: int,
 ) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
     """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
 
     What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
-    head too; a head that stays says where it is.
+    head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
     """
     from xlstm_ray.choose import choose_model, choose_setup
     from xlstm_ray.config import ModelConfig
@@ -640,11 +666,14 @@ def _opened(
         if not state_in.is_file():
             raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
     if state_in is None:
-        choose_setup(settings)
+        config = choose_setup(settings).config
     elif not os.path.exists(state_in):
         raise StateError(f"{state_in}: there is no such state file")
     else:  # what was not asked for is taken from the state
-        ModelConfig.from_file(choose_model(settings) / "config.json")
+        config = ModelConfig.from_file(choose_model(settings) / "config.json")
+    if state_out is not None:
+        size = state_in.stat().st_size if state_in and not rows else config.state_file_bytes(max(1, rows))
+        require_writable(state_out, option="--state-out", size=size)
     with Reporter(progress) as report:
         start: dict[str, Any] = {}
         with _leave_at_once():
@@ -696,10 +725,63 @@ def _stopped(text: str, stop: _Stop) -> Interrupted:
     return error
 
 
-def _interrupted(engine: "Engine", result: "PrefillResult", state_out: Path | None, stop: _Stop) -> XlstmRayError:
+class _Saved(NamedTuple):
+    """Where a run's state is now."""
+
+    start: tuple[str, ...]  # the options that go on from it; none: it is nowhere
+    said: str
+    asked: Path | None = None  # the file that was asked for, where it could be written
+    digest: str | None = None
+    failure: str | None = None  # why it could not
+
+    def go_on(self, *, without: Sequence[str] = (), before: str = "\n") -> str:
+        """The command that goes on, on a line of its own."""
+        return f"{before}to go on: {_resume_command(list(self.start), without=without)}" if self.start else ""
+
+
+def _save(
+    engine: "Engine", state: "RecurrentState", state_out: Path | None, settings: Settings, *, needed: bool
+) -> _Saved:
+    """Write the state to where it was asked for. needed: the run ended early, so that it has to be somewhere.
+
+    What has no place of its own is kept in the cache directory; so is what the place that was asked for cannot take.
+    """
+    failure: str | None = None
+    start: tuple[str, ...] = ()
+    if state_out is not None:
+        try:
+            digest = state.save(state_out, overwrite=settings.overwrite)
+            return _Saved(("--state-in", str(state_out)), f"state in {state_out}", state_out, digest)
+        except StateError as err:
+            failure = str(err)
+    journal = engine.journal_file
+    if needed and not state.complete and journal is not None and not engine.failures:
+        said = f"journal in {journal.parent}"
+        return _Saved(("--resume", str(journal.parent)), f"{failure}; {said}" if failure else said, failure=failure)
+    if not needed and failure is None:
+        return _Saved((), "")
+    try:
+        kept = state.keep()
+        start, said = ("--state-in", str(kept)), f"the state ({shown_bytes(kept.stat().st_size)}) is kept in {kept}"
+    except StateError as err:
+        said = f"its state is lost: {err}; with --state-out FILE it would be kept there"
+    failure = None if failure is None else f"{failure}; {said}"
+    return _Saved(start, failure or said, failure=failure)
+
+
+def _rescued(engine: "Engine", state_out: Path | None, settings: Settings) -> str:
+    """Keep what a run that is interrupted in the middle of a window had done before it; says where."""
+    state = engine.last_state()
+    if state is None:
+        return ""
+    saved = _save(engine, state, state_out, settings, needed=True)
+    return f" after {sum(state.tokens)} tokens; {saved.said}{saved.go_on()}"
+
+
+def _interrupted(result: "PrefillResult", saved: _Saved, stop: _Stop) -> XlstmRayError:
     """Why the run ended early, what is kept, and how to go on."""
-    text = f"stopped after {sum(result.state.tokens)} of {result.stats.prompt_tokens} tokens"
-    text += _way_on(engine, state_out)
+    text = f"stopped after {sum(result.state.tokens)} of {result.stats.prompt_tokens} tokens; {saved.said}"
+    text += saved.go_on()
     if result.ended_by is not None:
         return type(result.ended_by)(f"{result.ended_by}; {text}")
     return _stopped(text, stop)
@@ -757,16 +839,26 @@ def _prompts_state_kept(engine: "Engine", result: "PrefillResult", state_out: Pa
         raise GridLost(f"{lost}; the state is the prompt's, without an answer{_way_on(engine, state_out)}") from None
 
 
-def _resume_command(start: list[str]) -> str:
-    """This very command, but going on from there."""
-    replaced = "--state-in", "--resume", "--journal"
+def _finish(engine: "Engine", saved: _Saved) -> None:
+    """After the results are out. Raises OutputError where a file that was asked for is not there or not whole."""
+    failures = [*([saved.failure] if saved.failure else []), *engine.failures]
+    engine.discard_journal()
+    if failures:
+        raise OutputError("; ".join(failures))
+
+
+def _resume_command(start: list[str], without: Sequence[str] = ()) -> str:
+    """This very command with its environment, but going on from there, and without these options."""
+    replaced = "--state-in", "--resume", "--journal", *without
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip or word.startswith(tuple(f"{r}=" for r in replaced)) or word in replaced:
-            skip = word in replaced and not skip
+            skip = word in replaced and word != "--jsonl" and not skip
             continue
         words.append(word)
-    return f"{_program()} {shlex.join([*words, *start])}"
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in given_variables().items())
+    words = [*words[:1], *start, *words[1:]] if without else [*words, *start]
+    return f"{variables}{_program()} {shlex.join(words)}"
 
 
 def _program() -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,6 +211,11 @@ class ModelConfig(BaseModel):
         if n in self.slstm_at:
             return dict.fromkeys("hcnm", (heads, self.dh))
         return {"C": (heads, self.dhqk, self.dhhv), "n": (heads, self.dhqk), "m": (heads, 1)}
+
+    def state_file_bytes(self, rows: int) -> int:
+        """The size of a saved state of so many prompts, or a little more: its tensors, float32, and what names them."""
+        shapes = [shape for n in range(self.num_blocks) for shape in self.state_shapes(n, self.num_heads).values()]
+        return rows * (4 * (sum(map(prod, shapes)) + self.vocab_size) + 256) + 128 * len(shapes) + 4096
 
     @property
     def ffn_dim(self) -> int:

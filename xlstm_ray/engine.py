@@ -52,6 +52,7 @@ from xlstm_ray.errors import (
     one_line,
 )
 from xlstm_ray.files import check_outputs
+from xlstm_ray.journal import Journal
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict, require_compile_cache
 from xlstm_ray.kernels.probe import Fit
@@ -83,7 +84,7 @@ from xlstm_ray.prefill.driver import Progress, Snapshot
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import Group, group_size, plan_groups, window_sizes
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.settings import JOURNAL_FILE, Settings, unknown_variables
+from xlstm_ray.settings import Settings, unknown_variables
 from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 from xlstm_ray.turn import Turn, in_turn
@@ -231,6 +232,9 @@ class Engine:
         self._lost_helpers: set[str] = set()  # of it, that have been told of
         self._memory_events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
         self._launches: LaunchCounter | None = None
+        self._journal: Journal | None = None
+        self._failures: list[str] = []  # of files that were asked for
+        self._last: Callable[[], RecurrentState] | None = None
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
         self.on_note = on_note or _warn  # told what a person should know of a run that goes on
         try:
@@ -245,6 +249,7 @@ class Engine:
         self._on_phase("loading the model")
         self.model_path, self.config, self.backend, self.mode = choose_setup(settings)
         check_outputs(settings.outputs(), settings.inputs(), overwrite=settings.overwrite)
+        self._open_journal()
         ray = self._cluster.enter_context(_attached(settings, self.model_path)) if self.mode is Mode.ATTACHED else None
         self.device = choose_device(settings) if ray is None else _device_of_cluster(settings, ray)
         self.grid = choose_grid(settings, self.backend, self.config, self.device)
@@ -462,7 +467,9 @@ class Engine:
         begun = list(state.begun or state.tokens) if state is not None else begin
         groups = plan_groups(begun, ends, tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size)
         self._require_room(len(rows), self._calls(groups, begun, ends))
-        journal = self._begin_journal()
+        journal, self._last = self._journal, None
+        if journal is not None:
+            journal.begin(self.config.state_file_bytes(len(rows)))
         known = list(zip(hashes, begin, strict=True))
 
         def state_at(snapshot: Snapshot, places: Sequence[int] = range(len(rows))) -> RecurrentState:
@@ -490,7 +497,7 @@ class Engine:
         def keep(snapshot: Snapshot) -> None:
             kept = state_at(snapshot)
             if journal is not None:
-                kept.save(journal)
+                journal.write(kept)
             if on_snapshot is not None:
                 on_snapshot(kept)
 
@@ -513,6 +520,7 @@ class Engine:
                 on_snapshot=None if journal is None and on_snapshot is None else keep,
                 on_group=ready,
                 on_progress=guard.reporting(on_progress),
+                on_window=lambda bring: setattr(self, "_last", lambda: state_at(bring())),
                 should_stop=guard.should_stop,
                 resize=guard.resize,
             )
@@ -523,8 +531,9 @@ class Engine:
         stats = self._statistics(ends, list(begin), guard, outcome, encode_s + perf_counter() - chosen)
         stats.first_token_at = time()
         state = state_at(outcome.end)
+        self._last = None  # what it holds is as large as a state
         if journal is not None and not state.complete and not outcome.lost:
-            state.save(journal)
+            journal.write(state)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or guard.ended_by)
 
     def _statistics(
@@ -607,8 +616,13 @@ class Engine:
         return Generation(self, prefill, sampling, max_new_tokens, should_stop)
 
     @in_turn
-    def close(self) -> None:
-        """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays."""
+    def close(self, *, keep_journal: bool = False) -> None:
+        """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays.
+
+        keep_journal: the journal's directory stays this engine's, for `discard_journal`.
+        """
+        if self._journal is not None and not keep_journal:
+            self._journal.close()
         executor, self._executor = self._executor, None
         try:
             if executor is not None:
@@ -639,13 +653,25 @@ class Engine:
     @property
     def journal_file(self) -> Path | None:
         """Where snapshots go, whole or not at all, each in the place of the one before."""
-        directory = self.settings.journal or self.settings.resume
-        return None if directory is None else directory / JOURNAL_FILE
+        return None if self._journal is None else self._journal.path
+
+    @property
+    def failures(self) -> list[str]:
+        """What was asked for and is not whole: logs, and a journal whose last snapshot could not be written."""
+        journal = self._journal.failure if self._journal is not None else None
+        return [*self._failures, *([journal] if journal else [])]
 
     def discard_journal(self) -> None:
         """Remove the journal of a run whose results are safe elsewhere."""
-        if self.journal_file is not None:
-            self.journal_file.unlink(missing_ok=True)
+        if self._journal is not None:
+            self._journal.discard()
+
+    def last_state(self) -> RecurrentState | None:
+        """What a prefill that an exception has ended (Ctrl-C) had done by the end of its last window; None: nothing.
+
+        Of actors it is the last snapshot.
+        """
+        return None if self._last is None else self._last()
 
     # ------------------------------------------------------------------------------------------------------------------
     def _resume(self, rows: list[Tensor], state: RecurrentState | None) -> tuple[Snapshot, list[str]]:
@@ -670,22 +696,16 @@ class Engine:
                 )
         return Snapshot(state.tokens, state.tensors["logits"], state.tensors), state.prompt_hash
 
-    def _begin_journal(self) -> Path | None:
-        """Where this run's snapshots go. Raises StateError where another run's are in the way."""
-        journal = self.journal_file
-        if journal is not None:
-            if self.settings.resume is None and journal.exists():
-                raise StateError(
-                    f"{journal.parent} has the journal of a run that did not end: go on from it with --resume "
-                    f"{journal.parent}, or remove {journal}"
-                )
-            try:
-                journal.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as err:
-                raise StateError(
-                    f"{journal.parent}: cannot be made ({err.strerror}); choose another --journal"
-                ) from None
-        return journal
+    def _open_journal(self) -> None:
+        name = "journal" if self.settings.journal is not None else "resume"
+        directory = getattr(self.settings, name)
+        if directory is not None:
+            self._journal = Journal(
+                directory,
+                option=self.settings.named(name),
+                resumes=self.settings.resume is not None,
+                note=lambda text: self.on_note(text),
+            )
 
     def _set_state(self, state: RecurrentState | None, batch: int) -> None:
         self.executor.set_state(None if state is None else state.tensors, batch)
@@ -925,7 +945,8 @@ class _Guard:
         def close() -> None:
             log.close()
             if log.failure:
-                engine.on_note(f"{named} {path}: is not whole ({log.failure.strerror})")
+                engine._failures.append(f"{named} {path}: is not whole ({log.failure.strerror})")
+                engine.on_note(engine._failures[-1])
 
         files.callback(close)
         return log

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import threading
 from datetime import datetime, timedelta
@@ -53,6 +54,12 @@ class Reporter:
         if bar is not None:
             bar.live.transient = self._tile is None  # only what was computed stays on the screen
             bar.stop()
+
+    def at_once(self, text: str) -> None:
+        """Say it from a signal's handler: this thread may be in the middle of printing."""
+        if self._kind == "ndjson":
+            text = json.dumps({"event": "stopping", "time": now(), "text": text})
+        os.write(2, f"{chr(13) + chr(27) + '[2K' if self._bar is not None else ''}{text}\n".encode())
 
     def phase(self, text: str) -> None:
         """What begins now."""

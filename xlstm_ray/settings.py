@@ -343,6 +343,11 @@ def refuse_unknown(names: Collection[str], known: Collection[str], where: str = 
         raise UsageError(f"{where}{name!r} is not a {kind}; {hint}")
 
 
+def given_variables() -> dict[str, str]:
+    """The variables of the environment that settings were given by: a command that goes on needs them too."""
+    return {row.env: os.environ[row.env] for row in table().values() if row.env in os.environ}
+
+
 def unknown_variables() -> list[str]:
     """A line for each variable of the environment that begins like ours and is not one."""
     known = {row.env.removeprefix("XLSTM_"): row.env for row in table().values()}

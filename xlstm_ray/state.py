@@ -15,10 +15,14 @@ from torch import Tensor
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import OutputError, StateError, one_line
 from xlstm_ray.files import STATE, require_replaceable, write_whole
+from xlstm_ray.settings import cache_dir
 
 FORMAT = "xlstm-ray state 3"
 SAMPLED = "xlstm-ray state 1"  # told models apart by a sample of their weights
 EMPTY_PROMPT = hashlib.blake2b(b"xlstm-ray prompt", digest_size=16).hexdigest()
+
+
+KEPT = 4  # states of interrupted runs, one a model
 
 
 def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
@@ -152,6 +156,22 @@ class RecurrentState:
         except OSError as err:
             raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
         return digest
+
+    def keep(self) -> Path:
+        """Save it in the cache directory, in the place of the one before of this model; the oldest of others go.
+
+        Raises StateError where that cannot be written.
+        """
+        folder = cache_dir() / "states"
+        path = folder / f"{self.model}.state"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save(path)
+            for old in sorted(folder.glob("*.state"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+                old.unlink()
+        except OSError as err:
+            raise StateError(f"{path}: the state cannot be kept ({err.strerror})") from None
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> "RecurrentState":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -79,6 +80,7 @@ def prefill_groups(
     on_snapshot: Callable[[Snapshot], object] | None = None,
     on_group: Callable[[Group, BatchOutcome], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_window: Callable[[Callable[[], Snapshot]], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     resize: Callable[[], tuple[int, int]] | None = None,
 ) -> BatchOutcome:
@@ -88,7 +90,6 @@ def prefill_groups(
     at once for those that `start` has whole. A stopped run leaves the groups after it as they were.
     """
     begin, end = start.consumed, [len(row) for row in rows]
-    total = sum(e - b for b, e in zip(begin, end, strict=True))
     whole = Whole(start)
     outcome = BatchOutcome(start, [0.0] * len(rows), [0.0] * len(rows))
     logits: dict[int, Tensor] = {}
@@ -103,9 +104,13 @@ def prefill_groups(
 
     def report(p: Progress) -> None:
         assert on_progress is not None
-        done = p.tokens_done + sum(whole_begin) - sum(begin)
+        done = p.tokens_done - p.tokens_resumed + sum(whole_begin)
         tiles = p.tiles_done + len(outcome.tile_seconds)
-        on_progress(Progress(done, total, tiles, p.tile_seconds, perf_counter() - started))
+        on_progress(Progress(done, sum(end), tiles, p.tile_seconds, perf_counter() - started, sum(begin)))
+
+    def window(group: Group, bring: Callable[[], Snapshot]) -> None:
+        assert on_window is not None
+        on_window(lambda: whole.put(group.rows, bring()))
 
     for group in sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows)):
         new = any(begin[b] < end[b] for b in group.rows)
@@ -126,6 +131,7 @@ def prefill_groups(
                 keep_every=keep_every,
                 on_snapshot=None if on_snapshot is None else lambda s, g=group: snapshot(g, s),  # type: ignore[misc]
                 on_progress=None if on_progress is None else report,
+                on_window=None if on_window is None else partial(window, group),
                 should_stop=should_stop,
                 resize=resize,
             )

@@ -1,7 +1,8 @@
 """The driver: feeds windows to an executor, counts, and stops between windows. Everything it needs is an argument."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from time import perf_counter
 
@@ -15,17 +16,18 @@ from xlstm_ray.prefill.plan import Window, plan_windows
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a prefill is: counts of new tokens over all rows, seconds since its first tile was submitted."""
+    """Where a prefill is: tokens over all rows, those of a resumed state too; seconds since its first tile began."""
 
     tokens_done: int
     tokens_total: int
     tiles_done: int
     tile_seconds: float
     seconds: float
+    tokens_resumed: int = 0  # of those that are done, found in the state that the run began with
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens_done / self.seconds if self.seconds > 0 else 0.0
+        return (self.tokens_done - self.tokens_resumed) / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def eta_s(self) -> float:
@@ -75,6 +77,7 @@ def prefill(
     keep_every: int | None = None,
     on_snapshot: Callable[[Snapshot], object] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_window: Callable[[Callable[[], Snapshot]], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     resize: Callable[[], tuple[int, int]] | None = None,
 ) -> Outcome:
@@ -83,10 +86,10 @@ def prefill(
     rows: prompts, 1-D int64 on the CPU. Every keep_every windows the state is brought here, for on_snapshot and for
     the case that the grid is lost: then the outcome is that of the last one. should_stop is asked before every window;
     what has been submitted by then is finished, so the state is that of a window's end. resize is asked after it: the
-    tile and chunk size of the windows from there on, which lie on the absolute grid of these sizes.
+    tile and chunk size of the windows from there on, which lie on the absolute grid of these sizes. on_window is given,
+    after a window whose state can be had cheaply, what brings the snapshot of its end here.
     """
     begin, end = start.consumed, [len(row) for row in rows]
-    total = sum(e - b for b, e in zip(begin, end, strict=True))
     consumed, last = list(begin), start
     outcome = Outcome(start)
     pieces: list[list[Tensor]] = [[] for _ in rows]
@@ -128,13 +131,17 @@ def prefill(
                 last = Snapshot(list(consumed), _last_logits(executor, hidden, start, consumed), result.state)
                 if on_snapshot is not None:
                     on_snapshot(last)
+            if on_window is not None and result.state is not None:
+                on_window(partial(replace, last))
+            elif on_window is not None and result.held is not None:
+                on_window(partial(_snapshot, executor, hidden, start, list(consumed), result.held))
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
             outcome.tile_whole.append(whole.pop(result.number))
             outcome.tile_tokens.append(int((tile.last - tile.first).clamp(min=0).sum()))
             if on_progress is not None:
-                done = sum(consumed) - sum(begin)
-                on_progress(Progress(done, total, len(outcome.tile_seconds), result.seconds, outcome.seconds))
+                count_of = len(outcome.tile_seconds)
+                on_progress(Progress(sum(consumed), sum(end), count_of, result.seconds, outcome.seconds, sum(begin)))
         logits = _last_logits(executor, hidden, start, consumed)
         outcome.seconds = perf_counter() - started
         outcome.end = Snapshot(consumed, logits, executor.get_state())
@@ -148,6 +155,16 @@ def prefill(
             torch.cat(p)[:n] if p else torch.empty(0, vocabulary) for p, n in zip(pieces, seen, strict=True)
         ]
     return outcome
+
+
+def _snapshot(
+    executor: Executor,
+    hidden: Tensor | None,
+    start: Snapshot,
+    consumed: list[int],
+    held: Callable[[], dict[str, Tensor]],
+) -> Snapshot:
+    return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), held())
 
 
 def _last_logits(executor: Executor, hidden: Tensor | None, start: Snapshot, consumed: Sequence[int]) -> Tensor:

@@ -30,6 +30,7 @@ class TileResult(NamedTuple):
     logits: Tensor | None  # (B, T, vocabulary) float32, where all were asked for
     seconds: float
     state: dict[str, Tensor] | None = None  # after this tile, on the CPU, where it was to be kept
+    held: Callable[[], dict[str, Tensor]] | None = None  # what brings the state after this tile here, where it is cheap
 
 
 class Executor(Protocol):
@@ -118,23 +119,23 @@ class InProcessExecutor:
 
     def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
         # A device works while the next tile is prepared, so one tile is under way when another is submitted.
-        pending: deque[tuple[TileResult, list[list[list[AnyState]]] | None, Callable[[], None]]] = deque()
+        pending: deque[tuple[TileResult, bool, Callable[[], None]]] = deque()
         before = perf_counter()
 
         def finish() -> TileResult:
             nonlocal before
-            result, kept, wait = pending.popleft()
+            result, keep, wait = pending.popleft()
             wait()
             now = perf_counter()
-            state = self._state_of(kept) if kept is not None else None
+            state = result.held() if keep and result.held is not None else None
             result, before = result._replace(seconds=now - before, state=state), now
             return result
 
         for tile in tiles:
             hidden, logits = self._run(tile, all_logits)
             # Blocks replace their states and never write into them, so that holding one is keeping it.
-            kept = [[list(worker.state) for worker in bands] for bands in self.stages] if tile.keep else None
-            pending.append((TileResult(tile.number, hidden, logits, 0.0), kept, self._fence()))
+            held = partial(self._state_of, [[list(worker.state) for worker in bands] for bands in self.stages])
+            pending.append((TileResult(tile.number, hidden, logits, 0.0, held=held), tile.keep, self._fence()))
             if len(pending) > 1 or self.device.type == "cpu":
                 yield finish()
         while pending:
