@@ -1,12 +1,15 @@
 """Autoscale: what is picked is measured, said, remembered for this model and machine, and never overrides a wish."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from tiny import make_model
 
 import xlstm_ray
+from xlstm_ray import autoscale, cli
 from xlstm_ray.engine import Engine
 from xlstm_ray.errors import UsageError
 
@@ -65,6 +68,43 @@ def test_a_cache_that_cannot_be_written_costs_only_the_memory(model, cache):
     engine = xlstm_ray.load(model, device="cpu", autoscale=True, tile_size=16)
     assert "not remembered" in engine.note
     assert engine.prefill("abc").complete
+
+
+def test_a_memory_has_an_age_and_can_be_asked_to_go(model, cache):
+    options = {"device": "cpu", "autoscale": True, "tile_size": 16, "heads_per_band": 4}
+    xlstm_ray.load(model, **options)
+    (key, kept), *_ = json.loads(cache.read_text()).items()
+    assert 0 < kept["until"] - time.time() <= autoscale.HOLDS_S
+    assert "remembered in" in xlstm_ray.load(model, **options).note
+    assert "choices timed" in xlstm_ray.load(model, **options, autoscale_again=True).note
+    for until in (time.time() - 1, None):  # None: of a version that kept no time
+        entry = {**kept, "until": until} if until else {name: v for name, v in kept.items() if name != "until"}
+        cache.write_text(json.dumps({key: entry}))
+        assert "choices timed" in xlstm_ray.load(model, **options).note
+        assert json.loads(cache.read_text())[key]["until"] > time.time()
+
+
+def test_again_is_a_word_of_the_flag(monkeypatch):
+    for words, said in (
+        (["prefill", "--autoscale", "again", "--prompt", "x"], ["--autoscale", "--autoscale-again", "--prompt", "x"]),
+        (["prefill", "--prompt", "again", "--autoscale"], ["--prompt", "again", "--autoscale"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["xlstm-ray", *words])
+        assert cli._words() == ["prefill", *said]
+
+
+@pytest.mark.parametrize(
+    ("usual", "other", "gain", "busy"),
+    [
+        ([100, 101, 99], [150, 151, 149], 1.5, False),
+        ([100, 101, 99], [102, 102, 102], None, False),  # less than what counts
+        ([100, 140, 90], [120, 150, 130], None, True),  # one turn of the usual was as fast as one of the other
+        ([50, 100, 60], [200, 210, 205], 205 / 60, True),
+        ([100, 100, 100], [100, 100, 100], None, False),
+    ],
+)
+def test_no_gain_is_claimed_from_noise(usual, other, gain, busy):
+    assert autoscale.compare(usual, other) == (gain, busy)
 
 
 def test_it_is_refused_for_actors_and_off_unless_asked_for(model, cache):

@@ -5,13 +5,11 @@ sizes of the matrix products and how bands share the cores or launches, shows wi
 """
 
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from secrets import token_hex
-from time import perf_counter
+from statistics import median
+from time import perf_counter, time
 from typing import Annotated
 
 import torch
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from xlstm_ray import __version__
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.files import write_whole
 from xlstm_ray.kernels import Backend
 from xlstm_ray.model import Band, EndWeights, Kernels, Worker, make_grid
 from xlstm_ray.prefill.executor import InProcessExecutor, Tile
@@ -27,7 +26,11 @@ from xlstm_ray.settings import Settings, Source, cache_dir
 from xlstm_ray.state import Grid
 
 BUDGET_S = 10.0
-MARGIN = 1.03  # another choice than the usual one must be better by more than noise
+MARGIN = 1.03  # another choice than the usual one must be better by so much, and by more than noise
+ROUNDS = 3  # of the best and the usual choice in turns, before one is said to be faster
+HOLDS_S = 30 * 24 * 3600.0  # how long a choice is remembered
+BUSY_HOLDS_S = 3600.0  # one that was made while the same work took now this long, now that
+BUSY = 1.25  # the longest of these times over the shortest
 NAMES = "tile_size", "heads_per_band", "workers"
 
 
@@ -44,7 +47,13 @@ class Choice(BaseModel):
         return f"tiles of {self.tile_size}, {self.heads_per_band} heads a band, {self.workers} worker(s)"
 
 
-_FILE = TypeAdapter(dict[str, Choice])
+class Remembered(Choice):
+    """A choice, and when it is to be made anew (seconds since 1970)."""
+
+    until: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+
+
+_FILE = TypeAdapter(dict[str, Remembered])
 
 
 def autoscale(
@@ -81,20 +90,43 @@ def autoscale(
     )
     path = cache_dir() / "autoscale.json"
     remembered, damage = _read(path)
-    choice = remembered.get(key)
-    if choice is not None and fits(choice):
-        note = f"autoscale: {choice} (remembered in {path})"
+    known, choice = remembered.get(key), usual
+    if known is not None and fits(known) and time() < known.until and not settings.autoscale_again:
+        choice = Choice(**known.model_dump(include=set(NAMES)))
+        note = f"autoscale: {choice} (remembered in {path}; --autoscale again measures anew)"
     else:
-        rates = _search(usual, free, config, checkpoint, backend, grid, device, fits)
+
+        def rate(c: Choice) -> float:
+            return _rate(c, config, checkpoint, backend, grid.chunk_size, device, getattr(torch, grid.dtype))
+
+        rates = _search(usual, free, config, backend, grid, fits, rate)
         best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
-        choice = best
+        turns = [(rate(usual), rate(best)) for _ in range(ROUNDS)]
+        gain, busy = compare(*zip(*turns, strict=True))
+        if best != usual and gain is not None:
+            choice = best
         note = f"autoscale: {choice}; {len(rates)} choices timed on one block"
-        if best != usual:
-            note += f", {rates[best] / rates[usual]:.2f} x as fast as {usual}"
-        note += damage + _remember(path, key, choice)
+        if choice != usual:
+            note += f", {gain:.2f} x as fast as {usual}"
+        elif best != usual:
+            note += "; none was faster by more than noise"
+        if busy:
+            note += "; the machine was busy, so this holds for an hour"
+        until = time() + (BUSY_HOLDS_S if busy else HOLDS_S)
+        note += damage + _remember(path, key, Remembered(**choice.model_dump(), until=until))
     sources = {**settings.sources, **{name: Source("autoscale", str(path)) for name in free}}
     picked = {name: getattr(choice, name) for name in free}
     return settings.model_copy(update={**picked, "sources": sources}), note
+
+
+def compare(usual: Sequence[float], other: Sequence[float]) -> tuple[float | None, bool]:
+    """Rates of two choices in turns -> how many times as fast the other one is, and whether the machine was busy.
+
+    None where that may be noise: some turn of the usual one was as fast as some turn of the other.
+    """
+    busy = max(max(r) / min(r) for r in (usual, other)) > BUSY
+    gain = median(other) / median(usual)
+    return (gain if gain > MARGIN and min(other) > max(usual) else None), busy
 
 
 def _bounded(choice: Choice, config: ModelConfig) -> Choice:
@@ -106,20 +138,18 @@ def _search(
     usual: Choice,
     free: list[str],
     config: ModelConfig,
-    checkpoint: Checkpoint,
     backend: Backend,
     grid: Grid,
-    device: torch.device,
     fits: Callable[[Choice], bool],
+    rate: Callable[[Choice], float],
 ) -> dict[Choice, float]:
     """Tokens a second of one block, a choice: the usual one, other tiles, then other bands with the best tile."""
     began = perf_counter()
     rates: dict[Choice, float] = {}
-    dtype = getattr(torch, grid.dtype)
 
     def time_it(choice: Choice) -> None:
         if choice not in rates and (choice == usual or (fits(choice) and perf_counter() - began < BUDGET_S)):
-            rates[choice] = _rate(choice, config, checkpoint, backend, grid.chunk_size, device, dtype)
+            rates[choice] = rate(choice)
 
     time_it(usual)
     # Steps are taken one after the other however long the tile is, and are slow uncompiled.
@@ -180,7 +210,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} {platform.node()} {name}, {torch.get_num_threads()} threads"
 
 
-def _read(path: Path) -> tuple[dict[str, Choice], str]:
+def _read(path: Path) -> tuple[dict[str, Remembered], str]:
     """What is remembered, and what to say of a file that is none of ours."""
     try:
         return _FILE.validate_json(path.read_bytes()), ""
@@ -190,19 +220,11 @@ def _read(path: Path) -> tuple[dict[str, Choice], str]:
         return {}, f"; {path} could not be read and is written anew"
 
 
-def _remember(path: Path, key: str, choice: Choice) -> str:
+def _remember(path: Path, key: str, choice: Remembered) -> str:
     """Write the file whole or not at all; returns what to say where that fails."""
-    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(_FILE.dump_json({**_read(path)[0], key: choice}, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, _FILE.dump_json({**_read(path)[0], key: choice}, indent=1))
     except OSError as err:
         return f"; not remembered ({path}: {err.strerror})"
-    finally:  # also after Ctrl-C
-        with suppress(OSError):
-            temporary.unlink()
     return ""

@@ -397,11 +397,20 @@ def doctor(
         print("\n".join(lines), flush=True)
 
 
+def _words() -> list[str]:
+    """The command line; `--autoscale again` is a flag with a word of its own, which the parser does not know."""
+    words = sys.argv[1:]
+    for n in range(len(words) - 1):
+        if words[n : n + 2] == ["--autoscale", "again"]:
+            return [*words[: n + 1], "--autoscale-again", *words[n + 2 :]]
+    return words
+
+
 def main() -> None:
     """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
     _open_standard_files()
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
+        code = app(args=_words() or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
         if code == 130:  # typer's answer to a Ctrl-C that nothing else took
             _err("interrupted")
         sys.exit(code)

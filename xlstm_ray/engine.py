@@ -283,7 +283,7 @@ class Engine:
         self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
         self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self.note: str | None = None
-        if settings.autoscale:
+        if settings.autoscale or settings.autoscale_again:
             settings = self.settings = self._autoscaled(checkpoint)
             picked = choose_grid(settings, self.backend, self.config, self.device)
             self.grid = picked.model_copy(update={"dtype": self.grid.dtype})

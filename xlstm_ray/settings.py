@@ -149,6 +149,7 @@ class Settings(BaseSettings):
         False,
         env="XLSTM_MPS_AUTOSCALE",
     )
+    autoscale_again: bool = setting("As `--autoscale again`: whatever is remembered.", False)
     warmup: bool = setting("Compile before the first tile, not on first use.", True, env="XLSTM_MPS_WARMUP")
     enable_mps_fallback: bool = setting(
         "Refused on mps: operators would leave the GPU silently.", False, flag=None, env="PYTORCH_ENABLE_MPS_FALLBACK"
