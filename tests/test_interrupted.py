@@ -237,10 +237,10 @@ def test_a_run_goes_on_without_snapshots_that_cannot_be_written(words, home, dig
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, real."""
+    """A file system of 12 KiB, real: less than a state of the model."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode != 0:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", disk], capture_output=True).returncode != 0:
         pytest.skip("only root may mount a file system")
     yield disk
     subprocess.run(["umount", disk], check=True)
@@ -255,7 +255,7 @@ def test_room_is_looked_for_before_the_work(words, small_disk, home, run, model)
         assert not list(small_disk.rglob("*.state"))
     # What a killed writer has left there does not count.
     left = small_disk / ".xlstm-ray.0123456789abcdef.tmp"
-    left.write_bytes(bytes(60_000))
+    left.write_bytes(bytes(8_000))
     os.utime(left, (0, 0))
     run("prefill", *words, "--prompt", LONG, "--state-out", path)
     assert not left.exists()
