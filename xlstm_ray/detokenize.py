@@ -1,0 +1,150 @@
+"""Tokens to pieces of text, one after the other: what is joined is what the tokenizer makes of the whole.
+
+A piece is what decoding a short window of the last tokens has gained, as a text's end depends on little before it. What
+may still change is held back: the mark of a character whose bytes are not all there (U+FFFD), and a run of single-byte
+tokens, which the tokenizer shows as one text or as marks alone, by the whole of the run.
+"""
+
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from tokenizers import Tokenizer
+
+MARK = "\ufffd"
+KEPT = 8  # visible tokens that a window keeps of what was printed
+_HIDDEN = -1
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2}|\\+[0-9A-Fa-f])>")  # what the tokenizers library takes for a byte
+LEAST = 4  # characters that they show at least: then three bytes of an unfinished one lie within
+
+
+class TextEnd(BaseModel):
+    """The end of a row's text, to go on from: its last visible tokens, and what of their text is printed already."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tokens: list[int] = []
+    printed: str = ""
+
+
+class Detokenizer:
+    """What is to be known of a tokenizer to turn its tokens into text; hidden (special) tokens show as nothing."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+        decoder = tokenizer.decoder
+        self._joins_bytes = decoder is not None and "ByteFallback" in _types(json.loads(decoder.__getstate__()))
+        self._kinds: dict[int, int | None] = {}  # of tokens seen so far: hidden, a byte, or None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+
+    def stream(self, end: TextEnd) -> "TextStream":
+        return TextStream(self, end)
+
+    def end_of(self, tokens: Sequence[int], before: TextEnd | None = None) -> TextEnd:
+        """The end of a text that a person gave or has seen: that of `tokens`, and of what came before them."""
+        backwards = self._visible_backwards(tokens, before.tokens if before else [])
+        run: list[int] = []
+        window: list[int] = []
+        for token in backwards:
+            if not window and self.byte(token) is not None:
+                run.append(token)
+                continue
+            window.append(token)  # beyond 64 are tokens that show hardly anything
+            if len(window) >= 64 or (len(window) >= KEPT and len(self.decode(window[::-1])) >= LEAST):
+                break
+        window = window[::-1] + self._end_of_run(run[::-1])
+        return TextEnd(tokens=window, printed=self.decode(window))
+
+    def hidden(self, token: int) -> bool:
+        return self._kind(token) == _HIDDEN
+
+    def byte(self, token: int) -> int | None:
+        """The byte that this token stands for, where the tokenizer joins neighbours of this kind to characters."""
+        kind = self._kind(token)
+        return None if kind == _HIDDEN else kind
+
+    def _kind(self, token: int) -> int | None:
+        if token not in self._kinds:
+            piece = self._tokenizer.id_to_token(token)
+            if piece is None or piece in self._special:
+                self._kinds[token] = _HIDDEN
+            else:
+                named = _BYTE.fullmatch(piece) if self._joins_bytes else None
+                self._kinds[token] = int(named[1], 16) if named else None
+        return self._kinds[token]
+
+    def _visible_backwards(self, *parts: Sequence[int]) -> Iterator[int]:
+        return (token for part in parts for token in reversed(part) if not self.hidden(token))
+
+    def _end_of_run(self, run: list[int]) -> list[int]:
+        """Of a long run of bytes only its last characters, or what makes marks of all of it."""
+        data = bytes(self.byte(token) or 0 for token in run)
+        if len(data) <= 4 * KEPT:
+            return run
+        try:
+            getincrementaldecoder("utf-8")().decode(data)
+        except UnicodeDecodeError as err:  # four bytes from there are no text, whatever follows
+            return run[err.start : err.start + 4]
+        leads = [n for n, value in enumerate(data) if value & 0xC0 != 0x80]
+        return run[leads[-KEPT] :]
+
+
+class TextStream:
+    """One row's tokens to pieces of text."""
+
+    def __init__(self, detokenizer: Detokenizer, end: TextEnd):
+        self._of, self._tokens, self._printed = detokenizer, list(end.tokens), end.printed
+        self._checked = 2 * KEPT  # the window's size at which it is shortened
+
+    def step(self, token: int) -> str:
+        """What this token adds to the text for good."""
+        if self._of.hidden(token):
+            return ""
+        self._tokens.append(token)
+        if self._of.byte(token) is not None:
+            return ""
+        text = self._of.decode(self._tokens)
+        piece = self._print(text[:-1] if text.endswith(MARK) else text)
+        if len(self._tokens) >= self._checked:
+            self._shorten(text)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, as it is: nothing follows."""
+        return self._print(self._of.decode(self._tokens))
+
+    def end(self) -> TextEnd:
+        """Where a later run goes on."""
+        return TextEnd(tokens=self._tokens, printed=self._printed)
+
+    def _print(self, text: str) -> str:
+        if self._printed.startswith(text):
+            return ""
+        piece = text[len(commonprefix([text, self._printed])) :]
+        self._printed = text
+        return piece
+
+    def _shorten(self, text: str) -> None:
+        """Forget tokens on which what follows does not depend."""
+        kept = self._tokens[-KEPT:]
+        shown = self._of.decode(kept)
+        held = len(text) - len(self._printed)
+        alike = held == 0 or (held == 1 and shown.endswith(MARK))
+        if len(shown) >= LEAST and text.startswith(self._printed) and alike:
+            self._tokens, self._printed, self._checked = kept, shown[: len(shown) - held], 2 * KEPT
+        else:  # most tokens show nothing: look again when there are twice as many
+            self._checked = 2 * len(self._tokens)
+
+
+def _types(decoder: Any) -> set[str]:
+    """The types of a decoder and of those that it is made of."""
+    if isinstance(decoder, list):
+        return set().union(*map(_types, decoder)) if decoder else set()
+    return {decoder["type"]} | _types(decoder.get("decoders", [])) if isinstance(decoder, dict) else set()
