@@ -74,7 +74,7 @@ JsonlOption = Annotated[
     bool,
     typer.Option(
         "--jsonl",
-        help="The prompt file has a prompt a line: a JSON string or an object with a 'prompt' key.",
+        help="The file has a prompt a line: a JSON string or an object with a 'prompt' key.",
         rich_help_panel=PROMPT,
     ),
 ]
@@ -83,6 +83,18 @@ StateInOption = Annotated[
     typer.Option(
         "--state-in",
         help="Go on from this saved state; settings not given are taken from it.",
+        rich_help_panel=STATE,
+    ),
+]
+AppendOption = Annotated[
+    str | None,
+    typer.Option("--append", help="Only what is new after the text of --state-in.", rich_help_panel=STATE),
+]
+AppendFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--append-file",
+        help="The same from a file, '-' for standard input; with --jsonl a text a line, all after one state.",
         rich_help_panel=STATE,
     ),
 ]
@@ -191,6 +203,8 @@ def prefill(
     prompt_file: PromptFileOption = None,
     jsonl: JsonlOption = False,
     state_in: StateInOption = None,
+    append: AppendOption = None,
+    append_file: AppendFileOption = None,
     state_out: StateOutOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
@@ -199,17 +213,18 @@ def prefill(
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
     _run_under_keeper(asked)
-    prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
-    settings = _settings(asked, prompt_file, state_in, state_out)
-    with _opened(settings, state_in, state_out, asked, progress, _count(prompts)) as (start, engine, report):
+    given, names, a_line_each = _given(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
+    settings = _settings(asked, prompt_file or append_file, state_in, state_out)
+    with _opened(settings, state_in, state_out, asked, progress, _count(given)) as (start, engine, report):
+        a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
 
         def ready(b: int, of_row: "PrefillResult") -> None:
-            _json_line({**names[b], **_summary(engine, of_row, state_out, None)})
+            _json_line({**(names[b] if names else {"index": b}), **_summary(engine, of_row, state_out, None)})
 
         with _stop_on_signals(report.at_once, lambda: _rescued(engine, state_out, settings)) as stop, report:
-            on_ready = ready if jsonl else None
+            on_ready = ready if a_line_each else None
             result = engine.prefill(
-                prompts,
+                **given,
                 **start,
                 on_progress=report.tile,
                 on_ready=on_ready,
@@ -221,7 +236,10 @@ def prefill(
         engine.close(keep_journal=True)  # the state is safe; memory and devices are free for others from now on
         if not result.complete:
             raise _interrupted(result, saved, stop)
-        if not jsonl:
+        if given.get("prompt") is None and "append" not in given and a_line_each:  # a state as it is
+            for b in range(result.state.batch):
+                ready(b, result.row(b))
+        if not a_line_each:
             _print_results(engine, result, saved.asked, saved.digest, json_output=json_output)
         _finish(engine, saved)
 
@@ -230,7 +248,7 @@ def prefill(
     rich_help_panel=RUN,
     epilog=_examples(
         'xlstm-ray generate -p "The capital of France is" -n 8',
-        "xlstm-ray generate -m DIR --state-in book.state",
+        'xlstm-ray generate -m DIR --state-in book.state --append "Who is the heir?"',
         "xlstm-ray generate -m DIR -f prompts.jsonl --jsonl > answers.jsonl",
     ),
 )
@@ -246,7 +264,9 @@ def generate(
         float | None,
         typer.Option(
             "--temperature",
-            help=_plain("0 is greedy. [default: 0; 1 with --top-p or --seed]"),
+            help=_plain(
+                "0 is greedy. [default: the state's, then the model's, else 0; 1 with --top-p, --top-k or --seed]"
+            ),
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -254,10 +274,18 @@ def generate(
         float | None,
         typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=SAMPLING),
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k", help=_plain("Sample from so many likeliest tokens. [default: all]"), rich_help_panel=SAMPLING
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help=_plain("Seed of the sampling. [default: 0]"), rich_help_panel=SAMPLING)
     ] = None,
     state_in: StateInOption = None,
+    append: AppendOption = None,
+    append_file: AppendFileOption = None,
     state_out: StateOutOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
@@ -266,19 +294,22 @@ def generate(
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
     _run_under_keeper(asked)
-    prompts, names = _prompts(prompt, prompt_file, jsonl, state_in)
-    settings = _settings(asked, prompt_file, state_in, state_out)
-    _check_generation(max_new_tokens, temperature, top_p, seed)
-    streams = not (json_output or jsonl)
-    with _opened(settings, state_in, state_out, asked, progress, _count(prompts)) as (start, engine, report):
+    given, names, a_line_each = _given(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
+    settings = _settings(asked, prompt_file or append_file, state_in, state_out)
+    _check_generation(max_new_tokens, temperature, top_p, top_k, seed)
+    with _opened(settings, state_in, state_out, asked, progress, _count(given)) as (start, engine, report):
+        a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
+        streams = not (json_output or a_line_each)
         with _stop_on_signals(report.at_once, lambda: _rescued(engine, state_out, settings)) as stop, report:
             generation = engine.generate(
-                prompts,
+                **given,
                 **start,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
+                top_k=top_k,
                 seed=seed,
+                last=state_out is None,
                 on_progress=report.tile,
                 should_stop=stop,
                 on_snapshot=_keeping(engine, state_out),
@@ -303,6 +334,7 @@ def generate(
         if not result.complete:
             raise _interrupted(result, saved, stop)
         state_out, digest = saved.asked, saved.digest
+        reasons, stops = generation.finish_reasons, generation.stop_tokens
         speed = {
             "decode_s": generation.decode_s,
             "decode_tok_s": generation.decode_tok_s,
@@ -316,6 +348,7 @@ def generate(
                 f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
                 f"{_resumed(summary)} in {summary['prefill_s']:.3f} s{_rate(summary['prefill_tok_s'])}; "
                 f"decode {made} tokens in {generation.decode_s:.3f} s{_rate(generation.decode_tok_s)}; "
+                f"ended by {_ending(reasons[0], stops[0])}; "
                 f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s; "
                 f"whole command {_first_token(summary)}{summary['total_s']:.1f} s in all"
             )
@@ -323,14 +356,20 @@ def generate(
                 _err(f"state {state_out} (digest {digest})")
         else:
             for b, text in enumerate(generation.texts):
-                row = _summary(engine, result.row(b) if jsonl else result, state_out, None if jsonl else digest)
+                row = _summary(
+                    engine, result.row(b) if a_line_each else result, state_out, None if a_line_each else digest
+                )
                 row["compile_s"] += generation.compile_s
+                name = names[b] if names else {"index": b}
+                token = stops[b]
                 _json_line(
                     {
-                        **(names[b] if jsonl else {}),
+                        **(name if a_line_each else {}),
                         **row,
                         "text": text,
                         "new_tokens": len(generation.tokens[b]),
+                        "finish_reason": reasons[b],
+                        "stop_token": None if token is None else {"id": token[0], "text": token[1]},
                         **speed,
                     }
                 )
@@ -520,6 +559,42 @@ def _leave_at_once() -> Iterator[None]:
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
+def _given(
+    prompt: str | None,
+    prompt_file: str | None,
+    append: str | None,
+    append_file: str | None,
+    jsonl: bool,
+    start: Path | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+    """The prompt, or what to append, as arguments of prefill and generate; start: the state to go on from.
+
+    And what names a row in the results (none where rows have no names), and whether each is a line.
+    """
+    if append is None and append_file is None:
+        prompts, names = _prompts(prompt, prompt_file, jsonl, start)
+        return {"prompt": prompts}, names, jsonl
+    if append is not None and append_file is not None:
+        raise UsageError("--append and --append-file were both given; give one")
+    if prompt is not None or prompt_file is not None:
+        raise UsageError("a prompt and --append were both given; --append is what is new after --state-in: give one")
+    if start is None:
+        raise UsageError("--append is what is new after a saved state, and none was given; give --state-in FILE")
+    if append_file is None and jsonl:
+        raise UsageError("--jsonl describes an --append-file, and --append was given")
+    if append == "":
+        raise UsageError("--append is empty; give at least one token")
+    if append == "-":
+        append, append_file = None, "-"
+    texts, names = (append, []) if append_file is None else _texts(append_file, jsonl)
+    return {"append": texts}, names, jsonl
+
+
+def _ending(reason: str, token: tuple[int, str] | None) -> str:
+    """Why an answer ended, for a person."""
+    return f"the end token {token[1]!r} ({token[0]})" if token else {"length": "--max-new-tokens"}.get(reason, reason)
+
+
 def _prompts(
     prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None
 ) -> tuple[Any, list[dict[str, Any]]]:
@@ -534,7 +609,7 @@ def _prompts(
     if prompt is None and prompt_file is None and state_in is None and _piped():
         prompt_file = "-"
         _err("note: the prompt is read from standard input")
-    if jsonl and prompt_file is None:
+    if jsonl and prompt_file is None and (prompt is not None or state_in is None):
         raise UsageError("--jsonl describes a --prompt-file, and none was given")
     if prompt_file != "-" and _piped():
         _err("note: standard input has a text that is not read; --prompt-file - makes it the prompt")
@@ -548,7 +623,12 @@ def _prompts(
                 "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
             )
         return None, []
-    source, text = _read_text(prompt_file)
+    return _texts(prompt_file, jsonl)
+
+
+def _texts(file: str, jsonl: bool) -> tuple[Any, list[dict[str, Any]]]:
+    """The file's text, or those of its lines and their names."""
+    source, text = _read_text(file)
     if not jsonl:
         text = text.removesuffix("\n").removesuffix("\r")
         if not text:
@@ -636,16 +716,19 @@ def _settings(
     return settings
 
 
-def _count(prompts: Any) -> int:
+def _count(given: dict[str, Any]) -> int:
     """Rows of a batch; 0 where there is no prompt."""
+    prompts = given.get("prompt") if given.get("prompt") is not None else given.get("append")
     return len(prompts) if isinstance(prompts, list) else int(prompts is not None)
 
 
-def _check_generation(max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int | None) -> None:
+def _check_generation(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> None:
     """Find out before a model is read that it cannot be asked this."""
     from xlstm_ray.sampling import Sampling
 
-    Sampling.make(temperature, top_p, seed)
+    Sampling.make(temperature, top_p, seed, top_k)
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
 
@@ -681,7 +764,8 @@ def _opened(
     else:  # what was not asked for is taken from the state
         config = ModelConfig.from_file(choose_model(settings) / "config.json")
     if state_out is not None:
-        size = state_in.stat().st_size if state_in and not rows else config.state_file_bytes(max(1, rows))
+        before = state_in.stat().st_size if state_in else 0  # what is appended to a state of several rows is one text
+        size = max(before, config.state_file_bytes(max(1, rows)))
         require_writable(state_out, option="--state-out", size=size)
     with Reporter(progress) as report:
         start: dict[str, Any] = {}

@@ -1,12 +1,10 @@
-"""Token after token, and turning tokens into pieces of text."""
+"""Token after token, from an executor's state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from xlstm_ray.errors import CheckpointError
@@ -22,29 +20,30 @@ def require_finite(logits: Tensor, model: Path) -> None:
         )
 
 
-class TextStream:
-    """Tokens of one row to pieces of text; bytes of an unfinished character wait for the rest."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
-
-    def step(self, token: int) -> str:
-        return self._stream.step(self._tokenizer, token) or ""
-
-
 class Decoder:
     """Decodes from an executor's state; counts tokens and time.
 
-    After the iteration `tokens` holds what was made, a row, without the end token, and `logits` (B, vocabulary) those
-    of each row's last token that the state has seen.
+    seen: how many tokens the state has seen, a row. After the iteration `tokens` holds what was made, a row, without
+    the end token, `ended_by` that end token or None, and `logits` (B, vocabulary) those of each row's last token that
+    the state has seen.
     """
 
-    def __init__(self, executor: Executor, logits: Tensor, sampling: Sampling, eos: tuple[int, ...], *, model: Path):
+    def __init__(
+        self,
+        executor: Executor,
+        logits: Tensor,
+        sampling: Sampling,
+        eos: tuple[int, ...],
+        *,
+        seen: Sequence[int],
+        model: Path,
+    ):
         self._model = model
         self._executor, self.logits, self._sample, self._eos = executor, logits, sampling.sampler(), eos
         self.tokens: list[list[int]] = [[] for _ in range(len(logits))]
         self._behind = torch.zeros(len(logits), dtype=torch.bool)  # rows whose last token the state has not seen
-        self._ended = [False] * len(logits)
+        self._seen = seen
+        self.ended_by: list[int | None] = [None] * len(logits)
         self.seconds = 0.0
         self.steps = 0
 
@@ -53,20 +52,23 @@ class Decoder:
 
         Called again, it goes on where it was left, to the same limit.
         """
-        while self.steps < max_new_tokens and not all(self._ended):
+        while self.steps < max_new_tokens and None in self.ended_by:
             if should_stop():
                 return
             began = perf_counter()
             self.catch_up()
             step: list[int | None] = []
-            for b, token in enumerate(self._sample(self.logits)):
-                self._ended[b] = self._ended[b] or token in self._eos
-                step.append(None if self._ended[b] else token)
-                if not self._ended[b]:
+            positions = [n + len(made) for n, made in zip(self._seen, self.tokens, strict=True)]
+            for b, token in enumerate(self._sample(self.logits, positions)):
+                if self.ended_by[b] is None and token in self._eos:
+                    self.ended_by[b] = token
+                going = self.ended_by[b] is None
+                step.append(token if going else None)
+                if going:
                     self.tokens[b].append(token)
                     self._behind[b] = True
             self.seconds += perf_counter() - began
-            if all(self._ended):
+            if None not in self.ended_by:
                 return
             self.steps += 1
             yield step

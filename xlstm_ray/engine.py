@@ -40,7 +40,8 @@ from xlstm_ray.choose import (
 from xlstm_ray.config import read_json
 from xlstm_ray.container import cores, machine_bytes
 from xlstm_ray.csvlog import CsvLog
-from xlstm_ray.decode import Decoder, TextStream, require_finite
+from xlstm_ray.decode import Decoder, require_finite
+from xlstm_ray.detokenize import Detokenizer
 from xlstm_ray.encode import TextEncoder
 from xlstm_ray.errors import (
     CheckpointError,
@@ -52,6 +53,8 @@ from xlstm_ray.errors import (
     one_line,
 )
 from xlstm_ray.files import check_outputs
+from xlstm_ray.generation_config import GenerationConfig
+from xlstm_ray.history import Row
 from xlstm_ray.journal import Journal
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import LaunchCounter, compile_strict, require_compile_cache
@@ -80,12 +83,13 @@ from xlstm_ray.memory import (
 )
 from xlstm_ray.model import Band, Kernels, Worker, make_grid
 from xlstm_ray.prefill.batch import BatchOutcome, prefill_groups, take
-from xlstm_ray.prefill.driver import Progress, Snapshot
+from xlstm_ray.prefill.driver import Progress, Snapshot, Tokens
 from xlstm_ray.prefill.executor import Executor, InProcessExecutor
 from xlstm_ray.prefill.plan import Group, group_size, plan_groups, window_sizes
+from xlstm_ray.resume import appended, prompts
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import Settings, unknown_variables
-from xlstm_ray.state import EMPTY_PROMPT, Grid, RecurrentState, extend_prompt_hash
+from xlstm_ray.state import Grid, RecurrentState
 from xlstm_ray.supervisor import Head, HeadOptions, Mode, connect, managed
 from xlstm_ray.turn import Turn, in_turn
 
@@ -235,6 +239,7 @@ class Engine:
         self._journal: Journal | None = None
         self._failures: list[str] = []  # of files that were asked for
         self._last: Callable[[], RecurrentState] | None = None
+        self._told_published = False
         self._logs: set[str] = set()  # what has been written by an earlier run of this engine
         self.on_note = on_note or _warn  # told what a person should know of a run that goes on
         try:
@@ -263,6 +268,10 @@ class Engine:
         self._tokenizer_file = self.model_path / "tokenizer.json"
         self.tokenizer = _tokenizer(self._tokenizer_file)
         self._encoder = TextEncoder(self.tokenizer, calling=self._calling_tokenizers)
+        self.detokenizer = Detokenizer(self.tokenizer)
+        self.published = GenerationConfig.of(self.model_path)
+        config_eos = self.config.eos_token_id
+        self.end_tokens = self.published.end_tokens(config_eos) if self.published else config_eos
         checkpoint = Checkpoint(self.model_path, self.config)
         self._limits: Limits | None = None
         self._before_load = self._base_bytes()
@@ -357,9 +366,35 @@ class Engine:
         """
         return self._tokens(prompt).tolist()
 
+    def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
+        """The tokens of what goes on after the tokens `after`: no begin token, nor any other that frames a text.
+
+        A tokenizer may put a space before a text's first word; here the text is taken as it is, where that can be had.
+        """
+        if not isinstance(more, str):
+            return self._checked(more, _token_ids(more)).tolist()
+        _require_text(more)
+        with self._calling_tokenizers():
+            tokens = list(self.tokenizer.encode(more, add_special_tokens=False).ids)
+            before = self.detokenizer.decode(after)
+
+            def shows(ids: list[int]) -> bool:
+                return self.detokenizer.decode([*after, *ids]) == before + more
+
+            for lead in ("\n", ".", "a") if after and not shows(tokens) else ():
+                whole = self.tokenizer.encode(lead + more, add_special_tokens=False)
+                cut = next((n for n, (start, _) in enumerate(whole.offsets) if start >= len(lead)), len(whole.ids))
+                if shows(whole.ids[cut:]):
+                    tokens = list(whole.ids[cut:])
+                    break
+        return self._checked(more, tokens).tolist()
+
     def _tokens(self, prompt: Prompt) -> Tensor:
         """As `encode`: int32."""
-        ids = self._encode_text(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        return self._checked(prompt, self._encode_text(prompt) if isinstance(prompt, str) else _token_ids(prompt))
+
+    def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
+        """These tokens of the prompt, int32, where the model has them all."""
         if not ids:
             raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
         odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < self.config.vocab_size), None)
@@ -373,10 +408,7 @@ class Engine:
         return torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)
 
     def _encode_text(self, prompt: str) -> "array[int]":
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as err:  # bytes of the command line that are no text, or half a pair in JSON
-            raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
+        _require_text(prompt)
         tokens = self._encoder.encode(prompt, partial(self._encoded, len(prompt)))
         if prompt and not tokens:
             raise CheckpointError(f"{self._tokenizer_file}: makes no tokens of the prompt")
@@ -419,6 +451,7 @@ class Engine:
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
         *,
+        append: Prompt | Sequence[Prompt] | None = None,
         state: RecurrentState | None = None,
         any_grid: bool = False,
         all_logits: bool = False,
@@ -432,9 +465,11 @@ class Engine:
         A batch's rows are computed in groups of about the same length; on_ready is called with a row's place and result
         when its group is done.
 
-        With a state, only what is new is computed; without a prompt it is taken as it is. should_stop is asked
-        between tiles; a stopped run gives a state that resumes there. Raises StateError where the state belongs to
-        another model, grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
+        With a state, only what is new is computed. The prompt is the whole of it; `append` is only what comes after
+        the state, in its place: one for each of the state's rows, or several for a state of one, which then serves
+        them all, or one for all rows. Without either the state is taken as it is. should_stop is asked between tiles;
+        a stopped run gives a state that resumes there. Raises StateError where the state belongs to another model,
+        grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
         result is then the same within tolerance, not to the bit. on_snapshot is given every state that a grid keeps on
         the way, before the grid is asked anything more. A run that actors or nodes failed for good ends with
         the state of its last snapshot and the reason in `ended_by`.
@@ -446,7 +481,12 @@ class Engine:
                     f"{state.name} was made on another grid ({state.grid.differences(self.grid)}); "
                     "use the same settings, or leave them out to take the state's"
                 )
-        if prompt is None:
+        if append is not None:
+            if prompt is not None:
+                raise UsageError("a prompt and what to append were both given; give one")
+            if state is None:
+                raise UsageError("there is no state to append to; give --state-in FILE, or a --prompt")
+        elif prompt is None:
             if state is None:
                 raise UsageError("neither a prompt nor a state was given")
             if not state.complete:
@@ -459,27 +499,41 @@ class Engine:
             return PrefillResult(state, state.tensors["logits"], stats)
         began = perf_counter()
         self._on_phase("cutting the prompt into tokens")
-        rows = [self._tokens(p) for p in _batch(prompt)]
+        if append is not None and state is not None:
+            more = _batch(append)
+            if state.batch == 1:
+                state = state.spread(len(more))
+            elif len(more) == 1:
+                more *= state.batch
+            going = appended(more, state, lambda new, row: self.encode_more(new, row.end.tokens))
+        else:
+            given = _batch(prompt)  # type: ignore[arg-type]
+            texts = [p if isinstance(p, str) else None for p in given]
+            going = prompts([self._tokens(p) for p in given], texts, state)
+        rows = [one.tokens for one in going]
         encode_s = perf_counter() - began
         ends = [len(row) for row in rows]
-        start, hashes = self._resume(rows, state)
-        begin = start.consumed
+        begin = [one.seen for one in going]
+        start = Snapshot(begin, torch.zeros(len(rows), self.config.vocab_size), {})
+        if state is not None:
+            start = Snapshot(begin, state.tensors["logits"], state.tensors)
         begun = list(state.begun or state.tokens) if state is not None else begin
         groups = plan_groups(begun, ends, tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size)
         self._require_room(len(rows), self._calls(groups, begun, ends))
         journal, self._last = self._journal, None
         if journal is not None:
             journal.begin(self.config.state_file_bytes(len(rows)))
-        known = list(zip(hashes, begin, strict=True))
+        sampling = None if state is None else state.sampling
 
         def state_at(snapshot: Snapshot, places: Sequence[int] = range(len(rows))) -> RecurrentState:
             """What a snapshot of the rows at these places is to the outside."""
             require_finite(snapshot.logits, self.model_path)
             for b, c in zip(places, snapshot.consumed, strict=True):
-                prompt_hash, n = known[b]
-                known[b] = _extended(prompt_hash, rows[b][n:c]), c
+                going[b].advance(c)
             complete = snapshot.consumed == [ends[b] for b in places]
-            made = self._state(snapshot, [known[b][0] for b in places], complete, guard.grid)
+            with _tokenizing(self._tokenizer_file):
+                known = [going[b].known(self.detokenizer, complete=complete) for b in places]
+            made = self._state(snapshot, known, complete, guard.grid, sampling)
             made.begun = None if complete else [begun[b] for b in places]
             return made
 
@@ -589,22 +643,34 @@ class Engine:
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
         *,
+        append: Prompt | Sequence[Prompt] | None = None,
         state: RecurrentState | None = None,
         max_new_tokens: int = 64,
         temperature: float | None = None,
         top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
+        last: bool = True,
         any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> "Generation":
-        """Prefill, then an iterator of pieces of text. Greedy unless temperature, top_p or a seed is given."""
-        sampling = Sampling.make(temperature, top_p, seed)
+        """Prefill (see there for prompt, append and state), then an iterator of pieces of text.
+
+        How tokens are chosen, where it is not given, is taken from the state's last answer, else from the model's
+        generation_config.json; else it is greedy unless temperature, top_p, top_k or a seed is given. last: nothing
+        goes on from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
+        """
+        before = state.sampling if state else None
+        sampling = Sampling.make(temperature, top_p, seed, top_k, before=before, published=self.published)
+        if self.published:
+            self._tell_published(sampling, asked=any(x is not None for x in (temperature, top_p, top_k, seed, before)))
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
         prefill = self.prefill(
             prompt,
+            append=append,
             state=state,
             any_grid=any_grid,
             on_progress=on_progress,
@@ -613,7 +679,21 @@ class Engine:
         )
         if prefill.complete and prefill.state.batch > 1:  # of a batch, only the last group is where it was computed
             self._set_state(prefill.state, prefill.state.batch)
-        return Generation(self, prefill, sampling, max_new_tokens, should_stop)
+        return Generation(self, prefill, sampling, max_new_tokens, should_stop, last=last)
+
+    def _tell_published(self, sampling: Sampling, *, asked: bool) -> None:
+        """Say once what of generation_config.json changes an answer, and what cannot."""
+        published, told = self.published, self._told_published
+        self._told_published = True
+        if published is None or told:
+            return
+        if published.not_served:
+            self.on_note(f"generation_config.json asks for {', '.join(published.not_served)}, which is not served here")
+        if sampling.temperature and not asked:
+            self.on_note(
+                f"sampling as generation_config.json says: temperature {sampling.temperature:g}, "
+                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}; --temperature 0 is greedy"
+            )
 
     @in_turn
     def close(self, *, keep_journal: bool = False) -> None:
@@ -674,28 +754,6 @@ class Engine:
         return None if self._last is None else self._last()
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _resume(self, rows: list[Tensor], state: RecurrentState | None) -> tuple[Snapshot, list[str]]:
-        """Where the rows go on, and a row the hash of what comes before."""
-        if state is None:
-            return Snapshot([0] * len(rows), torch.zeros(len(rows), self.config.vocab_size), {}), [EMPTY_PROMPT] * len(
-                rows
-            )
-        if state.batch != len(rows):
-            raise StateError(f"{state.name} is of {state.batch} prompts, but {len(rows)} were given")
-        for b, (row, known, prompt_hash) in enumerate(zip(rows, state.tokens, state.prompt_hash, strict=True)):
-            which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
-            if len(row) < known:
-                raise StateError(
-                    f"{which} has {len(row)} tokens, but {state.name} has already seen {known}; "
-                    "give the same prompt or a longer one"
-                )
-            if _extended(EMPTY_PROMPT, row[:known]) != prompt_hash:
-                raise StateError(
-                    f"the first {known} tokens of {which} are not those that {state.name} has seen; "
-                    "it is of another prompt"
-                )
-        return Snapshot(state.tokens, state.tensors["logits"], state.tensors), state.prompt_hash
-
     def _open_journal(self) -> None:
         name = "journal" if self.settings.journal is not None else "resume"
         directory = getattr(self.settings, name)
@@ -711,11 +769,15 @@ class Engine:
         self.executor.set_state(None if state is None else state.tensors, batch)
         self._runs += 1
 
-    def _state(self, snapshot: Snapshot, hashes: list[str], complete: bool, grid: Grid) -> RecurrentState:
+    def _state(
+        self, snapshot: Snapshot, rows: list[Row], complete: bool, grid: Grid, sampling: Sampling | None
+    ) -> RecurrentState:
         return RecurrentState(
             {**snapshot.tensors, "logits": snapshot.logits},
             tokens=snapshot.consumed,
-            prompt_hash=hashes,
+            prompt_hash=[row.tokens.hash for row in rows],
+            rows=rows,
+            sampling=sampling,
             model=self.fingerprint,
             grid=grid,
             complete=complete,
@@ -897,7 +959,7 @@ class _Guard:
     def __init__(
         self,
         engine: Engine,
-        rows: Sequence[Tensor],
+        rows: Sequence[Tokens],
         begin: Sequence[int],
         groups: Sequence[Group],
         should_stop: Callable[[], bool],
@@ -1051,14 +1113,20 @@ class Generation:
         sampling: Sampling,
         max_new_tokens: int,
         should_stop: Callable[[], bool],
+        *,
+        last: bool,
     ):
         self.prefill = prefill
-        self._engine, self._limit, self._should_stop = engine, max_new_tokens, should_stop
+        self.sampling = sampling
+        self._engine, self._limit, self._should_stop, self._last = engine, max_new_tokens, should_stop, last
+        before = prefill.state
         self._decoder = Decoder(
-            engine.executor, prefill.logits, sampling, engine.config.eos_token_id, model=engine.model_path
+            engine.executor, prefill.logits, sampling, engine.end_tokens, seen=before.tokens, model=engine.model_path
         )
+        self._streams = [engine.detokenizer.stream(row.end) for row in before.rows]
+        self._pieces: list[list[str]] = [[] for _ in before.rows]
+        self._finished: set[int] = set()  # rows whose text is at its end
         self.compile_s = engine.warm_up(prefill.state.batch, [1]) if prefill.complete and max_new_tokens > 1 else 0.0
-        self.texts = [""] * prefill.state.batch
         self._run = engine._runs
         if prefill.complete:
             engine._turn.begin(self)
@@ -1067,24 +1135,57 @@ class Generation:
         """A piece of text for each row, step by step."""
         if not self.prefill.complete:
             return  # stopped on the way: there is nothing to decode from yet
-        streams = [TextStream(self._engine.tokenizer) for _ in self.texts]
         steps = self._decoder.run(self._limit, self._should_stop)
         try:
             while True:
                 with self._engine._turn.of("step", self):
                     self._require_own_state()
                     step = next(steps, None)
+                with _tokenizing(self._engine._tokenizer_file):
+                    pieces = self._pieces_of(step)
+                if step is not None or any(pieces):
+                    yield pieces
                 if step is None:
                     return
-                with _tokenizing(self._engine._tokenizer_file):
-                    pieces = ["" if t is None else stream.step(t) for stream, t in zip(streams, step, strict=True)]
-                self.texts = [text + piece for text, piece in zip(self.texts, pieces, strict=True)]
-                yield pieces
         finally:
             self._engine._turn.end(self)
 
+    def _pieces_of(self, step: list[int | None] | None) -> list[str]:
+        """What this step, or the end, adds to each row's text."""
+        pieces = []
+        for b, stream in enumerate(self._streams):
+            token = None if step is None else step[b]
+            piece = "" if token is None else stream.step(token)
+            ends = self._decoder.ended_by[b] is not None or (step is None and self._last)
+            if ends and b not in self._finished:
+                piece += stream.finish()
+                self._finished.add(b)
+            self._pieces[b].append(piece)
+            pieces.append(piece)
+        return pieces
+
+    @property
+    def texts(self) -> list[str]:
+        """The text so far, a row."""
+        return ["".join(pieces) for pieces in self._pieces]
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Why each row's answer ended: stop (an end token, see `stop_tokens`), length (the limit) or cancelled."""
+        limit = "length" if self._decoder.steps >= self._limit else "cancelled"
+        return [limit if token is None else "stop" for token in self._decoder.ended_by]
+
+    @property
+    def stop_tokens(self) -> list[tuple[int, str] | None]:
+        """The end token that ended each row and its text; None for a row that none has ended."""
+        with _tokenizing(self._engine._tokenizer_file):
+            return [
+                None if token is None else (token, self._engine.tokenizer.decode([token], skip_special_tokens=False))
+                for token in self._decoder.ended_by
+            ]
+
     def __iter__(self) -> Iterator[str]:
-        if len(self.texts) != 1:
+        if len(self._streams) != 1:
             raise UsageError("a batch has no single text to iterate over; use rows()")
         return (pieces[0] for pieces in self.rows())
 
@@ -1120,10 +1221,13 @@ class Generation:
         self._require_own_state()
         self._engine.warm_up(before.batch, [1])
         self._decoder.catch_up()
-        tokens = [n + len(made) for n, made in zip(before.tokens, self.tokens, strict=True)]
-        hashes = [extend_prompt_hash(h, made) for h, made in zip(before.prompt_hash, self.tokens, strict=True)]
+        rows = []
+        for row, made, text, stream in zip(before.rows, self.tokens, self.texts, self._streams, strict=True):
+            seen = None if row.text is None else row.text.extend(text.encode())
+            rows.append(Row(tokens=row.tokens.extend(made), text=seen, end=stream.end()))
+        tokens = [row.tokens.length for row in rows]
         snapshot = Snapshot(tokens, self._decoder.logits, self._engine.executor.get_state())
-        return self._engine._state(snapshot, hashes, True, before.grid)
+        return self._engine._state(snapshot, rows, True, before.grid, self.sampling)
 
     def _require_own_state(self) -> None:
         """An engine has one state at a time: after another prefill it is no longer this generation's."""
@@ -1157,11 +1261,11 @@ def _batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
 
 
-def _extended(prompt_hash: str, tokens: Tensor) -> str:
-    """The hash of a prompt lengthened by these tokens, of which few at a time become Python's."""
-    for part in tokens.split(1 << 16):
-        prompt_hash = extend_prompt_hash(prompt_hash, part.tolist())
-    return prompt_hash
+def _require_text(prompt: str) -> None:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as err:  # bytes of the command line that are no text, or half a pair in JSON
+        raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,22 +15,16 @@ from torch import Tensor
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import OutputError, StateError, one_line
 from xlstm_ray.files import STATE, require_replaceable, write_whole
+from xlstm_ray.history import EMPTY_PROMPT, Row, TokenTrail, extend_prompt_hash
+from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import cache_dir
 
-FORMAT = "xlstm-ray state 3"
+__all__ = ["EMPTY_PROMPT", "FORMAT", "Grid", "RecurrentState", "extend_prompt_hash"]
+
 SAMPLED = "xlstm-ray state 1"  # told models apart by a sample of their weights
-EMPTY_PROMPT = hashlib.blake2b(b"xlstm-ray prompt", digest_size=16).hexdigest()
 
-
+FORMAT = "xlstm-ray state 4"
 KEPT = 4  # states of interrupted runs, one a model
-
-
-def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
-    """The hash of a prompt lengthened by `tokens`. A chain, so that a saved state can go on without its prompt."""
-    link = bytes.fromhex(prompt_hash)
-    for token in tokens:
-        link = hashlib.blake2b(link + token.to_bytes(8, "little"), digest_size=16).digest()
-    return link.hex()
 
 
 class Grid(BaseModel):
@@ -65,6 +59,8 @@ class _Metadata(BaseModel):
     grid: Grid
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 16)]
     prompt_hash: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
+    rows: list[Row]
+    sampling: Sampling | None
     complete: bool
     begun: list[Annotated[int, Field(ge=0)]] | None = None
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -76,8 +72,9 @@ class RecurrentState:
     tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1) of an mLSTM block,
     `blocks.N.h`, `.c`, `.n`, `.m` (B, NH, DH) of an sLSTM block, and `logits` (B, vocabulary) of the last token
     consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which (none yet: the
-    row is all zeros). `complete` is false for a prefill that was stopped on the way; then `begun` tells, a row, after
-    how many tokens it had begun, which decides what rows go together. `name` is what errors call it.
+    row is all zeros), and `rows` what is known of their text. `complete` is false for a prefill that was stopped on the
+    way; then `begun` tells, a row, after how many tokens it had begun, which decides what rows go together. `sampling`
+    is how the last answer was made, for the next one. `name` is what errors call it.
     """
 
     def __init__(
@@ -90,9 +87,15 @@ class RecurrentState:
         grid: Grid,
         complete: bool,
         begun: Sequence[int] | None = None,
+        rows: Sequence[Row] | None = None,
+        sampling: Sampling | None = None,
         name: str = "the state",
     ):
         self.tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
+        if rows is None:  # of tokens alone
+            known = zip(self.tokens, self.prompt_hash, strict=True)
+            rows = [Row(tokens=TokenTrail(length=n, hash=h, step=max(n, 1))) for n, h in known]
+        self.rows, self.sampling = list(rows), sampling
         self.model, self.grid, self.complete, self.name = model, grid, complete, name
         self.begun = None if begun is None else list(begun)
 
@@ -123,6 +126,24 @@ class RecurrentState:
             grid=self.grid,
             complete=self.complete,
             begun=None if self.begun is None else self.begun[b : b + 1],
+            rows=self.rows[b : b + 1],
+            sampling=self.sampling,
+            name=self.name,
+        )
+
+    def spread(self, batch: int) -> "RecurrentState":
+        """The state of one prompt as that of `batch` rows; the tensors are not copied."""
+        assert self.batch == 1
+        return RecurrentState(
+            {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self.tensors.items()},
+            tokens=self.tokens * batch,
+            prompt_hash=self.prompt_hash * batch,
+            model=self.model,
+            grid=self.grid,
+            complete=self.complete,
+            begun=None if self.begun is None else self.begun * batch,
+            rows=self.rows * batch,
+            sampling=self.sampling,
             name=self.name,
         )
 
@@ -144,6 +165,8 @@ class RecurrentState:
             grid=self.grid,
             tokens=self.tokens,
             prompt_hash=self.prompt_hash,
+            rows=self.rows,
+            sampling=self.sampling,
             complete=self.complete,
             begun=self.begun,
             digest=digest,
@@ -199,17 +222,27 @@ class RecurrentState:
                 "may be of another model; make it anew from its prompt"
             )
         try:
+            known = json.loads(text).get("format")
+        except (ValueError, AttributeError, RecursionError):
+            known = FORMAT  # the check below says what is wrong
+        if known != FORMAT:
+            raise StateError(
+                f"{path}: has format {known!r}, and this program reads {FORMAT!r}; make the state anew from its prompt"
+            )
+        try:
             metadata = _Metadata.model_validate_json(text)
         except ValidationError as err:
             first = err.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise StateError(f"{path}: the header's {where or 'text'} is wrong: {one_line(first['msg'])}") from None
-        if metadata.format != FORMAT:
-            raise StateError(f"{path}: has format {metadata.format!r}; this program reads {FORMAT!r}")
         if len(metadata.prompt_hash) != len(metadata.tokens):
             raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.prompt_hash)} hashes")
         if metadata.begun is not None and len(metadata.begun) != len(metadata.tokens):
             raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.begun)} beginnings")
+        if [(row.tokens.length, row.tokens.hash) for row in metadata.rows] != list(
+            zip(metadata.tokens, metadata.prompt_hash, strict=True)
+        ):
+            raise StateError(f"{path}: the header's rows are not those of its tokens")
         state = cls(
             tensors,
             tokens=metadata.tokens,
@@ -218,6 +251,8 @@ class RecurrentState:
             grid=metadata.grid,
             complete=metadata.complete,
             begun=metadata.begun,
+            rows=metadata.rows,
+            sampling=metadata.sampling,
             name=f"the state {path}",
         )
         if state.digest() != metadata.digest:

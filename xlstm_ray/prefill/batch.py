@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xlstm_ray.errors import GridLost
 from xlstm_ray.prefill import driver
-from xlstm_ray.prefill.driver import Progress, Snapshot
+from xlstm_ray.prefill.driver import Progress, Snapshot, Tokens
 from xlstm_ray.prefill.executor import Executor
 from xlstm_ray.prefill.plan import Group
 
@@ -70,7 +70,7 @@ class Whole:
 
 def prefill_groups(
     executor: Executor,
-    rows: Sequence[Tensor],
+    rows: Sequence[Tokens],
     groups: Sequence[Group],
     *,
     start: Snapshot,

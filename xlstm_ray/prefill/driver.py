@@ -14,6 +14,26 @@ from xlstm_ray.prefill.executor import Executor, Tile
 from xlstm_ray.prefill.plan import Window, plan_windows
 
 
+class Tail:
+    """A row's tokens from `start` on, by their positions in the whole: what came before is in a state, not here."""
+
+    def __init__(self, tokens: Tensor, start: int):
+        self.tokens, self._start = tokens, start
+
+    def __len__(self) -> int:
+        return self._start + len(self.tokens)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        start, stop, _ = part.indices(len(self))
+        if start >= stop:  # a row that has nothing in a window
+            return self.tokens[:0]
+        assert start >= self._start
+        return self.tokens[start - self._start : stop - self._start]
+
+
+Tokens = Tensor | Tail
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a prefill is: tokens over all rows, those of a resumed state too; seconds since its first tile began."""
@@ -56,7 +76,7 @@ class Outcome:
     lost: GridLost | None = None  # why it ended early, at its last snapshot
 
 
-def make_tile(window: Window, rows: Sequence[Tensor], begin: Sequence[int], *, keep: bool) -> Tile:
+def make_tile(window: Window, rows: Sequence[Tokens], begin: Sequence[int], *, keep: bool) -> Tile:
     """The window's tokens; rows: int64 prompts, begin: a row's first token that is not in the state yet."""
     tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
@@ -68,7 +88,7 @@ def make_tile(window: Window, rows: Sequence[Tensor], begin: Sequence[int], *, k
 
 def prefill(
     executor: Executor,
-    rows: Sequence[Tensor],
+    rows: Sequence[Tokens],
     *,
     start: Snapshot,
     tile_size: int,
