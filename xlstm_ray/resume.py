@@ -110,13 +110,14 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
         )
     if len(data) < known.text.length and differs[1] == len(data):
         raise StateError(
-            f"{which} has {len(data)} bytes of text, but {name} has already seen {known.text.length}; give the same "
-            f"prompt or a longer one, or, {way_out}"
+            f"{which} has {len(tokens)} tokens, but {name} has already seen {seen}; give the same prompt or a longer "
+            f"one, or, {way_out}"
         )
     first, last = (data.count(b"\n", 0, place) + 1 for place in differs)
     lines = f"line {first}" if first == last else f"lines {first} to {last}"
     raise StateError(
-        f"{which} is another prompt than {name} has seen: its text differs {_between('byte', *differs)} ({lines})"
+        f"{which} is another prompt than the {seen} tokens that {name} has seen: "
+        f"its text differs {_between('byte', *differs)} ({lines})"
         f"; give the same prompt or a longer one, or, {way_out}"
     )
 
