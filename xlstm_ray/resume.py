@@ -96,7 +96,7 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
     way_out = f"to go on from {name} give only what is new after it, with --append TEXT or --append-file FILE"
     if text is None or known.text is None:
         raise StateError(
-            f"{which} is another prompt than {name} has seen: {tokens_differ}; give the same prompt or a longer "
+            f"{name} is of another prompt than {which}: {tokens_differ}; give the same prompt or a longer "
             f"one, or, {way_out}"
         )
     data = text.encode()
@@ -116,7 +116,7 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
     first, last = (data.count(b"\n", 0, place) + 1 for place in differs)
     lines = f"line {first}" if first == last else f"lines {first} to {last}"
     raise StateError(
-        f"{which} is another prompt than the {seen} tokens that {name} has seen: "
+        f"{name}, of {seen} tokens, is of another prompt than {which}: "
         f"its text differs {_between('byte', *differs)} ({lines})"
         f"; give the same prompt or a longer one, or, {way_out}"
     )
