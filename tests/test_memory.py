@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,7 +160,9 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
     whole = plain(model).prefill([*tokens, *range(40)])
     assert (further.logits - whole.logits).norm() / whole.logits.norm() < 1e-4
     assert {"soft"} == {row["level"] for row in samples}
-    assert list(samples[0]) == [*(f.name for f in fields(Sample)), "level"]
+    assert list(samples[0]) == ["time", *(f.name for f in fields(Sample)), "level"]
+    moments = [datetime.fromisoformat(row["time"]) for row in samples]
+    assert moments == sorted(moments)
     seconds = [float(row["seconds"]) for row in samples]
     assert seconds == sorted(seconds)
 

@@ -25,6 +25,7 @@ from tokenizers import Encoding, Tokenizer
 PIECE = 1 << 16  # characters
 OVERLAP = 1 << 12  # characters: what a tokenizer looks at to cut a word is taken to be shorter
 AGREE = 8  # tokens, at least
+IDS = "I"  # as the library counts them, without a sign: an id may be beyond every vocabulary, and the caller says so
 
 
 class TextEncoder:
@@ -61,7 +62,7 @@ class TextEncoder:
         if not self._knows_places:
             return self._at_once(text)
         before, after = self._added()
-        ids = array("i", before)
+        ids = array(IDS, before)
         at, size = 0, self._piece
         piece = self._piece_of(text, at, size)
         while piece.end < len(text):
@@ -85,7 +86,7 @@ class TextEncoder:
 
     def _at_once(self, text: str) -> "array[int]":
         with self._calling():
-            return array("i", self._whole.encode(text).ids)
+            return array(IDS, self._whole.encode(text).ids)
 
     def _piece_of(self, text: str, start: int, size: int) -> "_Piece":
         """text[start:start + size], encoded."""
@@ -122,7 +123,7 @@ class _Piece:
     def __init__(self, encoding: Encoding, start: int, end: int):
         self.start, self.end = start, end
         self.first = 0  # the tokens before it are those of the piece before
-        self.ids = array("i", encoding.ids)
+        self.ids = array(IDS, encoding.ids)
         self.begin = array("q", (start + b for b, _ in encoding.offsets))
         ends = [start + e for _, e in encoding.offsets]
         reach = array("q", accumulate(ends, max))
