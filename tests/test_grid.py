@@ -738,6 +738,51 @@ def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_ano
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def test_a_disk_that_fills_up_under_the_snapshots_costs_neither_the_run_nor_its_results(
+    home, head, model, in_process, tmp_path
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a file system")
+    try:
+        kept = disk / "kept.state"
+        words = [
+            "prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
+            "--ray-address", head.address, "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3,
+            "--progress", "ndjson",
+        ]  # fmt: skip
+        run = subprocess.Popen(
+            [sys.executable, "-c", "from xlstm_ray.cli import main; main()", *map(str, words)],
+            env=environment(home) | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout is not None
+        assert run.stderr is not None
+        said = []
+        for line in run.stderr:
+            if not line.startswith("{"):
+                said.append(line)
+            elif json.loads(line).get("tiles_done") == 8:
+                assert list(disk.iterdir())
+                subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=4k"], capture_output=True)
+        found = json.loads(run.stdout.read())
+        assert run.wait(60) == 1, said
+        assert found["state_digest"] == in_process[4]["digest"]
+        assert found["state_path"] is None
+        (note,) = [line for line in said if line.startswith("note: a snapshot is missing")]
+        assert "No space left on device" in note
+        assert f"error: {kept}: the state cannot be written (No space left on device)" in said[-1]
+        assert [path.name for path in disk.iterdir()] == ["fill"]
+        (rescued,) = (tmp_path / "cache").rglob("*.state")
+        assert str(rescued) in said[-1]
+        assert RecurrentState.load(rescued).digest() == found["state_digest"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 # -- what Ray does to the run's process --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "number", "code"), [("raylet", signal.SIGKILL, 4), ("gcs_server", signal.SIGSTOP, 0)], ids=str

@@ -766,6 +766,8 @@ def _opened(
     if state_out is not None:
         before = state_in.stat().st_size if state_in else 0  # what is appended to a state of several rows is one text
         size = max(before, config.state_file_bytes(max(1, rows)))
+        if keeper.current is not None and settings.journal is None and settings.resume is None:
+            size *= 2  # a snapshot is held beside the file while the next one is written
         require_writable(state_out, option="--state-out", size=size)
     with Reporter(progress) as report:
         start: dict[str, Any] = {}
@@ -910,10 +912,19 @@ def _keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentSt
     if run is None:
         return None
     place = state_out if engine.journal_file is None else None
+    missing = False
 
     def keep(state: "RecurrentState") -> None:
+        nonlocal missing
         if place is not None:
-            state.save(run.hold(place))
+            try:
+                state.save(run.hold(place))
+            except StateError as err:  # the one before stays, and what was said of it
+                if not missing:
+                    _err(f"note: a snapshot is missing: {err}; the run goes on without it")
+                missing = True
+                return
+            missing = False
         run.kept(f"stopped after {sum(state.tokens)} tokens{_way_on(engine, state_out)}", place)
 
     return keep
@@ -927,9 +938,11 @@ def _prompts_state_kept(engine: "Engine", result: "PrefillResult", state_out: Pa
     try:
         yield
     except GridLost as lost:
+        way_on = _way_on(engine, state_out)
         if state_out is not None:
-            result.state.save(state_out, overwrite=engine.settings.overwrite)
-        raise GridLost(f"{lost}; the state is the prompt's, without an answer{_way_on(engine, state_out)}") from None
+            saved = _save(engine, result.state, state_out, engine.settings, needed=True)
+            way_on = f"; {saved.said}{saved.go_on()}"
+        raise GridLost(f"{lost}; the state is the prompt's, without an answer{way_on}") from None
 
 
 def _finish(engine: "Engine", saved: _Saved) -> None:
