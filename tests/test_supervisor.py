@@ -856,6 +856,29 @@ def test_nothing_is_left_when_the_driver_ends(
 
 
 @needs_ray
+def test_a_program_that_leaves_all_open_ends_in_silence_and_nothing_of_its_head_is_left(tmp_path: Path) -> None:
+    program = """
+        import sys
+        from contextlib import ExitStack
+        from pathlib import Path
+        from xlstm_ray.supervisor import HeadOptions, connect, managed
+        stack = ExitStack()
+        options = HeadOptions(state_dir=Path(sys.argv[1]), num_cpus=1, object_store_bytes=80 << 20)
+        head = stack.enter_context(managed(options))
+        ray = stack.enter_context(connect(head))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert until(lambda: supervisor.status(tmp_path).heads == (), 60)
+
+
+@needs_ray
 def test_without_its_guard_an_orphan_is_found_and_removed(
     driver: Callable[[], tuple[subprocess.Popen[str], Head]], other: Other, tmp_path: Path
 ) -> None:

@@ -380,9 +380,10 @@ def managed(options: HeadOptions) -> Iterator[Head]:
     try:
         imported.result()
         yield head
-    finally:  # not in a fork, which ends what it has copied
-        if os.getpid() == mine and not options.stays and ended_by_itself(head, options.state_dir) is None:
-            stop_head(head, options.state_dir)
+    finally:  # not in a fork, which ends what it has copied; nor as the interpreter ends: then its guard stops it
+        if os.getpid() == mine and not options.stays and not sys.is_finalizing():
+            if ended_by_itself(head, options.state_dir) is None:
+                stop_head(head, options.state_dir)
 
 
 def ended_by_itself(head: Head, state_dir: Path) -> str | None:
@@ -536,6 +537,8 @@ def _one_connection(there: str) -> str:
 
 def _disconnect(ray: ModuleType) -> None:
     """Bounded in time: a head that does not answer must not keep a result from being printed."""
+    if sys.is_finalizing():  # a program that left its engine open: Ray has gone at exit, and no thread starts any more
+        return
     closing = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
     closing.start()
     closing.join(2 * GRACE_S)
