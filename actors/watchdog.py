@@ -36,6 +36,13 @@ class Event(NamedTuple):
     level: Level
     sample: Sample
     limits: Limits
+    container: bool = False  # it is the node's container, with all that runs there
+
+    @property
+    def excess(self) -> int:
+        """By how many bytes the hard limit is passed."""
+        host = self.sample.process_bytes - self.limits.hard
+        return max(host, self.sample.device_driver_bytes - (self.limits.device_hard or 0)) if host <= 0 else host
 
     @property
     def text(self) -> str:
@@ -123,15 +130,16 @@ class Watchdog:
                 f"the container of {self.node}",
                 replace(memory, process_bytes=used),
                 self.limits(memory.total_bytes, None),
+                container=True,
             )
         with self._lock:
             self._samples = {name: sample.memory for name, sample in samples.items()}
 
-    def _note(self, who: str, sample: Sample, limits: Limits) -> Level | None:
+    def _note(self, who: str, sample: Sample, limits: Limits, *, container: bool = False) -> Level | None:
         """The limit that is exceeded; an event where that is new."""
         level = limits.exceeded(sample)
         with self._lock:
             known, self._over[who] = self._over.get(who), level
             if level is not None and level != known:
-                self._events.append(Event(who, level, sample, limits))
+                self._events.append(Event(who, level, sample, limits, container))
         return level

@@ -80,6 +80,28 @@ def test_a_head_starts_where_there_is_little_memory(tmp_path):
             run(prefix, tmp_path, "down")
 
 
+def test_what_others_use_is_named_where_it_is_what_is_missing(tmp_path):
+    make_model(tmp_path / "model", hidden_size=512, num_hidden_layers=1)
+    words = ["prefill", "--model", tmp_path / "model", "--device", "cpu", "--chunkwise-backend", "native"]
+    words += ["--tile-size", 16384, "--chunk-size", 64, "--dtype", "float32", "--prompt", "abc"]
+    with container(memory_mb=1200) as prefix:
+        eater = subprocess.Popen(
+            [*prefix, sys.executable, "-c", "x = bytearray(b'1') * (800 << 20); print(flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with eater:
+            assert eater.stdout is not None
+            eater.stdout.readline()
+            done = run(prefix, tmp_path, *words)
+            eater.kill()
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    found = re.search(r"end other programs, which use ([\d,]+) of this container's 1,200 MiB", done.stderr)
+    assert found, done.stderr
+    assert 700 < int(found[1]) < 900
+    assert "raise the limit" not in done.stderr
+
+
 EATER = """
     import os, sys, time
     journal, megabytes = sys.argv[1:]

@@ -172,6 +172,10 @@ def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model
             "--actors-per-device is for GPUs",
         ),
         ({"chunkwise_backend": "ray_compiled_chunks", "stages": 9}, "but the model has 3 blocks"),
+        (
+            {"chunkwise_backend": "ray_compiled_chunks", "ray_address": "10.0.0.1:1", "force": True},
+            "--force has no effect on other machines",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused(options, said, model, monkeypatch):

@@ -210,7 +210,8 @@ def test_over_the_hard_limit_the_run_stops_at_a_tile_and_goes_on_later_to_the_sa
     ended = run_child(OVER_THE_HARD_LIMIT, *words, "--stats-log", tiles, tiles, code=3)
     said, go_on = [line for line in ended.stderr.splitlines() if not line.startswith("note: ")]
     assert re.match(r"error: memory: this process uses [\d,]+ MiB, over the hard limit of [\d,]+ MiB", said)
-    for part in ("XLSTM_MEM_HARD_MB", "--tile-size", "available", f"state in {state}", "of 2400 tokens"):
+    assert "--tile-size" not in said  # a tile of this model is small: none of its sizes would have helped
+    for part in ("raise the limit (XLSTM_MEM_HARD_MB", "available", f"state in {state}", "of 2400 tokens"):
         assert part in said
     part = RecurrentState.load(state)
     assert not part.complete
@@ -239,7 +240,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_arithmetic_unless_forced(mode
     assert found, refused.stderr
     *parts, total = map(int, found.groups())
     assert abs(sum(parts) - total) <= 2
-    for part in ("100 MiB are allowed (--mem-hard-mb 100)", "--tile-size", "--force"):
+    for part in ("100 MiB are allowed (--mem-hard-mb 100); raise the limit (--mem-hard-mb 100); or", "--force"):
         assert part in refused.stderr
     # By force it starts; the watchdog then finds it over the limit before the first tile.
     options = {"device": "cpu", "chunkwise_backend": "native", "mem_hard_mb": 100, "force": True}
@@ -247,6 +248,41 @@ def test_a_run_that_cannot_fit_is_refused_with_the_arithmetic_unless_forced(mode
     assert (forced.state.tokens, forced.complete) == ([0], False)
     assert "over the hard limit of 100 MiB (" in str(forced.ended_by)
     assert xlstm_ray.load(model, **options | {"mem_hard_mb": None}, mem_watchdog=False).prefill("abc").complete
+
+
+TOO_LITTLE = """
+    import json, re, sys, xlstm_ray
+    from xlstm_ray.errors import MemoryLimitError
+    def refused(**options):
+        try:
+            xlstm_ray.load(sys.argv[1], device="cpu", chunkwise_backend="native", chunk_size=64, **options)
+        except MemoryLimitError as err:
+            return str(err)
+    for part, missing, options in json.loads(sys.argv[2]):
+        arithmetic = refused(mem_hard_mb=50, **options)
+        found = re.findall(r"([a-z' ]+?) ([\\d,]+) [+=]", arithmetic)
+        of = {name.strip(): int(size.replace(",", "")) for name, size in found}
+        total = int(re.search(r"= ([\\d,]+) MiB", arithmetic)[1].replace(",", ""))
+        print(json.dumps(refused(mem_hard_mb=int(total - missing * of[part]), **options)))
+"""
+
+
+def test_what_is_advised_makes_that_smaller_which_is_too_large(tmp_path):
+    make_model(tmp_path, hidden_size=1024, num_hidden_layers=2)
+    tile, weights = "a tile's activations", "weights"
+    float32, large, small = {"dtype": "float32"}, {"tile_size": 8192}, {"tile_size": 64}
+    cases: list[tuple[str, float, dict[str, object], str]] = [
+        (tile, 0.6, {"dtype": "bfloat16", **large}, "give a --tile-size below 8192"),
+        (tile, 0.9, {**float32, **large}, "give a --tile-size below 8192"),
+        (weights, 0.2, {**float32, **small}, "give --dtype bfloat16, or spread the blocks over more machines"),
+        (weights, 0.8, {**float32, **small}, "spread the blocks over more machines"),
+        (weights, 0.5, {"dtype": "bfloat16", **small}, "spread the blocks over more machines"),
+    ]
+    lines = run_child(TOO_LITTLE, tmp_path, json.dumps([case[:3] for case in cases])).stdout.splitlines()
+    for (*_, expected), line in zip(cases, lines, strict=True):
+        said = json.loads(line).split("; ")[1]
+        said = re.sub(r" \(--stages with.*?\)", "", said)
+        assert said == f"{expected}, or raise the limit" + said.partition(", or raise the limit")[2], line
 
 
 NEED_AND_PEAK = """

@@ -152,6 +152,12 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
+    elsewhere = mode is Mode.ATTACHED and not supervisor.is_loopback(settings.ray_address or "")
+    if elsewhere and settings.force and settings.source("force").kind == "flag":
+        raise UsageError(
+            f"{settings.named('force')} has no effect on other machines ({settings.named('ray_address')}), whose "
+            "memory is not looked at before a run; leave it out"
+        )
     return mode
 
 

@@ -70,8 +70,10 @@ from xlstm_ray.memory import (
     GridNeed,
     Limits,
     Need,
+    Sample,
     Watchdog,
     activation_bytes,
+    advice,
     computed_need,
     device_total_bytes,
     peak_device_bytes,
@@ -860,16 +862,20 @@ class Engine:
 
     def _require_room(self, batch: int, calls: Sequence[tuple[int, int]]) -> None:
         """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic."""
-        if self.settings.force:
-            return
         if self.mode is not Mode.LOCAL:
             self._require_room_for_grid(max((rows for rows, _ in calls), default=1))
             return
+        if self.settings.force:
+            return
         need, (room, where) = self._need_of(batch, calls, self.grid, self.workers), self._room()
         if need.total > room:
+            ways = self._ways(batch, calls, self.grid)
+            if self.device.type != "cuda":
+                sample = take_sample()
+                ways |= self._room_elsewhere(sample.available_bytes, sample.total_bytes, process_bytes(), room)
             raise MemoryLimitError(
                 f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{self._less(batch)}, or start all the same with --force"
+                f"{advice(ways, need.total - room)}; or start all the same with --force"
             )
 
     def _require_room_for_grid(self, batch: int) -> None:
@@ -878,7 +884,7 @@ class Engine:
         Nodes of a cluster say nothing of their memory that would hold for a run; there the watchdogs speak.
         """
         here = self.mode is Mode.MANAGED or supervisor.is_loopback(self.settings.ray_address or "")
-        if not here:
+        if not here or self.settings.force:
             return
         if self._executor is None:
             need = self.grid_need(batch)
@@ -893,16 +899,24 @@ class Engine:
             # A container's memory is this run's: over the hard limit of it, the watchdog ends the run.
             room, where = room - (total - self._limits.hard), f"{where} below the hard limit ({self._hard_name()})"
         if need.total > room:
-            fewer = f"fewer than {self.stages} --stages, " if self.stages > 1 else ""
+            ways = {}
+            if self.stages > 1:
+                ways[f"give fewer than {self.stages} --stages"] = need.programs * (self.stages - 1) // self.stages
+            ways["use local mode"] = need.head + need.programs + need.watchdog + need.store
+            ways |= self._ways(batch, [(batch, self.grid.tile_size)], self.grid)
+            ways |= self._room_elsewhere(available, total, process_bytes(), room)
             raise MemoryLimitError(
-                f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; use {fewer}local mode, or "
-                f"{self._less(batch)}, or start all the same with --force"
+                f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; "
+                f"{advice(ways, need.total - room)}; or start all the same with --force"
             )
 
-    def grid_need(self, batch: int) -> GridNeed:
-        """The memory that a grid takes on this machine, for a prefill of `batch` prompts of any length."""
+    def grid_need(self, batch: int, tile: int | None = None) -> GridNeed:
+        """The memory that a grid takes on this machine, for a prefill of `batch` prompts of any length.
+
+        tile: another size than the grid's, in tokens.
+        """
         settings, actors = self.settings, self.stages * self.bands
-        shape = {"batch": batch, "tile": self.grid.tile_size, "itemsize": self.dtype.itemsize}
+        shape = {"batch": batch, "tile": tile or self.grid.tile_size, "itemsize": self.dtype.itemsize}
         on_host = self.device.type != "cuda"
         state = 2 * batch * state_bytes(self.config)
         tile = activation_bytes(
@@ -934,14 +948,43 @@ class Engine:
             return hard, f"are allowed ({self._hard_name()})"
         return room, where
 
-    def _less(self, batch: int) -> str:
-        """What would need less memory."""
-        ways = [f"give a --tile-size below {self.grid.tile_size}"]
-        if batch > 1:
-            ways.append(f"fewer than {batch} prompts at once")
+    def _ways(self, batch: int, calls: Sequence[tuple[int, int]], grid: Grid) -> dict[str, int]:
+        """What makes a run of these windows (rows, tokens) smaller, and the bytes that it saves at most."""
+        tile, chunk, rows = grid.tile_size, grid.chunk_size, max(rows for rows, _ in calls)
+        if self.mode is Mode.LOCAL:
+            need: Need | GridNeed = self._need_of(batch, calls, grid, self.workers)
+            small = [(rows, min(tokens, chunk)) for rows, tokens in calls]
+            flat = self._need_of(batch, small, grid, self.workers).total
+            alone = self._need_of(1, [(1, tile)], grid, self.workers).total
+        else:
+            need, flat, alone = self.grid_need(rows), self.grid_need(rows, chunk).total, self.grid_need(1).total
+        activations = need.total - flat
+        ways = {}
         if self.dtype == torch.float32:
-            ways.append("--dtype bfloat16")
-        return ", ".join(ways)
+            ways["give --dtype bfloat16"] = (need.weights + activations) // 2
+        if tile > chunk:
+            ways[f"give a --tile-size below {tile}"] = activations
+        if batch > 1:
+            ways[f"give fewer than {batch} prompts at once"] = need.total - alone
+        if self.stages < self.config.num_blocks:
+            where = "--stages with a --ray-address" if self.stages == 1 else f"more than {self.stages} --stages"
+            ways[f"spread the blocks over more machines ({where})"] = need.weights + need.state
+        return ways
+
+    def _room_elsewhere(self, available: int, total: int, used: int, room: int) -> dict[str, int]:
+        """What gives a run more than `room` on this machine, and by how many bytes at most.
+
+        used: by this run, of the machine's or container's total; all in bytes.
+        """
+        ways, others = {}, max(0, total - available - used)
+        hard = self._limits.hard if self._limits else total
+        if room < min(hard, total):  # what others use is what is missing
+            what = "container" if total < psutil.virtual_memory().total else "machine"
+            text = f"end other programs, which use {others / MIB:,.0f} of this {what}'s {total / MIB:,.0f} MiB"
+            ways[text] = min(others, hard - room)
+        elif self._limits:
+            ways[f"raise the limit ({self._hard_name()})"] = available + used - hard
+        return ways
 
     def _hard_name(self) -> str:
         """The setting that the hard limit comes from."""
@@ -1032,20 +1075,41 @@ class _Guard:
         while self.engine._memory_events:
             event = self.engine._memory_events.pop(0)
             if event.level == "hard":
-                self.ended_by = MemoryLimitError(f"{event.text}; {self._what_to_do()}")
+                self.ended_by = MemoryLimitError(f"{event.text}; {self._what_to_do_there(event)}")
                 return True
             if "warn" in self.engine.settings.mem_action:
                 self.engine.on_note(event.text)
         level, sample = self._watchdog.check()
         if level == "hard":
-            self.ended_by = MemoryLimitError(f"{self._watchdog.text(level, sample)}; {self._what_to_do()}")
+            self.ended_by = MemoryLimitError(f"{self._watchdog.text(level, sample)}; {self._what_to_do(sample)}")
             return True
         if level == "soft" and self._shrinks:
             self._shrink()
         return False
 
-    def _what_to_do(self) -> str:
-        return f"{self.engine._less(len(self.rows))}, or raise the limit ({self.engine._hard_name()})"
+    def _what_to_do(self, sample: Sample) -> str:
+        """After this process's own sample."""
+        engine = self.engine
+        assert engine._limits is not None
+        hard, host = engine._limits.hard, sample.process_bytes
+        excess = host - hard if host > hard else sample.device_driver_bytes - (engine._limits.device_hard or 0)
+        ways = {} if host > hard and engine.mode is not Mode.LOCAL else self._ways()
+        ways[f"raise the limit ({engine._hard_name()})"] = sample.available_bytes if host > hard else excess
+        return advice(ways, excess)
+
+    def _what_to_do_there(self, event: "Event") -> str:
+        """After an event of a node of the grid."""
+        ways, sample = self._ways(), event.sample
+        if event.container:
+            others = sample.process_bytes - self.engine.grid_need(len(self.rows)).total
+            ways[f"end other programs in that container, which use about {max(0, others) / MIB:,.0f} MiB"] = others
+        else:
+            ways[f"raise the limit ({self.engine._hard_name()})"] = sample.available_bytes
+        return advice(ways, event.excess)
+
+    def _ways(self) -> dict[str, int]:
+        calls = self.engine._calls(self.left, self.begin, [len(row) for row in self.rows])
+        return self.engine._ways(len(self.rows), calls, self.grid)
 
     def _shrink(self) -> None:
         tile, chunk = self.grid.tile_size, self.grid.chunk_size

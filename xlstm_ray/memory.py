@@ -4,7 +4,7 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, dataclass, fields
 from math import prod
 from threading import Event, Lock, Thread
@@ -382,6 +382,21 @@ DASHBOARD = 300 * MIB
 WATCHDOG = 190 * MIB
 RAY_IN_DRIVER = 60 * MIB
 ACTOR = 350 * MIB
+
+
+def advice(ways: Mapping[str, int], excess: int) -> str:
+    """What to do about so many bytes too much.
+
+    ways: what can be done, and the bytes that it saves at most. Those are named that are enough, or else all together
+    where that is, or else that none is.
+    """
+    enough = [way for way, saved in ways.items() if saved >= excess]
+    if enough:
+        return ", or ".join(enough)
+    some = {way: saved for way, saved in ways.items() if saved > 0}
+    if sum(some.values()) >= excess:
+        return " and ".join(some)
+    return "no smaller tile, batch or dtype is enough for that: take a machine with more memory"
 
 
 @dataclass(frozen=True)

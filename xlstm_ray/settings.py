@@ -170,7 +170,11 @@ class Settings(BaseSettings):
     )
     min_chunk: int = count("Shrinking ends at chunks of so many tokens.", 8, env="XLSTM_MIN_CHUNK")
     mem_log: File = setting("Write the watchdog's samples to this CSV file.", shown="none")
-    force: bool = setting("Start although the computed need of memory does not fit.", False)
+    force: bool = setting(
+        "Start although the computed need of memory does not fit. The hard limit still ends a run (--no-mem-watchdog), "
+        "and neither disk space, the devices of a cluster nor the files of others (--overwrite) are forced.",
+        False,
+    )
     stats_log: File = setting("Write a row a tile to this CSV file.", shown="none")
     overwrite: bool = setting("Outputs may replace files that this program did not write.", False)
     profile: Literal["high-memory-256gb"] | None = setting(f"A set of settings: {', '.join(PROFILES)}.", shown="none")
