@@ -22,7 +22,8 @@ RUN = {
     'xlstm-ray generate --prompt "The capital of France is" --max-new-tokens 8': SMALL,
     "xlstm-ray prefill --model DIR --prompt-file book.txt --state-out book.state": SMALL,
     "xlstm-ray generate --model DIR --state-in book.state": "--max-new-tokens 2",
-    "xlstm-ray generate --model DIR --state-in book.state --prompt-file book-and-question.txt": "--max-new-tokens 2",
+    'xlstm-ray generate --model DIR --state-in book.state --append "Who is the heir?"': "--max-new-tokens 2",
+    "xlstm-ray generate --model DIR --state-in book.state --append-file questions.jsonl --jsonl": "--max-new-tokens 2",
     "xlstm-ray prefill --prompt-file prompts.jsonl --jsonl": SMALL,
     "xlstm-ray prefill --prompt-file - --json --progress ndjson < book.txt": SMALL,
     "xlstm-ray config": "",
@@ -85,11 +86,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("site")
     (directory / "sitecustomize.py").write_text(
         "import sys\n"
-        "class Absent:\n"
-        "    def find_spec(self, name, *_):\n"
-        f"        if name.partition('.')[0] in {set(others)!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Fresh(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        f"        absent = name.partition('.')[0] in {set(others)!r}\n"
+        "        return None if absent else super().find_spec(name, path, target)\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Fresh\n"
     )
     # For ./scripts/run: an environment that is there and has all of it.
     venv = directory / "venv"
@@ -120,7 +123,7 @@ def test_every_command_is_run_here_or_says_why_not() -> None:
 
 def test_commands_run_one_after_the_other(fresh: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Once upon a time\n")
-    (tmp_path / "book-and-question.txt").write_text("Once upon a time there was a\n")
+    (tmp_path / "questions.jsonl").write_text('"Who is the heir?"\n{"prompt": "And then?", "id": 2}\n')
     (tmp_path / "prompts.jsonl").write_text('"Once"\n{"prompt": "The capital of France is"}\n')
     said = {}
     for command in (command for command in commands() if command in RUN):
@@ -129,7 +132,11 @@ def test_commands_run_one_after_the_other(fresh: dict[str, str], tmp_path: Path)
         assert done.returncode == 0, (command, done.stderr)
         said[command] = done.stdout
     assert "' Paris'" in said['./scripts/run prefill --prompt "The capital of France is"']
-    assert said["xlstm-ray prefill --prompt-file prompts.jsonl --jsonl"].count("\n") == 2
+    for lines in (
+        "prefill --prompt-file prompts.jsonl",
+        "generate --model DIR --state-in book.state --append-file questions.jsonl",
+    ):
+        assert said[f"xlstm-ray {lines} --jsonl"].count("\n") == 2
 
 
 @pytest.mark.parametrize("command", [command for command in NOT_RUN if "xlstm-ray" in command])
