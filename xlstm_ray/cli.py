@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -35,7 +35,7 @@ from xlstm_ray.settings import (
 )
 
 if TYPE_CHECKING:
-    from xlstm_ray.engine import Engine, PrefillResult, Statistics
+    from xlstm_ray.engine import Engine, Generation, PrefillResult, Statistics
     from xlstm_ray.state import RecurrentState
 
 app = typer.Typer(
@@ -300,6 +300,15 @@ def generate(
     with _opened(settings, state_in, state_out, asked, progress, _count(given)) as (start, engine, report):
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
         streams = not (json_output or a_line_each)
+        printed: set[int] = set()
+
+        def answers(rows: Iterable[int]) -> None:
+            """A line for each of these rows that has none yet."""
+            new = [b for b in rows if b not in printed]
+            for b, answer in zip(new, _answers(engine, generation, new, state_out, None) if new else (), strict=True):
+                printed.add(b)
+                _json_line({**(names[b] if names else {"index": b}), **answer})
+
         with _stop_on_signals(report.at_once, lambda: _rescued(engine, state_out, settings)) as stop, report:
             generation = engine.generate(
                 **given,
@@ -323,6 +332,10 @@ def generate(
                 for pieces in generation.rows():
                     if streams:
                         _out(pieces[0], end="")
+                    if a_line_each:
+                        answers(generation.ready)
+                if a_line_each:
+                    answers(generation.ready)
         result = generation.prefill
         _require_some(result, stop)
         ended = bool(stop.signals)
@@ -334,13 +347,8 @@ def generate(
         if not result.complete:
             raise _interrupted(result, saved, stop)
         state_out, digest = saved.asked, saved.digest
-        reasons, stops = generation.finish_reasons, generation.stop_tokens
-        speed = {
-            "decode_s": generation.decode_s,
-            "decode_tok_s": generation.decode_tok_s,
-            "decode_steps": generation.decode_steps,
-        }
         if streams:
+            reasons, stops = generation.finish_reasons, generation.stop_tokens
             _out("")
             summary = _summary(engine, result, state_out, digest)
             made = len(generation.tokens[0])
@@ -354,25 +362,10 @@ def generate(
             )
             if state_out:
                 _err(f"state {state_out} (digest {digest})")
+        elif a_line_each:
+            answers(range(result.state.batch))  # those that were stopped
         else:
-            for b, text in enumerate(generation.texts):
-                row = _summary(
-                    engine, result.row(b) if a_line_each else result, state_out, None if a_line_each else digest
-                )
-                row["compile_s"] += generation.compile_s
-                name = names[b] if names else {"index": b}
-                token = stops[b]
-                _json_line(
-                    {
-                        **(name if a_line_each else {}),
-                        **row,
-                        "text": text,
-                        "new_tokens": len(generation.tokens[b]),
-                        "finish_reason": reasons[b],
-                        "stop_token": None if token is None else {"id": token[0], "text": token[1]},
-                        **speed,
-                    }
-                )
+            _json_line(next(_answers(engine, generation, [0], state_out, digest)))
         if ended:
             engine.discard_journal()
             go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl"), before="; ")
@@ -1056,6 +1049,25 @@ def _summary(engine: "Engine", result: "PrefillResult", state_out: Path | None, 
         "state_digest": digest or state.digest(),
         "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[0])],
     }
+
+
+def _answers(
+    engine: "Engine", generation: "Generation", rows: Iterable[int], state_out: Path | None, digest: str | None
+) -> Iterator[dict[str, Any]]:
+    """What --json prints of these rows' answers; digest as for `_summary`."""
+    result, texts, tokens = generation.prefill, generation.texts, generation.tokens
+    reasons, stops = generation.finish_reasons, generation.stop_tokens
+    for b in rows:
+        row = _summary(engine, result.row(b) if result.state.batch > 1 else result, state_out, digest)
+        row["compile_s"] += generation.compile_s
+        yield {
+            **row,
+            "text": texts[b],
+            "new_tokens": len(tokens[b]),
+            "finish_reason": reasons[b],
+            "stop_token": None if (token := stops[b]) is None else {"id": token[0], "text": token[1]},
+            **generation.speed(b),
+        }
 
 
 def _print_results(

@@ -670,6 +670,11 @@ class Engine:
             self._tell_published(sampling, asked=any(x is not None for x in (temperature, top_p, top_k, seed, before)))
         if max_new_tokens < 1:
             raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
+        _ = self.executor  # it may have been closed
+        given = prompt if append is None else append
+        batch = max(1 if given is None else len(_batch(given)), 1 if state is None else state.batch)
+        # Of decoding, beside which the prompts' state is kept; the prefill sees to its own.
+        self._require_room(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
         prefill = self.prefill(
             prompt,
             append=append,
@@ -679,8 +684,6 @@ class Engine:
             should_stop=should_stop,
             on_snapshot=on_snapshot,
         )
-        if prefill.complete and prefill.state.batch > 1:  # of a batch, only the last group is where it was computed
-            self._set_state(prefill.state, prefill.state.batch)
         return Generation(self, prefill, sampling, max_new_tokens, should_stop, last=last)
 
     def _tell_published(self, sampling: Sampling, *, asked: bool) -> None:
@@ -860,14 +863,18 @@ class Engine:
             itemsize=self.dtype.itemsize,
         )
 
-    def _require_room(self, batch: int, calls: Sequence[tuple[int, int]]) -> None:
-        """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic."""
+    def _require_room(self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None) -> None:
+        """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic.
+
+        kept: how many rows' states are held beside the call's own (none given: one a prompt).
+        """
         if self.mode is not Mode.LOCAL:
-            self._require_room_for_grid(max((rows for rows, _ in calls), default=1))
+            for rows, tokens in sorted(set(calls)):
+                self._require_room_for_grid(rows, tokens)
             return
         if self.settings.force:
             return
-        need, (room, where) = self._need_of(batch, calls, self.grid, self.workers), self._room()
+        need, (room, where) = self._need_of(kept or batch, calls, self.grid, self.workers), self._room()
         if need.total > room:
             ways = self._ways(batch, calls, self.grid)
             if self.device.type != "cuda":
@@ -878,7 +885,7 @@ class Engine:
                 f"{advice(ways, need.total - room)}; or start all the same with --force"
             )
 
-    def _require_room_for_grid(self, batch: int) -> None:
+    def _require_room_for_grid(self, batch: int, tokens: int) -> None:
         """Raise MemoryLimitError where a grid does not fit on this machine, if all of it is to be here.
 
         Nodes of a cluster say nothing of their memory that would hold for a run; there the watchdogs speak.
@@ -887,9 +894,9 @@ class Engine:
         if not here or self.settings.force:
             return
         if self._executor is None:
-            need = self.grid_need(batch)
+            need = self.grid_need(batch, tokens)
         elif batch > 1:  # what one row takes is there by now
-            one, all_ = self.grid_need(1), self.grid_need(batch)
+            one, all_ = self.grid_need(1, tokens), self.grid_need(batch, tokens)
             need = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
         else:
             return
@@ -910,13 +917,10 @@ class Engine:
                 f"{advice(ways, need.total - room)}; or start all the same with --force"
             )
 
-    def grid_need(self, batch: int, tile: int | None = None) -> GridNeed:
-        """The memory that a grid takes on this machine, for a prefill of `batch` prompts of any length.
-
-        tile: another size than the grid's, in tokens.
-        """
+    def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
+        """The memory that a grid takes on this machine, for `batch` prompts in windows of so many tokens (a tile's)."""
         settings, actors = self.settings, self.stages * self.bands
-        shape = {"batch": batch, "tile": tile or self.grid.tile_size, "itemsize": self.dtype.itemsize}
+        shape = {"batch": batch, "tile": tokens or self.grid.tile_size, "itemsize": self.dtype.itemsize}
         on_host = self.device.type != "cuda"
         state = 2 * batch * state_bytes(self.config)
         tile = activation_bytes(
@@ -1185,18 +1189,32 @@ class Generation:
         self._engine, self._limit, self._should_stop, self._last = engine, max_new_tokens, should_stop, last
         before = prefill.state
         self._decoder = Decoder(
-            engine.executor, prefill.logits, sampling, engine.end_tokens, seen=before.tokens, model=engine.model_path
+            engine.executor,
+            {name: tensor for name, tensor in before.tensors.items() if name != "logits"},
+            prefill.logits,
+            sampling,
+            engine.end_tokens,
+            seen=before.tokens,
+            model=engine.model_path,
+            warm_up=self._warm_up,
         )
         self._streams = [engine.detokenizer.stream(row.end) for row in before.rows]
         self._pieces: list[list[str]] = [[] for _ in before.rows]
         self._finished: set[int] = set()  # rows whose text is at its end
-        self.compile_s = engine.warm_up(prefill.state.batch, [1]) if prefill.complete and max_new_tokens > 1 else 0.0
+        if prefill.complete and max_new_tokens > 1:  # before text is shown; smaller calls when they are wanted
+            self._decoder.compile_s = engine.warm_up(group_size(before.batch), [1])
         self._run = engine._runs
         if prefill.complete:
             engine._turn.begin(self)
 
+    def _warm_up(self, rows: int) -> float:
+        seconds = self._engine.warm_up(rows, [1])
+        if seconds:
+            self._engine._on_phase("decoding")
+        return seconds
+
     def rows(self) -> Iterator[list[str]]:
-        """A piece of text for each row, step by step."""
+        """A piece of text for each row, step by step. Of more than 16 rows, 16 get theirs at a time; others' are ''."""
         if not self.prefill.complete:
             return  # stopped on the way: there is nothing to decode from yet
         steps = self._decoder.run(self._limit, self._should_stop)
@@ -1216,16 +1234,16 @@ class Generation:
 
     def _pieces_of(self, step: list[int | None] | None) -> list[str]:
         """What this step, or the end, adds to each row's text."""
-        pieces = []
-        for b, stream in enumerate(self._streams):
-            token = None if step is None else step[b]
+        pieces = [""] * len(self._streams)
+        for b in self._decoder.now.rows:
+            stream, token = self._streams[b], None if step is None else step[b]
             piece = "" if token is None else stream.step(token)
-            ends = self._decoder.ended_by[b] is not None or (step is None and self._last)
+            ends = self._decoder.ended_by[b] is not None or (self._last and (step is None or self._decoder.now.done))
             if ends and b not in self._finished:
                 piece += stream.finish()
                 self._finished.add(b)
             self._pieces[b].append(piece)
-            pieces.append(piece)
+            pieces[b] = piece
         return pieces
 
     @property
@@ -1236,8 +1254,11 @@ class Generation:
     @property
     def finish_reasons(self) -> list[str]:
         """Why each row's answer ended: stop (an end token, see `stop_tokens`), length (the limit) or cancelled."""
-        limit = "length" if self._decoder.steps >= self._limit else "cancelled"
-        return [limit if token is None else "stop" for token in self._decoder.ended_by]
+        reasons = []
+        for b, token in enumerate(self._decoder.ended_by):
+            limit = "length" if self._decoder.of_row(b).steps >= self._limit else "cancelled"
+            reasons.append(limit if token is None else "stop")
+        return reasons
 
     @property
     def stop_tokens(self) -> list[tuple[int, str] | None]:
@@ -1259,19 +1280,37 @@ class Generation:
         return self._decoder.tokens
 
     @property
+    def ready(self) -> list[int]:
+        """The rows whose answer is whole: those of each group of up to 16 that has come to its end."""
+        return [b for group in self._decoder.groups if group.done for b in group.rows]
+
+    @property
+    def compile_s(self) -> float:
+        return self._decoder.compile_s
+
+    @property
     def decode_s(self) -> float:
-        return self._decoder.seconds
+        return sum(group.seconds for group in self._decoder.groups)
 
     @property
     def decode_steps(self) -> int:
-        """How many times every row that had not ended was given a token."""
-        return self._decoder.steps
+        """How many times every row that had not ended, of those that are decoded together, was given a token."""
+        return sum(group.steps for group in self._decoder.groups)
 
     @property
     def decode_tok_s(self) -> float | None:
         """Tokens a second over all rows, of those that took a step: a row's first one comes with the prefill."""
-        stepped = sum(max(0, len(row) - 1) for row in self.tokens)
-        return stepped / self.decode_s if stepped and self.decode_s > 0 else None
+        return self._tok_s(range(len(self.tokens)), self.decode_s)
+
+    def speed(self, b: int) -> dict[str, float | int | None]:
+        """decode_s, decode_tok_s and decode_steps of the rows that are decoded together with row b."""
+        group = self._decoder.of_row(b)
+        rate = self._tok_s(group.rows, group.seconds)
+        return {"decode_s": group.seconds, "decode_tok_s": rate, "decode_steps": group.steps}
+
+    def _tok_s(self, rows: Sequence[int], seconds: float) -> float | None:
+        stepped = sum(max(0, len(self.tokens[b]) - 1) for b in rows)
+        return stepped / seconds if stepped and seconds > 0 else None
 
     def state(self) -> RecurrentState:
         """The state after everything made so far: generating from it goes on where this stopped."""
@@ -1283,14 +1322,13 @@ class Generation:
 
     def _state_after(self, before: RecurrentState) -> RecurrentState:
         self._require_own_state()
-        self._engine.warm_up(before.batch, [1])
-        self._decoder.catch_up()
+        tensors = self._decoder.state()
         rows = []
         for row, made, text, stream in zip(before.rows, self.tokens, self.texts, self._streams, strict=True):
             seen = None if row.text is None else row.text.extend(text.encode())
             rows.append(Row(tokens=row.tokens.extend(made), text=seen, end=stream.end()))
         tokens = [row.tokens.length for row in rows]
-        snapshot = Snapshot(tokens, self._decoder.logits, self._engine.executor.get_state())
+        snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), tensors)
         return self._engine._state(snapshot, rows, True, before.grid, self.sampling)
 
     def _require_own_state(self) -> None:

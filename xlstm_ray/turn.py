@@ -10,7 +10,8 @@ from weakref import ReferenceType, ref
 
 from xlstm_ray.errors import UsageError
 
-WITHIN = {"prefill": ("generate",), "warm_up": ("generate", "prefill", "state")}  # a call: those that it is part of
+# A call: those that it is part of.
+WITHIN = {"prefill": ("generate",), "warm_up": ("generate", "prefill", "state", "step")}
 LOOK_S = 1.0  # a thread that ends without a word is noticed after this
 
 
