@@ -326,14 +326,15 @@ def state_after(kernel: str, f: Tensor) -> tuple[list[Tensor], State]:
 
 
 # What float32 leaves: a factor of exp(-3e-7) a token, rounded next to 1, would be off by up to 3e-8 each time.
-@pytest.mark.parametrize(("kernel", "tolerance"), [("chunks", 3e-5), ("steps", 3e-5)])
-def test_a_hundred_thousand_tokens_at_the_cap(simulator: Simulator, kernel: str, tolerance: float) -> None:
+# m itself is rounded at every step; the decay is taken from the rounded one, so that C exp(m) does not see it.
+@pytest.mark.parametrize(("kernel", "of_m"), [("chunks", 3e-5), ("steps", 4e-3)])
+def test_a_hundred_thousand_tokens_at_the_cap(simulator: Simulator, kernel: str, of_m: float) -> None:
     f = torch.full((1, 1, TOKENS), 15.0)
     (C, n, m), (C_got, n_got, m_got) = state_after(kernel, f)
     scale = torch.exp(m_got.cpu().double() - m)  # m may differ: C exp(m) and n exp(m) are what is stored
-    assert (m_got.cpu() - m).abs().max() < tolerance
-    assert error(C_got.cpu() * scale.unsqueeze(-1), C) < tolerance
-    assert error(n_got.cpu() * scale, n) < tolerance
+    assert (m_got.cpu() - m).abs().max() < of_m
+    assert error(C_got.cpu() * scale.unsqueeze(-1), C) < 3e-5
+    assert error(n_got.cpu() * scale, n) < 3e-5
 
 
 def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:

@@ -53,8 +53,12 @@ def mlstm_chunkwise(
     # G + (m - ms), not G + m - ms: in windows of one chunk, m grows large over a long prompt, and G is small beside it.
     W, log_w0 = torch.exp(log_w - ms.unsqueeze(-1)), G + (m - ms)
     added = (W @ dC.view(B, NH, NC, K * V)).view(B, NH, NC + 1, K, V)
-    Cs = decayed(C.unsqueeze(2), log_w0[..., None, None], added)
-    ns = decayed(n.unsqueeze(2), log_w0.unsqueeze(-1), W @ dn)
+    n_added, w0 = W @ dn, torch.exp(log_w0[..., :-1])
+    Cs = added[:, :, :-1] + w0[..., None, None] * C.unsqueeze(2)
+    ns = n_added[:, :, :-1] + w0.unsqueeze(-1) * n.unsqueeze(2)
+    # Only what goes on from tile to tile can drift.
+    C = decayed(C, log_w0[..., -1:, None], added[:, :, -1])
+    n, m = decayed(n, log_w0[..., -1:], n_added[:, :, -1]), ms[..., -1:]
 
     # 3. Outputs, all chunks at once: what came before the chunk, plus what is within it.
     D = b.unsqueeze(-1) - b.unsqueeze(-2) + i.unsqueeze(-2)
@@ -63,9 +67,9 @@ def mlstm_chunkwise(
     mt = torch.maximum(before, D.amax(-1))
     S = (q @ k.transpose(-1, -2)).to(acc) * scale * torch.exp(D - mt.unsqueeze(-1))
     qw = torch.exp(before - mt) * scale
-    numerator = (q @ Cs[:, :, :-1].to(operand)).to(acc) * qw.unsqueeze(-1) + (S.to(operand) @ v).to(acc)
-    denominator = (q.to(acc) * ns[:, :, :-1].unsqueeze(-2)).sum(-1) * qw + S.sum(-1)
+    numerator = (q @ Cs.to(operand)).to(acc) * qw.unsqueeze(-1) + (S.to(operand) @ v).to(acc)
+    denominator = (q.to(acc) * ns.unsqueeze(-2)).sum(-1) * qw + S.sum(-1)
     h = numerator / (torch.maximum(denominator.abs(), torch.exp(-mt)) + eps).unsqueeze(-1)
     # Copies: a view would keep every chunk's state alive, and its strides would ask for another compilation.
-    C, n, m = (x.clone(memory_format=torch.contiguous_format) for x in (Cs[:, :, -1], ns[:, :, -1], ms[..., -1:]))
+    C, n, m = (x.clone(memory_format=torch.contiguous_format) for x in (C, n, m))
     return h.to(operand).reshape(B, NH, T, V), (C, n, m)
