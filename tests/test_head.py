@@ -47,8 +47,8 @@ def test_equals_are_listed_and_taken_lowest_id_first(demo: xlstm_ray.Engine) -> 
         logits = torch.randint(4, (2048,), generator=g).float()
         order = sorted(range(2048), key=lambda token: (-logits[token], token))
         assert [token.id for token in demo.next_tokens(logits, 600)] == order[:600]
-        assert Sampling().sampler()(logits.unsqueeze(0)) == order[:1]
-        assert Sampling(temperature=1.0, top_p=1e-9).sampler()(logits.unsqueeze(0)) == order[:1]
+        assert Sampling().sampler()(logits.unsqueeze(0), [0]) == order[:1]
+        assert Sampling(temperature=1.0, top_p=1e-9).sampler()(logits.unsqueeze(0), [0]) == order[:1]
 
 
 def test_more_tokens_than_there_are_may_be_asked_for(demo: xlstm_ray.Engine) -> None:

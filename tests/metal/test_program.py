@@ -104,7 +104,7 @@ def test_a_lowered_t_inner_is_said(
     asked = "prefill", "--model", tiny, "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", 64, "--json"
     want = run(*asked, "--device", "cpu", "--chunkwise-backend", "native").row
     note = "T_inner 20 takes kernels of more than 31 buffers"
-    monkeypatch.setattr("xlstm_ray.choose.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
+    monkeypatch.setattr("xlstm_ray.kernels.probe.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
     monkeypatch.setenv("XLSTM_T_INNER", "20")
     ran = run(*asked, "--device", "mps", "--chunkwise-backend", "queued_compiled_steps")
     assert f"note: {note} (20)" in ran.err
