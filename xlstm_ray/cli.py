@@ -1,6 +1,8 @@
 """The command line. torch is imported only inside commands, so that --help answers at once."""
 
+import errno
 import inspect
+import io
 import json
 import math
 import os
@@ -474,6 +476,9 @@ def _open_standard_files() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+    if sys.stderr.isatty():
+        raw = io.BufferedWriter(_Terminal(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
@@ -517,6 +522,19 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+class _Terminal(io.FileIO):
+    """Standard error on a terminal. After it was closed, what is written goes nowhere: the signal may come later."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as err:
+            if err.errno != errno.EIO:
+                raise
+            _leave_terminal()
+            return len(data)
 
 
 def _leave_terminal() -> None:
