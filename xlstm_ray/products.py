@@ -8,13 +8,13 @@ import os
 import platform
 from contextlib import suppress
 from pathlib import Path
-from secrets import token_hex
 from time import perf_counter, thread_time
 from typing import Annotated
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
+from xlstm_ray.files import write_whole
 from xlstm_ray.model import linear
 from xlstm_ray.settings import cache_dir
 
@@ -33,11 +33,9 @@ def bfloat16_cost() -> float:
     remembered = _read(path)
     if key not in remembered:
         remembered[key] = _measured()
-        temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(_FILE.dump_json(_read(path) | remembered, indent=1))
-            os.replace(temporary, path)
+            write_whole(path, _FILE.dump_json(_read(path) | remembered, indent=1))
     return remembered[key]
 
 
