@@ -18,7 +18,7 @@ from xlstm_ray.sampling import Sampling
 
 def require_finite(logits: Tensor, model: Path) -> None:
     """Raise CheckpointError where the model's numbers have become NaN or infinite: no token may be chosen from them."""
-    if not logits.isfinite().all():
+    if not logits.sum(-1).isfinite().all():  # NaN and infinity stay in a sum, which makes no copy of all of them
         raise CheckpointError(
             f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
         )
@@ -63,6 +63,7 @@ class Decoder:
         self._executor, self._sample, self._eos = executor, sampling.sampler(), eos
         batch = len(logits)
         self.logits = list(logits)
+        self._call = list(range(batch)), logits  # the rows of the last call that were active, and their logits
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self._behind = [False] * batch  # rows whose last token the state has not seen
         self._seen = seen
@@ -115,15 +116,21 @@ class Decoder:
         step: list[int | None] = [None] * len(self.tokens)
         going = [b for b in group if self.ended_by[b] is None]
         positions = [self._seen[b] + len(self.tokens[b]) for b in going]
-        chosen = self._sample(torch.stack([self.logits[b] for b in going]), positions)
+        chosen = self._sample(self._logits_of(going), positions)
         for b, token in zip(going, chosen, strict=True):
             if token in self._eos:
                 self.ended_by[b] = token
+                self.logits[b] = self.logits[b].clone()  # a part would keep the whole call's
             else:
                 step[b] = token
                 self.tokens[b].append(token)
                 self._behind[b] = True
         return step
+
+    def _logits_of(self, rows: list[int]) -> Tensor:
+        """The logits (rows, vocabulary) of these rows, without a copy where they are those of the last call."""
+        of_call, logits = self._call
+        return logits if rows == of_call else torch.stack([self.logits[b] for b in rows])
 
     def _catch_up(self, group: Sequence[int]) -> None:
         """Let the state see the tokens made since it was last asked."""
@@ -137,11 +144,12 @@ class Decoder:
         last = torch.zeros(len(mask), dtype=torch.long)
         last[:rows] = torch.tensor([self.tokens[b][-1] if self.tokens[b] else 0 for b in self._places])
         logits = self._executor.decode(last, mask)
-        require_finite(logits[mask], self._model)
-        for b, row in zip(self._places, logits, strict=False):
-            if self._behind[b]:
-                self.logits[b] = row.clone()  # a part would keep the whole
-                self._behind[b] = False
+        # A copy of the logits of 16 rows takes longer than choosing their tokens.
+        logits = logits[:rows] if active == self._places else logits[mask]
+        require_finite(logits, self._model)
+        self._call = active, logits
+        for b, row in zip(active, logits, strict=True):
+            self.logits[b], self._behind[b] = row, False
 
     def _arrange(self, group: Sequence[int], active: list[int]) -> None:
         """Have the rows of this group that are active in the executor.
