@@ -4,10 +4,14 @@
     python scripts/chaos_ray.py                          # every fault once, a table in Markdown
     python scripts/chaos_ray.py --repeats 10             # ten times each, at random moments
     python scripts/chaos_ray.py --faults raylet-killed,gcs-frozen --seed 7
+    python scripts/chaos_ray.py --repeats 10 --at-once 8 # eight runs side by side, each on an eighth of the CPUs
+    python scripts/chaos_ray.py --soak 50 --load 8       # fifty runs without a fault, beside eight busy loops
 
 Each run is a process with a Ray head of its own, a small random model and `--state-out`. After some tiles one fault is
 made, with real signals to this head's own processes. Good is: exit 0 with the digest of an undisturbed run; or the exit
-code that RUNBOOK names, with a state from which a run in one process comes to that digest.
+code that RUNBOOK names, with a state from which a run in one process comes to that digest. In both cases no traceback,
+and nothing left over: no record, no folder of Ray's, no process that was started in the run's folder. After a fault
+`xlstm-ray down` has tidied up before that is looked at, after a run of the soak nobody has.
 """
 
 import argparse
@@ -19,15 +23,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TILE = 32
 SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", "16"]
+RUNNER = ["--chunkwise-backend", "ray_compiled_chunks"]
 PROGRAM = [sys.executable, "-c", "from xlstm_ray.cli import main; main()"]
 KILL, TERM, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 
@@ -45,6 +56,7 @@ class Fault:
 
 RAYLET, GCS = "/raylet/raylet", "/gcs/gcs_server"
 ALL = ("ray/", "ray::", "ray.util", "ray-dashboard")
+DASHBOARD = ("--ray-dashboard",)
 FAULTS = {
     "raylet killed": Fault((RAYLET,), KILL, (4,)),
     "raylet terminated": Fault((RAYLET,), TERM, (4,)),
@@ -61,26 +73,37 @@ FAULTS = {
     "an actor frozen": Fault(("ray::BandActor",), STOP, (0,), once=True),
     "all actors killed": Fault(("ray::BandActor",), KILL, (0,)),
     "watchdog killed": Fault(("ray::Watchdog",), KILL, (0,)),
-    "log monitor killed": Fault(("/log_monitor.py",), KILL, (0,)),
+    "log monitor killed": Fault(("/log_monitor.py",), KILL, (0,), DASHBOARD),  # which a run without one does not have
     "client server killed": Fault(("ray.util.client.server",), KILL, (0,)),
-    "autoscaler's monitor killed": Fault(("/_private/monitor.py",), KILL, (0,)),
-    "dashboard killed": Fault(("/dashboard/dashboard.py", "ray-dashboard"), KILL, (0,), ("--ray-dashboard",)),
+    "autoscaler's monitor killed": Fault(("/_private/monitor.py",), KILL, (0,), DASHBOARD),
+    "dashboard killed": Fault(("/dashboard/dashboard.py", "ray-dashboard"), KILL, (0,), DASHBOARD),
     "guard killed": Fault(("xlstm-ray-guard",), KILL, (0,)),
 }
+SOAK = {"none": Fault((), TERM, (0,))}
 
 
 def command(home: Path, *words: object) -> "subprocess.Popen[str]":
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
     environment.pop("XLSTM_RAY_LOCAL_MODE", None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*PROGRAM, *map(str, words)], env=environment, **pipes)
+    return subprocess.Popen([*PROGRAM, *map(str, words)], env=environment, cwd=home, **pipes)
 
 
-def strike(state_dir: Path, fault: Fault, rng: random.Random) -> int:
+@contextmanager
+def within(seconds: float, process: "subprocess.Popen[str]") -> Iterator[None]:
+    """A process that hangs is killed, which its exit code tells."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def strike(head, fault: Fault, rng: random.Random) -> int:
     """Returns how many processes were hit."""
     from xlstm_ray import supervisor
 
-    (head,) = supervisor._heads(state_dir)
     found = [p for p in supervisor._session(head) if any(part in supervisor._title(p) for part in fault.parts)]
     found = [p for p in found if fault.parts == ("xlstm-ray-guard",) or p.pid != head.pid]
     if fault.once and found:
@@ -89,69 +112,94 @@ def strike(state_dir: Path, fault: Fault, rng: random.Random) -> int:
     return len(found)
 
 
-def one(name: str, fault: Fault, args: argparse.Namespace, model: Path, rng: random.Random, work: Path) -> dict:
+def processes_in(folder: Path) -> list[str]:
+    """What runs there: whatever its title, parent and session have become, a process keeps its folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:60]}")
+    return found
+
+
+def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Path, expected: str) -> dict:
     """A run with this fault, and its resume; what came of it."""
     from xlstm_ray import supervisor
 
+    rng = random.Random(f"{args.seed} {name} {number}")
     home = Path(tempfile.mkdtemp(dir=work))
+    records = home / ".local" / "state" / "xlstm-ray"
     state, prompt, at = home / "run.state", work / "prompt", rng.randrange(10, args.tiles // 2)
-    base = ["prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--prompt-file", prompt]
+    base = ["prefill", "--model", work / "model", *SIZES, *RUNNER, "--prompt-file", prompt]
     words = [*base, "--stages", 2, "--no-ray-local-mode", "--journal-every", 4, "--state-out", state, "--json"]
     process = command(home, *words, "--progress", "ndjson", *fault.flags)
+    assert process.stdout is not None
     assert process.stderr is not None
-    said, hit, struck = [], 0, 0.0
-    deadline = time.monotonic() + args.limit_s
-    for line in process.stderr:
-        if not line.startswith("{"):
-            said.append(line.rstrip())
-        elif not struck and json.loads(line).get("tiles_done", 0) >= at:
-            hit = strike(home / ".local" / "state" / "xlstm-ray", fault, rng)
-            struck = time.monotonic()
-    out = process.stdout.read() if process.stdout else ""
-    code = process.wait(max(1.0, deadline - time.monotonic()))
+    said, hit, struck, folder, ran = [], 0, 0.0, home / "none", 0
+    with within(args.limit_s, process):
+        for line in process.stderr:
+            if not line.startswith("{"):
+                said.append(line.rstrip())
+            elif not struck and json.loads(line).get("tiles_done", 0) >= at:
+                (head,) = supervisor._heads(records)
+                folder, ran = head.folder, len(processes_in(home))
+                hit = strike(head, fault, rng)
+                struck = time.monotonic()
+        out = process.stdout.read()
+        code = process.wait()
     took = time.monotonic() - struck if struck else 0.0
     digest = json.loads(out)["state_digest"] if code == 0 else None
     if code != 0 and state.exists():
         resume = command(home, *base, "--state-in", state, "--json")
-        out, err = resume.communicate(timeout=args.limit_s)
+        with within(args.limit_s, resume):
+            out, err = resume.communicate()
         digest = json.loads(out)["state_digest"] if resume.returncode == 0 else err.strip()[-200:]
-    stopped = command(home, "down")
-    stopped.communicate(timeout=120)
-    left = supervisor.status(home / ".local" / "state" / "xlstm-ray").heads
-    return {
-        "fault": name, "hit": hit, "code": code, "state": state.exists(), "digest": digest, "seconds": took,
-        "tracebacks": sum("Traceback" in line for line in said), "left": len(left), "said": said,
+    if fault.parts:
+        stopped = command(home, "down")
+        with within(args.limit_s, stopped):
+            said += stopped.communicate()[1].splitlines()
+    left = [*map(str, (records / "heads").iterdir()), *processes_in(home), *([str(folder)] if folder.exists() else [])]
+    row = {
+        "fault": name, "hit": hit, "code": code, "state": state.exists(), "right": digest == expected, "seconds": took,
+        "tile": at, "processes": ran, "tracebacks": sum("Traceback" in line for line in said), "left": left,
+        "said": said,
     }  # fmt: skip
+    done = code in fault.codes and row["right"] and row["state"] and (hit > 0) == bool(fault.parts) and ran > 0
+    return row | {"good": bool(done and not row["tracebacks"] and not left)}
 
 
-def table(rows: list[dict], expected: str) -> str:
+def table(rows: list[dict]) -> str:
     lines = ["| fault | runs | exit codes | state | right digest | end after (median, most) | good |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name in dict.fromkeys(row["fault"] for row in rows):
         mine = [row for row in rows if row["fault"] == name]
-        codes = ", ".join(f"{c} x{sum(r['code'] == c for r in mine)}" for c in sorted({r["code"] for r in mine}))
-        seconds = [row["seconds"] for row in mine]
-        right, n = sum(row["digest"] == expected for row in mine), len(mine)
-        times = f"{statistics.median(seconds):.0f} s, {max(seconds):.0f} s"
+        codes = [str(row["code"]) for row in mine]
+        seconds, n = [row["seconds"] for row in mine], len(mine)
         lines.append(
-            f"| {name} | {n} | {codes} | {sum(r['state'] for r in mine)}/{n} | {right}/{n} | {times} | "
-            f"{sum(good(r, expected) for r in mine)}/{n} |"
+            f"| {name} | {n} | {', '.join(f'{c} x{codes.count(c)}' for c in sorted(set(codes)))} | "
+            f"{sum(r['state'] for r in mine)}/{n} | {sum(r['right'] for r in mine)}/{n} | "
+            f"{statistics.median(seconds):.0f} s, {max(seconds):.0f} s | {sum(r['good'] for r in mine)}/{n} |"
         )
-    return "\n".join([*lines, "", f"good: {sum(good(r, expected) for r in rows)} of {len(rows)}"])
+    return "\n".join([*lines, "", f"good: {sum(r['good'] for r in rows)} of {len(rows)}"])
 
 
-def good(row: dict, expected: str) -> bool:
-    right = row["code"] in FAULTS[row["fault"]].codes and row["digest"] == expected
-    return bool(right and row["hit"] and row["state"] and not row["tracebacks"] and not row["left"])
+def slots(n: int) -> Iterator[set[int]]:
+    """The CPUs in n parts, so that each run is as on a small machine; all for each where there are fewer than n."""
+    cpus = sorted(os.sched_getaffinity(0))
+    each = len(cpus) // n
+    yield from ({*cpus[i * each : (i + 1) * each]} or {*cpus} for i in range(n))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--faults", help="names with commas between; '-' may stand for a space")
+    parser.add_argument("--soak", type=int, metavar="RUNS", help="this many runs without a fault, instead")
+    parser.add_argument("--at-once", type=int, default=1, metavar="RUNS")
+    parser.add_argument("--load", type=int, default=0, metavar="LOOPS", help="busy loops beside the runs")
     parser.add_argument("--tiles", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit-s", type=float, default=300.0, help="for each run")
+    parser.add_argument("--limit-s", type=float, default=300.0, help="for each run: then it is killed, and is bad")
     parser.add_argument("--time-s", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--json", type=Path, help="write a JSON line a run to this file")
     args = parser.parse_args()
@@ -160,31 +208,50 @@ def main() -> int:
     faults = {n: f for n, f in FAULTS.items() if not chosen or n.replace("-", " ").lower() in map(str.lower, chosen)}
     if not faults:
         parser.error(f"no such fault; there are: {', '.join(FAULTS)}")
+    if args.soak:
+        faults, args.repeats = SOAK, args.soak
     from tiny import make_model
 
-    began, rng, rows = time.monotonic(), random.Random(args.seed), []
+    began, rows, shared = time.monotonic(), [], Path("/dev/shm")
+    before = {*shared.iterdir()} if shared.exists() else set()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_model(work / "model", seed=5, hidden_size=64, num_hidden_layers=3)
         (work / "prompt").write_text("".join(chr(97 + i * i % 26) for i in range(args.tiles * TILE)))
-        words = ["--chunkwise-backend", "ray_compiled_chunks", "--prompt-file", work / "prompt", "--json"]
-        out, err = command(work, "prefill", "--model", work / "model", *SIZES, *words).communicate()
+        words = ["--model", work / "model", *SIZES, *RUNNER, "--prompt-file", work / "prompt", "--json"]
+        out, err = command(work, "prefill", *words).communicate()  # which also warms the compile cache
         expected = json.loads(out)["state_digest"] if out else sys.exit(err)
-        for _ in range(args.repeats):
-            for name, fault in faults.items():
-                if time.monotonic() - began > args.time_s:
-                    break
-                row = one(name, fault, args, work / "model", rng, work)
+
+        def run(name: str, fault: Fault, number: int) -> dict | None:
+            return one(name, fault, args, number, work, expected) if time.monotonic() - began < args.time_s else None
+
+        parts = slots(args.at_once) if sys.platform == "linux" else None
+        pin = (lambda: os.sched_setaffinity(0, next(parts))) if parts else None  # of a thread, and of what it starts
+        load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.load)]
+        with ThreadPoolExecutor(args.at_once, initializer=pin) as pool:
+            futures = {pool.submit(run, n, f, i): n for i in range(args.repeats) for n, f in faults.items()}
+            for future in as_completed(futures):
+                if (bug := future.exception()) is not None:  # the table must not be lost
+                    row = {"fault": futures[future], "code": type(bug).__name__, "said": [str(bug)], "good": False}
+                    row |= {"state": False, "right": False, "seconds": 0.0, "left": []}
+                elif (row := future.result()) is None:
+                    continue
                 rows.append(row)
-                mark = "good" if good(row, expected) else "BAD "
-                print(f"{mark} {name}: exit {row['code']} after {row['seconds']:.0f} s", file=sys.stderr, flush=True)
-                if mark != "good":
-                    print("     " + "\n     ".join(row["said"][-12:]), file=sys.stderr, flush=True)
+                mark = "good" if row["good"] else "BAD "
+                print(f"{mark} {row['fault']}: exit {row['code']} after {row['seconds']:.0f} s", file=sys.stderr)
+                if not row["good"]:
+                    print("     " + "\n     ".join([*row["said"][-12:], *row["left"]]), file=sys.stderr, flush=True)
                 if args.json:
                     with open(args.json, "a") as file:
-                        file.write(json.dumps({**row, "good": mark == "good"}) + "\n")
-    print(table(rows, expected))
-    return 0 if all(good(row, expected) for row in rows) else 1
+                        file.write(json.dumps(row) + "\n")
+        for process in load:
+            process.kill()
+            process.wait()
+    print(table(rows))
+    new = sorted(map(str, {*shared.iterdir()} - before)) if shared.exists() else []
+    if new:
+        print(f"left in {shared}: {', '.join(new)}")
+    return 0 if all(row["good"] for row in rows) and not new else 1
 
 
 if __name__ == "__main__":
