@@ -638,7 +638,7 @@ def _probe(address: str, token: str | None) -> None:
 
 def _asks_for_token(address: str, token: str | None) -> bool:
     """Whether the head turns this token away. Raises RayError where no Ray head answers."""
-    import grpc  # comes with ray[default]
+    import grpc
 
     metadata = [("authorization", f"Bearer {token}")] if token else None
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
