@@ -415,30 +415,37 @@ def test_a_user_without_a_home_is_told_which_folder_to_give(tmp_path: Path) -> N
 
 @needs_ray
 def test_a_port_that_is_taken_between_choice_and_use_costs_another_try(tmp_path: Path) -> None:
-    """Another program binds the ports as soon as a record names them; the first record's only."""
-    taken: list[socket.socket] = []
+    """Other programs bind the first record's ports as soon as it names them, and any near 8265, where all look."""
+    taken: dict[int, socket.socket] = {}
+    started = threading.Event()
 
-    def thief() -> None:
-        while not taken:
+    def thieves() -> None:
+        first = None
+        while not started.wait(0.001):
             for head in supervisor._heads(tmp_path):
-                for port in (head.client_port, head.metrics_port):
-                    taken.append(socket.create_server(("127.0.0.1", port)))
-            time.sleep(0.001)
+                first = first or head.id
+                wanted = {head.client_port, head.metrics_port} if head.id == first else set()
+                wanted |= {head.dashboard_port} & set(range(supervisor.DASHBOARD_PORT, 9000))
+                for port in wanted - taken.keys():
+                    taken[port] = socket.create_server(("127.0.0.1", port))
 
     (tmp_path / "heads").mkdir(mode=0o700)
-    thread = threading.Thread(target=thief)
+    thread = threading.Thread(target=thieves)
     thread.start()
-    head = supervisor.start_head(options(tmp_path, stays=True))
+    try:
+        head = supervisor.start_head(options(tmp_path, stays=True, dashboard=True))
+    finally:
+        started.set()
     try:
         thread.join()
-        stolen = {server.getsockname()[1] for server in taken}
-        assert not stolen & {head.client_port, head.metrics_port}
-        held = {port for _, port in listeners(head)}
-        assert {head.client_port, head.metrics_port, int(str(head.address).split(":")[1])} <= held
+        ports = {head.client_port, head.metrics_port, head.dashboard_port}
+        assert len(taken) == 3
+        assert not taken.keys() & ports
+        assert ports | {int(str(head.address).split(":")[1])} <= {port for _, port in listeners(head)}
         assert [h.id for h in supervisor._heads(tmp_path)] == [head.id]
     finally:
         supervisor.stop_head(head, tmp_path)
-        for server in taken:
+        for server in taken.values():
             server.close()
     assert gone(head)
 

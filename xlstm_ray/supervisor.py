@@ -31,7 +31,6 @@ import site
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -51,11 +50,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from xlstm_ray.container import cores, machine_bytes
 from xlstm_ray.errors import RayError, UsageError, pip_install
+from xlstm_ray.files import write_whole
 
 LOOPBACK = "127.0.0.1"
 NAMESPACE = "xlstm-ray"
 State = Literal["starting", "alive", "orphaned", "dead", "elsewhere"]
-DASHBOARD_PORT = 8265  # where people look for it; the next free one is taken when nobody asked for this one
+DASHBOARD_PORT = 8265  # where people look for it; else the next free one, or any once a start has failed
 MIN_OBJECT_STORE = 75 << 20  # bytes; Ray refuses less
 POLL_S = 0.1
 GRACE_S = 5.0  # what each group of processes gets between SIGTERM and SIGKILL; Ray's dashboard takes 3
@@ -307,7 +307,7 @@ def start_head(options: HeadOptions) -> Head:
     reasons: list[str] = []
     while True:
         try:
-            return _try_to_start(options, root, token_path, deadline)
+            return _try_to_start(options, root, token_path, deadline, first=not reasons)
         except _StartFailed as failed:
             reasons.append(failed.reason)
             if failed.reason in reasons[:-1] or len(reasons) == START_TRIES or time.monotonic() > deadline:
@@ -318,12 +318,13 @@ def start_head(options: HeadOptions) -> Head:
             deadline = max(deadline, time.monotonic() + LEAST_START_S)
 
 
-def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: float) -> Head:
+def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: float, *, first: bool) -> Head:
     identity = secrets.token_hex(3)
     folder = root / identity
     client_port = options.client_port or _free_port()
     metrics_port = options.metrics_port or _free_port()
-    dashboard_port = (options.dashboard_port or _free_port(DASHBOARD_PORT)) if options.dashboard else None
+    near = DASHBOARD_PORT if first else None  # where other heads that start just now look too
+    dashboard_port = (options.dashboard_port or _free_port(near)) if options.dashboard else None
     head = Head(
         id=identity,
         host=platform.node(),
@@ -1243,16 +1244,7 @@ def _read(record: Path) -> Head | None:
 
 def _write(record: Path, head: Head) -> None:
     """Whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=record.parent, prefix=".head.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(head.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, record)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(record, head.model_dump_json(indent=1).encode())
 
 
 def _identify(process: psutil.Process) -> Process:
