@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from xlstm_ray import supervisor
-from xlstm_ray.memory import MIB, Level, Limits, Sample
+from xlstm_ray.files import MIB
+from xlstm_ray.memory.sample import Sample
+from xlstm_ray.memory.watchdog import Level, Limits
+from xlstm_ray.supervisor.processes import Machine, Process
 
 
 class ActorSample(NamedTuple):
     """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
 
-    process: supervisor.Process
-    machine: supervisor.Machine  # of whose processes it is one
+    process: Process
+    machine: Machine  # of whose processes it is one
     node: str  # Ray's id of the node
     busy_s: float | None
     peak_bytes: int

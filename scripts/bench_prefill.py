@@ -44,8 +44,9 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     from tokenizers import Tokenizer, models
 
     sys.path.insert(0, str(SELF.parents[1]))
-    from xlstm_ray.checkpoint import HEAD, INDEX_FILE, OUT_NORM, expected_tensors
+    from xlstm_ray.checkpoint import INDEX_FILE
     from xlstm_ray.config import ModelConfig
+    from xlstm_ray.tensors import HEAD, OUT_NORM, expected_tensors
 
     config = {
         "model_type": "xlstm", "hidden_size": args.hidden, "num_hidden_layers": args.blocks, "num_heads": args.heads,

@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TILE = 32
 SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", "16"]
 RUNNER = ["--chunkwise-backend", "ray_compiled_chunks"]
-PROGRAM = [sys.executable, "-c", "from xlstm_ray.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()"]
 KILL, TERM, STOP = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
 
 
@@ -102,13 +102,14 @@ def within(seconds: float, process: "subprocess.Popen[str]") -> Iterator[None]:
 
 def strike(head, fault: Fault, rng: random.Random) -> int:
     """Returns how many processes were hit."""
-    from xlstm_ray import supervisor
+    from xlstm_ray.supervisor.processes import send_signal, title_of
+    from xlstm_ray.supervisor.records import session_of
 
-    found = [p for p in supervisor._session(head) if any(part in supervisor._title(p) for part in fault.parts)]
+    found = [p for p in session_of(head) if any(part in title_of(p) for part in fault.parts)]
     found = [p for p in found if fault.parts == ("xlstm-ray-guard",) or p.pid != head.pid]
     if fault.once and found:
         found = [rng.choice(found)]
-    supervisor._signal(found, signal.Signals(fault.number))
+    send_signal(found, signal.Signals(fault.number))
     return len(found)
 
 
@@ -124,7 +125,7 @@ def processes_in(folder: Path) -> list[str]:
 
 def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Path, expected: str) -> dict:
     """A run with this fault, and its resume; what came of it."""
-    from xlstm_ray import supervisor
+    from xlstm_ray.supervisor.records import all_heads
 
     rng = random.Random(f"{args.seed} {name} {number}")
     home = Path(tempfile.mkdtemp(dir=work))
@@ -141,7 +142,7 @@ def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Pa
             if not line.startswith("{"):
                 said.append(line.rstrip())
             elif not struck and json.loads(line).get("tiles_done", 0) >= at:
-                (head,) = supervisor._heads(records)
+                (head,) = all_heads(records)
                 folder, ran = head.folder, len(processes_in(home))
                 hit = strike(head, fault, rng)
                 struck = time.monotonic()

@@ -64,7 +64,7 @@ def prefill(length: int, model: Path | None, tile_size: int | None) -> dict[str,
 
 def report(args: argparse.Namespace) -> bool:
     """Print the block; whether all is well."""
-    from xlstm_ray.doctor import kernel_report, machine
+    from xlstm_ray.measure.doctor import kernel_report, machine
     from xlstm_ray.settings import Settings
 
     print("```\nxlstm-ray on a Mac")

@@ -21,7 +21,7 @@ OLDER_NAMES = {
 def generate(words: list[str]) -> None:
     """Run `xlstm-ray generate` with these options, and exit as it does; then say how long all of it took."""
     started = perf_counter()
-    from xlstm_ray import cli
+    from xlstm_ray.cli.app import main
 
     renamed = []
     for word in words:
@@ -29,7 +29,7 @@ def generate(words: list[str]) -> None:
         renamed.append(OLDER_NAMES.get(name, name) + equals + value)
     sys.argv = ["xlstm-ray", "generate", *renamed]
     try:
-        cli.main()
+        main()
     except SystemExit as left:
         if not left.code and "--help" not in words:
             print(f"total {perf_counter() - started:.1f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from xlstm_ray.cli import main
+from xlstm_ray.cli.app import main
 
 sys.argv[1:1] = ["parity", "slstm"]
 main()

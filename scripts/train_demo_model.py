@@ -503,7 +503,7 @@ def initial_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """
     import torch
 
-    from xlstm_ray.checkpoint import HEAD, OUT_NORM, expected_tensors
+    from xlstm_ray.tensors import HEAD, OUT_NORM, expected_tensors
 
     generator = torch.Generator().manual_seed(seed)
     D = config.hidden_size
@@ -538,8 +538,8 @@ class Model:
         """From tensors under Hugging Face names, differentiably: rounded to bfloat16 as stored, then `dtype`."""
         import torch
 
-        from xlstm_ray.checkpoint import EMBEDDING, HEAD, OUT_NORM
         from xlstm_ray.model import BlockWeights, EndWeights
+        from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM
 
         stored = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
@@ -572,7 +572,7 @@ class Model:
     def read(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
         from xlstm_ray.checkpoint import Checkpoint
         from xlstm_ray.config import ModelConfig
-        from xlstm_ray.model import make_grid
+        from xlstm_ray.layout import make_grid
 
         config = ModelConfig.from_file(folder / "config.json")
         [[band]] = make_grid(config, heads_per_band=config.num_heads)

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from metal.plugin import mps, simulator
 
-from xlstm_ray import cli
+from xlstm_ray.cli.app import main
 
 __all__ = ["mps", "simulator"]
 
@@ -66,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         monkeypatch.setattr(sys, "argv", ["xlstm-ray", *map(str, words)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            main()
         out, err = capfd.readouterr()
         return Ran(left.value.code or 0, out, err)
 

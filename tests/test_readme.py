@@ -32,12 +32,12 @@ RUN = {
     "export XLSTM_RAY_LOCAL_MODE=0": "",
 }
 # What is not run here, and why. Its options are parsed all the same.
-RAY = "a Ray head and actors that compile: tests/test_grid.py and tests/test_supervisor.py run them"
+RAY = "a Ray head and actors that compile: tests/actors/test_grid.py and tests/supervisor/test_supervisor.py run them"
 NOT_RUN = {
     "./scripts/test": "it runs this test",
-    "xlstm-ray download NX-AI/xLSTM-7b": "14 GB of the network: tests/test_runners.py has a hub of its own",
-    "xlstm-ray parity": "minutes of compiling: tests/test_parity_command.py runs it",
-    "EXTRAS=bench ./scripts/run bench --lengths 512,2048,8192 --png bench.png": "installs: tests/test_bench.py draws",
+    "xlstm-ray download NX-AI/xLSTM-7b": "14 GB of the network: tests/scripts/test_runners.py has a hub of its own",
+    "xlstm-ray parity": "minutes of compiling: tests/measure/test_parity_command.py runs it",
+    "EXTRAS=bench ./scripts/run bench --lengths 512,2048,8192 --png bench.png": "installs: test_bench.py draws",
     "xlstm-ray prefill --model DIR --prompt-file book.txt --chunkwise-backend ray_compiled_chunks --stages 2": RAY,
     "xlstm-ray up --ray-dashboard": RAY,
     "xlstm-ray generate --model DIR --prompt-file book.txt --chunkwise-backend ray_compiled_chunks --stages 4 "

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_ray.choose import explain
-from xlstm_ray.engine import load
+from xlstm_ray.choose import DEMO_MODEL, explain
+from xlstm_ray.engine.engine import load
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings, table
 
@@ -203,7 +203,7 @@ def test_only_the_variables_of_the_table_are_read(monkeypatch):
 
 def test_what_the_model_says_is_shown_as_the_models(tmp_path):
     # The demo model's configuration, with a backend of ours in it.
-    demo = Path(load.__code__.co_filename).parent / "demo" / "config.json"
+    demo = DEMO_MODEL / "config.json"
     config = {**json.loads(demo.read_text()), "chunkwise_kernel": "chunkwise--queued_compiled_steps"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = explain(Settings.make(model=tmp_path, device="cpu", tile_size=64))
@@ -329,7 +329,7 @@ def test_without_warm_up_kernels_compile_on_first_use():
         ({}, "xlstm_ray", "GOMP_SPINCOUNT = '1000'"),
         ({"GOMP_SPINCOUNT": "77"}, "xlstm_ray", "GOMP_SPINCOUNT = '77'"),
         ({"OMP_WAIT_POLICY": "active"}, "xlstm_ray", "OMP_WAIT_POLICY = 'ACTIVE'"),
-        ({}, "xlstm_ray.actors.band", "GOMP_SPINCOUNT = '1000'"),  # what Ray's worker imports
+        ({}, "xlstm_ray.actors.shard", "GOMP_SPINCOUNT = '1000'"),  # what Ray's worker imports
         ({}, "torch, xlstm_ray", "GOMP_SPINCOUNT = '300000'"),  # too late: README says so
     ],
 )
@@ -354,7 +354,7 @@ def test_torchs_own_variables_are_passed_on():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
 def test_a_user_without_a_name_and_a_home_has_caches():
-    code = "import os; from xlstm_ray.settings import cache_dir, compile_cache_dir; os.setuid(12345); "
+    code = "import os; from xlstm_ray.directories import cache_dir, compile_cache_dir; os.setuid(12345); "
     code += "print(cache_dir()); print(compile_cache_dir())"
     env = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from xlstm_ray.settings import calm_threads
 
 if TYPE_CHECKING:
-    from xlstm_ray.engine import Engine, PrefillResult, load
+    from xlstm_ray.engine.engine import Engine, load
+    from xlstm_ray.engine.result import PrefillResult
     from xlstm_ray.state import RecurrentState
 
 __all__ = ["Engine", "PrefillResult", "RecurrentState", "load"]
@@ -21,7 +22,12 @@ __version__ = "0.1.0"
 
 calm_threads()  # here, since the package comes before its modules, and so before torch, in every process
 
-_HOME = {"Engine": "engine", "PrefillResult": "engine", "load": "engine", "RecurrentState": "state"}
+_HOME = {
+    "Engine": "engine.engine",
+    "PrefillResult": "engine.result",
+    "load": "engine.engine",
+    "RecurrentState": "state",
+}
 
 
 def __getattr__(name: str) -> object:

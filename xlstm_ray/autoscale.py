@@ -18,11 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from xlstm_ray import __version__
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
 from xlstm_ray.kernels import Backend
-from xlstm_ray.model import Band, EndWeights, Kernels, Worker, make_grid
-from xlstm_ray.prefill.executor import InProcessExecutor, Tile
-from xlstm_ray.settings import Settings, Source, cache_dir
+from xlstm_ray.layout import Band, make_grid
+from xlstm_ray.model import EndWeights
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.executor import Tile
+from xlstm_ray.runtime.local import InProcessExecutor
+from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.settings import Settings, Source
 from xlstm_ray.state import Grid
 
 BUDGET_S = 10.0

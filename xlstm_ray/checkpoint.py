@@ -22,88 +22,20 @@ from torch import Tensor
 from xxhash import xxh3_128_digest
 
 from xlstm_ray.config import ModelConfig, parse_json, read_json
+from xlstm_ray.directories import cache_dir
 from xlstm_ray.errors import CheckpointError, one_line
-from xlstm_ray.files import is_lfs_pointer, lfs_advice, write_whole
-from xlstm_ray.model import Band, BlockWeights, EndWeights, SlstmWeights, Weights
-from xlstm_ray.settings import MIB, cache_dir
+from xlstm_ray.files import MIB, is_lfs_pointer, lfs_advice, write_whole
+from xlstm_ray.layout import Band
+from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights
+from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SLSTM_GATES, expected_tensors, itemsize_of, projections
 
-EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# The rows of an sLSTM's gates i, f, z, o and whose tensor they are: the published cell calls the first input of its
-# four "i", and its layer hands it what the tensor named fgate makes; likewise the second, "f", gets igate's.
-SLSTM_GATES = "fgate", "igate", "zgate", "ogate"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 UNIT = MIB  # of a tensor's bytes, whole rows, have a digest each, so that a band checks its rows alone
 DIGEST = 16  # bytes
 KEPT_FROM = 64 * MIB  # digests of smaller files are taken faster than looked up
 KEPT_FILES = 64
 SETTLED_NS = 2_000_000_000  # a file changed since may change again within one tick of its time stamp
-
-
-def projections(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
-    """Where a projection's rows are: ours -> (theirs, first row, rows). The two weight modes differ only here."""
-    qk, v, nh, ffn = config.qk_dim, config.v_dim, config.num_heads, config.ffn_dim
-    if config.weight_mode == "single":
-        return {
-            "q": ("mlstm_layer.q", 0, qk),
-            "k": ("mlstm_layer.k", 0, qk),
-            "v": ("mlstm_layer.v", 0, v),
-            "o": ("mlstm_layer.ogate_preact", 0, v),
-            "i": ("mlstm_layer.igate_preact", 0, nh),
-            "f": ("mlstm_layer.fgate_preact", 0, nh),
-            "gate": ("ffn.proj_up_gate", 0, ffn),
-            "up": ("ffn.proj_up", 0, ffn),
-        }
-    return {
-        "q": ("mlstm_layer.qkv_opreact", 0, qk),
-        "k": ("mlstm_layer.qkv_opreact", qk, qk),
-        "v": ("mlstm_layer.qkv_opreact", 2 * qk, v),
-        "o": ("mlstm_layer.qkv_opreact", 2 * qk + v, v),
-        "i": ("mlstm_layer.ifgate_preact", 0, nh),
-        "f": ("mlstm_layer.ifgate_preact", nh, nh),
-        "gate": ("ffn.proj_up_gate_z", 0, ffn),
-        "up": ("ffn.proj_up_gate_z", ffn, ffn),
-    }
-
-
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape, but for out norm and head, whose presence the files decide (see Checkpoint)."""
-    D, table = config.hidden_size, projections(config)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
-    for n in range(config.num_blocks):
-        at = f"backbone.blocks.{n}."
-        slstm = n in config.slstm_at
-        rows: dict[str, int] = {}
-        for name, start, count in table.values():
-            if not (slstm and name.startswith("mlstm_layer.")):
-                rows[name] = max(rows.get(name, 0), start + count)
-        linears = {name: (count, D) for name, count in rows.items()}
-        linears["ffn.proj_down"] = (D, config.ffn_dim)
-        if slstm:
-            nh, dh = config.num_heads, config.dh
-            shapes |= {f"{at}slstm_layer.{gate}.weight": (nh, dh, dh) for gate in SLSTM_GATES}
-            shapes[f"{at}slstm_layer.slstm_cell._recurrent_kernel_"] = (nh, dh, 4 * dh)
-            shapes[f"{at}slstm_layer.slstm_cell._bias_"] = (4 * D,)
-            shapes[f"{at}slstm_layer.group_norm.weight"] = (D,)
-            norms = {"norm_slstm": D, "norm_ffn": D}
-        else:
-            linears["mlstm_layer.out_proj"] = (D, config.v_dim)
-            norms = {"norm_mlstm": D, "norm_ffn": D, "mlstm_layer.multihead_norm": config.v_dim}
-        for name, shape in linears.items():
-            shapes[f"{at}{name}.weight"] = shape
-            if config.use_bias or "gate_preact" in name and "ogate" not in name:
-                shapes[f"{at}{name}.bias"] = shape[:1]
-        for name, size in norms.items():
-            shapes[f"{at}{name}.weight"] = (size,)
-            if config.use_bias:
-                shapes[f"{at}{name}.bias"] = (size,)
-    return shapes
-
-
-def itemsize_of(name: str, dtype: torch.dtype) -> int:
-    """Bytes of an element of that tensor once it is loaded in `dtype`: gates and an sLSTM layer are float32."""
-    exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
-    return 4 if any(part in name for part in exact) else dtype.itemsize
 
 
 class Stored(NamedTuple):

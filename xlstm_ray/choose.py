@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xlstm_ray import supervisor
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
-from xlstm_ray.supervisor import Mode
+from xlstm_ray.supervisor.mode import Mode, ray_mode
+from xlstm_ray.supervisor.ports import is_loopback
 
 if TYPE_CHECKING:
     import torch
 
-    from xlstm_ray.kernels.probe import Fit
+    from xlstm_ray.kernels.metal import Fit
     from xlstm_ray.state import Grid
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -137,7 +137,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
                 )
         _refuse_folders(settings, Mode.LOCAL)
         return Mode.LOCAL
-    mode = supervisor.choose_mode(
+    mode = ray_mode(
         local_mode=settings.ray_local_mode,
         address=settings.ray_address,
         dashboard=settings.ray_dashboard,
@@ -152,7 +152,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
-    elsewhere = mode is Mode.ATTACHED and not supervisor.is_loopback(settings.ray_address or "")
+    elsewhere = mode is Mode.ATTACHED and not is_loopback(settings.ray_address or "")
     if elsewhere and settings.force and settings.source("force").kind == "flag":
         raise UsageError(
             f"{settings.named('force')} has no effect on other machines ({settings.named('ray_address')}), whose "
@@ -230,7 +230,7 @@ def choose_dtype(
         return Dtype(torch.bfloat16)
     if stored != torch.bfloat16:
         return Dtype(torch.float32)
-    from xlstm_ray.products import bfloat16_cost
+    from xlstm_ray.runtime.products import bfloat16_cost
 
     cost = bfloat16_cost()
     found = f"bfloat16 products take {cost:.2g} x as long here"
@@ -262,7 +262,7 @@ def choose_steps(
     settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: "torch.dtype", device: "torch.device"
 ) -> "Fit":
     """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
-    from xlstm_ray.kernels.probe import Fit, fit_t_inner
+    from xlstm_ray.kernels.metal import Fit, fit_t_inner
 
     if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
         raise UsageError(

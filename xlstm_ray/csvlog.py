@@ -5,10 +5,10 @@ Its first column is the time in ISO 8601.
 
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from xlstm_ray.files import LOG, require_replaceable
-from xlstm_ray.reporter import now
 
 
 class CsvLog:
@@ -39,3 +39,8 @@ class CsvLog:
         """Close the file."""
         with suppress(OSError):  # what could not be written before is tried once more
             self._file.close()
+
+
+def now() -> str:
+    """The time in ISO 8601, with this machine's offset from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from xlstm_ray.errors import OutputError
 
+MIB = 1 << 20
+JOURNAL_FILE = "prefill.state"  # in the directory of --journal
+
 TEMPORARY = re.compile(r"\.xlstm-ray\.[0-9a-f]{16}\.tmp")
 STALE_S = 3600.0  # a temporary file that nobody has written to for so long has lost its writer
 HEAD_BYTES = 4096

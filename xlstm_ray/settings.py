@@ -1,4 +1,4 @@
-"""Every setting, once: its flag, its environment variable, its bounds. The only reader of the environment.
+"""Every setting, once: its flag, its environment variable, its bounds. The only reader of these variables.
 
 What was given wins in this order: flag (or argument in Python), the state that a run goes on from, environment
 variable, `--config FILE`, `--profile NAME`, the model's config.json (the engine reads that), default. `--help` is made
@@ -13,9 +13,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
-from getpass import getuser
 from pathlib import Path
-from tempfile import gettempdir
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
@@ -38,11 +36,9 @@ from pydantic_settings import (
 )
 
 from xlstm_ray.errors import UsageError
-from xlstm_ray.files import LOG, STATE, Input, Output
+from xlstm_ray.files import JOURNAL_FILE, LOG, STATE, Input, Output
 
 DEFAULT_BACKEND = "queued_compiled_chunks"
-MIB = 1 << 20
-JOURNAL_FILE = "prefill.state"  # in the directory of --journal
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -63,7 +59,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "heads_per_band": 4,
     }
 }
-
 
 # The help's panels. A setting that is not named here is in the last one.
 PANELS: dict[str, str] = {
@@ -390,22 +385,3 @@ def calm_threads() -> None:
     """
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
-
-
-def cache_dir() -> Path:
-    """Where this user's caches of the program live."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(given or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")) / "xlstm-ray"
-    except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
-        return Path(gettempdir()) / f"xlstm-ray-{os.getuid()}"
-
-
-def compile_cache_dir() -> Path:
-    """Where torch keeps what it has compiled: its variable, else its default."""
-    try:
-        user = getuser()
-    except (KeyError, ModuleNotFoundError, OSError):  # a user without a name, as in containers
-        user = f"uid_{os.getuid()}"
-    default = Path(gettempdir()) / f"torchinductor_{user}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)).absolute()

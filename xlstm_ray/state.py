@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.directories import cache_dir
 from xlstm_ray.errors import OutputError, StateError, one_line
 from xlstm_ray.files import STATE, require_replaceable, write_whole
-from xlstm_ray.history import EMPTY_PROMPT, Row, TokenTrail, extend_prompt_hash
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.settings import cache_dir
+from xlstm_ray.text.history import EMPTY_PROMPT, Row, TokenTrail, extend_prompt_hash
 
 __all__ = ["EMPTY_PROMPT", "FORMAT", "Grid", "RecurrentState", "extend_prompt_hash"]
 

@@ -11,7 +11,10 @@ from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, slstm_kernel,
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.compiled import compile_each
 from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence, slstm_sequence
-from xlstm_ray.model import Band, BlockWeights, EndWeights, Kernels, SlstmWeights, Weights, Worker, few_rows_product
+from xlstm_ray.layout import Band
+from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights, few_rows_product
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.worker import Worker
 
 from . import shaders
 from .simulator import Simulator

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.doctor import WindowKernels, kernel_lines, metal_kernels
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
-from xlstm_ray.kernels import probe as kernel_probe
+from xlstm_ray.kernels import metal as kernel_probe
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
+from xlstm_ray.kernels.metal import Fit, Generated, fit_t_inner, generate
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
-from xlstm_ray.kernels.probe import Fit, Generated, fit_t_inner, generate
+from xlstm_ray.measure.doctor import WindowKernels, kernel_lines, metal_kernels
 
 from . import shaders
 from .simulator import Simulator

@@ -11,7 +11,7 @@ from tiny import make_model
 import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.kernels.probe import Fit
+from xlstm_ray.kernels.metal import Fit
 
 from .operators import operators_with_mps_kernels
 from .simulator import Simulator
@@ -104,7 +104,7 @@ def test_a_lowered_t_inner_is_said(
     asked = "prefill", "--model", tiny, "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", 64, "--json"
     want = run(*asked, "--device", "cpu", "--chunkwise-backend", "native").row
     note = "T_inner 20 takes kernels of more than 31 buffers"
-    monkeypatch.setattr("xlstm_ray.kernels.probe.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
+    monkeypatch.setattr("xlstm_ray.kernels.metal.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
     monkeypatch.setenv("XLSTM_T_INNER", "20")
     ran = run(*asked, "--device", "mps", "--chunkwise-backend", "queued_compiled_steps")
     assert f"note: {note} (20)" in ran.err

@@ -4,11 +4,9 @@
 tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls back to eager or to another device.
 """
 
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
@@ -17,43 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from xlstm_ray.directories import compile_cache_dir
 from xlstm_ray.errors import KernelError
+from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code
 from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
-from xlstm_ray.settings import compile_cache_dir
 
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
-
-
-class LaunchCounter:
-    """Counts what compiled code launches on Metal: kernels generated for it and calls of torch's own.
-
-    total becomes None, which is "not known", once code has run that no count was had of: Inductor loads a module of
-    Python for every graph, and where it finds that module loaded already, or none, there is nothing to read.
-    """
-
-    def __init__(self) -> None:
-        self.total: int | None = 0
-        self._lock = Lock()
-
-    def add(self, launches: int | None) -> None:
-        """One call of code that launches so many."""
-        with self._lock:
-            self.total = None if self.total is None or launches is None else self.total + launches
-
-
-def _modules() -> "list[types.ModuleType]":
-    """What Inductor has loaded so far, a module for every graph."""
-    from torch._inductor.codecache import PyCodeCache
-
-    return PyCodeCache.modules
-
-
-def own_code(fn: Callable, name: str) -> Callable:
-    """`fn` under another name, with a code object of its own: torch.compile keeps its variants on the code object."""
-    assert isinstance(fn, types.FunctionType)
-    own = types.FunctionType(fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    own.__kwdefaults__ = fn.__kwdefaults__
-    return own
 
 
 @cache
@@ -102,10 +69,10 @@ def compile_strict(
 
         try:
             with first or nullcontext():
-                loaded = len(_modules()) if first and counter else 0
+                loaded = len(loaded_modules()) if first and counter else 0
                 result = compiled(*args, **kwargs)
                 if first and counter and launches is None:  # the first of those that waited for the lock
-                    launches = _launches_of(_modules()[loaded:])
+                    launches = launches_of(loaded_modules()[loaded:])
             first = None
             if counter:
                 counter.add(launches)
@@ -122,17 +89,6 @@ def compile_strict(
             ) from err
 
     return call
-
-
-def _launches_of(modules: "list[types.ModuleType]") -> int | None:
-    """What a call of the one graph launches, read from its module; None where it is not one."""
-    from xlstm_ray.kernels.probe import count_launches
-
-    files = {module.__file__ for module in modules if hasattr(module, "call")}
-    if len(files) != 1 or None in files:
-        return None
-    kernels, library_calls = count_launches(Path(str(files.pop())).read_text())
-    return kernels + sum(library_calls.values())
 
 
 def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -> Callable:

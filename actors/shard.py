@@ -1,0 +1,321 @@
+"""The actor of one (stage, band): a Worker behind calls that carry tensors between processes.
+
+Importable without Ray; the executor wraps the class. Its calls run in four threads (Ray's concurrency groups):
+`compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes,
+`snapshot` does so with states, which are larger, and `control` answers at any time.
+
+B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which Ray shares between the processes of a
+node without copying; bfloat16 travels as int16. What arrives is read-only and must never be written to.
+"""
+
+# Ray sends an actor's signatures, and what they name, with every handle: a watchdog would import torch for them.
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.actors.watchdog import ActorSample
+from xlstm_ray.actors.wire import Wire, from_wire, to_wire
+from xlstm_ray.checkpoint import Checkpoint, Stored
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.errors import CheckpointError, UsageError
+from xlstm_ray.kernels import chunkwise_backend
+from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.layout import Band
+from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
+from xlstm_ray.model import AnyState
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.supervisor.processes import this_machine, this_process
+
+GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What every actor of a grid has in common."""
+
+    model: Path
+    config: ModelConfig
+    stored: Mapping[str, Stored]  # the driver's weights
+    backend: str
+    device: str
+    dtype: torch.dtype
+    chunk_size: int
+    t_inner: int
+    fusion_limit: int | None
+    threads: int
+
+
+class Call(NamedTuple):
+    """One tile on its way. Calls of an epoch that is over are left undone: the state has been set back since."""
+
+    epoch: int
+    number: int
+    first: list[int]
+    last: list[int]
+    keep: bool
+    all_logits: bool
+
+
+Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
+
+
+class Done(NamedTuple):
+    """A tile's result on the device."""
+
+    result: tuple[Tensor, ...]
+    fence: Fence
+
+
+class Kept(NamedTuple):
+    """The blocks' states after a tile, on the device."""
+
+    blocks: list[AnyState]
+    fence: Fence
+
+
+class BandActor:
+    """Owns the weights and the state of one (stage, band).
+
+    With one band a tile takes two calls: `run`, and `output` which hands its result on. With several, `embed` or the
+    stage before gives every band the residual stream; `mix` and `feed` return this band's partial sums, and each band
+    adds up all bands' sums itself, always in the order of the bands; the first band's `leave` hands the result on.
+    """
+
+    def __init__(self, spec: WorkerSpec, band: Band, name: str, *, alone: bool):
+        self.spec, self.band, self.name, self.alone = spec, band, name, alone
+        self.epoch = 0
+        self.busy_since: float | None = None
+        self._x: dict[int, Tensor] = {}  # a tile's residual stream between two of its calls
+        self._done: dict[int, Done] = {}
+        self._kept: dict[int, Kept] = {}
+        self._streams: dict[str, Any] = {}
+        self._set_up = False
+
+    def __repr__(self) -> str:
+        return f"BandActor({self.name})"
+
+    # -- compute -------------------------------------------------------------------------------------------------------
+    def load(self) -> None:
+        """Read this band's slice of the checkpoint. Raises where this node's model is not the driver's."""
+        spec = self.spec
+        self._threads()
+        self.device = torch.device(spec.device)
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there[self.device.type]:
+            raise UsageError(f"--device is {spec.device!r}, but node {os.uname().nodename} has none")
+        config = ModelConfig.from_file(spec.model / "config.json")
+        if config != spec.config:
+            raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")
+        checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this band reads is checked while it is read
+        # A pool of processes that compile would be one more of them for every actor.
+        torch._inductor.config.compile_threads = 1
+        kernels = Kernels(
+            chunkwise_backend(spec.backend),
+            chunk_size=spec.chunk_size,
+            t_inner=spec.t_inner,
+            compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
+        )
+        blocks, ends = checkpoint.load(self.band, dtype=spec.dtype, device=self.device)
+        self.worker = Worker(config, self.band, blocks, ends, kernels)
+        self.last = self.band.blocks.stop == config.num_blocks
+
+    def warm_up(self, batch: int, sizes: list[int]) -> None:
+        """Compile what windows of these sizes need."""
+        for size in sizes:
+            self._compute(self.worker.warm_up, batch, size, alone=self.alone)
+        self._compute(self.worker.warm_up_logits, batch)
+        gc.collect()  # the compiler's graphs are cycles, of which there are none in the work that follows
+        empty_cache(self.device)
+
+    def restore(self, epoch: int, tensors: dict[str, Wire] | None, batch: int) -> None:
+        """Begin an epoch: the state is this one of all heads (or a fresh one), and nothing is under way."""
+        self.epoch = epoch
+        for tiles in (self._x, self._done, self._kept):
+            tiles.clear()
+        state = None if tensors is None else {name: from_wire(array, torch.float32) for name, array in tensors.items()}
+        self._compute(self.worker.set_state, state, batch)
+
+    def run(self, call: Call, x: Wire, _after: None) -> None:
+        """The whole stage over a tile, where one band has all heads; x are tokens (B, T) in the first stage."""
+        if call.epoch == self.epoch:
+            self._compute(self._run, call, x)
+
+    def embed(self, call: Call, tokens: Wire) -> Wire | None:
+        """tokens (B, T) -> residual stream (B, T, D)."""
+        if call.epoch != self.epoch:
+            return None
+        return self._compute(lambda: to_wire(self._enter(tokens)))
+
+    def mix(self, call: Call, n: int, _after: None, *parts: Wire) -> tuple[Wire | None, None]:
+        """This band's share of the mLSTM half of block n; parts: the stage's input, or all bands' `feed` of n - 1."""
+        if call.epoch != self.epoch:
+            return None, None
+        return self._compute(self._mix, call, n, parts), None
+
+    def feed(self, call: Call, n: int, *parts: Wire) -> Wire | None:
+        """This band's share of the feed-forward half of block n; parts: all bands' `mix` of n."""
+        if call.epoch != self.epoch:
+            return None
+        return self._compute(self._feed, call, n, parts)
+
+    def leave(self, call: Call, *parts: Wire) -> Any:
+        """The residual stream after this stage, for the next one; what `output` returns after the last one."""
+        if call.epoch != self.epoch:
+            return None
+        return self._compute(lambda: self._hand_on(self._result(call, self._add(self._x.pop(call.number), parts))))
+
+    def logits(self, hidden: Wire) -> Wire:
+        """hidden (B, D) after the last block -> logits (B, vocabulary) float32."""
+        return self._compute(lambda: to_wire(self.worker.logits(from_wire(hidden, self.spec.dtype))))
+
+    def state(self) -> dict[str, Wire]:
+        """This band's state after all tiles so far."""
+        return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.get_state().items()})
+
+    # -- transfer, snapshot --------------------------------------------------------------------------------------------
+    def output(self, call: Call, _after: None) -> Any:
+        """What `run` made of a tile: the residual stream (B, T, D); after the last stage (each row's last hidden
+        (B, D),), or that and all logits (B, T, vocabulary) where they were asked for."""
+        done = self._done.pop(call.number, None)
+        if call.epoch != self.epoch or done is None:
+            return None
+        with self._beside(done.fence, "out"):
+            return self._hand_on(done.result)
+
+    def kept(self, call: Call, _after: None) -> dict[str, Wire] | None:
+        """The state as it was after this tile."""
+        kept = self._kept.pop(call.number, None)
+        if call.epoch != self.epoch or kept is None:
+            return None
+        with self._beside(kept.fence, "state"):
+            return {name: to_wire(part) for name, part in self.worker.get_state(kept.blocks).items()}
+
+    # -- control -------------------------------------------------------------------------------------------------------
+    def sample(self) -> ActorSample:
+        """Who and how this actor is."""
+        import ray
+
+        since, device = self.busy_since, torch.device(self.spec.device)
+        return ActorSample(
+            this_process(),
+            this_machine(),
+            ray.get_runtime_context().get_node_id(),
+            None if since is None else monotonic() - since,
+            peak_device_bytes(device),
+            take_sample(device),
+            device_total_bytes(device),
+        )
+
+    def empty_cache(self) -> None:
+        """Give memory that the device's allocator holds without need back."""
+        empty_cache(torch.device(self.spec.device))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _run(self, call: Call, x: Wire) -> None:
+        hidden = self._enter(x)
+        first, last = self._rows(call)
+        for n in range(len(self.band.blocks)):
+            hidden = self.worker.run_block(n, hidden, first, last)
+        if call.keep:  # blocks replace their states and never write into them, so that holding one is keeping it
+            self._kept[call.number] = Kept(list(self.worker.state), self._fence())
+        self._done[call.number] = Done(self._result(call, hidden), self._fence())
+
+    def _mix(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
+        if n == 0:
+            (x,) = parts
+            self._x[call.number] = self._enter(x)
+        else:
+            self._x[call.number] = self._add(self._x[call.number], parts)
+        part = self.worker.mix(n, self._x[call.number], *self._rows(call))
+        if call.keep:
+            self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.state[n])
+        return to_wire(part)
+
+    def _feed(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
+        x = self._x[call.number] = self._add(self._x[call.number], parts)
+        part = self.worker.feed(n, x)
+        if n + 1 == len(self.band.blocks) and self.band.heads.start > 0:
+            del self._x[call.number]  # the first band goes on with it
+        return to_wire(part)
+
+    def _enter(self, x: Wire) -> Tensor:
+        """The residual stream on the device, from tokens or from the stage before."""
+        host = from_wire(x, self.spec.dtype)
+        if self.device.type == "cuda":
+            stream = self._stream("in")  # so that it does not wait for the tile that is being worked on
+            with torch.cuda.stream(stream):
+                here = self._upload(host)
+            main = torch.cuda.current_stream()
+            main.wait_stream(stream)
+            here.record_stream(main)
+        else:
+            here = self._upload(host)
+        return self.worker.embed(here) if here.ndim == 2 else here
+
+    def _upload(self, host: Tensor) -> Tensor:
+        """On the device; on cuda by way of pinned memory and without waiting."""
+        if self.device.type != "cuda":
+            return host.to(self.device)
+        return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self.device, non_blocking=True)
+
+    def _add(self, x: Tensor, parts: tuple[Wire, ...]) -> Tensor:
+        for part in parts:
+            x = x + self._upload(from_wire(part, self.spec.dtype))
+        return x
+
+    def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
+        return self._upload(torch.tensor(call.first)), self._upload(torch.tensor(call.last))
+
+    def _result(self, call: Call, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.last:
+            return (x,)
+        rows = torch.arange(x.shape[0], device=x.device)
+        hidden = x[rows, (self._rows(call)[1] - 1).clamp(min=0)]
+        return (hidden, self.worker.logits(x)) if call.all_logits else (hidden,)
+
+    def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
+        wires = tuple(to_wire(x) for x in result)
+        return wires if self.last else wires[0]
+
+    def _compute(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._threads()
+        self.busy_since = monotonic()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.busy_since = None
+
+    def _threads(self) -> None:
+        """The number of threads is a thread's own affair, and part of what is compiled."""
+        if not self._set_up:  # there is one compute thread
+            torch.set_num_threads(self.spec.threads)
+            self._set_up = True
+
+    def _fence(self) -> Fence:
+        """After what the device has been asked for so far."""
+        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+    def _beside(self, fence: Fence, name: str) -> Any:
+        """On cuda: a stream of its own for copies out, so that they wait for this tile and not for the next."""
+        if fence is None:
+            return nullcontext()
+        stream = self._stream(name)
+        fence.synchronize()
+        return torch.cuda.stream(stream)
+
+    def _stream(self, name: str) -> torch.cuda.Stream:
+        if name not in self._streams:
+            self._streams[name] = torch.cuda.Stream(self.device)
+        return self._streams[name]

@@ -1,0 +1,199 @@
+"""`xlstm-ray plan`: its arithmetic against what was measured, counted by torch, or computed by the engine."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ran
+from safetensors.torch import load_file, save_file
+from slstm import write_model
+from tiny import make_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import xlstm_ray
+from xlstm_ray.choose import DEMO_MODEL
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.errors import EstimateError
+from xlstm_ray.measure import estimate
+from xlstm_ray.measure.devices import DEVICES
+from xlstm_ray.measure.estimate import Plan, Work, plan
+from xlstm_ray.settings import Settings
+
+XLSTM_7B = {"model_type": "xlstm", "vocab_size": 50304, "hidden_size": 4096, "num_blocks": 32, "num_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration alone."""
+    directory = tmp_path_factory.mktemp("7b")
+    (directory / "config.json").write_text(json.dumps(XLSTM_7B))
+    return directory
+
+
+def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **asked: object) -> Plan:
+    return plan(Settings.make(model=model, **asked), device, tokens, machines)
+
+
+# README.md: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_grid: those of the prefill alone.
+@pytest.mark.parametrize(("chunk", "measured"), [(None, 35_201), (64, 31_300), (128, 36_400), (256, 39_900)])
+def test_7b_on_an_h100_as_measured(of_7b: Path, chunk: int | None, measured: int) -> None:
+    estimate = planned(of_7b, "h100", chunk_size=chunk)
+    assert measured / 1.5 < estimate.tok_s < measured * 1.5
+    assert (estimate.tile_size, estimate.chunk_size, estimate.heads_per_band) == (4096, chunk or 256, 8)
+    assert estimate.fits
+
+
+def test_larger_chunks_are_faster_on_an_h100_as_measured(of_7b: Path) -> None:
+    speeds = [planned(of_7b, "h100", chunk_size=chunk).tok_s for chunk in (64, 128, 256)]
+    assert speeds == sorted(speeds)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_operations_are_those_that_torch_counts(tmp_path: Path, hybrid: bool) -> None:
+    if hybrid:
+        write_model(tmp_path, slstm_at=[1], num_blocks=3)
+    else:
+        make_model(tmp_path)
+    config = ModelConfig.from_file(tmp_path / "config.json")
+    assert bool(config.slstm_at) == hybrid
+    tokens, chunk = 64, config.chunk_size
+    asked = {"device": "cpu", "dtype": "bfloat16", "tile_size": 64, "warmup": False}
+    with xlstm_ray.load(tmp_path, **asked) as lm, FlopCounterMode(display=False) as counter:
+        lm.prefill(list(range(tokens)))
+    head = 2 * config.vocab_size * config.hidden_size  # the last token's logits
+    counted = (counter.get_total_flops() - head) / tokens
+    estimate = sum(Work.of(config, b, chunk, 2).flops for b in range(config.num_blocks))
+    assert estimate == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_and_settings_are_the_engines(dtype: str) -> None:
+    assert_as_the_engine(DEMO_MODEL, dtype)
+
+
+def test_memory_of_a_head_that_is_the_embedding(tmp_path: Path) -> None:
+    make_model(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = assert_as_the_engine(tmp_path, "float32")
+    assert found.model.tied
+    ends = [planned(tmp_path, "this", 1000, machines=m, dtype="float32").need.weights for m in (1, 3)]
+    block, embedding = found.model.blocks[0], 259 * 128 * 4
+    assert ends == [3 * block + embedding + 128 * 4, block + embedding + 128 * 4]  # the last stage has one of its own
+
+
+def assert_as_the_engine(model: Path, dtype: str) -> Plan:
+    estimate = planned(model, "this", 1000, dtype=dtype)
+    with xlstm_ray.load(model, device="cpu", dtype=dtype, chunkwise_backend="native") as lm:
+        want, grid = lm.need(1), lm.grid
+    got = estimate.need
+    assert (got.weights, got.state, got.tile) == (want.weights, want.state, want.tile)
+    assert (estimate.tile_size, estimate.chunk_size) == (grid.tile_size, grid.chunk_size)
+    assert str(estimate.model.dtype) == f"torch.{grid.dtype}"
+    return estimate
+
+
+def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
+    shutil.copy(DEMO_MODEL / "config.json", tmp_path)
+    alone, whole = planned(tmp_path, "m2"), planned(DEMO_MODEL, "m2")
+    assert alone.model.weights == whole.model.weights
+    assert alone.need == whole.need
+    assert alone.seconds == whole.seconds
+    assert "config.json alone" in alone.lines[0]
+    assert "headers" in whole.lines[0]
+
+
+def test_stages_of_several_machines(of_7b: Path) -> None:
+    one, two, four = (planned(of_7b, "m1", machines=m) for m in (1, 2, 4))
+    assert not one.fits
+    assert one.machines_needed == 2
+    assert "does not fit; 2 machines would do" in "\n".join(one.lines)
+    assert two.fits
+    assert four.fits
+    assert two.need.weights < one.need.weights * 0.55
+    assert one.seconds / 2 < two.seconds < one.seconds * 0.6  # a stage waits for its first tile
+    assert two.seconds / 2 < four.seconds < two.seconds * 0.6
+    assert "--chunkwise-backend ray_compiled_chunks --stages 2" in two.flags
+    assert planned(of_7b, "m1", dtype="float32").machines_needed == 3
+
+
+def test_the_tile_is_halved_until_it_fits(of_7b: Path) -> None:
+    roomy = planned(of_7b, "m4-max", tile_size=65536)
+    assert roomy.need.tile > planned(of_7b, "m4-max").need.tile
+    small = planned(of_7b, "h100", mem_hard_pct=0.185)  # of 80 GB: 14,114 MiB, and tiles of 4096 need 14,023
+    assert (small.fits, small.tile_size) == (True, 4096)
+    small = planned(of_7b, "h100", mem_hard_pct=0.18)
+    assert (small.fits, small.tile_size) == (True, 2048)
+    assert not planned(of_7b, "h100", mem_hard_pct=0.18, tile_size=4096).fits
+
+
+def test_time_grows_with_the_prompt_and_memory_does_not(of_7b: Path) -> None:
+    for device in DEVICES:
+        short, long = planned(of_7b, device, 8192), planned(of_7b, device, 1 << 20)
+        assert long.seconds == pytest.approx(128 * short.seconds, rel=1e-6)
+        assert long.need == short.need
+        assert short.device.source
+    speeds = [planned(of_7b, name).tok_s for name in ("m1", "m1-pro", "m1-max", "m1-ultra", "h100")]
+    assert speeds == sorted(speeds)
+    tail = planned(of_7b, "h100", 4096 + 100).seconds  # a window of 256 tokens, padded
+    assert tail == pytest.approx(planned(of_7b, "h100", 4096 + 256).seconds)
+
+
+def test_a_small_model_on_a_large_gpu_waits_for_its_calls() -> None:
+    assert planned(DEMO_MODEL, "h100", 16 * 4096).seconds == pytest.approx(16 * 4 * 0.75e-3)  # tiles x blocks
+
+
+# No timing is asserted but for nonsense: other work on this machine may well cost a factor of 1.5. --check asserts it.
+def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planned(DEMO_MODEL, "this", 4096)
+    assert found.device.rate(torch.bfloat16) > 1e9
+    assert found.device.bandwidth > 1e8
+    monkeypatch.setattr(estimate, "FACTOR", 1.0)  # which no run is within
+    with pytest.raises(EstimateError, match="beyond a factor of 1.0") as refused:
+        estimate.check(found)
+    ((measured, ratio),) = re.findall(r"measured +([\d,]+) tokens/s.*; estimated ([\d.]+) of it", str(refused.value))
+    assert 1 / 8 < found.tok_s / int(measured.replace(",", "")) < 8
+    assert 1 / 8 < float(ratio) < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--device m9", "--device is 'm9'; there are: this, m1, m1-pro"),
+        ("--device m1 --prompt-tokens 0", "--prompt-tokens is 0; allowed: 1 to"),
+        ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
+        ("--device m1 --check", "--check runs on this machine"),
+        ("--device m1 --model nowhere", "nowhere: is not a directory"),
+        ("--device m1 --tile-size 100", "--tile-size is 100, which is no multiple of the chunk size 64"),
+    ],
+)
+def test_mistakes_are_one_line(words: str, says: str, run: Callable[..., Ran]) -> None:
+    ran = run("plan", "--prompt-tokens", 100, *words.split())
+    assert ran.code == 1
+    assert ran.error.startswith(f"error: {says}")
+
+
+def test_for_programs(of_7b: Path, run: Callable[..., Ran]) -> None:
+    row = run("plan", "--model", of_7b, "--device", "h200", "--prompt-tokens", 8192, "--json").row
+    estimate = planned(of_7b, "h200", 8192)
+    assert (row["seconds"], row["fits"], row["need_bytes"]["total"]) == (estimate.seconds, True, estimate.need.total)
+    assert (row["tile_size"], row["dtype"], row["device"]["memory_gb"]) == (4096, "bfloat16", 141)
+
+
+def test_long_times_are_in_hours_and_what_cannot_be_known_is_said(of_7b: Path, run: Callable[..., Ran]) -> None:
+    words = ("plan", "--model", of_7b, "--device", "m1-max", "--heads-per-band", 4)
+    row = run(*words, "--prompt-tokens", 1 << 22, "--json").row
+    people = run(*words, "--prompt-tokens", 1 << 22).out
+    minutes = round(row["seconds"] / 60)
+    assert minutes > 120
+    assert f"{row['seconds']:,.0f} s ({minutes // 60:,} h {minutes % 60} min) for 4,194,304 tokens" in people
+    assert " h " not in run(*words, "--prompt-tokens", 64).out.partition("not known")[0].partition("time ")[2]
+    assert "other work on the machine" in row["not_known"]
+    assert row["not_known"] in people
+    assert row["workers"] == 2  # of 8 heads, not the 6 that may be

@@ -1,0 +1,201 @@
+"""Encoding in pieces gives the tokens of the whole text, for any kind of tokenizer."""
+
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+import xlstm_ray
+from xlstm_ray.errors import MemoryLimitError
+from xlstm_ray.text.encode import TextEncoder
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog's tail; don't they've 1234567 numbers 3.14159 and  spaces   here\n\n",
+    "Der Bär läuft über die Straße, naïve café Ångström e\u0301te\u0301 \u8a9e\u8a00\u5904\u7406 \U0001f600\U0001f600",
+    "aaaaaaaaaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb abababababababab 000000000000 112233 \t\t\t\r\n\r\n  x",
+] * 4
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def bpe(cutter, normalizer=None, *, alphabet=(), known=(), **model):
+    tokenizer = Tokenizer(models.BPE(**model))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, cutter
+    trainer = trainers.BpeTrainer(
+        vocab_size=500 + len(known),
+        initial_alphabet=list(alphabet),
+        special_tokens=["?", *known] if model.get("unk_token") else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def trained(model, trainer, cutter, normalizer=None):
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, cutter
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def with_added(tokenizer):
+    tokenizer.add_tokens([AddedToken("fox dog", single_word=True), AddedToken("ZZ", lstrip=True, rstrip=True)])
+    tokenizer.add_tokens([AddedToken("ab", normalized=False)])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(t, tokenizer.token_to_id(t)) for t in ("<s>", "</s>")]
+    )
+    return tokenizer
+
+
+BYTES = pre_tokenizers.ByteLevel.alphabet()
+LEVEL, SPLIT, SEQUENCE = pre_tokenizers.ByteLevel, pre_tokenizers.Split, pre_tokenizers.Sequence
+KINDS = {
+    "gpt2": lambda: bpe(LEVEL(add_prefix_space=False), alphabet=BYTES),
+    "gpt2, prefix, trimmed": lambda: _trimmed(bpe(LEVEL(add_prefix_space=True), alphabet=BYTES)),
+    "bytes of a whole text": lambda: bpe(LEVEL(add_prefix_space=False, use_regex=False), alphabet=BYTES),
+    "llama3": lambda: bpe(
+        SEQUENCE([SPLIT(Regex(LLAMA3), "isolated"), LEVEL(add_prefix_space=False, use_regex=False)]), alphabet=BYTES
+    ),
+    "llama3, whole words": lambda: bpe(
+        SEQUENCE([SPLIT(Regex(LLAMA3), "isolated"), LEVEL(add_prefix_space=False, use_regex=False)]),
+        alphabet=BYTES,
+        ignore_merges=True,
+    ),
+    "deepseek": lambda: bpe(
+        SEQUENCE(
+            [SPLIT(Regex(r"\p{N}{1,3}"), "isolated"), SPLIT(Regex(r"\s+|\w+"), "isolated"), LEVEL(False, True, False)]
+        ),
+        alphabet=BYTES,
+    ),
+    "starcoder, composed": lambda: bpe(
+        SEQUENCE([pre_tokenizers.Digits(True), LEVEL(add_prefix_space=False)]), normalizers.NFC(), alphabet=BYTES
+    ),
+    "llama2": lambda: bpe(
+        None,
+        normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+        byte_fallback=True,
+        unk_token="?",
+        fuse_unk=True,
+        known=[f"<0x{byte:02X}>" for byte in range(256)],
+    ),
+    "metaspace": lambda: bpe(
+        pre_tokenizers.Metaspace(prepend_scheme="first"), normalizers.NFKC(), unk_token="?", fuse_unk=True
+    ),
+    "metaspace, no cuts": lambda: bpe(pre_tokenizers.Metaspace(prepend_scheme="always", split=False), unk_token="?"),
+    "gemma": lambda: bpe(SPLIT(" ", "merged_with_previous"), normalizers.Replace("aa", "b"), unk_token="?"),
+    "drops what it does not know, no cuts": lambda: bpe(pre_tokenizers.Metaspace()),
+    "unigram": lambda: trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False),
+        pre_tokenizers.Metaspace(),
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]),
+    ),
+    "unigram, no cuts": lambda: trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False),
+        None,
+    ),
+    "wordpiece": lambda: trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False),
+        pre_tokenizers.BertPreTokenizer(),
+        normalizers.BertNormalizer(),
+    ),
+    "wordlevel": lambda: trained(
+        models.WordLevel(unk_token="?"),
+        trainers.WordLevelTrainer(vocab_size=400, special_tokens=["?"], show_progress=False),
+        pre_tokenizers.Whitespace(),
+    ),
+    "words with ends": lambda: trained(
+        models.BPE(unk_token="?", end_of_word_suffix="</w>"),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["?"], end_of_word_suffix="</w>", show_progress=False),
+        pre_tokenizers.WhitespaceSplit(),
+        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    ),
+}
+
+
+def _trimmed(tokenizer):
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+@cache
+def tokenizer_of(kind: str, added: bool) -> Tokenizer:
+    tokenizer = with_added(KINDS[kind]()) if added else KINDS[kind]()
+    return Tokenizer.from_str(tokenizer.to_str())  # as a file is read: its numbers are rounded once
+
+
+WORDS = "fox|dog|fox dog|don't| |  |    |\n|\r\n|\t|a|aa|ab|b|aaaa|ZZ| ZZ |1|12|1234|000"
+WORDS += "|e\u0301|\xe9|\u0301|\u8a9e|\U0001f600"
+WORDS += "|.|...|'s|'|\xdf|\xc5|<s>|The quick"
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(WORDS.split("|")),
+        st.builds(lambda s, n: s * n, st.sampled_from(list("ab 0\n'.\xe9")), st.integers(1, 60)),
+        st.text(max_size=6),
+    ),
+    max_size=120,
+).map("".join)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["", "added tokens"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS, piece=st.sampled_from([64, 100, 256]))
+@settings(max_examples=20, deadline=None)
+def test_pieces_give_the_tokens_of_the_whole(kind, added, text, piece):
+    tokenizer = tokenizer_of(kind, added)
+    assert TextEncoder(tokenizer, piece=piece, overlap=32).encode(text).tolist() == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "no cuts" not in kind])
+def test_a_long_text_is_not_encoded_at_once(kind):
+    text, done = "".join(CORPUS) * 200, []
+    tokenizer = tokenizer_of(kind, added=True)
+    assert TextEncoder(tokenizer).encode(text, done.append).tolist() == tokenizer.encode(text).ids
+    assert len(done) > 2
+    assert done == sorted(done)
+    assert done[-1] == len(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "0" * 200_000, " " * 200_000, "ab" * 100_000])
+@pytest.mark.parametrize("kind", ["gpt2", "bytes of a whole text", "llama2", "metaspace, no cuts"])
+def test_one_endless_word_is_not_encoded_at_once(kind, text):
+    tokenizer, done = tokenizer_of(kind, added=False), []
+    assert TextEncoder(tokenizer).encode(text, done.append).tolist() == tokenizer.encode(text).ids
+    assert len(done) > 2 or (kind == "llama2" and text[0] == " ")  # a prepended space puts pairs of spaces out of step
+
+
+CHILD = """
+import sys, xlstm_ray
+lm = xlstm_ray.load(device="cpu", chunkwise_backend="native", tile_size=64)
+def first(progress):
+    status = open("/proc/self/status").read()
+    print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")))
+    raise SystemExit
+lm.prefill("a" * int(sys.argv[1]), on_progress=first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_long_text_takes_little_memory_before_the_first_tile():
+    """At once, a million tokens took over 250 MiB; now 4 bytes each, and as much again where they are hashed."""
+
+    def peak(tokens: int) -> int:
+        done = subprocess.run([sys.executable, "-c", CHILD, str(tokens)], capture_output=True, text=True, timeout=120)
+        return int(done.stdout)
+
+    assert peak(1_000_000) - peak(20_000) < 48 << 10  # KiB
+
+
+def test_a_hard_limit_holds_while_a_text_is_cut_into_tokens():
+    lm = xlstm_ray.load(device="cpu", chunkwise_backend="native", force=True, mem_hard_mb=20)
+    with pytest.raises(MemoryLimitError, match=r"^memory: this process uses .*hard limit of 20 MiB, while it cuts"):
+        lm.prefill("a" * 200_000)

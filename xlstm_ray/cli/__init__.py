@@ -1,0 +1,1 @@
+"""The command line. torch is imported only inside commands, so that --help answers at once."""

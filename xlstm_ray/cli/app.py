@@ -1,0 +1,74 @@
+"""The program: its commands, its entry point, and how errors become one line and an exit code."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from xlstm_ray import __version__
+from xlstm_ray.cli import ray, run, tools
+from xlstm_ray.cli.output import drop_stdout, open_standard_files, tell
+from xlstm_ray.errors import Interrupted, XlstmRayError
+
+app = typer.Typer(
+    name="xlstm-ray",
+    help="Prefill prompts of any length through xLSTM language models, in flat memory.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for room in (run, tools, ray):  # in the order of the help
+    app.add_typer(room.commands)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"xlstm-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _xlstm_ray(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def command_words() -> list[str]:
+    """The command line; `--autoscale again` is a flag with a word of its own, which the parser does not know."""
+    words = sys.argv[1:]
+    for n in range(len(words) - 1):
+        if words[n : n + 2] == ["--autoscale", "again"]:
+            return [*words[: n + 1], "--autoscale-again", *words[n + 2 :]]
+    return words
+
+
+def main() -> None:
+    """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
+    open_standard_files()
+    try:
+        code = app(args=command_words() or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
+        if code == 130:  # typer's answer to a Ctrl-C that nothing else took
+            tell("interrupted")
+        sys.exit(code)
+    except typer.TyperException as err:  # an unknown option, a word where a number is due
+        tell(f"error: {_usage_text(err)}; see xlstm-ray --help")
+        sys.exit(2)
+    except XlstmRayError as err:
+        tell(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
+        sys.exit(err.exit_code)
+    except BrokenPipeError:
+        drop_stdout()  # its reader has gone
+        sys.exit(1)
+
+
+def _usage_text(err: typer.TyperException) -> str:
+    """What the parser says, and what it was given."""
+    text = err.format_message().replace("Value error, ", "").removesuffix(".")
+    cause: Any = err.__cause__
+    if hasattr(cause, "errors"):  # pydantic's
+        text += f" (given: {str(cause.errors()[0]['input'])[:80]!r})"
+    return text

@@ -1,0 +1,156 @@
+"""What a command is given: prompts from words, files, JSON lines and standard input."""
+
+import os
+import stat
+import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from pathlib import Path
+from typing import Any
+
+from xlstm_ray.cli.output import tell
+from xlstm_ray.errors import UsageError
+from xlstm_ray.settings import refuse_unknown
+
+JSONL_KEYS = "prompt", "id"
+PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f"
+
+
+def given_text(
+    prompt: str | None,
+    prompt_file: str | None,
+    append: str | None,
+    append_file: str | None,
+    jsonl: bool,
+    start: Path | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+    """The prompt, or what to append, as arguments of prefill and generate; start: the state to go on from.
+
+    And what names a row in the results (none where rows have no names), and whether each is a line.
+    """
+    if append is None and append_file is None:
+        prompts, names = _prompts(prompt, prompt_file, jsonl, start)
+        return {"prompt": prompts}, names, jsonl
+    if append is not None and append_file is not None:
+        raise UsageError("--append and --append-file were both given; give one")
+    if prompt is not None or prompt_file is not None:
+        raise UsageError("a prompt and --append were both given; --append is what is new after --state-in: give one")
+    if start is None:
+        raise UsageError("--append is what is new after a saved state, and none was given; give --state-in FILE")
+    if append_file is None and jsonl:
+        raise UsageError("--jsonl describes an --append-file, and --append was given")
+    if append == "":
+        raise UsageError("--append is empty; give at least one token")
+    if append == "-":
+        append, append_file = None, "-"
+    texts, names = (append, []) if append_file is None else read_texts(append_file, jsonl)
+    return {"append": texts}, names, jsonl
+
+
+def _prompts(
+    prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is.
+
+    And what names a row in the results: its `index` from 0, and the `id` that was given.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("--prompt and --prompt-file were both given; give one")
+    if prompt == "-":
+        prompt, prompt_file = None, "-"
+    if prompt is None and prompt_file is None and state_in is None and _piped():
+        prompt_file = "-"
+        tell("note: the prompt is read from standard input")
+    if jsonl and prompt_file is None and (prompt is not None or state_in is None):
+        raise UsageError("--jsonl describes a --prompt-file, and none was given")
+    if prompt_file != "-" and _piped():
+        tell("note: standard input has a text that is not read; --prompt-file - makes it the prompt")
+    if prompt == "":
+        raise UsageError("the prompt is empty; give at least one token")
+    if prompt is not None:
+        return prompt, []
+    if prompt_file is None:
+        if state_in is None:
+            raise UsageError(
+                "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
+            )
+        return None, []
+    return read_texts(prompt_file, jsonl)
+
+
+def read_texts(file: str, jsonl: bool) -> tuple[Any, list[dict[str, Any]]]:
+    """The file's text, or those of its lines and their names."""
+    source, text = _read_text(file)
+    if not jsonl:
+        text = text.removesuffix("\n").removesuffix("\r")
+        if not text:
+            raise UsageError(f"{source}: is empty; give at least one token")
+        return text, []
+    rows = [
+        _jsonl_row(line, f"{source}, line {number}")
+        for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold U+2028 as it is
+        if line.strip()
+    ]
+    if not rows:
+        raise UsageError(f"{source}: is empty; it has no prompts")
+    names = [{"index": n, **row} for n, row in enumerate(rows)]
+    return [name.pop("prompt") for name in names], names
+
+
+def _piped() -> bool:
+    """Whether a pipe or a file is at standard input, with something in it that can be read now."""
+    mode = os.fstat(0).st_mode
+    if stat.S_ISREG(mode):
+        return os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size
+    if not stat.S_ISFIFO(mode):
+        return False
+    from fcntl import ioctl
+    from termios import FIONREAD
+
+    return int.from_bytes(ioctl(0, FIONREAD, bytes(4)), sys.byteorder) > 0
+
+
+def _read_text(name: str) -> tuple[str, str]:
+    """What errors call the file ('-' is standard input), and its text without a byte order mark."""
+    source = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return source, data.removeprefix(BOM_UTF8).decode("utf-8")
+    except OSError as err:
+        raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
+    except UnicodeDecodeError as err:
+        at = err.start + len(data) - len(err.object)
+        line = data.count(b"\n", 0, at) + 1
+        why = f"{err.reason} at byte {at}"
+        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            why = "it begins with the byte order mark of UTF-16; save it as UTF-8"
+        raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
+
+
+def _jsonl_row(line: str, place: str) -> dict[str, Any]:
+    """A line of JSON: its prompt, and its id where it has one. Raises UsageError that begins with its place."""
+    from xlstm_ray.config import parse_json
+
+    try:
+        row = parse_json(line.encode())
+    except (ValueError, RecursionError) as err:
+        raise UsageError(f"{place}: is not JSON ({err})") from None
+    row = row if isinstance(row, dict) else {"prompt": row}
+    refuse_unknown(row, JSONL_KEYS, f"{place}: ", "key")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        raise UsageError(f"{place}: is neither a text nor an object with a 'prompt' text")
+    if not isinstance(row.get("id", ""), str | int | float):
+        raise UsageError(f"{place}: the id is {str(row['id'])[:80]!r}; allowed: a text or a number")
+    if not prompt:
+        raise UsageError(f"{place}: the prompt is empty; give at least one token")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise UsageError(f"{place}: the prompt is not Unicode text ({err.reason} at character {err.start})") from None
+    return row
+
+
+def row_count(given: dict[str, Any]) -> int:
+    """Rows of a batch; 0 where there is no prompt."""
+    prompts = given.get("prompt") if given.get("prompt") is not None else given.get("append")
+    return len(prompts) if isinstance(prompts, list) else int(prompts is not None)

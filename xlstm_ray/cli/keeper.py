@@ -1,0 +1,156 @@
+"""The parent of a run on Ray: it holds what the run has kept, and says how it ended, where Ray ends its process.
+
+Ray ends a process whose raylet is gone, in the middle of any call and without a word. So the command line starts such a
+run in a process of its own. That one says after every snapshot where it lies and what a person should know of it, and
+at its end that it has ended by itself. Where that last word does not come, the last snapshot is put in its place here.
+
+The terminal's signals go to both processes. The run leaves SIGINT and SIGHUP to its parent, which passes each on once.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xlstm_ray.errors import GridLost
+
+LAST_S = 15.0  # what a run that has said its last word may take to end
+PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+RAY_GONE = "Ray ended this run's process: its head, or this machine's raylet, is gone"
+
+current: "Run | None" = None  # in the run's process: how to reach the parent
+
+_RUN = """
+import sys
+_, path, handle, *sys.argv = sys.argv
+sys.path.insert(0, path)
+from xlstm_ray.cli import keeper
+from xlstm_ray.cli.app import main
+with keeper.run(int(handle)):
+    main()
+"""
+
+
+def start() -> int:
+    """This very command again as a child of this process; returns its exit code.
+
+    Raises GridLost where the child ended without its last word: with what was kept, and how to go on.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", _RUN, str(Path(__file__).parents[2]), str(theirs.fileno()), *sys.argv],
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+
+        def pass_on(number: int, _frame: object) -> None:
+            with suppress(OSError):  # it has ended
+                ours.send(bytes([number]))
+
+        before = {n: signal.signal(n, pass_on) for n in PASSED_ON if signal.getsignal(n) is not signal.SIG_IGN}
+        try:
+            return _watch(child, ours)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _watch(child: "subprocess.Popen[bytes]", ours: socket.socket) -> int:
+    kept: dict[str, Any] = {}
+    with ours.makefile("rb") as lines:
+        for line in lines:
+            said = json.loads(line)
+            if "code" in said:
+                try:
+                    code = child.wait(LAST_S)
+                except subprocess.TimeoutExpired:  # it has printed its result, and Ray does not let go of it
+                    child.kill()
+                    child.wait()
+                    return said["code"]
+                return code if code >= 0 else 128 - code
+            kept = said
+    code = child.wait()
+    text = kept.get("text", "nothing was kept yet")
+    if kept.get("held"):
+        try:
+            os.replace(kept["held"], kept["place"])
+        except OSError as error:
+            text = f"{text}\n{kept['place']}: cannot be written ({error.strerror}); the state is in {kept['held']}"
+    lost = GridLost(f"{RAY_GONE}; {text}")
+    if code == -signal.SIGKILL:
+        lost = GridLost(f"this run's process was killed (SIGKILL); {text}")
+        lost.exit_code = 128 + signal.SIGKILL
+    raise lost
+
+
+class Run:
+    """The run's side."""
+
+    def __init__(self, parent: socket.socket):
+        self._parent = parent
+        self._signals: deque[int] = deque()
+        self._held: Path | None = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # they come from the parent, once
+        signal.signal(signal.SIGUSR1, self._handle)
+        threading.Thread(target=self._listen, name="keeper", daemon=True).start()
+
+    def hold(self, place: Path) -> Path:
+        """A file beside `place` for snapshots: it is put there where this process ends without its last word."""
+        self._held = place.with_name(f".{place.name}.{os.getpid()}.kept")
+        return self._held
+
+    def kept(self, text: str, place: Path | None) -> None:
+        """There is a snapshot, in what `hold` gave for `place` where one is given; the text is for a person."""
+        self._say({"text": text, "held": str(self._held) if place else None, "place": str(place)})
+
+    def ended(self, code: int) -> None:
+        """The last word."""
+        if self._held is not None:
+            self._held.unlink(missing_ok=True)
+        self._say({"code": code})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._parent.sendall(json.dumps(message).encode() + b"\n")
+
+    def _listen(self) -> NoReturn:
+        main = threading.main_thread().ident
+        assert main is not None
+        while numbers := self._parent.recv(16):
+            self._signals.extend(numbers)
+            signal.pthread_kill(main, signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent is gone, so this run is: somebody ended it in that way
+        raise AssertionError
+
+    def _handle(self, _number: int, frame: Any) -> None:
+        while self._signals:
+            number = self._signals.popleft()
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handler(number, frame)
+            elif handler is not signal.SIG_IGN:
+                os._exit(128 + number)
+
+
+@contextmanager
+def run(handle: int) -> Iterator[None]:
+    """In the run's process: the block is the run."""
+    global current
+    os.set_inheritable(handle, False)
+    current = Run(socket.socket(fileno=handle))
+    code = 1
+    try:
+        yield
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        raise
+    finally:
+        current.ended(code)

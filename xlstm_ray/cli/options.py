@@ -1,0 +1,137 @@
+"""Options of commands: our own ones, and those made from the table of settings."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xlstm_ray.cli.output import tell
+from xlstm_ray.cli.reporter import ProgressKind
+from xlstm_ray.settings import Setting, table, unknown_variables
+
+RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of the commands' list
+PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
+
+
+def bare(text: str) -> str:
+    """A text in which rich reads no markup."""
+    return text.replace("[", r"\[")
+
+
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The prompt's text, '-' for standard input.", rich_help_panel=PROMPT),
+]
+PromptFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-file",
+        "-f",
+        help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped.",
+        rich_help_panel=PROMPT,
+    ),
+]
+JsonlOption = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl",
+        help="The file has a prompt a line: a JSON string or an object with a 'prompt' key.",
+        rich_help_panel=PROMPT,
+    ),
+]
+StateInOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-in",
+        help="Go on from this saved state; settings not given are taken from it.",
+        rich_help_panel=STATE,
+    ),
+]
+AppendOption = Annotated[
+    str | None,
+    typer.Option("--append", help="Only what is new after the text of --state-in.", rich_help_panel=STATE),
+]
+AppendFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--append-file",
+        help="The same from a file, '-' for standard input; with --jsonl a text a line, all after one state.",
+        rich_help_panel=STATE,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help=bare(
+            "A TOML file with settings; flags and environment go before it. A setting's key is its option's name "
+            "with _ for -, its variable XLSTM_ and the key in capitals where no [env: NAME] says otherwise."
+        ),
+        rich_help_panel="Settings",
+    ),
+]
+StateOutOption = Annotated[
+    Path | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
+]
+ProgressOption = Annotated[
+    ProgressKind,
+    typer.Option(
+        "--progress",
+        help="On standard error: a bar, JSON lines, or nothing; auto is a bar on a terminal.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def takes(names: str = "") -> Callable[[Callable], Callable]:
+    """A command that takes these settings (all, where none is named) after its own options, and --config.
+
+    What was given arrives as the keyword argument `asked`, for Settings.make; None stands for what was not.
+    """
+    rows = [table()[name] for name in names.split()] or list(table().values())
+    options = {"config": ConfigOption} | {row.name: _option(row) for row in rows if row.flags}
+
+    def decorate(command: Callable) -> Callable:
+        def run(**given: Any) -> None:
+            for note in unknown_variables():
+                tell(f"note: {note}")
+            command(**{name: v for name, v in given.items() if name not in options}, asked=_only(options, given))
+
+        own = inspect.signature(command)
+        parameters = [p for p in own.parameters.values() if p.name != "asked"]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in options.items()
+        ]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _only(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in options}
+
+
+def _option(row: Setting) -> Any:
+    """A setting as typer declares it."""
+    shown = row.shown or (",".join(row.default) if row.kind is tuple else row.default)
+    if row.kind is bool:
+        shown = "on" if row.default else "off"
+    env = "" if row.env == f"XLSTM_{row.name.upper()}" else f" [env: {row.env}]"
+    kind = str if row.kind is tuple else row.kind
+    words = f"{row.help}{env} [default: {shown}]"
+    flags = [row.flags, *filter(None, [row.short])]
+    return Annotated[kind | None, typer.Option(*flags, help=bare(words), rich_help_panel=row.panel)]  # type: ignore
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: a line each."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {bare(line)}" for line in lines)])

@@ -1,0 +1,139 @@
+"""What prefill and generate print of their results."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from xlstm_ray.cli.output import json_line, show
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.engine.generation import Generation
+    from xlstm_ray.engine.result import PrefillResult, Statistics
+
+
+def ending_text(reason: str, token: tuple[int, str] | None) -> str:
+    """Why an answer ended, for a person."""
+    return f"the end token {token[1]!r} ({token[0]})" if token else {"length": "--max-new-tokens"}.get(reason, reason)
+
+
+def speed_text(tokens_per_s: float | None) -> str:
+    return f" ({tokens_per_s:,.0f} tokens/s)" if tokens_per_s else ""
+
+
+def resumed_text(summary: dict[str, Any]) -> str:
+    return f" (and {summary['resumed_tokens']} from the state)" if summary["resumed_tokens"] else ""
+
+
+def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None) -> dict[str, Any]:
+    """What --json prints. digest: the state's, where it is known."""
+    stats, state = result.stats, result.state
+    return {
+        "model": str(engine.model_path),
+        "device": str(engine.device),
+        "dtype": engine.grid.dtype,
+        "dtype_reason": engine.dtype_reason,
+        "backend": engine.backend.name,
+        "prompt_tokens": stats.prompt_tokens,
+        "resumed_tokens": stats.resumed_tokens,
+        "tile_size": engine.grid.tile_size,
+        "chunk_size": engine.grid.chunk_size,
+        "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
+        "mixed_grid": state.grid.mixed,
+        "bands": engine.bands,
+        "stages": engine.stages,
+        "workers": engine.workers,
+        "load_s": engine.load_s,
+        "compile_s": stats.compile_s,
+        "total_s": _since_start(time.time()),
+        "tiles": stats.tiles,
+        "tail_windows": stats.tail_windows,
+        "launches": stats.launches,
+        "ttft_s": stats.ttft_s,
+        "ttft_command_s": None if stats.first_token_at is None else _since_start(stats.first_token_at),
+        "prefill_s": stats.prefill_s,
+        "prefill_tok_s": stats.prefill_tok_s,
+        "tile_tok_s_median": stats.tile_tok_s_median,
+        "tile_tok_s_p99": stats.tile_tok_s_p99,
+        "peak_memory_bytes": stats.peak_memory_bytes,
+        "peak_process_bytes": stats.peak_process_bytes,
+        "peak_device_bytes": stats.peak_device_bytes,
+        "restarts": stats.restarts,
+        "state_path": None if state_out is None else str(state_out),
+        "state_digest": digest or state.digest(),
+        "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[0])],
+    }
+
+
+def answers_of(
+    engine: "Engine", generation: "Generation", rows: Iterable[int], state_out: Path | None, digest: str | None
+) -> Iterator[dict[str, Any]]:
+    """What --json prints of these rows' answers; digest as for `summary_of`."""
+    result, texts, tokens = generation.prefill, generation.texts, generation.tokens
+    reasons, stops = generation.finish_reasons, generation.stop_tokens
+    for b in rows:
+        row = summary_of(engine, result.row(b) if result.state.batch > 1 else result, state_out, digest)
+        row["compile_s"] += generation.compile_s
+        yield {
+            **row,
+            "text": texts[b],
+            "new_tokens": len(tokens[b]),
+            "finish_reason": reasons[b],
+            "stop_token": None if (token := stops[b]) is None else {"id": token[0], "text": token[1]},
+            **generation.speed(b),
+        }
+
+
+def print_results(
+    engine: "Engine",
+    result: "PrefillResult",
+    state_out: Path | None,
+    digest: str | None,
+    *,
+    json_output: bool,
+) -> None:
+    summary, stats = summary_of(engine, result, state_out, digest), result.stats
+    if json_output:
+        json_line(summary)
+        return
+    s = summary
+    lines = [
+        f"device          {s['device']} ({': '.join(filter(None, (s['dtype'], s['dtype_reason'])))})",
+        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, "
+        f"{s['stages']} stage(s) x {s['bands']} band(s)",
+        f"prompt tokens   {s['prompt_tokens']}{resumed_text(s).replace('and ', '')}",
+        f"first token in  {s['ttft_s']:.3f} s{speed_text(s['prefill_tok_s'])}",
+        f"whole command   {first_token_text(s)}{s['total_s']:.1f} s in all",
+        f"load time       {s['load_s']:.1f} s",
+        f"compile time    {s['compile_s']:.1f} s",
+        *_tile_line(stats),
+        f"peak memory     {s['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        f"state           {s['state_path'] or 'not written'} (digest {s['state_digest'][:16]}...)",
+        "next tokens",
+        *(f"  {math.exp(t['logprob']):6.1%}  {t['text']!r} ({t['id']})" for t in s["next_tokens"]),
+    ]
+    show("\n".join(lines))
+
+
+def _since_start(moment: float) -> float:
+    """Seconds from this process's start to that time of the clock."""
+    return moment - psutil.Process().create_time()
+
+
+def first_token_text(summary: dict[str, Any]) -> str:
+    seconds = summary["ttft_command_s"]
+    return "" if seconds is None else f"{seconds:.1f} s to the first token, "
+
+
+def _tile_line(stats: "Statistics") -> list[str]:
+    """Of more than one tile, how fast each was; and the launches where they are known."""
+    if stats.tiles < 2 or stats.tile_tok_s_median is None:
+        return []
+    tail = f", {stats.tail_windows} of them the tail's" if stats.tail_windows else ""
+    line = f"tiles           {stats.tiles}{tail}: median {stats.tile_tok_s_median:,.0f} tokens/s"
+    line += f", 99 % reach {stats.tile_tok_s_p99:,.0f}"
+    return [line + (f"; {stats.launches:,} launches" if stats.launches is not None else "")]

@@ -1,0 +1,124 @@
+"""What a run says on standard error while it works: a bar on a terminal, JSON lines, or a line every half minute."""
+
+import json
+import math
+import os
+import sys
+import threading
+from datetime import timedelta
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from xlstm_ray.csvlog import now
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine.driver import Progress
+
+
+ProgressKind = Literal["auto", "bar", "ndjson", "none"]
+
+EVERY_S = 30.0  # between two lines where there is no terminal
+
+
+class Reporter:
+    """Told what a run begins (`phase`) and of every tile (`tile`); says it until it is closed.
+
+    auto is a bar on a terminal, else a line when EVERY_S have passed. ndjson is an object for every tile, and for a
+    phase that takes longer than that.
+    """
+
+    def __init__(self, kind: ProgressKind):
+        terminal = sys.stderr.isatty()
+        self._kind = kind if kind != "auto" else "bar" if terminal else "lines"
+        self._phase, self._began = "", perf_counter()
+        self._tile: Progress | None = None
+        self._closed = threading.Event()
+        self._bar: Any = None
+        if self._kind == "bar":
+            self._open_bar()
+        if self._kind != "none":
+            threading.Thread(target=self._remind, daemon=True).start()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Say nothing from now on."""
+        self._closed.set()
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.live.transient = self._tile is None  # only what was computed stays on the screen
+            bar.stop()
+
+    def at_once(self, text: str) -> None:
+        """Say it from a signal's handler: this thread may be in the middle of printing."""
+        if self._kind == "ndjson":
+            text = json.dumps({"event": "stopping", "time": now(), "text": text})
+        os.write(2, f"{chr(13) + chr(27) + '[2K' if self._bar is not None else ''}{text}\n".encode())
+
+    def phase(self, text: str) -> None:
+        """What begins now."""
+        self._phase, self._began, self._tile = text, perf_counter(), None
+        if self._bar is not None:
+            self._bar.reset(self._task, description=text, total=None, numbers="")
+
+    def tile(self, p: "Progress") -> None:
+        """A tile is done."""
+        self._tile = p
+        if self._kind == "ndjson" and not self._closed.is_set():
+            row = {
+                "event": "tile",
+                "time": now(),
+                "tiles_done": p.tiles_done,
+                "tokens_done": p.tokens_done,
+                "tokens_total": p.tokens_total,
+                "tile_s": p.tile_seconds,
+                "tok_s": p.tokens_per_s,
+                "eta_s": p.eta_s,
+            }
+            _err(json.dumps(row))
+        elif self._bar is not None:
+            self._bar.update(
+                self._task, description="prefill", completed=p.tokens_done, total=p.tokens_total, numbers=_numbers(p)
+            )
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),  # what the numbers leave
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._bar = Bar(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("starting", total=None, numbers="")
+        self._bar.start()
+
+    def _remind(self) -> None:
+        """How long a phase takes: every second on a terminal, else every EVERY_S."""
+        while not self._closed.wait(1 if self._kind == "bar" else EVERY_S):
+            phase, tile, bar, seconds = self._phase, self._tile, self._bar, perf_counter() - self._began
+            passed = timedelta(seconds=round(seconds))
+            if self._kind == "bar":
+                if tile is None and bar is not None:
+                    bar.update(self._task, numbers=f"{passed}")
+            elif self._kind == "ndjson":
+                if tile is None:
+                    _err(json.dumps({"event": "phase", "time": now(), "phase": phase, "seconds": seconds}))
+            else:
+                _err(f"{now()} {phase}: {passed} so far" if tile is None else f"{now()} prefill: {_numbers(tile)}")
+
+
+def _numbers(p: "Progress") -> str:
+    left = timedelta(seconds=math.ceil(p.eta_s))
+    return f"{p.tokens_done:,}/{p.tokens_total:,} tokens  {p.tokens_per_s:,.0f} tokens/s  {left} left"
+
+
+def _err(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,271 @@
+"""The commands that run a model: prefill, generate, download."""
+
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from xlstm_ray.cli.input import PROMPT_OPTIONS, given_text, row_count
+from xlstm_ray.cli.keep import (
+    finish,
+    interrupted_error,
+    keeping,
+    program,
+    prompts_state_kept,
+    require_some,
+    rescued_state,
+    save_state,
+)
+from xlstm_ray.cli.options import (
+    RUN,
+    SAMPLING,
+    AppendFileOption,
+    AppendOption,
+    JsonlOption,
+    JsonOption,
+    ProgressOption,
+    PromptFileOption,
+    PromptOption,
+    StateInOption,
+    StateOutOption,
+    bare,
+    examples,
+    takes,
+)
+from xlstm_ray.cli.output import json_line, show, tell
+from xlstm_ray.cli.report import (
+    answers_of,
+    ending_text,
+    first_token_text,
+    print_results,
+    resumed_text,
+    speed_text,
+    summary_of,
+)
+from xlstm_ray.cli.reporter import Reporter
+from xlstm_ray.cli.session import check_generation, checked_settings, open_engine, run_under_keeper
+from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
+from xlstm_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine.result import PrefillResult
+
+commands = typer.Typer()
+
+
+@commands.command(
+    rich_help_panel=RUN,
+    epilog=examples(
+        'xlstm-ray prefill -p "The capital of France is"',
+        "xlstm-ray prefill -m DIR -f book.txt -o book.state",
+        "cat book.txt | xlstm-ray prefill -m DIR --json",
+    ),
+)
+@takes()
+def prefill(
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    jsonl: JsonlOption = False,
+    state_in: StateInOption = None,
+    append: AppendOption = None,
+    append_file: AppendFileOption = None,
+    state_out: StateOutOption = None,
+    json_output: JsonOption = False,
+    progress: ProgressOption = "auto",
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Compute a prompt's state and the likeliest next tokens."""
+    run_under_keeper(asked)
+    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
+    settings = checked_settings(asked, prompt_file or append_file, state_in, state_out)
+    with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
+        a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
+
+        def ready(b: int, of_row: "PrefillResult") -> None:
+            json_line({**(names[b] if names else {"index": b}), **summary_of(engine, of_row, state_out, None)})
+
+        with stop_on_signals(report.at_once, lambda: rescued_state(engine, state_out, settings)) as stop, report:
+            on_ready = ready if a_line_each else None
+            result = engine.prefill(
+                **given,
+                **start,
+                on_progress=report.tile,
+                on_ready=on_ready,
+                should_stop=stop,
+                on_snapshot=keeping(engine, state_out),
+            )
+        require_some(result, stop)
+        saved = save_state(engine, result.state, state_out, settings, needed=not result.complete)
+        engine.close(keep_journal=True)  # the state is safe; memory and devices are free for others from now on
+        if not result.complete:
+            raise interrupted_error(result, saved, stop)
+        if given.get("prompt") is None and "append" not in given and a_line_each:  # a state as it is
+            for b in range(result.state.batch):
+                ready(b, result.row(b))
+        if not a_line_each:
+            print_results(engine, result, saved.asked, saved.digest, json_output=json_output)
+        finish(engine, saved)
+
+
+@commands.command(
+    rich_help_panel=RUN,
+    epilog=examples(
+        'xlstm-ray generate -p "The capital of France is" -n 8',
+        'xlstm-ray generate -m DIR --state-in book.state --append "Who is the heir?"',
+        "xlstm-ray generate -m DIR -f prompts.jsonl --jsonl > answers.jsonl",
+    ),
+)
+@takes()
+def generate(
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    jsonl: JsonlOption = False,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.", rich_help_panel=SAMPLING)
+    ] = 64,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            help=bare(
+                "0 is greedy. [default: the state's, then the model's, else 0; 1 with --top-p, --top-k or --seed]"
+            ),
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=SAMPLING),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k", help=bare("Sample from so many likeliest tokens. [default: all]"), rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help=bare("Seed of the sampling. [default: 0]"), rich_help_panel=SAMPLING)
+    ] = None,
+    state_in: StateInOption = None,
+    append: AppendOption = None,
+    append_file: AppendFileOption = None,
+    state_out: StateOutOption = None,
+    json_output: JsonOption = False,
+    progress: ProgressOption = "auto",
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Prefill, then stream the text that the model makes of it."""
+    run_under_keeper(asked)
+    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
+    settings = checked_settings(asked, prompt_file or append_file, state_in, state_out)
+    check_generation(max_new_tokens, temperature, top_p, top_k, seed)
+    with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
+        a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
+        streams = not (json_output or a_line_each)
+        printed: set[int] = set()
+
+        def answers(rows: Iterable[int]) -> None:
+            """A line for each of these rows that has none yet."""
+            new = [b for b in rows if b not in printed]
+            for b, answer in zip(new, answers_of(engine, generation, new, state_out, None) if new else (), strict=True):
+                printed.add(b)
+                json_line({**(names[b] if names else {"index": b}), **answer})
+
+        with stop_on_signals(report.at_once, lambda: rescued_state(engine, state_out, settings)) as stop, report:
+            generation = engine.generate(
+                **given,
+                **start,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                last=state_out is None,
+                on_progress=report.tile,
+                should_stop=stop,
+                on_snapshot=keeping(engine, state_out),
+            )
+            if streams:
+                report.close()  # the text says how far it is
+            else:
+                report.phase("decoding")
+            stop.at = "token"
+            with prompts_state_kept(engine, generation.prefill, state_out):
+                for pieces in generation.rows():
+                    if streams:
+                        show(pieces[0], end="")
+                    if a_line_each:
+                        answers(generation.ready)
+                if a_line_each:
+                    answers(generation.ready)
+        result = generation.prefill
+        require_some(result, stop)
+        ended = bool(stop.signals)
+        needed = ended or not result.complete
+        with prompts_state_kept(engine, result, state_out):
+            state = generation.state() if needed or state_out else result.state
+        saved = save_state(engine, state, state_out, settings, needed=needed)
+        engine.close(keep_journal=True)
+        if not result.complete:
+            raise interrupted_error(result, saved, stop)
+        state_out, digest = saved.asked, saved.digest
+        if streams:
+            reasons, stops = generation.finish_reasons, generation.stop_tokens
+            show("")
+            summary = summary_of(engine, result, state_out, digest)
+            made = len(generation.tokens[0])
+            tell(
+                f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
+                f"{resumed_text(summary)} in {summary['prefill_s']:.3f} s{speed_text(summary['prefill_tok_s'])}; "
+                f"decode {made} tokens in {generation.decode_s:.3f} s{speed_text(generation.decode_tok_s)}; "
+                f"ended by {ending_text(reasons[0], stops[0])}; "
+                f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s; "
+                f"whole command {first_token_text(summary)}{summary['total_s']:.1f} s in all"
+            )
+            if state_out:
+                tell(f"state {state_out} (digest {digest})")
+        elif a_line_each:
+            answers(range(result.state.batch))  # those that were stopped
+        else:
+            json_line(next(answers_of(engine, generation, [0], state_out, digest)))
+        if ended:
+            engine.discard_journal()
+            go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl"), before="; ")
+            raise stopped_by(f"stopped after {sum(map(len, generation.tokens))} new tokens; {saved.said}{go_on}", stop)
+        finish(engine, saved)
+
+
+@commands.command(
+    rich_help_panel=RUN,
+    epilog=examples(
+        "xlstm-ray download NX-AI/xLSTM-7b",
+        "xlstm-ray download NX-AI/xLSTM-7b@main --cache-dir DIR",
+        "xlstm-ray download NX-AI/xLSTM-7b --offline",
+    ),
+)
+def download(
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of the Hugging Face hub.")],
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", help=bare("Where models are kept. [default: the hub's own cache, see HF_HOME]")),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take what is in the cache, and ask nobody.", show_default=False)
+    ] = False,
+) -> None:
+    """Fetch a model from the Hugging Face hub; the directory to give to --model is printed."""
+    repo, at, revision = name.partition("@")
+    if at and not revision:
+        raise UsageError(f"{name!r} names no revision after the @; give a branch, tag or commit, or leave the @ out")
+    with Reporter("none" if sys.stderr.isatty() else "auto") as report, leave_at_once():  # on a terminal a bar a file
+        report.phase(f"downloading {name}")
+        from xlstm_ray import hub
+
+        directory = hub.download(repo, revision=revision or None, cache=cache_dir, offline=offline)
+    show(str(directory))
+    tell(f"to use it: {program()} generate --model {shlex.quote(str(directory))} --prompt 'The capital of France is'")

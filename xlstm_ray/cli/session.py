@@ -1,0 +1,136 @@
+"""A command's settings and engine: found out before torch is loaded, open while the command runs."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xlstm_ray import files
+from xlstm_ray.cli import keeper
+from xlstm_ray.cli.output import tell
+from xlstm_ray.cli.reporter import ProgressKind, Reporter
+from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
+from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.files import JOURNAL_FILE, Input, Output, check_outputs, require_writable
+from xlstm_ray.settings import Settings
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine.engine import Engine
+
+
+def checked_settings(
+    asked: dict[str, Any], prompt_file: str | None, state_in: Path | None, state_out: Path | None
+) -> Settings:
+    """The settings, and whether every output has its place: both are found out before torch is loaded."""
+    settings = Settings.make(**asked)
+    outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
+    inputs = settings.inputs()
+    if prompt_file not in (None, "-"):
+        inputs.append(Input("--prompt-file", Path(str(prompt_file))))
+    if asked["config"] is not None:
+        inputs.append(Input("--config", asked["config"]))
+    if state_in is not None:
+        inputs.append(Input("--state-in", state_in, files.STATE))
+    check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
+    return settings
+
+
+def check_generation(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+) -> None:
+    """Find out before a model is read that it cannot be asked this."""
+    from xlstm_ray.sampling import Sampling
+
+    Sampling.make(temperature, top_p, seed, top_k)
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
+
+
+@contextmanager
+def open_engine(
+    settings: Settings,
+    state_in: Path | None,
+    state_out: Path | None,
+    asked: dict[str, Any],
+    progress: ProgressKind,
+    rows: int,
+) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
+    """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
+
+    What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
+    head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
+    """
+    from xlstm_ray.choose import choose_model, choose_setup
+    from xlstm_ray.config import ModelConfig
+
+    if settings.resume is not None:
+        for other, given in (("--state-in", state_in), ("--journal", settings.journal)):
+            if given is not None:
+                raise UsageError(f"{other} and --resume were both given; a resumed run goes on in its own journal")
+        state_in = settings.resume / JOURNAL_FILE
+        if not state_in.is_file():
+            raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
+    if state_in is None:
+        config = choose_setup(settings).config
+    elif not os.path.exists(state_in):
+        raise StateError(f"{state_in}: there is no such state file")
+    else:  # what was not asked for is taken from the state
+        config = ModelConfig.from_file(choose_model(settings) / "config.json")
+    if state_out is not None:
+        before = state_in.stat().st_size if state_in else 0  # what is appended to a state of several rows is one text
+        size = max(before, config.state_file_bytes(max(1, rows)))
+        if keeper.current is not None and settings.journal is None and settings.resume is None:
+            size *= 2  # a snapshot is held beside the file while the next one is written
+        require_writable(state_out, option="--state-out", size=size)
+    with Reporter(progress) as report:
+        start: dict[str, Any] = {}
+        with leave_at_once():
+            report.phase("loading torch")
+            from xlstm_ray.engine.engine import Engine
+            from xlstm_ray.state import RecurrentState
+
+            if state_in is not None:
+                state = start["state"] = RecurrentState.load(state_in)
+                grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
+                del grid["kernel"], grid["mixed"]
+                settings = Settings.make(**asked, state=(str(state_in), grid))
+        # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
+        leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
+        with leaving():
+            engine = Engine(settings, on_phase=report.phase, on_note=lambda text: tell(f"note: {text}"))
+        try:
+            if engine.note:
+                tell(f"note: {engine.note}")
+            if settings.resume is not None:
+                start["any_grid"] = True
+                if not start["state"].grid.goes_on_as(engine.grid):
+                    differences = start["state"].grid.differences(engine.grid)
+                    tell(
+                        f"note: the journal is of another grid ({differences}): the result will be that of an "
+                        "uninterrupted run within rounding, not to the bit"
+                    )
+            yield start, engine, report
+        finally:
+            engine.close()
+            if engine.stays is not None:
+                from xlstm_ray.supervisor.records import stays_lines
+
+                tell("\n".join(stays_lines(engine.stays)))
+
+
+def _backend_of(kernel: str) -> str:
+    from xlstm_ray.kernels import CHUNKWISE_BACKENDS
+
+    return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
+
+
+def run_under_keeper(asked: dict[str, Any]) -> None:
+    """A run that connects to Ray is a process of its own: Ray may end it at any moment."""
+    settings = Settings.make(**asked)
+    on_ray = "ray_" in (settings.chunkwise_backend or "ray_") and (
+        settings.ray_address is not None or not settings.ray_local_mode
+    )
+    if on_ray and keeper.current is None:
+        sys.exit(keeper.start())

@@ -1,0 +1,165 @@
+"""The commands that look and measure: doctor, config, parity, bench, plan."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xlstm_ray.cli.options import MACHINE, JsonOption, bare, examples, takes
+from xlstm_ray.cli.output import json_line, show, tell
+from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
+from xlstm_ray.errors import ParityError, UsageError
+from xlstm_ray.settings import Settings, table
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel=MACHINE)
+@takes("model device dtype chunkwise_backend tile_size chunk_size heads_per_band t_inner profile")
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="On mps: the Metal kernels of a model, without running any.")
+    ] = False,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Show what this machine has, and with --kernels what a model's kernels take on Apple's GPU."""
+    settings = Settings.make(**asked)
+    from xlstm_ray.measure.doctor import kernel_report, machine
+
+    facts: dict[str, Any] = {"machine": machine()}
+    lines = [f"{name:<22} {value}" for name, value in facts["machine"].items()]
+    if kernels:
+        facts["kernels"], more = kernel_report(settings)
+        lines += ["", *more]
+    if json_output:
+        json_line(facts)
+    else:
+        print("\n".join(lines), flush=True)
+
+
+@commands.command(rich_help_panel=MACHINE, epilog=examples("xlstm-ray config -m DIR --config settings.toml"))
+@takes()
+def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
+    """Show every setting, its value and where it came from."""
+    settings = Settings.make(**asked)
+    from xlstm_ray.choose import choose_setup, explain
+
+    choose_setup(settings)
+    with leave_at_once():
+        import torch  # noqa: F401
+    rows = {}
+    for name, (value, source) in explain(settings).items():
+        row = table()[name]
+        plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        rows[name] = {"value": plain, "source": source.kind, "where": source.where, "flag": row.flags, "env": row.env}
+    if json_output:
+        json_line(rows)
+        return
+    for name, found in rows.items():
+        value = found["value"]
+        text = ",".join(value) if isinstance(value, list) else "-" if value is None else str(value)
+        show(f"{name:<20} {text:<24} {found['source']} {found['where']}".rstrip())
+
+
+@commands.command(rich_help_panel=MACHINE, epilog=examples("xlstm-ray parity mlstm --device cpu"))
+@takes("model device")
+def parity(
+    part: Annotated[str | None, typer.Argument(help=bare("mlstm, slstm or model. [default: all three]"))] = None,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Compare every kernel and backend with the reference; exit code 1 where one is over its tolerance."""
+    settings = Settings.make(**asked)
+    if part in ("mlstm", "slstm") and asked["model"]:
+        raise UsageError(f"--model is of parity's part 'model', and {part!r} compares kernels alone; leave it out")
+    from xlstm_ray.measure.parity import HEADER, compare
+
+    rows: list[Any] = []
+    for row in compare(part, settings):
+        if not rows and not json_output:
+            show(HEADER)
+        rows.append(row)
+        if not json_output:
+            show(row.line)
+    if json_output:
+        json_line({"rows": [{**row._asdict(), "good": row.good} for row in rows]})
+    over = [f"{row.part} {row.name} {row.dtype}" for row in rows if not row.good]
+    if over:
+        raise ParityError(f"{len(over)} of {len(rows)} are over their tolerance: {', '.join(over)}")
+
+
+@commands.command(
+    rich_help_panel=MACHINE,
+    epilog=examples("xlstm-ray bench --lengths 512,2048,8192", "xlstm-ray bench -m DIR --rounds 7 --json"),
+)
+@takes("model device dtype tile_size chunk_size heads_per_band workers threads overwrite")
+def bench(
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Prompt lengths in tokens, with commas between.")
+    ] = "512,2048,8192",
+    backends: Annotated[
+        str, typer.Option("--backends", help="Backends, with commas between; native is slow.")
+    ] = "queued_compiled_chunks,queued_compiled_steps",
+    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair, of which the median counts.")] = 3,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw speed and memory to this file; needs matplotlib.")
+    ] = None,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Measure prefill on this machine: tokens/s and memory of prompt lengths x backends."""
+    settings = Settings.make(**asked)
+    from xlstm_ray.measure.bench import HEADER, draw, measure, parse
+
+    rows: list[Any] = []
+    with stop_on_signals():
+        for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked):
+            if not rows and not json_output:
+                show(HEADER)
+            rows.append(row)
+            if not json_output:
+                show(row.line)
+    if png is not None:
+        draw(rows, png, overwrite=settings.overwrite)
+    if json_output:
+        json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})
+
+
+@commands.command(
+    rich_help_panel=MACHINE,
+    epilog=examples(
+        "xlstm-ray plan -m DIR --device m2-ultra --prompt-tokens 65536",
+        "xlstm-ray plan -m DIR --device this --prompt-tokens 4096 --check",
+    ),
+)
+@takes("model dtype tile_size chunk_size heads_per_band")
+def plan(
+    device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
+    machines: Annotated[int, typer.Option("--machines", help="So many of the device, a stage of the blocks each.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --device this: run it too; exit code 1 beyond a factor of 1.5.")
+    ] = False,
+    json_output: JsonOption = False,
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Estimate a prefill's memory and time on a device; of the model, config.json is enough."""
+    settings = Settings.make(**asked)
+    if check and (device != "this" or machines != 1):
+        raise UsageError("--check runs on this machine: give --device this, and no --machines")
+    from xlstm_ray.measure import estimate
+
+    found = estimate.plan(settings, device, prompt_tokens, machines)
+    if json_output:
+        json_line(found.to_json())
+    else:
+        show("\n".join(found.lines))
+    if check:
+        with stop_on_signals():
+            line = estimate.check(found)
+        (tell if json_output else show)(line)

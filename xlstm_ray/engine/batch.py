@@ -1,0 +1,159 @@
+"""A prefill of many rows: group after group through the driver, one snapshot of all of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.engine import driver
+from xlstm_ray.engine.driver import Progress, Snapshot, Tokens
+from xlstm_ray.engine.windows import Group
+from xlstm_ray.errors import GridLost
+from xlstm_ray.runtime.executor import Executor
+
+
+@dataclass
+class BatchOutcome:
+    """What a run over all groups leaves. Times in seconds."""
+
+    end: Snapshot
+    ready_s: list[float]  # a row: from the run's first tile to the row's logits
+    group_s: list[float]  # a row: what its group took
+    all_logits: list[Tensor] = field(default_factory=list)  # a row (tokens, vocabulary), where they were asked for
+    seconds: float = 0.0
+    tile_seconds: list[float] = field(default_factory=list)
+    tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
+    tile_whole: list[bool] = field(default_factory=list)  # not a tail's window
+    lost: GridLost | None = None  # why it ended early, at its last snapshot
+
+
+def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
+    """These rows of a snapshot, and empty ones up to `size`."""
+    if list(rows) == list(range(len(snapshot.consumed))) and size == len(rows):
+        return snapshot
+    empty = size - len(rows)
+
+    def taken(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[list(rows)], tensor.new_zeros(empty, *tensor.shape[1:])])
+
+    tensors = {name: taken(tensor) for name, tensor in snapshot.tensors.items()}
+    return Snapshot([snapshot.consumed[b] for b in rows] + [0] * empty, taken(snapshot.logits), tensors)
+
+
+class Whole:
+    """The snapshot of all rows, which is brought up to date a group at a time. Never writes into what it began with."""
+
+    def __init__(self, start: Snapshot):
+        self.now, self._own = start, False
+
+    def put(self, rows: Sequence[int], part: Snapshot) -> Snapshot:
+        """The snapshot with these rows as `part` has them first."""
+        batch, n = len(self.now.consumed), len(rows)
+        if list(rows) == list(range(batch)) and len(part.consumed) == batch:
+            self.now = part
+            return part
+        if not self._own:
+            tensors = {name: tensor.clone() for name, tensor in self.now.tensors.items()}
+            self.now, self._own = Snapshot(list(self.now.consumed), self.now.logits.clone(), tensors), True
+        for b, consumed in zip(rows, part.consumed, strict=False):
+            self.now.consumed[b] = consumed
+        self.now.logits[list(rows)] = part.logits[:n]
+        for name, tensor in part.tensors.items():
+            if name not in self.now.tensors:  # a fresh state is all zeros
+                self.now.tensors[name] = tensor.new_zeros(batch, *tensor.shape[1:])
+            self.now.tensors[name][list(rows)] = tensor[:n]
+        return self.now
+
+
+def prefill_groups(
+    executor: Executor,
+    rows: Sequence[Tokens],
+    groups: Sequence[Group],
+    *,
+    start: Snapshot,
+    sizes: Callable[[], tuple[int, int]],
+    all_logits: bool = False,
+    keep_every: int | None = None,
+    on_snapshot: Callable[[Snapshot], object] | None = None,
+    on_group: Callable[[Group, BatchOutcome], object] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_window: Callable[[Callable[[], Snapshot]], object] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    resize: Callable[[], tuple[int, int]] | None = None,
+) -> BatchOutcome:
+    """As driver.prefill, for each group in turn; snapshots, progress and the outcome are those of all rows.
+
+    sizes: the tile and chunk size of now, asked where a group begins. on_group is called with each group that is done,
+    at once for those that `start` has whole. A stopped run leaves the groups after it as they were.
+    """
+    begin, end = start.consumed, [len(row) for row in rows]
+    whole = Whole(start)
+    outcome = BatchOutcome(start, [0.0] * len(rows), [0.0] * len(rows))
+    logits: dict[int, Tensor] = {}
+    unsaved, started = 0, perf_counter()
+
+    def snapshot(group: Group, part: Snapshot) -> None:
+        nonlocal unsaved
+        now = whole.put(group.rows, part)
+        if on_snapshot is not None:
+            on_snapshot(now)
+        unsaved = 0
+
+    def report(p: Progress) -> None:
+        assert on_progress is not None
+        done = p.tokens_done - p.tokens_resumed + sum(whole_begin)
+        tiles = p.tiles_done + len(outcome.tile_seconds)
+        on_progress(Progress(done, sum(end), tiles, p.tile_seconds, perf_counter() - started, sum(begin)))
+
+    def window(group: Group, bring: Callable[[], Snapshot]) -> None:
+        assert on_window is not None
+        on_window(lambda: whole.put(group.rows, bring()))
+
+    for group in sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows)):
+        new = any(begin[b] < end[b] for b in group.rows)
+        if new or len(groups) == 1:
+            whole_begin = list(whole.now.consumed)
+            own = [rows[b] for b in group.rows]
+            own += [rows[0][:0]] * (group.size - len(own))
+            part = take(start, group.rows, group.size)
+            executor.set_state(part.tensors if any(part.consumed) else None, group.size)
+            tile_size, chunk_size = sizes()
+            run = driver.prefill(
+                executor,
+                own,
+                start=part,
+                tile_size=tile_size,
+                chunk_size=chunk_size,
+                all_logits=all_logits,
+                keep_every=keep_every,
+                on_snapshot=None if on_snapshot is None else lambda s, g=group: snapshot(g, s),  # type: ignore[misc]
+                on_progress=None if on_progress is None else report,
+                on_window=None if on_window is None else partial(window, group),
+                should_stop=should_stop,
+                resize=resize,
+            )
+            if run.lost is None or run.end.tensors:
+                outcome.end = whole.put(group.rows, run.end)
+            outcome.lost = run.lost
+            outcome.tile_seconds += run.tile_seconds
+            outcome.tile_tokens += run.tile_tokens
+            outcome.tile_whole += run.tile_whole
+            unsaved += len(run.tile_seconds)
+            logits |= dict(zip(group.rows, run.all_logits, strict=False))
+            outcome.seconds = perf_counter() - started
+            for b in group.rows:
+                outcome.ready_s[b], outcome.group_s[b] = outcome.seconds, run.seconds
+            if run.lost or any(outcome.end.consumed[b] < end[b] for b in group.rows):
+                break
+            if on_snapshot is not None and keep_every is not None and unsaved >= keep_every:
+                on_snapshot(whole.now)
+                unsaved = 0
+        if on_group is not None:
+            on_group(group, replace(outcome, end=whole.now))
+    if all_logits:
+        nothing = torch.empty(0, outcome.end.logits.shape[1])
+        outcome.all_logits = [logits.get(b, nothing) for b in range(len(rows))]
+    return outcome

@@ -1,0 +1,173 @@
+"""Token after token, from an executor's state."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.engine.batch import Whole, take
+from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.windows import GROUP_SIZES, group_size
+from xlstm_ray.errors import CheckpointError
+from xlstm_ray.runtime.executor import Executor
+from xlstm_ray.sampling import Sampling
+
+
+def require_finite(logits: Tensor, model: Path) -> None:
+    """Raise CheckpointError where the model's numbers have become NaN or infinite: no token may be chosen from them."""
+    if not logits.sum(-1).isfinite().all():  # NaN and infinity stay in a sum, which makes no copy of all of them
+        raise CheckpointError(
+            f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
+        )
+
+
+@dataclass
+class Together:
+    """Rows that are decoded together, their time and how often they were given a token."""
+
+    rows: range
+    seconds: float = 0.0
+    steps: int = 0
+    done: bool = False
+
+
+class Decoder:
+    """Decodes from an executor's state; counts tokens and time.
+
+    Rows are decoded 16 at a time, in the smallest call, for 1, 4 or 16 rows, that holds those that have not ended.
+    Which row stands where in a call hangs on its group and on which of its rows go on, and on nothing before: so a run
+    that is stopped and resumed makes the same calls.
+
+    state, logits (B, vocabulary): what the prefill left; the executor has it where there is one row. seen: how many
+    tokens the state has seen, a row. warm_up: compiles decoding for so many rows, and returns the seconds it took.
+    After the iteration `tokens` holds what was made, a row, without the end token, `ended_by` that end token or None,
+    and `logits` those after each row's last token that the state has seen, a tensor (vocabulary,) a row.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        state: dict[str, Tensor],
+        logits: Tensor,
+        sampling: Sampling,
+        eos: tuple[int, ...],
+        *,
+        seen: Sequence[int],
+        model: Path,
+        warm_up: Callable[[int], float],
+    ):
+        self._model, self._warm_up = model, warm_up
+        self._executor, self._sample, self._eos = executor, sampling.sampler(), eos
+        batch = len(logits)
+        self.logits = list(logits)
+        self._call = list(range(batch)), logits  # the rows of the last call that were active, and their logits
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self._behind = [False] * batch  # rows whose last token the state has not seen
+        self._seen = seen
+        self.ended_by: list[int | None] = [None] * batch
+        self.groups = [Together(range(n, min(n + GROUP_SIZES[-1], batch))) for n in range(0, batch, GROUP_SIZES[-1])]
+        self.now = self.groups[0]  # the one that the last step was of
+        self.compile_s = 0.0
+        self._whole = Whole(Snapshot([0] * batch, logits.new_empty(batch, 0), state))  # logits are kept beside
+        self._places = [0] if batch == 1 else []  # the rows that the executor has, in its order
+
+    def run(self, max_new_tokens: int, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[int | None]]:
+        """Yield a token for each row, None for rows that have ended or wait, until all have ended or have so many.
+
+        A group's end is a step without tokens, where another follows. Called again, it goes on where it was left, to
+        the same limit.
+        """
+        for group in self.groups:
+            if group.done:
+                continue
+            self.now = group
+            while group.steps < max_new_tokens and any(self.ended_by[b] is None for b in group.rows):
+                if should_stop():
+                    return
+                began, compiled = perf_counter(), self.compile_s
+                self._catch_up(group.rows)
+                step = self._step(group.rows)
+                group.seconds += perf_counter() - began - (self.compile_s - compiled)
+                if all(self.ended_by[b] is not None for b in group.rows):
+                    break
+                group.steps += 1
+                yield step
+            group.done = True
+            if group is not self.groups[-1]:
+                yield [None] * len(self.tokens)
+
+    def of_row(self, b: int) -> Together:
+        return self.groups[b // GROUP_SIZES[-1]]
+
+    def state(self) -> dict[str, Tensor]:
+        """The state of all rows, which has seen all tokens made."""
+        for group in self.groups:
+            self._catch_up(group.rows)
+        self._bring()
+        self._whole = Whole(self._whole.now)  # what is handed out is not written into again
+        return self._whole.now.tensors
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _step(self, group: Sequence[int]) -> list[int | None]:
+        """Choose the next token of the rows that go on."""
+        step: list[int | None] = [None] * len(self.tokens)
+        going = [b for b in group if self.ended_by[b] is None]
+        positions = [self._seen[b] + len(self.tokens[b]) for b in going]
+        chosen = self._sample(self._logits_of(going), positions)
+        for b, token in zip(going, chosen, strict=True):
+            if token in self._eos:
+                self.ended_by[b] = token
+                self.logits[b] = self.logits[b].clone()  # a part would keep the whole call's
+            else:
+                step[b] = token
+                self.tokens[b].append(token)
+                self._behind[b] = True
+        return step
+
+    def _logits_of(self, rows: list[int]) -> Tensor:
+        """The logits (rows, vocabulary) of these rows, without a copy where they are those of the last call."""
+        of_call, logits = self._call
+        return logits if rows == of_call else torch.stack([self.logits[b] for b in rows])
+
+    def _catch_up(self, group: Sequence[int]) -> None:
+        """Let the state see the tokens made since it was last asked."""
+        active = [b for b in group if self._behind[b]]
+        if not active:
+            return
+        self._arrange(group, active)
+        rows = len(self._places)
+        mask = torch.zeros(group_size(rows), dtype=torch.bool)
+        mask[:rows] = torch.tensor([self._behind[b] for b in self._places])
+        last = torch.zeros(len(mask), dtype=torch.long)
+        last[:rows] = torch.tensor([self.tokens[b][-1] if self.tokens[b] else 0 for b in self._places])
+        logits = self._executor.decode(last, mask)
+        # A copy of the logits of 16 rows takes longer than choosing their tokens.
+        logits = logits[:rows] if active == self._places else logits[mask]
+        require_finite(logits, self._model)
+        self._call = active, logits
+        for b, row in zip(active, logits, strict=True):
+            self.logits[b], self._behind[b] = row, False
+
+    def _arrange(self, group: Sequence[int], active: list[int]) -> None:
+        """Have the rows of this group that are active in the executor.
+
+        In a call of the group's own size each has its own place; in a smaller one they stand together, without those
+        that have ended: so a resumed run has them in the same places.
+        """
+        size = group_size(len(active))
+        places = list(group) if size == group_size(len(group)) else active
+        self.compile_s += self._warm_up(size)
+        if places != self._places:
+            self._bring()
+            self._executor.set_state(take(self._whole.now, places, size).tensors, size)
+            self._places = places
+
+    def _bring(self) -> None:
+        """Bring the state that the executor has here."""
+        if self._places:
+            size = group_size(len(self._places))
+            part = Snapshot([0] * size, torch.empty(size, 0), self._executor.get_state())
+            self._whole.put(self._places, part)

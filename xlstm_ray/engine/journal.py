@@ -1,0 +1,84 @@
+"""A run's snapshots: one state file in a directory that is this run's alone while it works."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from xlstm_ray.errors import StateError
+from xlstm_ray.files import JOURNAL_FILE, require_writable
+from xlstm_ray.state import RecurrentState
+
+LOCK_FILE = "prefill.lock"
+
+
+class Journal:
+    """Holds its directory from the start, so that a second run is refused before any work.
+
+    option: what errors call it. resumes: whether a file that is there is the one to go on from. note: told once when a
+    snapshot cannot be written; the run goes on, and `failure` says why for as long as no later one could be.
+    """
+
+    def __init__(self, directory: Path, *, option: str, resumes: bool, note: Callable[[str], None]):
+        self.directory, self.path, self.option = directory, directory / JOURNAL_FILE, option
+        self.failure: str | None = None
+        self._resumes, self._note = resumes, note
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = self._take()
+        except OSError as err:
+            raise StateError(f"{option} {directory}: cannot be used ({err.strerror}); choose another") from None
+
+    def _take(self) -> int:
+        """The lock file, open; the system gives it free when this process ends, however that is."""
+        path = self.directory / LOCK_FILE
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+                os.close(handle)
+                raise StateError(
+                    f"{self.option} {self.directory}: another run ({who}) writes its journal there; wait until it has "
+                    "ended, or give a directory of its own"
+                ) from None
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+                return handle
+            os.close(handle)  # its holder has ended and removed it meanwhile
+
+    def begin(self, size: int) -> None:
+        """Before a prefill whose states take `size` bytes: StateError or OutputError where it could not be kept."""
+        there = self.path.exists()
+        if there and not self._resumes:
+            raise StateError(
+                f"{self.directory} has the journal of a run that did not end: go on from it with --resume "
+                f"{self.directory}, or remove {self.path}"
+            )
+        # A snapshot is written beside the one before.
+        require_writable(self.path, option=self.option, size=size if there else 2 * size)
+
+    def write(self, state: RecurrentState) -> None:
+        """Put the state in the place of the one before."""
+        try:
+            state.save(self.path)
+            self.failure = None
+        except StateError as err:
+            if self.failure is None:
+                self._note(f"a snapshot is missing: {err}; the run goes on without it")
+            self.failure = f"{self.option} {err}"
+
+    def discard(self) -> None:
+        """Remove the snapshots of a run whose results are safe elsewhere, and let the directory go."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let the directory go."""
+        handle, self._lock = self._lock, None
+        if handle is not None:
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)
+            os.close(handle)

@@ -1,0 +1,117 @@
+"""What a prefill gives: the state, logits and figures of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import NamedTuple
+
+from torch import Tensor
+
+from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.state import RecurrentState
+
+
+class NextToken(NamedTuple):
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass
+class Statistics:
+    """Figures of a run: counts in tokens, times in seconds, memory in bytes."""
+
+    row_tokens: list[int]  # prompt tokens, a row
+    row_resumed: list[int]  # of these, found in the given state
+    compile_s: float
+    prefill_s: float  # without compile_s
+    ttft_s: float  # from the prompt's text to the first token, chosen; loading and compiling before it are not in it
+    peak_memory_bytes: int
+    tile_seconds: list[float] = field(default_factory=list, repr=False)
+    restarts: int = 0  # workers that had to be replaced
+    tile_tokens: list[int] = field(default_factory=list, repr=False)  # new ones of all rows, a tile
+    tile_whole: list[bool] = field(default_factory=list, repr=False)  # False for a window of the tail
+    first_token_at: float | None = None  # the clock's time (seconds since 1970) at which it was chosen
+    row_ttft_s: list[float] = field(default_factory=list, repr=False)  # ttft_s of each row
+    row_prefill_s: list[float] = field(default_factory=list, repr=False)  # what the row's group took
+    peak_process_bytes: int = 0  # the largest resident size of this process
+    peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
+    launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
+
+    def of_rows(self, rows: Sequence[int]) -> "Statistics":
+        """The figures of some rows, of which the times are those of the last one's group; the rest is the run's."""
+
+        def picked(values: list) -> list:
+            return [values[b] for b in rows]
+
+        return replace(
+            self,
+            row_tokens=picked(self.row_tokens),
+            row_resumed=picked(self.row_resumed),
+            row_ttft_s=picked(self.row_ttft_s),
+            row_prefill_s=picked(self.row_prefill_s),
+            ttft_s=max(picked(self.row_ttft_s)),
+            prefill_s=max(picked(self.row_prefill_s)),
+        )
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.row_tokens)
+
+    @property
+    def resumed_tokens(self) -> int:
+        return sum(self.row_resumed)
+
+    @property
+    def prefill_tok_s(self) -> float | None:
+        new = self.prompt_tokens - self.resumed_tokens
+        return new / self.prefill_s if new and self.prefill_s > 0 else None
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles were computed, with the smaller windows of a tail."""
+        return len(self.tile_seconds)
+
+    @property
+    def tile_tok_s(self) -> list[float]:
+        """Each whole tile's own tokens a second: a tail's windows, which are slower, are not among them."""
+        each = zip(self.tile_tokens, self.tile_seconds, self.tile_whole, strict=True)
+        return [n / s for n, s, whole in each if whole and s > 0]
+
+    @property
+    def tail_windows(self) -> int:
+        """How many of the tiles were smaller windows, or not full."""
+        return self.tile_whole.count(False)
+
+    @property
+    def tile_tok_s_median(self) -> float | None:
+        return median(self.tile_tok_s) if self.tile_tok_s else None
+
+    @property
+    def tile_tok_s_p99(self) -> float | None:
+        """What 99 % of the tiles reach or pass; the slowest tile's of fewer than 100."""
+        rates = sorted(self.tile_tok_s)
+        return rates[len(rates) // 100] if rates else None
+
+
+@dataclass
+class PrefillResult:
+    """state: what to decode or go on from. logits (B, vocabulary) float32: of each row's last token."""
+
+    state: RecurrentState
+    logits: Tensor
+    stats: Statistics
+    all_logits: list[Tensor] = field(default_factory=list, repr=False)  # a row (tokens, vocabulary)
+    ended_by: XlstmRayError | None = None  # what ended the run before the prompt's end, beside should_stop
+
+    @property
+    def complete(self) -> bool:
+        """False where the run was stopped before the prompt's end."""
+        return self.state.complete
+
+    def row(self, b: int) -> "PrefillResult":
+        """The result of one prompt of a batch, with its own figures."""
+        all_logits = self.all_logits[b : b + 1]
+        return PrefillResult(
+            self.state.row(b), self.logits[b : b + 1], self.stats.of_rows([b]), all_logits, self.ended_by
+        )

@@ -1,0 +1,132 @@
+"""Where each row of a prefill goes on from a state, and why one cannot."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.engine.driver import Tail, Tokens
+from xlstm_ray.errors import StateError
+from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.detokenize import Detokenizer
+from xlstm_ray.text.history import Row, TextTrail
+
+
+@dataclass
+class Going:
+    """A row on its way: `row` is what is known of what has been seen of it so far."""
+
+    tokens: Tokens  # (T,) int32, on the CPU
+    row: Row
+    given: memoryview  # of the new tokens, that a person gave
+    text: TextTrail | None  # of all, when all has been seen
+
+    @property
+    def seen(self) -> int:
+        return self.row.tokens.length
+
+    def advance(self, seen: int) -> None:
+        """So many of the row's tokens have been seen now."""
+        tokens = self.row.tokens.extend(_ids(self.tokens[self.seen : seen]))
+        self.row = self.row.model_copy(update={"tokens": tokens})
+
+    def known(self, detokenizer: Detokenizer, *, complete: bool) -> Row:
+        """What a state knows of it; complete: all rows of that state have been seen to their ends."""
+        if not complete:
+            return self.row
+        before = self.row.end if self.row.appended_to else None
+        return Row(tokens=self.row.tokens, text=self.text, end=detokenizer.end_of(self.given, before))
+
+
+def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: RecurrentState | None) -> list[Going]:
+    """rows: whole prompts, and the texts that they were made of, where they were texts. Raises StateError."""
+    if state is not None and state.batch != len(rows):
+        raise StateError(
+            f"{state.name} is of {state.batch} prompts, but {len(rows)} were given; to ask one state several questions "
+            "give only what is new, with --append or --append-file FILE --jsonl"
+        )
+    going = []
+    for b, (tokens, text) in enumerate(zip(rows, texts, strict=True)):
+        known = Row() if state is None else state.rows[b]
+        if state is not None:
+            which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
+            _require_beginning(which, _ids(tokens), text, known, state)
+        trail = None if text is None else TextTrail().extend(text.encode())
+        row = Row(tokens=known.tokens, text=known.text, end=known.end)
+        going.append(Going(tokens, row, _ids(tokens), trail))
+    return going
+
+
+def appended(
+    more: Sequence[str | Sequence[int]], state: RecurrentState, encode: Callable[[str | Sequence[int], Row], list[int]]
+) -> list[Going]:
+    """What is new after each row of the state; encode: that, and the row it comes after -> its tokens."""
+    if len(more) != state.batch:
+        raise StateError(f"{state.name} is of {state.batch} prompts, but {len(more)} texts to append were given")
+    going = []
+    for new, row in zip(more, state.rows, strict=True):
+        begun = row.tokens if state.complete else row.appended_to
+        if begun is None:
+            raise StateError(
+                f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens, and nothing can be "
+                "appended to a part of a prompt; give the same prompt to go on"
+            )
+        tokens = encode(new, row)
+        done = row.tokens.length - begun.length
+        if begun.extend(tokens[:done]).hash != row.tokens.hash:
+            raise StateError(
+                f"{state.name} is of a run that was stopped while it appended another text; append the same text"
+            )
+        text = row.text.extend(new.encode()) if isinstance(new, str) and row.text is not None else None
+        tail = Tail(torch.tensor(tokens, dtype=torch.int32), begun.length)
+        going.append(Going(tail, row.model_copy(update={"appended_to": begun}), _ids(tail.tokens), text))
+    return going
+
+
+def _require_beginning(which: str, tokens: memoryview, text: str | None, known: Row, state: RecurrentState) -> None:
+    """Raise StateError unless the prompt's tokens begin with those that the state has seen."""
+    apart = known.tokens.difference(tokens)
+    if apart is None:
+        return
+    name, seen = state.name, known.tokens.length
+    tokens_differ = f"its tokens differ from the state's {_between('token', *apart)}"
+    if len(tokens) < seen and apart[1] == len(tokens):
+        tokens_differ = f"{which} has {len(tokens)} tokens, but {name} has already seen {seen}"
+    way_out = f"to go on from {name} give only what is new after it, with --append TEXT or --append-file FILE"
+    if text is None or known.text is None:
+        raise StateError(
+            f"{name} is of another prompt than {which}: {tokens_differ}; give the same prompt or a longer "
+            f"one, or, {way_out}"
+        )
+    data = text.encode()
+    differs = known.text.difference(data)
+    if differs is None:
+        left = data[known.text.length :].decode()
+        raise StateError(
+            f"{which} goes on from the same text that {name} has seen, but the tokenizer cuts it otherwise: "
+            f"{tokens_differ}; {way_out}"
+            + (f" (here {len(left)} characters, beginning {left[:20]!r})" if left else " (here nothing: leave it out)")
+        )
+    if len(data) < known.text.length and differs[1] == len(data):
+        raise StateError(
+            f"{which} has {len(tokens)} tokens, but {name} has already seen {seen}; give the same prompt or a longer "
+            f"one, or, {way_out}"
+        )
+    first, last = (data.count(b"\n", 0, place) + 1 for place in differs)
+    lines = f"line {first}" if first == last else f"lines {first} to {last}"
+    raise StateError(
+        f"{name}, of {seen} tokens, is of another prompt than {which}: "
+        f"its text differs {_between('byte', *differs)} ({lines})"
+        f"; give the same prompt or a longer one, or, {way_out}"
+    )
+
+
+def _ids(tokens: Tensor) -> memoryview:
+    """Token ids, of which few at a time become Python's."""
+    return tokens.numpy().data
+
+
+def _between(unit: str, alike: int, apart: int) -> str:
+    """Where the first difference is: after `alike` units that agree, in the next apart - alike."""
+    return f"at {unit} {alike + 1}" if apart - alike <= 1 else f"between {unit} {alike + 1} and {apart}"

@@ -1,0 +1,42 @@
+"""Where a model's blocks and heads go: stages of blocks, bands of heads."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where a worker stands in the grid: its blocks, its heads, its share of the feed-forward's columns."""
+
+    blocks: range
+    heads: range
+    ffn: range
+
+
+def partition(count: int, parts: int) -> list[range]:
+    """0..count in `parts` contiguous ranges whose sizes differ by one at most."""
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def make_grid(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Band]]:
+    """[stage][band]: every block and head once. The last band may have fewer heads."""
+    starts = range(0, config.num_heads, heads_per_band)
+    heads = [range(a, min(a + heads_per_band, config.num_heads)) for a in starts]
+    ffn = [
+        range(config.ffn_dim * r.start // config.num_heads, config.ffn_dim * r.stop // config.num_heads) for r in heads
+    ]
+    return [
+        [Band(blocks, h, f) for h, f in zip(heads, ffn, strict=True)] for blocks in partition(config.num_blocks, stages)
+    ]
+
+
+def join_bands(bands: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The bands' tensors of a stage as one: heads are dimension 1 of each."""
+    first, *others = bands
+    return {name: torch.cat([part, *(o[name] for o in others)], 1) for name, part in first.items()}

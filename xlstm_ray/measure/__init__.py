@@ -1,0 +1,1 @@
+"""Measurements and estimates on top of the engine: bench, parity, doctor, plan."""

@@ -1,0 +1,152 @@
+"""`xlstm-ray bench`: prefill speed and memory on this machine, prompt lengths x backends, as a table and a picture.
+
+Every pair runs in a process of its own, which loads and compiles before anything is timed, so that its peak of memory
+is that pair's alone. The backends of one length are loaded together and take turns, so that a machine whose speed
+drifts treats all alike.
+"""
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from xlstm_ray.errors import UsageError, pip_install
+from xlstm_ray.files import MIB, PICTURE, Output, check_outputs, require_replaceable, write_whole
+from xlstm_ray.kernels import CHUNKWISE_BACKENDS
+from xlstm_ray.measure.child import Child
+from xlstm_ray.settings import Settings
+
+HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':>19}  {'memory, MiB':>11}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pair's figures. seconds: of each round's prefill. peak_bytes: of the kind that matters for the device."""
+
+    tokens: int
+    backend: str
+    device: str
+    dtype: str
+    seconds: list[float]
+    peak_bytes: int
+    peak_process_bytes: int
+    peak_device_bytes: int | None  # None on the CPU
+    model: str = ""
+    threads: int | None = None  # of torch on the CPU
+    machine: str = ""
+
+    @property
+    def tok_s(self) -> float:
+        """Of the median round."""
+        return self.tokens / median(self.seconds)
+
+    @property
+    def line(self) -> str:
+        seconds = f"{min(self.seconds):.3f} to {max(self.seconds):.3f}"
+        peak = self.peak_bytes / MIB
+        return f"{self.tokens:>9,}  {self.backend:<24} {self.tok_s:>10,.0f}  {seconds:>19}  {peak:>11,.0f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tok_s": self.tok_s}
+
+
+def parse(
+    lengths: str, backends: str, rounds: int, png: Path | None, *, overwrite: bool = False
+) -> tuple[list[int], list[str]]:
+    """Prompt lengths and backends of a command line. Raises UsageError where one is none, or the picture cannot be."""
+    words = [word.strip() for word in lengths.split(",")]
+    if not all(word.isdecimal() and 0 < int(word) <= 1 << 24 for word in words):
+        raise UsageError(f"--lengths is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
+    names = [word.strip() for word in backends.split(",")]
+    for name in names:
+        if name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
+            raise UsageError(f"--backends names {name!r}; there are: {', '.join(CHUNKWISE_BACKENDS)}")
+    if rounds < 1:
+        raise UsageError(f"--rounds is {rounds}; allowed: 1 or more")
+    if png is not None:
+        check_outputs([Output("--png", png, PICTURE)], [], overwrite=overwrite)
+        _pyplot()
+    return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
+
+
+def measure(lengths: Sequence[int], backends: Sequence[str], rounds: int, asked: dict[str, Any]) -> Iterator[Row]:
+    """Each pair's figures, as they come. asked: settings as for Settings.make, those that were not asked for as None.
+
+    Raises what the engine of a child raised, and XlstmRayError where a child ended without a word.
+    """
+    Settings.make(**asked)  # before any child: a wrong flag answers at once
+    for tokens in lengths:
+        with ExitStack() as children:
+            pairs = [children.enter_context(Child(tokens, name, asked)) for name in backends]
+            for pair in pairs:
+                pair.figures()  # warm-up, of caches too; they come one after the other
+            runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]
+            for n, name in enumerate(backends):
+                last = runs[-1][n]
+                about = {"model": last["model"], "threads": last["threads"], "machine": _machine()}
+                peaks = (last[key] for key in ("peak_memory_bytes", "peak_process_bytes", "peak_device_bytes"))
+                seconds = [turn[n]["prefill_s"] for turn in runs]
+                yield Row(tokens, name, last["device"], last["dtype"], seconds, *peaks, **about)
+
+
+def _machine() -> str:
+    """This machine, in words."""
+    processor = platform.processor() or platform.machine()
+    return f"{platform.node()}: {platform.system()} {platform.machine()}, {processor}, {psutil.cpu_count()} cores"
+
+
+def _pyplot() -> ModuleType:
+    """matplotlib's figures, without a screen. Raises UsageError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError(
+            f"--png draws with matplotlib, which is not installed; {pip_install('matplotlib')} installs it, or leave "
+            "--png out"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
+    """tokens/s and peak memory against prompt length, a line a backend; the file is whole or not there."""
+    pyplot = _pyplot()
+    from matplotlib import ticker
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for backend in dict.fromkeys(row.backend for row in rows):
+        own = sorted((row for row in rows if row.backend == backend), key=lambda row: row.tokens)
+        lengths = [row.tokens for row in own]
+        axes[0].plot(lengths, [row.tok_s for row in own], marker="o", label=backend)
+        slow, fast = [[row.tokens / edge(row.seconds) for row in own] for edge in (max, min)]
+        axes[0].fill_between(lengths, slow, fast, alpha=0.25)  # the range of the rounds
+        axes[1].plot(lengths, [row.peak_bytes / MIB for row in own], marker="o", label=backend)
+    for axis, title in zip(axes, ("tokens/s (median, and the range of rounds)", "peak memory, MiB"), strict=True):
+        axis.set(xscale="log", xlabel="prompt tokens", ylabel=title, ylim=(0, 1.05 * axis.get_ylim()[1]))
+        axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row.tokens for row in rows})))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].legend()
+    first = rows[0]
+    threads = f", {first.threads} threads" if first.threads and first.device == "cpu" else ""
+    title = f"prefill of {first.model} on {first.device}, {first.dtype}{threads}, {len(first.seconds)} rounds"
+    figure.suptitle(f"{title}\n{first.machine}, {datetime.now().astimezone():%Y-%m-%d %H:%M %z}", fontsize=10)
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=120, metadata={"Software": "xlstm-ray bench"})
+    pyplot.close(figure)
+    require_replaceable(path, PICTURE, overwrite=overwrite, option="--png")
+    try:
+        write_whole(path, data.getvalue())
+    except OSError as err:
+        raise UsageError(f"--png {path}: cannot be written ({err.strerror})") from None

@@ -1,0 +1,93 @@
+"""A process that has loaded a model and prefills when it is asked to."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from xlstm_ray import errors
+from xlstm_ray.errors import XlstmRayError, one_line
+from xlstm_ray.settings import Settings
+
+
+class Child:
+    """A process that has loaded the model for one backend and length, and prefills when it is asked to."""
+
+    def __init__(self, tokens: int, backend: str, asked: dict[str, Any]):
+        self.name = f"{backend} at {tokens} tokens"
+        self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": backend})}
+
+    def __enter__(self) -> "Child":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "xlstm_ray.measure.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is answered here, and standard input's end is what ends it
+        )
+        self._say(json.dumps(self._order))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._process.kill()  # Ctrl-C here, or another child's error: nothing of this one is wanted
+        self._process.communicate()
+
+    def figures(self) -> dict[str, Any]:
+        """One prefill's."""
+        self._say("run")
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise getattr(errors, found["kind"])(f"{self.name}: {found['error']}")
+        return found
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            print(line, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}") from None
+
+
+def _plain(asked: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asked.items() if v is not None}
+
+
+def _serve() -> None:
+    """The child: an order on standard input, then a line for each prefill; answers in JSON, a line each."""
+    order = json.loads(sys.stdin.readline())
+    asked = order["asked"]
+    if "config" in asked:
+        asked["config"] = Path(asked["config"])
+    try:
+        from torch import get_num_threads
+
+        from xlstm_ray.engine.engine import Engine
+
+        with Engine(Settings.make(**asked)) as engine:
+            engine.on_note = lambda text: print(f"note: {text}", file=sys.stderr)
+            prompt = [n * 7919 % engine.config.vocab_size for n in range(order["tokens"])]
+            for _ in sys.stdin:
+                stats = engine.prefill(prompt).stats
+                figures = {
+                    "device": str(engine.device),
+                    "dtype": engine.grid.dtype,
+                    "model": engine.model_path.resolve().name,
+                    "threads": get_num_threads(),
+                    "prefill_s": stats.prefill_s,
+                    "peak_memory_bytes": stats.peak_memory_bytes,
+                    "peak_process_bytes": stats.peak_process_bytes,
+                    "peak_device_bytes": stats.peak_device_bytes,
+                }
+                print(json.dumps(figures), flush=True)
+    except XlstmRayError as err:
+        print(json.dumps({"error": one_line(err), "kind": type(err).__name__}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

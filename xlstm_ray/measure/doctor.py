@@ -1,0 +1,220 @@
+"""What this machine has, and what a model's kernels take on Metal: the answers of `xlstm-ray doctor`."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from typing import Any
+
+import psutil
+import torch
+
+from xlstm_ray import __version__
+from xlstm_ray.choose import choose_backend, choose_device, choose_grid, choose_model, choose_steps
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.errors import UsageError
+from xlstm_ray.kernels import Backend
+from xlstm_ray.kernels.metal import MAX_BUFFERS, Generated, Probe
+from xlstm_ray.layout import make_grid
+from xlstm_ray.model import BandShape, BlockWeights, EndWeights, SlstmWeights, Weights
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.settings import Settings
+
+PACKAGES = ("torch", "safetensors", "tokenizers")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, memory in bytes, and the devices that torch has here."""
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "xlstm-ray": __version__,
+        **{name: version(name) for name in PACKAGES},
+        "cpu": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    if torch.backends.mps.is_available():
+        facts["mps"] = f"{torch.backends.mps.get_name()}, {torch.backends.mps.get_core_count()} cores"
+        facts["mps_recommended_bytes"] = torch.mps.recommended_max_memory()
+    if torch.cuda.is_available():
+        facts["cuda"] = torch.cuda.get_device_name()
+    return facts
+
+
+def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """What the model's kernels take on this machine's mps: as figures, and as lines of text.
+
+    Of the model's directory only config.json is read. Raises UsageError where the device or backend has no such table.
+    """
+    device = choose_device(settings)
+    if device.type != "mps":
+        raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
+    config_file = choose_model(settings) / "config.json"
+    config = ModelConfig.from_file(config_file)
+    backend = choose_backend(settings, config, config_file)
+    grid = choose_grid(settings, backend, config, device)
+    if not backend.compiled:
+        raise UsageError(f"--chunkwise-backend is {backend.name!r}, which compiles no kernels; leave it out")
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    steps = choose_steps(settings, backend, config, grid.heads_per_band, dtype, device)
+    bands = len(make_grid(config, heads_per_band=grid.heads_per_band)[0])
+    windows = metal_kernels(
+        config,
+        backend,
+        dtype=dtype,
+        batch=1,
+        windows=sorted({grid.tile_size, grid.chunk_size, 1}, reverse=True),
+        chunk_size=grid.chunk_size,
+        heads_per_band=grid.heads_per_band,
+        t_inner=steps.t_inner,
+    )
+    figures: dict[str, Any] = {
+        "backend": backend.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "blocks": config.num_blocks,
+        "bands": bands,
+        "t_inner": steps.t_inner,
+        "note": steps.note,
+        "windows": [],
+    }
+    lines = [f"{backend.name}, {figures['dtype']}, {config.num_blocks} blocks, {bands} band(s)"]
+    lines += [steps.note] if steps.note else []
+    for window in windows:
+        figures["windows"].append(
+            {
+                "tokens": window.tokens,
+                "kind": window.kind,
+                "blocks": window.blocks,
+                "functions": [asdict(f) for f in window.functions],
+                "most_buffers": window.most_buffers,
+                "launches_per_token": window.launches_per_token * window.blocks * bands,
+                "bytes_per_token": window.bytes_per_token * window.blocks * bands,
+            }
+        )
+        lines += kernel_lines(window, bands)
+    return figures, lines
+
+
+@dataclass(frozen=True)
+class WindowKernels:
+    """What one block of one band runs for a window of `tokens` tokens of every row."""
+
+    tokens: int
+    kind: str  # mLSTM or sLSTM
+    blocks: int  # how many blocks of the model are of this kind
+    functions: list[Generated]
+
+    @property
+    def launches_per_token(self) -> float:
+        """Metal kernels and torch's own, of one block and band."""
+        return sum(f.calls * f.all_launches for f in self.functions) / self.tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        return sum(f.calls * f.bytes for f in self.functions) / self.tokens
+
+    @property
+    def most_buffers(self) -> int:
+        return max(f.most_buffers for f in self.functions)
+
+
+def metal_kernels(
+    config: ModelConfig,
+    backend: Backend,
+    *,
+    dtype: torch.dtype,
+    batch: int,
+    windows: list[int],
+    chunk_size: int,
+    heads_per_band: int,
+    t_inner: int,
+) -> Iterator[WindowKernels]:
+    """For every window size and kind of block in turn: all compiled functions of such a block of the first band on mps.
+
+    Generates code only: neither weights nor state are allocated, nothing is launched.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    bands = make_grid(config, heads_per_band=heads_per_band)[0]
+    slstm = sorted(config.slstm_at)
+    mlstm = [n for n in range(config.num_blocks) if n not in slstm]
+    for tokens, (kind, blocks) in product(windows, (("mLSTM", mlstm), ("sLSTM", slstm))):
+        if not blocks:
+            continue
+        probe = Probe()
+        kernels = Kernels(backend, chunk_size=chunk_size, t_inner=t_inner, compiler=probe)
+        band = replace(bands[0], blocks=range(blocks[0], blocks[0] + 1))
+        with torch.no_grad(), FakeTensorMode():
+            empty = _empty_slstm_weights if kind == "sLSTM" else _empty_weights
+            weights = empty(config, len(band.heads), len(band.ffn), dtype)
+            worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
+            worker.warm_up(batch, tokens, alone=len(bands) == 1)
+        yield WindowKernels(tokens, kind, len(blocks), probe.functions)
+
+
+def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> Weights:
+    """An sLSTM block's weights of one band, with no values, on mps; what it shares with an mLSTM block is that's."""
+    dh, empty = config.dh, partial(torch.empty, device="mps")
+    own = {
+        "gates": empty(heads, 4 * dh, dh),
+        "recurrent": empty(heads, dh, 4 * dh),
+        "gates_bias": empty(heads, 4 * dh),
+        "head_norm": empty(heads * dh),
+        "channel": empty((), dtype=torch.long),
+    }
+    parts: dict[str, Any] = _empty_weights(config, heads, ffn, dtype)._asdict() | own
+    return SlstmWeights(**{name: parts[name] for name in SlstmWeights._fields})
+
+
+def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> BlockWeights:
+    """An mLSTM block's weights of one band, with no values, on mps."""
+    s, D = BandShape.of(config, heads), config.hidden_size
+    rows, v = 2 * heads * (s.dhqk + s.dhhv), heads * s.dhhv
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="mps")
+
+    def bias(size: int) -> torch.Tensor | None:
+        return empty(size) if config.use_bias else None
+
+    return BlockWeights(
+        mix_norm=empty(D),
+        mix_norm_bias=bias(D),
+        qkvo=empty(rows, D),
+        qkvo_bias=bias(rows),
+        gates=empty(2 * heads, D).float(),
+        gates_bias=empty(2 * heads).float(),
+        head_norm=empty(v),
+        head_norm_bias=bias(v),
+        out=empty(D, v),
+        out_bias=bias(D),
+        feed_norm=empty(D),
+        feed_norm_bias=bias(D),
+        up=empty(2 * ffn, D),
+        up_bias=bias(2 * ffn),
+        down=empty(D, ffn),
+        down_bias=bias(D),
+    )
+
+
+def kernel_lines(window: WindowKernels, bands: int) -> list[str]:
+    """The table for one window size, as text: a line for each compiled function, and all such blocks' sums."""
+    lines = [
+        f"window of {window.tokens} token(s), one {window.kind} block, one band",
+        "  function           calls  Metal kernels  torch's  most buffers  launches/token  MiB/token",
+    ]
+    for f in window.functions:
+        rate, size = f.calls * f.all_launches / window.tokens, f.calls * f.bytes / window.tokens
+        lines.append(
+            f"  {f.name:<18} {f.calls:5}  {f.launches:13}  {sum(f.library_calls.values()):7}  "
+            f"{f.most_buffers:6} of {MAX_BUFFERS}  {rate:14.3f}  {size / 2**20:9.3f}"
+        )
+    times = window.blocks * bands
+    lines.append(
+        f"  {window.blocks} {window.kind} blocks x {bands} band(s): "
+        f"{times * window.launches_per_token:.2f} launches and {times * window.bytes_per_token / 2**20:.1f} MiB a token"
+    )
+    return lines

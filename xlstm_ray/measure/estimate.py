@@ -1,0 +1,362 @@
+"""`xlstm-ray plan`: what a prefill would take on a device, in memory and time, and the settings for it. On paper.
+
+Of the model only config.json is read, and the headers of its weights where there are weights. A tile's time is
+
+    max(max(products, weights) + traffic, calls)
+    products  the matrix products' operations / (the device's rate x the share of it that is reached)
+    weights   bytes of the weights, read once a tile, / bandwidth
+    traffic   what passes through memory between the products: activations, and the states of every chunk,
+              / (bandwidth x the share of it that is reached)
+    calls     what the host takes to launch a block's work on a GPU, whatever the tile's size
+
+The shares come from what was measured: README.md's figures for a 7B model on an H100, on two CPU cores for a CPU.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import choose_dtype, choose_grid, choose_model, choose_workers
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine.windows import plan_windows
+from xlstm_ray.errors import EstimateError, UsageError
+from xlstm_ray.files import MIB
+from xlstm_ray.kernels import chunkwise_backend
+from xlstm_ray.layout import partition
+from xlstm_ray.measure.child import Child
+from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
+from xlstm_ray.memory.need import Need, computed_need
+from xlstm_ray.memory.sample import process_bytes, take_sample
+from xlstm_ray.model import linear
+from xlstm_ray.settings import Settings
+from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, expected_tensors, itemsize_of
+
+LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
+SLSTM_STEP_S = 10e-6  # assumed: a token's step of an sLSTM block, which waits for the one before
+BASE = 400 * MIB  # interpreter, torch and compiler, as measured on Linux
+METAL_SHARE = 0.75  # of a Mac's memory: what Metal recommends for its GPU, about (2/3 of small ones)
+UNKNOWN = (
+    "other work on the machine, a device that slows down when it is hot, the disk (loading), and what kernels that "
+    "are not compiled there yet take (10 to 60 s a shape)"
+)
+FACTOR = 1.5  # what an estimate may be off by
+CHECK_ROUNDS = 5
+PROBE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model without reading weights. Sizes in bytes, in the dtype that it will run in."""
+
+    path: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    blocks: list[int]  # bytes of each block
+    first: int  # embedding
+    last: int  # out norm and head
+    tied: bool  # the embedding is the head too
+    largest_tensor: int
+    known_from: str
+
+    @property
+    def weights(self) -> int:
+        return self.first + sum(self.blocks) + self.last
+
+
+def read_model(settings: Settings, kind: str) -> Model:
+    """From a directory with config.json, and with weights or without. dtype as the engine chooses it on that kind."""
+    path = choose_model(settings)
+    config = ModelConfig.from_file(path / "config.json")
+    shapes = expected_tensors(config)
+    stored = getattr(torch, config.dtype or "bfloat16")
+    known_from = f"config.json alone, as if stored in {config.dtype or 'bfloat16'}"
+    largest = 0
+    if any(path.glob("*.safetensors")):
+        checkpoint = Checkpoint(path, config)
+        stored, known_from = checkpoint.dtype, "config.json and the weights' headers"
+        shapes, largest = checkpoint.shapes, checkpoint.largest_tensor_bytes
+    else:
+        shapes[OUT_NORM] = (config.hidden_size,)
+        if not config.tie_word_embeddings:
+            shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    dtype = choose_dtype(settings, torch.device(kind), stored, lambda _: True).dtype
+    size = {name: torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in shapes.items()}
+    blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
+    first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)
+    largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize
+    return Model(path, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a block does for a token, with chunks of L tokens: operations of its products, bytes between them."""
+
+    flops: float
+    traffic: float
+
+    @classmethod
+    def of(cls, config: ModelConfig, block: int, chunk: int, itemsize: int) -> "Work":
+        c, L, s = config, chunk, itemsize
+        D, NH, K, V, F, qk, v = c.hidden_size, c.num_heads, c.dhqk, c.dhhv, c.ffn_dim, c.qk_dim, c.v_dim
+        feed_flops = 2 * 3 * D * F
+        feed_traffic = (5 * D + 6 * F) * s  # norm and residual; gate, up and activated columns, written and read
+        if block in c.slstm_at:
+            return cls(feed_flops + 2 * 8 * D * c.dh, feed_traffic + 5 * D * s + 2 * 5 * D * 4)
+        products = 2 * (D * (2 * qk + 2 * v) + D * v + 2 * NH * D)
+        cell = NH * (2 * L * K + 2 * L * V + 4 * K * V)  # scores, their products with v; with and into the state
+        states = 6 * NH * K * V * 4 / L  # of each chunk: its change, twice, and the state before it
+        scores = 2 * NH * L * (4 + s)
+        columns = 2 * (2 * qk + 2 * v) * s + 2 * (3 * qk + v) * s + 2 * v * (4 + s)  # q, k, v, o; ordered; outputs
+        return cls(feed_flops + products + cell, feed_traffic + 5 * D * s + columns + states + scores)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate, and the settings that it is for. Times in seconds; `need` is of the machine that needs most."""
+
+    device: Device
+    model: Model
+    tokens: int
+    machines: int
+    backend: str
+    tile_size: int
+    chunk_size: int
+    heads_per_band: int
+    need: Need
+    room: int  # bytes that may be used on a machine
+    seconds: float
+    workers: int  # threads that work on bands, at most one a band
+    machines_needed: int | None  # the fewest that it fits on; None where not even a block each does
+
+    @property
+    def fits(self) -> bool:
+        return self.need.total <= self.room
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def flags(self) -> str:
+        """The settings, as a command takes them."""
+        words = [
+            f"--dtype {str(self.model.dtype).removeprefix('torch.')}",
+            f"--tile-size {self.tile_size} --chunk-size {self.chunk_size} --heads-per-band {self.heads_per_band}",
+        ]
+        if self.machines > 1:
+            words.append(f"--chunkwise-backend {self.backend} --stages {self.machines}")
+        return " ".join(words)
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        d, dtype = self.device, str(self.model.dtype).removeprefix("torch.")
+        shares = SHARES[d.kind]
+        many = f" on each of {self.machines} machines" if self.machines > 1 else ""
+        fit = f"fits{many}"
+        if not self.fits:
+            more = f"{self.machines_needed} machines would do" if self.machines_needed else "nor on more machines"
+            fit = f"does not fit{many}; {more}"
+        return [
+            f"model       {self.model.path} ({self.model.known_from})",
+            f"device      {d.name}: {d.memory_gb:,.0f} GB, {d.bandwidth / GB:,.0f} GB/s, "
+            f"{d.rate(self.model.dtype) / 1e12:,.3g} TFLOPS in {dtype}",
+            f"            {d.source}",
+            f"            of these {shares.products:.0%} and {shares.traffic:.0%} are reached: {shares.source}",
+            f"memory      {self.need}",
+            f"            {fit}: {self.room / MIB:,.0f} MiB may be used; the prompt's length does not matter",
+            f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
+            "            without loading and compiling",
+            f"not known   {UNKNOWN}",
+            f"settings    {self.flags}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": str(self.model.path),
+            "known_from": self.model.known_from,
+            "device": asdict(self.device),
+            "shares": asdict(SHARES[self.device.kind]),
+            "prompt_tokens": self.tokens,
+            "machines": self.machines,
+            "machines_needed": self.machines_needed,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "backend": self.backend,
+            "tile_size": self.tile_size,
+            "chunk_size": self.chunk_size,
+            "heads_per_band": self.heads_per_band,
+            "stages": self.machines,
+            "workers": self.workers,
+            "not_known": UNKNOWN,
+            "need_bytes": {**asdict(self.need), "total": self.need.total},
+            "room_bytes": self.room,
+            "fits": self.fits,
+            "seconds": self.seconds,
+            "tok_s": self.tok_s,
+        }
+
+
+def _duration(seconds: float) -> str:
+    """In seconds, and from two minutes on in hours and minutes too."""
+    if seconds < 120:
+        return f"{seconds:,.2f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds:,.0f} s ({minutes // 60:,} h {minutes % 60} min)"
+
+
+def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -> Plan:
+    """The estimate for `tokens` prompt tokens on that device, or on `machines` of it, a stage of the blocks each.
+
+    Tile, chunk, heads a band and dtype are those of the engine, unless the settings ask for others; the tile is halved
+    until the run fits. Raises UsageError for a device that is not in the table, or a number that cannot be.
+    """
+    if device_name != "this" and device_name not in DEVICES:
+        raise UsageError(f"--device is {device_name!r}; there are: this, {', '.join(DEVICES)}")
+    if not 1 <= tokens <= 1 << 40:
+        raise UsageError(f"--prompt-tokens is {tokens}; allowed: 1 to 2^40")
+    kind = "cpu" if device_name == "this" else DEVICES[device_name].kind
+    model = read_model(settings, kind)
+    blocks = model.config.num_blocks
+    if not 1 <= machines <= blocks:
+        raise UsageError(f"--machines is {machines}; allowed: 1 to {blocks}, the model's blocks")
+    backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
+    grid = choose_grid(settings, chunkwise_backend(backend), model.config, torch.device(kind))
+    tile, chunk, heads = grid.tile_size, grid.chunk_size, grid.heads_per_band
+    device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
+    room = int(min(settings.mem_hard_pct, METAL_SHARE if kind == "mps" else 1.0) * device.memory)
+    if kind == "cpu":
+        room = min(room, take_sample().available_bytes + process_bytes())
+
+    def needed(tile: int, machines: int) -> Need:
+        return need(model, device, tile, chunk, heads, machines, settings.workers)
+
+    chunks = tile // chunk
+    sizes = [tile] if settings.tile_size else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
+    tile = next((size for size in sizes if needed(size, machines).total <= room), tile)
+    fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
+    seconds = prefill_seconds(model, device, tokens, tile, chunk, machines)
+    most = needed(tile, machines)
+    workers = choose_workers(settings, model.config, heads)
+    return Plan(device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, workers, fewest)
+
+
+def need(model: Model, device: Device, tile: int, chunk: int, heads: int, machines: int, workers: int) -> Need:
+    """The memory of the machine that needs most."""
+    bands = ceil(model.config.num_heads / heads)
+    whole = computed_need(
+        model.config,
+        device_type=device.kind,
+        compiled=True,
+        base=0 if device.kind == "cuda" else BASE,
+        weights=model.weights,
+        largest_tensor=model.largest_tensor,
+        batch=1,
+        rows=1,
+        tile=tile,
+        chunk=chunk,
+        heads_per_band=heads,
+        workers=min(workers, bands),
+        itemsize=model.dtype.itemsize,
+    )
+    stages = partition(model.config.num_blocks, machines)
+    weights = [sum(model.blocks[b] for b in stage) for stage in stages]
+    weights[0] += model.first
+    weights[-1] += model.last + (model.first if model.tied and machines > 1 else 0)
+    share = max(map(len, stages)) / model.config.num_blocks
+    return replace(whole, weights=max(weights), state=int(whole.state * share))
+
+
+def prefill_seconds(model: Model, device: Device, tokens: int, tile: int, chunk: int, machines: int) -> float:
+    """The time of a prefill's windows. Stages work on different tiles at once, so the slowest sets the pace."""
+    c, shares = model.config, SHARES[device.kind]
+    stages = partition(c.num_blocks, machines)
+
+    def stage_seconds(stage: range, T: int) -> float:
+        # Between products a CPU computes in float32 and is bound by that: bfloat16 is not faster there.
+        work = [Work.of(c, b, chunk, 4 if device.kind == "cpu" else model.dtype.itemsize) for b in stage]
+        products = T * sum(w.flops for w in work) / (device.rate(model.dtype) * shares.products)
+        weights = sum(model.blocks[b] for b in stage) / device.bandwidth
+        traffic = T * sum(w.traffic for w in work) / (device.bandwidth * shares.traffic)
+        steps = T * SLSTM_STEP_S * sum(b in c.slstm_at for b in stage)
+        return max(max(products, weights) + traffic + steps, len(stage) * shares.call_s)
+
+    def seconds(T: int) -> tuple[float, float]:
+        """(between two such windows, until the first is through)"""
+        each = [stage_seconds(stage, T) for stage in stages]
+        sending = T * c.hidden_size * model.dtype.itemsize / LINK
+        return max([*each, sending if machines > 1 else 0.0]), sum(each) + sending * (machines - 1)
+
+    whole = max(0, tokens // tile - 1)  # these are alike; the last tile and the tail are planned as the driver does
+    last = plan_windows([0], [tokens - whole * tile], tile_size=tile, chunk_size=chunk)
+    windows = [window.size for window in last]
+    return whole * seconds(tile)[0] + sum(seconds(T)[0] for T in windows[1:]) + seconds(windows[0])[1]
+
+
+def probe(model: Model, tile: int, seconds: float = PROBE_S) -> Device:
+    """This machine's CPU: the rate of the model's own products, and of a copy of a tile's activations.
+
+    The rate of the other dtype is not known, and 0.
+    """
+    c, dtype = model.config, model.dtype
+    shapes = [(2 * c.qk_dim + 2 * c.v_dim, c.hidden_size), (c.hidden_size, c.v_dim)]
+    shapes += [(2 * c.ffn_dim, c.hidden_size), (c.hidden_size, c.ffn_dim)]
+    operands = [(torch.randn(tile, i).to(dtype), torch.randn(o, i).to(dtype)) for o, i in shapes]
+    source = torch.randn(tile, 2 * c.ffn_dim).to(dtype)
+    target = torch.empty_like(source)
+    products: list[float] = []
+    copies: list[float] = []
+    began = perf_counter()
+    with torch.no_grad():
+        while len(products) < 5 or (perf_counter() - began < seconds and len(products) < 1000):
+            times = [perf_counter()]
+            for x, weight in operands:
+                linear(x, weight, None)
+            times.append(perf_counter())
+            target.copy_(source)
+            times.append(perf_counter())
+            products.append(times[1] - times[0])
+            copies.append(times[2] - times[1])
+    flops = 2 * tile * sum(o * i for o, i in shapes)
+    rate = flops / median(products[1:])
+    bandwidth = 2 * source.numel() * source.element_size() / median(copies[1:])
+    memory = take_sample().total_bytes / (1 << 30)
+    what = f"probed just now with {torch.get_num_threads()} threads"
+    rates = {"bfloat16": 0.0, "float32": 0.0, str(dtype).removeprefix("torch."): rate}
+    return Device("this", "cpu", memory, bandwidth, **rates, source=what)
+
+
+def check(estimate: Plan) -> str:
+    """Run what was estimated, in a process of its own, and compare: a line, or EstimateError beyond FACTOR.
+
+    The probe is repeated between the runs, so that other work on the machine slows both down; medians of both.
+    """
+    model, tile, chunk = estimate.model, estimate.tile_size, estimate.chunk_size
+    asked = {
+        "model": model.path,
+        "device": "cpu",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tile_size": tile,
+        "chunk_size": chunk,
+        "heads_per_band": estimate.heads_per_band,
+    }
+    estimated, measured = [], []
+    with Child(estimate.tokens, estimate.backend, asked) as child:
+        child.figures()  # warm-up
+        for _ in range(CHECK_ROUNDS):
+            device = probe(model, tile, PROBE_S / CHECK_ROUNDS)
+            estimated.append(prefill_seconds(model, device, estimate.tokens, tile, chunk, 1))
+            measured.append(child.figures()["prefill_s"])
+    ratio = median(measured) / median(estimated)
+    line = (
+        f"measured    {estimate.tokens / median(measured):,.0f} tokens/s, median of {CHECK_ROUNDS}; "
+        f"estimated {ratio:.2g} of it, by probes between these runs"
+    )
+    if not 1 / FACTOR <= ratio <= FACTOR:
+        raise EstimateError(f"{line}: beyond a factor of {FACTOR}; is the machine busy with other work?")
+    return line

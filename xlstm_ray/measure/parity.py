@@ -1,0 +1,307 @@
+"""Every kernel and backend of the registry on one device against the reference, float64 on the CPU: `xlstm-ray parity`.
+
+Errors are ||out - reference|| / ||reference||, the worst of all rows and heads. A state's C and n have the scale
+exp(m), and any m will do: compared are C exp(m) and n exp(m), and of m its absolute error, as a share of it where it is
+large.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import choose_device, choose_model
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine.engine import Engine
+from xlstm_ray.errors import KernelError
+from xlstm_ray.kernels import (
+    CHUNKWISE_BACKENDS,
+    SEQUENCE_KERNELS,
+    SLSTM_KERNELS,
+    STEP_KERNELS,
+    lookup,
+    sequence_kernel,
+    slstm_kernel,
+    step_kernel,
+)
+from xlstm_ray.kernels.compiled import compile_each, compile_strict
+from xlstm_ray.kernels.native import PAD_F, PAD_I, mlstm_sequence, slstm_sequence
+from xlstm_ray.layout import make_grid
+from xlstm_ray.model import EndWeights, Weights
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.settings import Settings
+
+B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens a window, windows one after the other, tokens a chunk
+K, V, DH = 16, 32, 16
+T_INNER = 4  # few enough steps for Metal's limit of buffers at any shape
+PADDED = 5  # the last tokens of the second row are padding
+PROMPT, NEW = 96, 4  # tokens given to a model, tokens then decoded
+
+# Each step multiplies the state by a number that float32 rounds by up to 3e-8: 1e-5 after 288 tokens. A product of
+# bfloat16 operands rounds each of them by up to 2^-9; a model adds up what all of its layers round.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 1e-2}
+MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
+
+
+class Row(NamedTuple):
+    """A line of the table. Errors are those of the file's head; None where the kernel did not run, for `reason`."""
+
+    part: str  # mlstm, slstm or model
+    name: str
+    dtype: str
+    outputs: float | None
+    state: float | None
+    tolerance: float
+    reason: str | None = None
+
+    @property
+    def good(self) -> bool:
+        figures = (self.outputs, self.state)
+        return all(x is not None and x <= self.tolerance for x in figures)  # also false of NaN
+
+    @property
+    def line(self) -> str:
+        verdict = "ok" if self.good else self.reason or "OVER"
+        outputs, state = ("-" if x is None else f"{x:.1e}" for x in (self.outputs, self.state))
+        figures = f"{outputs:>8} {state:>8} {self.tolerance:10.0e}"
+        return f"{self.part:<6} {self.name:<33} {self.dtype:<9} {figures}  {verdict}"
+
+
+HEADER = f"{'part':<6} {'kernel or backend':<33} {'dtype':<9} {'outputs':>8} {'state':>8} {'tolerance':>10}"
+Errors = tuple[float, float]  # outputs, state
+
+
+def compare(part: str | None, settings: Settings) -> Iterator[Row]:
+    """The rows of a part, or of all of them, as they are found. UsageError where the part or device is not known."""
+    parts = PARTS.values() if part is None else [lookup(PARTS, "part", part)]
+    device = choose_device(settings)
+    for rows in parts:
+        yield from rows(device, settings)
+
+
+def _row(part: str, name: str, dtype: torch.dtype, tolerance: dict[str, float], errors: Callable[[], Errors]) -> Row:
+    kind = str(dtype).removeprefix("torch.")
+    try:
+        return Row(part, name, kind, *errors(), tolerance[kind])
+    except KernelError as err:  # the other rows are worth having
+        return Row(part, name, kind, None, None, tolerance[kind], str(err))
+
+
+def _worst(out: Tensor, reference: Tensor) -> float:
+    """The largest relative error of a row and head: (B, NH, ...) both."""
+    out, reference = out.cpu().double().flatten(2), reference.flatten(2)
+    return ((out - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
+
+
+def _off(m: Tensor, reference: Tensor) -> float:
+    return ((m.cpu().double() - reference).abs() / (1 + reference.abs())).max().item()
+
+
+def _uniform(g: torch.Generator, shape: tuple[int, ...], ranges: list[tuple[float, float]]) -> Tensor:
+    """(B, NH, ...) with a range for each head."""
+    low, high = (torch.tensor(ends).view(1, -1, *[1] * (len(shape) - 2)) for ends in zip(*ranges, strict=True))
+    return low + (high - low) * torch.rand(shape, generator=g)
+
+
+# -- mLSTM -------------------------------------------------------------------------------------------------------------
+# Gates a head, capped at 15: as in trained models; anything; write anything and keep all; write all and forget little;
+# forget at once; write hardly.
+I_RANGES: list[tuple[float, float]] = [(-3, 1), (-15, 15), (-15, 15), (14, 15), (-3, 1), (-15, -14)]
+F_RANGES: list[tuple[float, float]] = [(5, 15), (-15, 15), (15, 15), (12, 15), (-15, -14), (12, 15)]
+
+
+def mlstm_rows(device: torch.device, _settings: Settings) -> Iterator[Row]:
+    """Step kernels, sequence kernels and the cells of all chunkwise backends."""
+    kernels: dict[str, Callable[[], Callable]] = {}
+    for name in STEP_KERNELS:
+        kernels[f"step {name}"] = partial(_by_steps, name)
+    for name in SEQUENCE_KERNELS:
+        kernels[name] = partial(sequence_kernel, name, t_inner=T_INNER)
+    for name, backend in CHUNKWISE_BACKENDS.items():
+
+        def cell(backend: Any = backend) -> Callable:
+            cell = backend.cell(T, chunk_size=CHUNK, t_inner=T_INNER, compiler=compile_strict)
+            if not backend.compiled or not backend.cell_inside(T):
+                return cell
+
+            def chunks(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Any, eps: float) -> Any:
+                return cell(q, k, v, i=i, f=f, state=state, eps=eps)
+
+            return compile_each(chunks, f"chunks_{T}")  # in a model it is compiled with the block around it
+
+        kernels[name] = cell
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, state = _mlstm_inputs(dtype)
+        reference = mlstm_sequence(**{n: x.double() for n, x in inputs.items()}, state=_double(state))  # type: ignore
+        for name, make in kernels.items():
+            yield _row("mlstm", name, dtype, TOLERANCE, partial(_mlstm_errors, make, inputs, state, reference, device))
+
+
+def _mlstm_inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """q, k, v, i, f of all windows and a state. Positive q, k and n: where q.n is near 0, h is ill-conditioned."""
+    g, NH, tokens = torch.Generator().manual_seed(0), len(I_RANGES), T * WINDOWS
+    q, k, v = (torch.randn(B, NH, tokens, size, generator=g) for size in (K, K, V))
+    i, f = (_uniform(g, (B, NH, tokens), ranges) for ranges in (I_RANGES, F_RANGES))
+    i[1, :, -PADDED:], f[1, :, -PADDED:] = PAD_I, PAD_F
+    C, n, m = (torch.randn(B, NH, *shape, generator=g) for shape in ((K, V), (K,), (1,)))
+    return {"q": q.abs().to(dtype), "k": k.abs().to(dtype), "v": v.to(dtype), "i": i, "f": f}, (C, n.abs(), m)
+
+
+def _by_steps(name: str) -> Callable:
+    """A step kernel over a window."""
+    step = step_kernel(name)
+
+    def cell(q: Tensor, k: Tensor, v: Tensor, *, i: Tensor, f: Tensor, state: Any, eps: float) -> tuple[Tensor, Any]:
+        outputs = []
+        for t in range(q.shape[2]):
+            now = [x[:, :, t].contiguous() for x in (q, k, v, i, f)]
+            h, state = step(*now[:3], i=now[3], f=now[4], state=state, eps=eps)
+            outputs.append(h)
+        return torch.stack(outputs, 2), state
+
+    return cell
+
+
+def _mlstm_errors(
+    make: Callable[[], Callable], inputs: Any, state: Any, reference: Any, device: torch.device
+) -> Errors:
+    cell, outputs = make(), []
+    state = tuple(part.to(device) for part in state)
+    for start in range(0, T * WINDOWS, T):
+        now = {name: x[:, :, start : start + T].contiguous().to(device) for name, x in inputs.items()}
+        h, state = cell(now["q"], now["k"], now["v"], i=now["i"], f=now["f"], state=state, eps=1e-6)
+        outputs.append(h)
+    h_ref, (C_ref, n_ref, m_ref) = reference
+    C, n, m = (part.cpu().double() for part in state)
+    scale = torch.exp(m - m_ref)
+    stored = max(_worst(C * scale.unsqueeze(-1), C_ref), _worst(n * scale, n_ref), _off(m, m_ref))
+    return _worst(torch.cat(outputs, 2), h_ref), stored
+
+
+def _double(parts: Any) -> Any:
+    return tuple(part.double() for part in parts)
+
+
+# -- sLSTM -------------------------------------------------------------------------------------------------------------
+# i and f a head, capped nowhere; f counts up to 15.
+SLSTM_I: list[tuple[float, float]] = [(-3, 1), (-40, 40), (90, 100), (-100, -90), (-3, 1)]
+SLSTM_F: list[tuple[float, float]] = [(5, 15), (-40, 40), (10, 30), (12, 20), (-30, -20)]
+
+
+def slstm_rows(device: torch.device, _settings: Settings) -> Iterator[Row]:
+    """The sLSTM kernels; gates and state are float32 whatever the model's dtype."""
+    g, NH, tokens = torch.Generator().manual_seed(0), len(SLSTM_I), T * WINDOWS
+    x = torch.randn(B, NH, tokens, 4, DH, generator=g)
+    x[..., 0, :], x[..., 1, :] = (_uniform(g, (B, NH, tokens, DH), ranges) for ranges in (SLSTM_I, SLSTM_F))
+    x[..., 2, :] += 1  # where c is a sum of as much below 0 as above, it is ill-conditioned
+    recurrent = 0.3 * torch.randn(NH, DH, 4 * DH, generator=g) * DH**-0.5
+    token = torch.ones(B, 1, tokens, dtype=torch.bool)
+    token[1, :, -PADDED:] = False
+    fresh = tuple(torch.zeros(B, NH, DH) for _ in range(4))
+    reference = slstm_sequence(x.double(), recurrent=recurrent.double(), token=token, state=_double(fresh))
+
+    def errors(name: str) -> Errors:
+        cell, outputs, state = slstm_kernel(name, t_inner=T_INNER), [], tuple(part.to(device) for part in fresh)
+        for start in range(0, tokens, T):
+            now = [part[:, :, start : start + T].contiguous().to(device) for part in (x, token)]
+            h, state = cell(now[0], recurrent=recurrent.to(device), token=now[1], state=state)  # type: ignore
+            outputs.append(h)
+        h_ref, (last_ref, c_ref, n_ref, m_ref) = reference
+        last, c, n, m = (part.cpu().double() for part in state)
+        scale = torch.exp(m - m_ref)
+        stored = max(_worst(last, last_ref), _worst(c * scale, c_ref), _worst(n * scale, n_ref), _off(m, m_ref))
+        return _worst(torch.cat(outputs, 2), h_ref), stored
+
+    for name in SLSTM_KERNELS:
+        yield _row("slstm", name, torch.float32, TOLERANCE, partial(errors, name))
+
+
+# -- a whole model -----------------------------------------------------------------------------------------------------
+def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
+    """--model, or the demo model, through every backend of this process: prefill in tiles, then decoding.
+
+    Backends on Ray run the same kernels in actors, and are compared with the others by the mlstm part.
+    """
+    directory = choose_model(settings)
+    config = ModelConfig.from_file(directory / "config.json")
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (PROMPT,), generator=g).tolist()
+    half = (config.num_heads + 1) // 2
+    bands = {"": config.num_heads} | ({", two bands": half} if half < config.num_heads else {})
+
+    def errors(backend: str, heads: int, dtype: torch.dtype) -> Errors:
+        unrolls = CHUNKWISE_BACKENDS[backend].unrolls(slstm=bool(config.slstm_at))
+        asked = Settings.make(
+            model=directory,
+            device=device.type,
+            dtype=str(dtype).removeprefix("torch."),
+            chunkwise_backend=backend,
+            heads_per_band=heads,
+            tile_size=2 * CHUNK,
+            chunk_size=CHUNK,
+            t_inner=T_INNER if unrolls else None,
+        )
+        with Engine(asked) as engine:
+            made = engine.generate(ids, max_new_tokens=NEW, temperature=0)
+            before = made.prefill.logits
+            list(made.rows())
+            state, (tokens,) = made.state(), made.tokens
+        logits, reference = _reference(directory, config, [*ids, *tokens])
+        outputs = [
+            _worst(mine.view(1, 1, -1), logits[at - 1].view(1, 1, -1))
+            for mine, at in ((before, PROMPT), (state.tensors["logits"], PROMPT + len(tokens)))
+        ]
+        return max(outputs), _state_error(state.tensors, reference, config)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, backend in CHUNKWISE_BACKENDS.items():
+            for which, heads in bands.items():
+                if backend.executor == "queued":
+                    yield _row("model", name + which, dtype, MODEL_TOLERANCE, partial(errors, name, heads, dtype))
+
+
+def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model in float64 by the eager reference: logits (tokens, vocabulary), and the state after the last token."""
+    cpu = torch.device("cpu")
+    ((band,),) = make_grid(config, heads_per_band=config.num_heads)
+    blocks, ends = Checkpoint(directory, config).load(band, dtype=torch.float64, device=cpu)
+    kernels = Kernels(CHUNKWISE_BACKENDS["native"], chunk_size=CHUNK, t_inner=T_INNER)
+    worker = Worker(config, band, [_widened(w) for w in blocks], EndWeights(*ends), kernels)
+    worker.state = [_double(worker.fresh_state(n, 1)) for n in range(config.num_blocks)]
+    first = torch.zeros(1, dtype=torch.long)
+    x = worker.embed(torch.tensor([ids]))
+    for n in range(config.num_blocks):
+        x = worker.run_block(n, x, first, first + len(ids))
+    return worker.logits(x)[0], worker.get_state()
+
+
+def _widened(w: Weights) -> Weights:
+    """What is kept in float32, in float64 too."""
+    return type(w)._make(part.double() if part is not None and part.is_floating_point() else part for part in w)  # type: ignore
+
+
+def _state_error(tensors: dict[str, Tensor], reference: dict[str, Tensor], config: ModelConfig) -> float:
+    """Of all blocks, each block's heads taken together: in a model one head may hold next to nothing."""
+    errors = []
+    for n in range(config.num_blocks):
+        names = [f"blocks.{n}.{name}" for name in config.state_shapes(n, config.num_heads)]
+        *parts, m = (tensors[name].double() for name in names)
+        *parts_ref, m_ref = (reference[name] for name in names)
+        errors.append(_off(m, m_ref))
+        scale = torch.exp(m - m_ref)
+        for name, part, ref in zip(names, parts, parts_ref, strict=False):
+            if not name.endswith(".h"):
+                part = part * scale.view(*scale.shape, *[1] * (part.ndim - scale.ndim))
+            errors.append(_worst(part.flatten(1).unsqueeze(1), ref.flatten(1).unsqueeze(1)))
+    return max(errors)
+
+
+PARTS: dict[str, Callable[[torch.device, Settings], Iterator[Row]]] = {
+    "mlstm": mlstm_rows,
+    "slstm": slstm_rows,
+    "model": model_rows,
+}

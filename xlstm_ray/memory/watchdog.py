@@ -1,0 +1,152 @@
+"""Limits of memory, and a thread that samples while a run goes on."""
+
+from collections.abc import Callable, Collection
+from dataclasses import astuple, dataclass, fields
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Literal
+
+from xlstm_ray.csvlog import CsvLog
+from xlstm_ray.errors import UsageError
+from xlstm_ray.files import MIB
+from xlstm_ray.memory.sample import Sample, empty_cache, take_sample
+from xlstm_ray.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+Level = Literal["soft", "hard"]
+LEVELS: tuple[Level | None, ...] = None, "soft", "hard"
+
+LOG_COLUMNS = *(f.name for f in fields(Sample)), "level"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Soft and hard limits in bytes: of a process, and of a device that has memory of its own (else None)."""
+
+    soft: int
+    hard: int
+    device_soft: int | None = None
+    device_hard: int | None = None
+
+    @classmethod
+    def make(cls, settings: Settings, total_bytes: int, device_total_bytes: int | None = None) -> "Limits":
+        """From MiB where they are set, else from fractions of the total. Raises UsageError where soft is over hard.
+
+        A soft limit that nobody asked for keeps its distance from a lower hard one.
+        """
+        soft_asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
+
+        def limit(which: str, total: int) -> int:
+            mb = getattr(settings, f"mem_{which}_mb")
+            value = int(getattr(settings, f"mem_{which}_pct") * total) if mb is None else mb * MIB
+            if which == "soft" and not soft_asked:
+                hard = limit("hard", total)
+                return min(value, int(hard * settings.mem_soft_pct / max(settings.mem_hard_pct, settings.mem_soft_pct)))
+            return value
+
+        def named(which: str) -> str:
+            of = "pct" if getattr(settings, f"mem_{which}_mb") is None else "mb"
+            return f"{settings.named(f'mem_{which}_{of}')} {getattr(settings, f'mem_{which}_{of}')}"
+
+        for total in (total_bytes, device_total_bytes):
+            if total is not None and limit("soft", total) > limit("hard", total):
+                raise UsageError(
+                    f"the soft limit of memory ({named('soft')}: {limit('soft', total) / MIB:,.0f} MiB) is over the "
+                    f"hard one ({named('hard')}: {limit('hard', total) / MIB:,.0f} MiB); give a smaller soft limit"
+                )
+        own = [None if device_total_bytes is None else limit(which, device_total_bytes) for which in ("soft", "hard")]
+        return cls(limit("soft", total_bytes), limit("hard", total_bytes), *own)
+
+    def exceeded(self, sample: Sample) -> Level | None:
+        """The limit that the sample is over, or None."""
+        checks: list[tuple[Level, int, int | None]] = [
+            ("hard", self.hard, self.device_hard),
+            ("soft", self.soft, self.device_soft),
+        ]
+        for level, process, device in checks:
+            if sample.process_bytes > process or (device is not None and sample.device_driver_bytes > device):
+                return level
+        return None
+
+
+class Watchdog:
+    """Samples memory on a thread while a block runs. The run asks `check` at its tile boundaries, where it can act.
+
+    actions: what a soft limit does here, "warn" (through `warn`) and "empty_cache". log: takes a row a
+    sample, LOG_COLUMNS.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        device: "torch.device | None",
+        poll_s: float,
+        actions: Collection[str] = (),
+        warn: Callable[[str], None] = lambda text: None,
+        log: CsvLog | None = None,
+    ):
+        self.limits, self._device, self._poll_s, self._log = limits, device, poll_s, log
+        self._actions, self._warn = actions, warn
+        self._lock, self._end = Lock(), Event()
+        self._thread = Thread(target=self._watch, name="memory watchdog", daemon=True)
+        self._worst: tuple[int, Sample] | None = None  # since the last check
+        self._warned = False
+        self.peak_bytes = 0  # of process_bytes
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def check(self) -> tuple[Level | None, Sample]:
+        """The worst level since the last check and its sample; what a soft limit does is done before it returns."""
+        self._sample()
+        with self._lock:
+            assert self._worst is not None
+            (rank, sample), self._worst = self._worst, None
+        level = LEVELS[rank]
+        if level is None:
+            self._warned = False
+        elif level == "soft":
+            if "warn" in self._actions and not self._warned:
+                self._warn(self.text(level, sample))
+                self._warned = True
+            if "empty_cache" in self._actions:
+                empty_cache(self._device)
+        return level, sample
+
+    def text(self, level: Level, sample: Sample) -> str:
+        """The numbers of a sample that is over a limit."""
+        hard = level == "hard"
+        limit, own = (
+            (self.limits.hard, self.limits.device_hard) if hard else (self.limits.soft, self.limits.device_soft)
+        )
+        over, used = "this process uses", sample.process_bytes
+        if used <= limit and own is not None:
+            over, used, limit = "this process holds on the device", sample.device_driver_bytes, own
+        over = f"{over} {used / MIB:,.0f} MiB, over the {level} limit of {limit / MIB:,.0f}"
+        return (
+            f"memory: {over} MiB ({sample.available_bytes / MIB:,.0f} of the machine's "
+            f"{sample.total_bytes / MIB:,.0f} MiB are available)"
+        )
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._poll_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        with self._lock:  # of both threads, rows of the log are in the order of time
+            sample = take_sample(self._device)
+            level = self.limits.exceeded(sample)
+            found = LEVELS.index(level), sample
+            if self._worst is None or (found[0], sample.process_bytes) > (self._worst[0], self._worst[1].process_bytes):
+                self._worst = found
+            self.peak_bytes = max(self.peak_bytes, sample.process_bytes)
+            if self._log is not None:
+                self._log.row(*astuple(sample), level or "")

@@ -1,0 +1,1 @@
+"""What computes: the blocks' functions, a shard's worker, and the executor of this process."""

@@ -1,0 +1,263 @@
+"""Connect this process to a head, with its token. The only importer of Ray here."""
+
+import atexit
+import importlib.util
+import logging
+import os
+import signal
+import site
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from xlstm_ray.errors import RayError, pip_install
+from xlstm_ray.supervisor.ports import LOOPBACK, PROBE_S, is_loopback, listens, split
+from xlstm_ray.supervisor.processes import GRACE_S
+from xlstm_ray.supervisor.records import Head, all_heads, is_here, session_of
+
+NAMESPACE = "xlstm-ray"
+CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" makes GCS, raylet and metrics listen on loopback, on Linux too
+
+
+@contextmanager
+def connect(
+    target: Head | str,
+    *,
+    state_dir: Path | None = None,
+    token_path: Path | None = None,
+    namespace: str = NAMESPACE,
+    log_to_driver: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[ModuleType]:
+    """Connect this process to a head and yield the `ray` module; disconnects at the end.
+
+    `target` is a head of ours or HOST:PORT. The token is in `token_path`; where that is not given, it is known of an
+    address in the records of `state_dir`, or is where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
+    ~/.ray/auth_token).
+    Import nothing that imports Ray before: Ray reads its authentication from the environment at import, once, and the
+    environment stays set for that reason. Raises RayError within seconds when nobody answers, when the token is
+    refused, or when the head would let anybody in.
+    """
+    require_ray()
+    if (there := connected_to()) is not None:
+        yield from _shared(there, target)
+        return
+    if isinstance(target, str) and state_dir is not None and token_path is None:
+        here = f"{LOOPBACK}:{split(target)[1]}" if is_loopback(target) else target
+        target = next((h for h in all_heads(state_dir) if h.address == here and is_here(h)), target)
+    if isinstance(target, Head):
+        address, token_path = target.address, target.token_path
+        if address is None or not listens(session_of(target), split(address)[1]):
+            raise RayError(f"head {target.id} is gone or not up yet: see `xlstm-ray status`")
+    else:
+        address = target
+        _probe(address, _token(token_path))
+    ray = import_ray(address, token_path)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+            job_config=_job(ray, metadata or {}),
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise RayError(f"the head at {address} did not accept this process: {_first_line(error)}") from error
+    finally:
+        if main:  # ray.init puts its own in its place, which would end the run between two tiles without a state
+            signal.signal(signal.SIGTERM, handler)
+    global _users
+    mine, _users = os.getpid(), 1
+    try:
+        yield ray
+    finally:
+        if os.getpid() == mine:
+            _leave(ray)
+
+
+_users = 0  # engines on a connection of ours
+
+
+def _leave(ray: ModuleType) -> None:
+    global _users
+    _users -= 1
+    if _users == 0:  # the last one; an engine that shares it may live longer than the one that made it
+        _disconnect(ray)
+
+
+def connected_to() -> str | None:
+    """The address that this process is connected to already: by an engine, or by the program itself."""
+    ray = sys.modules.get("ray")
+    return ray.get_runtime_context().gcs_address if ray is not None and ray.is_initialized() else None
+
+
+def _shared(there: str, target: Head | str) -> Iterator[ModuleType]:
+    """This process's own connection, which is left as it is. Raises RayError where it is another one than is wanted."""
+    global _users
+    address = target.address if isinstance(target, Head) else target
+    assert address is not None
+    if split(address)[1] != split(there)[1] or not (is_loopback(address) or split(address)[0] == split(there)[0]):
+        raise RayError(one_connection(there))
+    if _asks_for_token(there, None) is False:
+        raise RayError(
+            f"this program is connected to the head at {there}, which lets anybody in: connect it to one that was "
+            "started with RAY_AUTH_MODE=token and a token, such as that of `xlstm-ray up`"
+        )
+    ray, mine, an_engines = sys.modules["ray"], os.getpid(), _users > 0
+    _users += an_engines
+    try:
+        yield ray
+    finally:
+        if an_engines and os.getpid() == mine:
+            _leave(ray)
+
+
+def one_connection(there: str) -> str:
+    return (
+        f"this program is connected to Ray at {there} already, and Ray allows a process one connection: give that "
+        "address (ray_address, --ray-address), or close what made it first"
+    )
+
+
+def _disconnect(ray: ModuleType) -> None:
+    """Bounded in time: a head that does not answer must not keep a result from being printed."""
+    if sys.is_finalizing():  # a program that left its engine open: Ray has gone at exit, and no thread starts any more
+        return
+    closing = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
+    closing.start()
+    closing.join(2 * GRACE_S)
+    if closing.is_alive():
+        from ray._private import worker
+
+        atexit.unregister(worker.shutdown)  # which would wait again
+
+
+def require_ray() -> None:
+    spec = importlib.util.find_spec("ray")
+    if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
+        raise RayError(f"Ray is not installed; {pip_install('ray')} installs it, or stay in local mode")
+
+
+def import_ray(address: str, token_path: Path | None) -> ModuleType:
+    """Ray, imported with authentication on. Raises RayError where it was imported before in another way."""
+    # Results that nobody asks for any more, of tiles that are played again, may be errors.
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    # After this Ray ends the process whose head is away; the executor gives up before, and keeps what there is.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "300")
+    wanted, missing = _wanted(address, token_path), missing_variables(address, token_path)
+    if missing and "ray" in sys.modules:
+        raise RayError(imported_before(address, missing))
+    os.environ.update(wanted)
+    if token_path is not None:
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+    hook = sys.excepthook
+    import ray
+    from ray._private import worker
+
+    sys.excepthook = hook  # Ray's own asks the head before it shows an error, and waits where there is none
+    # Ray writes the cluster's error messages to this program's standard output, whatever log_to_driver says, and has no
+    # switch for it. The run says itself what an actor's death means; --json must be JSON.
+    worker.print_to_stdstream = _note_message
+    return ray
+
+
+def _wanted(address: str, token_path: Path | None) -> dict[str, str]:
+    """What the environment must say when Ray is imported."""
+    # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
+    wanted = {"RAY_AUTH_MODE": "token", CLUSTER: "0" if is_loopback(address) else "1"}
+    return wanted | ({} if token_path is None else {"RAY_AUTH_TOKEN_PATH": str(token_path)})
+
+
+def missing_variables(address: str, token_path: Path | None) -> list[str]:
+    missing = [name for name, value in _wanted(address, token_path).items() if os.environ.get(name) != value]
+    return missing + (["RAY_AUTH_TOKEN"] if token_path is not None and "RAY_AUTH_TOKEN" in os.environ else [])
+
+
+def imported_before(what: str, missing: list[str]) -> str:
+    return (
+        f"ray was imported before the connection to {what}, with other {', '.join(missing)}: load the model before "
+        "anything imports ray, set these as they should be before it, or connect to a head with a token and give its "
+        "address"
+    )
+
+
+def _job(ray: ModuleType, metadata: Mapping[str, str]) -> Any:
+    """This process as a job: its workers import what it imports, wherever it was started.
+
+    Ray puts the current folder before all others on its workers' paths, so that a torch.py there would be taken for
+    torch; a job of Ray's client is spared that. A checkout that is only on this process's path is on theirs instead.
+    """
+    root = str(Path(__file__).parents[2])
+    installed = root in (*site.getsitepackages(), site.getusersitepackages())
+    return ray.job_config.JobConfig(
+        metadata=dict(metadata), _client_job=True, _py_driver_sys_path=[] if installed else [root]
+    )
+
+
+def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
+    logging.getLogger("xlstm_ray.ray").info("%s", " ".join(data["lines"]))
+
+
+def _probe(address: str, token: str | None) -> None:
+    """Refuse at once what Ray would wait for: a dead address, a wrong token, a head without authentication."""
+    host, port = split(address)
+    try:
+        socket.create_connection((host, port), timeout=PROBE_S).close()
+    except OSError as error:
+        raise RayError(
+            f"nothing answers at --ray-address {address} ({error.strerror or error}): "
+            "start a head with `xlstm-ray up`, or see `xlstm-ray status` for the right address"
+        ) from None
+    if _asks_for_token(address, None) is False:
+        raise RayError(
+            f"the head at {address} lets anybody in: stop it, and start it with RAY_AUTH_MODE=token and a token"
+        )
+    if token is None:
+        raise RayError(f"the head at {address} asks for a token: say where it is with --ray-token-path")
+    if _asks_for_token(address, token):
+        raise RayError(
+            f"the head at {address} refuses the token: --ray-token-path must name the file it was started with"
+        )
+
+
+def _asks_for_token(address: str, token: str | None) -> bool:
+    """Whether the head turns this token away. Raises RayError where no Ray head answers."""
+    import grpc
+
+    metadata = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=PROBE_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return True
+            raise RayError(
+                f"what answers at {address} is not a Ray head ({error.code().name.lower()}): "
+                "give the port of the head itself, not of the dashboard or the client; TLS is not supported"
+            ) from None
+    return False
+
+
+def _token(token_path: Path | None) -> str | None:
+    """The token for a head that is not ours, from where Ray itself would take it. None when there is none."""
+    if token_path is None:
+        if "RAY_AUTH_TOKEN" in os.environ:
+            return os.environ["RAY_AUTH_TOKEN"].strip()
+        token_path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+        if not token_path.exists():
+            return None
+    try:
+        return token_path.read_text().strip()
+    except OSError as error:
+        raise RayError(f"the token file {token_path} cannot be read: {error.strerror}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
