@@ -28,10 +28,105 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 logging.getLogger("torch.__trace").propagate = True
 
 
+# What `./scripts/test fast` leaves out, by folder, file, fixture or name; pyproject.toml says what each marker means.
+# Slow is what takes some seconds of a core, most often for a process that imports torch.
+MARKED = {
+    "ray": "test_grid test_supervisor test_dashboard test_container",
+    "metal": "metal mps simulator",
+    "compile": """
+        test_autoscale
+        test_parity_command
+        test_compiled_kernels_equal_float64
+        test_a_window_of_padding_leaves_the_state_to_the_bit
+        test_what_padding_holds_changes_no_bit
+        test_20_000_tokens_with_gates_near_the_caps_equal_float64
+        test_what_a_gate_at_its_cap_forgets_does_not_drift
+        test_decayed_is_accurate_for_every_exponent
+        test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates
+        test_no_kernel_reads_memory_that_nobody_wrote
+        test_a_second_compilation_of_a_kernel_is_refused
+        test_two_window_sizes_and_one_for_decoding_are_compiled_and_never_again
+        test_compiled_splits_equal_the_reference
+        test_a_compiled_batch_equals_one_by_one_and_resumes_to_the_bit
+        test_nothing_is_read_that_nobody_wrote
+        test_compiled_models_equal_transformers
+        test_the_compiled_kernel_equals_float64_and_keeps_padding_out
+        test_each_kind_of_block_is_compiled_once
+        test_the_product_of_bfloat16_operands_is_not_rounded_to_bfloat16
+        test_no_two_tokens_are_equally_likely_in_a_text
+        test_this_machine_is_probed_and_checked_by_a_real_run
+        test_a_damaged_compile_cache_is_one_line
+        test_a_compile_cache_without_a_place_is_one_line
+        test_each_phase_is_named_while_it_lasts
+        test_without_warm_up_kernels_compile_on_first_use
+    """,
+    "slow": """
+        test_bench
+        test_interrupted
+        test_packages
+        test_readme
+        test_runners
+        test_a_text_on_standard_input
+        test_a_text_on_standard_input_beside_a_prompt_is_told_and_left
+        test_a_stopped_prefill_goes_on_by_the_command_that_it_prints
+        test_standard_files_that_are_closed_or_full
+        test_a_second_interrupt_does_not_wait_for_the_tile
+        test_without_a_compiler_one_line_names_the_way_out
+        test_a_closed_terminal_stops_a_prefill_at_a_tile_boundary_with_a_state
+        test_the_first_token_from_the_prompt_and_from_the_command
+        test_as_a_module_of_python
+        test_a_bar_on_a_terminal
+        test_the_same_prompt_from_option_file_and_standard_input
+        test_an_interrupted_generation_keeps_what_it_made
+        test_an_interrupt_before_the_first_tile_ends_it_at_once
+        test_a_reader_that_goes_early_is_no_error_worth_a_traceback
+        test_mistakes_are_answered_without_torch
+        test_a_corrupted_model_is_refused_or_gives_the_same_results
+        test_an_answer_is_printed_when_its_group_has_ended
+        test_two_thousand_prompts_need_what_their_windows_take
+        test_cluster_files_are_what_rays_launcher_takes
+        test_pieces_joined_are_what_decoding_makes_of_all
+        test_text_that_is_given_in_between_is_not_printed
+        test_a_long_text_is_not_encoded_at_once
+        test_one_endless_word_is_not_encoded_at_once
+        test_a_long_text_takes_little_memory_before_the_first_tile
+        test_memory_of_a_head_that_is_the_embedding
+        test_products_are_timed_once_and_remembered
+        test_any_tiles_and_bands_give_the_same
+        test_any_resumes_on_the_way_give_the_same
+        test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow
+        test_peak_memory_of_64_tiles_is_that_of_4
+        test_loading_holds_the_weights_once
+        test_a_state_file_is_whole_or_absent_whenever_its_writer_is_killed
+        test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so
+        test_over_the_hard_limit_the_run_stops_at_a_tile_and_goes_on_later_to_the_same_bits
+        test_a_run_that_cannot_fit_is_refused_with_the_arithmetic_unless_forced
+        test_the_computed_need_is_the_measured_peak_within_15_percent
+        test_20_000_tokens_with_extreme_gates_equal_float64
+        test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same
+        test_sampling_follows_the_probabilities_and_keeps_to_its_limits
+        test_threads_that_wait_for_each_other_sleep_soon
+        test_torchs_own_variables_are_passed_on
+        test_config_prints_values_and_where_they_came_from
+        test_a_switch_of_a_file_can_be_undone_by_a_flag
+        test_a_variable_that_is_not_ours_is_told_once
+        test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_grid
+        test_what_is_advised_makes_that_smaller_which_is_too_large
+        test_a_save_that_fails_leaves_the_file_that_was_there_and_nothing_else
+    """,
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: where files run side by side, none of them is still at work when the others are done."""
     longest = ["test_grid", "test_supervisor"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    markers = {name: marker for marker, names in MARKED.items() for name in names.split()}
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).with_suffix("").parts
+        names = {*place, item.name.partition("[")[0], *getattr(item, "fixturenames", ())}
+        for name in sorted(names & set(markers)):
+            item.add_marker(markers[name])
 
 
 class Ran(NamedTuple):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import MARKED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -40,3 +41,11 @@ def test_files_and_pages_that_are_named_exist(page: Path) -> None:
     paths = re.findall(r"`\.?/?((?:scripts|deploy|docs|examples|tests|actors|xlstm_ray|\.ci)/[\w./-]*)`", text)
     missing = [link for link in [*links, *(ROOT / path for path in paths)] if not link.exists()]
     assert not missing
+
+
+def test_what_the_fast_loop_leaves_out_exists() -> None:
+    tests = ROOT / "tests"
+    there = (
+        defined("tests") | {file.stem for file in tests.rglob("test_*.py")} | {file.name for file in tests.iterdir()}
+    )
+    assert not {name for names in MARKED.values() for name in names.split()} - there

