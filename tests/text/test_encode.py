@@ -1,17 +1,23 @@
 """Encoding in pieces gives the tokens of the whole text, for any kind of tokenizer."""
 
+import os
 import subprocess
 import sys
+import threading
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 import xlstm_ray
+from xlstm_ray.choose import DEMO_MODEL
+from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import MemoryLimitError
 from xlstm_ray.text.encode import TextEncoder
+from xlstm_ray.text.tokenizer import Text
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog's tail; don't they've 1234567 numbers 3.14159 and  spaces   here\n\n",
@@ -199,3 +205,23 @@ def test_a_hard_limit_holds_while_a_text_is_cut_into_tokens():
     lm = xlstm_ray.load(device="cpu", chunkwise_backend="native", force=True, mem_hard_mb=20)
     with pytest.raises(MemoryLimitError, match=r"^memory: this process uses .*hard limit of 20 MiB, while it cuts"):
         lm.prefill("a" * 200_000)
+
+
+def test_no_request_touches_what_other_threads_write_to():
+    """File descriptor 2 is the process's: a server's other threads write there while one encodes and decodes."""
+    text = Text(DEMO_MODEL, ModelConfig.from_file(DEMO_MODEL / "config.json"))
+    seen, end = set(), threading.Event()
+
+    def look() -> None:
+        while not end.is_set():
+            seen.add((os.fstat(2).st_dev, os.fstat(2).st_ino))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    ids = text.tokens("Once upon a time, 1 \u00e9\u8a9e. " * 2000).tolist()
+    assert text.more(" there was", ids[-50:])
+    assert text.stream(text.end_of(ids)).step(ids[0]) is not None
+    assert text.likeliest(torch.zeros(300), 3)
+    end.set()
+    thread.join()
+    assert seen == {(os.fstat(2).st_dev, os.fstat(2).st_ino)}

@@ -1,9 +1,8 @@
 """Engine: a loaded model on its device; prefill and generate."""
 
 import warnings
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +33,11 @@ from xlstm_ray.engine.driver import Progress, Snapshot
 from xlstm_ray.engine.generation import Generation
 from xlstm_ray.engine.guard import MemoryGuard
 from xlstm_ray.engine.journal import Journal
-from xlstm_ray.engine.prompt import Prompt, as_batch, require_text, token_ids
-from xlstm_ray.engine.result import NextToken, PrefillResult, Statistics
+from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.resume import appended, prompts
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.windows import Group, group_size, plan_groups, window_sizes
-from xlstm_ray.errors import CheckpointError, MemoryLimitError, StateError, UsageError
+from xlstm_ray.errors import MemoryLimitError, StateError, UsageError
 from xlstm_ray.files import MIB, check_outputs
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import compile_strict
@@ -80,10 +78,9 @@ from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.records import Head, dashboard_line, lost_helpers
 from xlstm_ray.supervisor.start import managed
-from xlstm_ray.text.detokenize import Detokenizer
-from xlstm_ray.text.encode import TextEncoder
 from xlstm_ray.text.history import Row
-from xlstm_ray.text.tokenizer import held_stderr, load_tokenizer, tokenizing
+from xlstm_ray.text.prompt import Prompt, as_batch
+from xlstm_ray.text.tokenizer import NextToken, Text
 
 if TYPE_CHECKING:
     from xlstm_ray.actors.metrics import GridMetrics
@@ -145,10 +142,8 @@ class Engine:
             )
         if self.mode is not Mode.ATTACHED:
             require_compiler(self.backend, self.device)
-        self._tokenizer_file = self.model_path / "tokenizer.json"
-        self.tokenizer = load_tokenizer(self._tokenizer_file)
-        self._encoder = TextEncoder(self.tokenizer, calling=self._calling_tokenizers)
-        self.detokenizer = Detokenizer(self.tokenizer)
+        self.text = Text(self.model_path, self.config, self._between_pieces)
+        self.tokenizer = self.text.tokenizer
         self.published = GenerationConfig.of(self.model_path)
         config_eos = self.config.eos_token_id
         self.end_tokens = self.published.end_tokens(config_eos) if self.published else config_eos
@@ -244,65 +239,21 @@ class Engine:
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        return self._tokens(prompt).tolist()
+        return self.text.tokens(prompt).tolist()
 
     def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
         """The tokens of what goes on after the tokens `after`: no begin token, nor any other that frames a text.
 
         A tokenizer may put a space before a text's first word; here the text is taken as it is, where that can be had.
         """
-        if not isinstance(more, str):
-            return self._checked(more, token_ids(more)).tolist()
-        require_text(more)
-        with self._calling_tokenizers():
-            tokens = list(self.tokenizer.encode(more, add_special_tokens=False).ids)
-            before = self.detokenizer.decode(after)
+        return self.text.more(more, after)
 
-            def shows(ids: list[int]) -> bool:
-                return self.detokenizer.decode([*after, *ids]) == before + more
+    def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
+        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
+        as greedy decoding takes it."""
+        return self.text.likeliest(logits, count)
 
-            for lead in ("\n", ".", "a") if after and not shows(tokens) else ():
-                whole = self.tokenizer.encode(lead + more, add_special_tokens=False)
-                cut = next((n for n, (start, _) in enumerate(whole.offsets) if start >= len(lead)), len(whole.ids))
-                if shows(whole.ids[cut:]):
-                    tokens = list(whole.ids[cut:])
-                    break
-        return self._checked(more, tokens).tolist()
-
-    def _tokens(self, prompt: Prompt) -> Tensor:
-        """As `encode`: int32."""
-        return self._checked(prompt, self._encode_text(prompt) if isinstance(prompt, str) else token_ids(prompt))
-
-    def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
-        """These tokens of the prompt, int32, where the model has them all."""
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
-        odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < self.config.vocab_size), None)
-        if odd is not None and isinstance(prompt, str):
-            raise CheckpointError(
-                f"{self._tokenizer_file}: makes token {odd} of the prompt, but config.json says vocab_size "
-                f"{self.config.vocab_size}"
-            )
-        if odd is not None:
-            raise UsageError(f"token {odd} is outside the model's vocabulary of {self.config.vocab_size}")
-        return torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)
-
-    def _encode_text(self, prompt: str) -> "array[int]":
-        require_text(prompt)
-        tokens = self._encoder.encode(prompt, partial(self._encoded, len(prompt)))
-        if prompt and not tokens:
-            raise CheckpointError(f"{self._tokenizer_file}: makes no tokens of the prompt")
-        bos = self.config.bos_token_id
-        if self.config.force_bos_token_insert and bos is not None and tokens and tokens[0] != bos:
-            tokens.insert(0, bos)
-        return tokens
-
-    @contextmanager
-    def _calling_tokenizers(self) -> Iterator[None]:
-        with tokenizing(self._tokenizer_file), held_stderr():
-            yield
-
-    def _encoded(self, characters: int, done: int) -> None:
+    def _between_pieces(self, done: int, characters: int) -> None:
         """Between two pieces of a long text: how far it is, and whether there is memory for more."""
         if done < characters:
             self._on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
@@ -313,17 +264,6 @@ class Engine:
                 f"{self._limits.hard / MIB:,.0f} MiB, while it cuts the prompt into tokens; give a shorter prompt, or "
                 f"raise the limit ({self._hard_name()})"
             )
-
-    def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
-        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
-        as greedy decoding takes it."""
-        best = logits.sort(descending=True, stable=True).indices[:count]
-        chances = torch.log_softmax(logits.double(), -1)[best]
-        with tokenizing(self._tokenizer_file):
-            return [
-                NextToken(i, self.tokenizer.decode([i], skip_special_tokens=False), p)
-                for p, i in zip(chances.tolist(), best.tolist(), strict=True)
-            ]
 
     # -- prefill -------------------------------------------------------------------------------------------------------
     @in_turn
@@ -385,11 +325,11 @@ class Engine:
                 state = state.spread(len(more))
             elif len(more) == 1:
                 more *= state.batch
-            going = appended(more, state, lambda new, row: self.encode_more(new, row.end.tokens))
+            going = appended(more, state, lambda new, row: self.text.more(new, row.end.tokens))
         else:
             given = as_batch(prompt)  # type: ignore[arg-type]
             texts = [p if isinstance(p, str) else None for p in given]
-            going = prompts([self._tokens(p) for p in given], texts, state)
+            going = prompts([self.text.tokens(p) for p in given], texts, state)
         rows = [one.tokens for one in going]
         encode_s = perf_counter() - began
         ends = [len(row) for row in rows]
@@ -411,8 +351,7 @@ class Engine:
             for b, c in zip(places, snapshot.consumed, strict=True):
                 going[b].advance(c)
             complete = snapshot.consumed == [ends[b] for b in places]
-            with tokenizing(self._tokenizer_file):
-                known = [going[b].known(self.detokenizer, complete=complete) for b in places]
+            known = [going[b].known(self.text, complete=complete) for b in places]
             made = self._state(snapshot, known, complete, guard.grid, sampling)
             made.begun = None if complete else [begun[b] for b in places]
             return made

@@ -13,7 +13,6 @@ from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.history import Row
-from xlstm_ray.text.tokenizer import tokenizing
 
 if TYPE_CHECKING:
     from xlstm_ray.engine.engine import Engine
@@ -46,7 +45,7 @@ class Generation:
             model=engine.model_path,
             warm_up=self._warm_up,
         )
-        self._streams = [engine.detokenizer.stream(row.end) for row in before.rows]
+        self._streams = [engine.text.stream(row.end) for row in before.rows]
         self._pieces: list[list[str]] = [[] for _ in before.rows]
         self._finished: set[int] = set()  # rows whose text is at its end
         if prefill.complete and max_new_tokens > 1:  # before text is shown; smaller calls when they are wanted
@@ -71,8 +70,7 @@ class Generation:
                 with self._engine._turn.of("step", self):
                     self._require_own_state()
                     step = next(steps, None)
-                with tokenizing(self._engine._tokenizer_file):
-                    pieces = self._pieces_of(step)
+                pieces = self._pieces_of(step)
                 if step is not None or any(pieces):
                     yield pieces
                 if step is None:
@@ -111,11 +109,8 @@ class Generation:
     @property
     def stop_tokens(self) -> list[tuple[int, str] | None]:
         """The end token that ended each row and its text; None for a row that none has ended."""
-        with tokenizing(self._engine._tokenizer_file):
-            return [
-                None if token is None else (token, self._engine.tokenizer.decode([token], skip_special_tokens=False))
-                for token in self._decoder.ended_by
-            ]
+        text = self._engine.text
+        return [None if token is None else (token, text.text_of(token)) for token in self._decoder.ended_by]
 
     def __iter__(self) -> Iterator[str]:
         if len(self._streams) != 1:

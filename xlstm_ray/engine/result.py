@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import NamedTuple
 
 from torch import Tensor
 
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.state import RecurrentState
-
-
-class NextToken(NamedTuple):
-    id: int
-    text: str
-    logprob: float
 
 
 @dataclass

@@ -9,8 +9,8 @@ from torch import Tensor
 from xlstm_ray.engine.driver import Tail, Tokens
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
-from xlstm_ray.text.detokenize import Detokenizer
 from xlstm_ray.text.history import Row, TextTrail
+from xlstm_ray.text.tokenizer import Text
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Going:
         tokens = self.row.tokens.extend(_ids(self.tokens[self.seen : seen]))
         self.row = self.row.model_copy(update={"tokens": tokens})
 
-    def known(self, detokenizer: Detokenizer, *, complete: bool) -> Row:
+    def known(self, text: Text, *, complete: bool) -> Row:
         """What a state knows of it; complete: all rows of that state have been seen to their ends."""
         if not complete:
             return self.row
         before = self.row.end if self.row.appended_to else None
-        return Row(tokens=self.row.tokens, text=self.text, end=detokenizer.end_of(self.given, before))
+        return Row(tokens=self.row.tokens, text=self.text, end=text.end_of(self.given, before))
 
 
 def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: RecurrentState | None) -> list[Going]:

@@ -8,7 +8,8 @@ tokens, which the tokenizer shows as one text or as marks alone, by the whole of
 import json
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os.path import commonprefix
 from typing import Any
 
@@ -32,17 +33,23 @@ class TextEnd(BaseModel):
 
 
 class Detokenizer:
-    """What is to be known of a tokenizer to turn its tokens into text; hidden (special) tokens show as nothing."""
+    """What is to be known of a tokenizer to turn its tokens into text; hidden (special) tokens show as nothing.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    calling: what every decoding by the tokenizers library is made in.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, calling: Callable[[], AbstractContextManager] = nullcontext):
+        self._tokenizer, self._calling = tokenizer, calling
         self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
         decoder = tokenizer.decoder
         self._joins_bytes = decoder is not None and "ByteFallback" in _types(json.loads(decoder.__getstate__()))
         self._kinds: dict[int, int | None] = {}  # of tokens seen so far: hidden, a byte, or None
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        if not tokens:
+            return ""
+        with self._calling():
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def stream(self, end: TextEnd) -> "TextStream":
         return TextStream(self, end)

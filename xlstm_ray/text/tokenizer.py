@@ -1,19 +1,126 @@
-"""A tokenizer.json, loaded and called so that each of its failures is one line."""
+"""A model's tokenizer.json, loaded and called so that each of its failures is one line."""
 
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import RLock
+from typing import NamedTuple
 
-from tokenizers import Tokenizer
+import torch
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
+from torch import Tensor
 
-from xlstm_ray.config import read_json
-from xlstm_ray.errors import CheckpointError, one_line
+from xlstm_ray.config import ModelConfig, read_json
+from xlstm_ray.errors import CheckpointError, UsageError, one_line
+from xlstm_ray.text.detokenize import Detokenizer, TextEnd, TextStream
+from xlstm_ray.text.encode import TextEncoder
+from xlstm_ray.text.prompt import Prompt, require_text, token_ids
 
 _STDERR = RLock()
+
+
+class NextToken(NamedTuple):
+    id: int
+    text: str
+    logprob: float
+
+
+class Text:
+    """One model's texts to tokens and back. Raises CheckpointError for a tokenizer.json that cannot be worked with.
+
+    between: told between two pieces of a long text how many characters are done, of how many; it may raise.
+    """
+
+    def __init__(
+        self, model: Path, config: ModelConfig, between: Callable[[int, int], object] = lambda done, characters: None
+    ):
+        self._file, self._config, self._between = model / "tokenizer.json", config, between
+        self.tokenizer = load_tokenizer(self._file)
+        calling = partial(tokenizing, self._file)
+        self._encoder = TextEncoder(self.tokenizer, calling=calling)
+        self._detokenizer = Detokenizer(self.tokenizer, calling=calling)
+
+    def tokens(self, prompt: Prompt) -> Tensor:
+        """A prompt's tokens (T,) int32, with the begin token where the model's configuration asks for it.
+
+        Raises UsageError for an empty prompt or a token outside the vocabulary.
+        """
+        return self._checked(prompt, self._encoded(prompt) if isinstance(prompt, str) else token_ids(prompt))
+
+    def more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
+        """The tokens of what goes on after the tokens `after`: no begin token, nor any other that frames a text.
+
+        A tokenizer may put a space before a text's first word; here the text is taken as it is, where that can be had.
+        """
+        if not isinstance(more, str):
+            return self._checked(more, token_ids(more)).tolist()
+        require_text(more)
+        tokens = list(self._plain(more).ids)
+        before = self._detokenizer.decode(after)
+
+        def shows(ids: list[int]) -> bool:
+            return self._detokenizer.decode([*after, *ids]) == before + more
+
+        for lead in ("\n", ".", "a") if after and not shows(tokens) else ():
+            whole = self._plain(lead + more)
+            cut = next((n for n, (start, _) in enumerate(whole.offsets) if start >= len(lead)), len(whole.ids))
+            if shows(whole.ids[cut:]):
+                tokens = list(whole.ids[cut:])
+                break
+        return self._checked(more, tokens).tolist()
+
+    def likeliest(self, logits: Tensor, count: int) -> list[NextToken]:
+        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
+        as greedy decoding takes it."""
+        best = logits.sort(descending=True, stable=True).indices[:count]
+        chances = torch.log_softmax(logits.double(), -1)[best]
+        return [NextToken(i, self.text_of(i), p) for p, i in zip(chances.tolist(), best.tolist(), strict=True)]
+
+    def text_of(self, token: int) -> str:
+        """A token's own text, a special one's too."""
+        with tokenizing(self._file):
+            return self.tokenizer.decode([token], skip_special_tokens=False)
+
+    def stream(self, end: TextEnd) -> TextStream:
+        """What turns tokens into pieces of text, after a text that ends so."""
+        return self._detokenizer.stream(end)
+
+    def end_of(self, tokens: Sequence[int], before: TextEnd | None = None) -> TextEnd:
+        """As Detokenizer.end_of."""
+        return self._detokenizer.end_of(tokens, before)
+
+    def _plain(self, text: str) -> Encoding:
+        with tokenizing(self._file):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _encoded(self, prompt: str) -> "array[int]":
+        require_text(prompt)
+        tokens = self._encoder.encode(prompt, lambda done: self._between(done, len(prompt)))
+        if prompt and not tokens:
+            raise CheckpointError(f"{self._file}: makes no tokens of the prompt")
+        bos = self._config.bos_token_id
+        if self._config.force_bos_token_insert and bos is not None and tokens and tokens[0] != bos:
+            tokens.insert(0, bos)
+        return tokens
+
+    def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
+        """These tokens of the prompt, int32, where the model has them all."""
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
+        vocabulary = self._config.vocab_size
+        odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < vocabulary), None)
+        if odd is not None and isinstance(prompt, str):
+            raise CheckpointError(
+                f"{self._file}: makes token {odd} of the prompt, but config.json says vocab_size {vocabulary}"
+            )
+        if odd is not None:
+            raise UsageError(f"token {odd} is outside the model's vocabulary of {vocabulary}")
+        return torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -25,9 +132,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer.no_padding()
         if isinstance(tokenizer.model, BPE):
             tokenizer.model.dropout = None
-        # Panics come here, before anything is loaded; a character that the vocabulary lacks is no reason to refuse.
-        with suppress(Exception):
-            tokenizer.decode(tokenizer.encode("A word, 1 \u00e9\u8a9e\n").ids)
+        # Panics come here, before anything is loaded, also those that a longer text without digits brings out; a
+        # character that the vocabulary lacks is no reason to refuse.
+        for text in ("A word, 1 \u00e9\u8a9e\n", "Once upon a time there were some more words in a row. " * 4):
+            with suppress(Exception):
+                tokenizer.decode(tokenizer.encode(text).ids)
     return tokenizer
 
 
@@ -47,7 +156,10 @@ def tokenizing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held_stderr() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2 and drop it after an exception: a panic prints its backtrace."""
+    """Hold back what is written to file descriptor 2 and drop it after an exception: a panic prints its backtrace.
+
+    Of the whole process, so only while a model is loaded.
+    """
     with _STDERR, TemporaryFile() as held:
         try:
             kept = os.dup(2)
