@@ -112,6 +112,10 @@ MARKED = {
         test_sampling_follows_the_probabilities_and_keeps_to_its_limits
         test_threads_that_wait_for_each_other_sleep_soon
         test_torchs_own_variables_are_passed_on
+        test_memory_and_settings_are_the_engines
+        test_rows_of_a_batch_answer_as_alone
+        test_a_state_that_does_not_fit_is_refused_with_the_reason
+        test_greedy_decoding_equals_transformers
         test_without_shrinking_a_soft_limit_only_warns
         test_config_prints_values_and_where_they_came_from
         test_a_switch_of_a_file_can_be_undone_by_a_flag
