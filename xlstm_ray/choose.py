@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
+from xlstm_ray.memory.watchdog import Limit
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
 from xlstm_ray.supervisor.mode import Mode, ray_mode
 from xlstm_ray.supervisor.ports import is_loopback
@@ -256,6 +257,26 @@ def choose_streams(settings: Settings, workers: int, device: "torch.device") -> 
 def choose_workers(settings: Settings, config: ModelConfig, heads: int) -> int:
     """How many threads work on bands of so many heads: at most one a band."""
     return min(settings.workers, -(-config.num_heads // heads))
+
+
+class AskedLimits(NamedTuple):
+    """The limits of memory as the settings have them: the first arguments of `Limits.make`."""
+
+    soft: Limit
+    hard: Limit
+    soft_asked: bool
+
+
+def choose_limits(settings: Settings) -> AskedLimits:
+    """MiB where they are given, else fractions."""
+
+    def limit(which: str) -> Limit:
+        mb, share = getattr(settings, f"mem_{which}_mb"), getattr(settings, f"mem_{which}_pct")
+        name, value = (f"mem_{which}_pct", share) if mb is None else (f"mem_{which}_mb", mb)
+        return Limit(mb, share, f"{settings.named(name)} {value}")
+
+    asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
+    return AskedLimits(limit("soft"), limit("hard"), asked)
 
 
 def choose_steps(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import choose_limits
 from xlstm_ray.container import cores
 from xlstm_ray.directories import default_state_dir
 from xlstm_ray.errors import KernelError
@@ -100,7 +101,7 @@ def grid_executor(
         run=token_hex(3),
         actors_per_device=settings.actors_per_device,
         cpus=cpus,
-        limits=partial(Limits.make, settings) if settings.mem_watchdog else None,
+        limits=partial(Limits.make, *choose_limits(settings)) if settings.mem_watchdog else None,
         watch_every_s=settings.mem_poll_ms / 1000,
         empty_cache="empty_cache" in settings.mem_action,
         on_event=engine._memory_events.append,

@@ -17,6 +17,7 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
+from xlstm_ray.choose import choose_limits
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.memory.sample import Sample, take_sample
@@ -46,20 +47,24 @@ def test_a_sample_follows_what_a_process_allocates_and_frees():
         take_sample(pid=child.pid)
 
 
+def limits_of(total: int, device_total: int | None = None, **asked: object) -> Limits:
+    return Limits.make(*choose_limits(Settings.make(**asked)), total, device_total)
+
+
 def test_limits_are_mib_where_given_and_fractions_else():
-    limits = Limits.make(Settings.make(), 1000 * MIB)
+    limits = limits_of(1000 * MIB)
     assert limits == Limits(850 * MIB, 920 * MIB)
-    assert Limits.make(Settings.make(mem_soft_mb=100, mem_hard_pct=0.5), 1000 * MIB) == Limits(100 * MIB, 500 * MIB)
-    assert Limits.make(Settings.make(mem_hard_mb=92), 1000 * MIB) == Limits(85 * MIB, 92 * MIB)  # keeps its distance
+    assert limits_of(1000 * MIB, mem_soft_mb=100, mem_hard_pct=0.5) == Limits(100 * MIB, 500 * MIB)
+    assert limits_of(1000 * MIB, mem_hard_mb=92) == Limits(85 * MIB, 92 * MIB)  # keeps its distance
     assert [limits.exceeded(sample(mb * MIB)) for mb in (850, 851, 920, 921)] == [None, "soft", "soft", "hard"]
     assert limits.exceeded(sample(0, 2000 * MIB)) is None  # memory that the device shares is in the process's figure
-    own = Limits.make(Settings.make(), 1000 * MIB, 100 * MIB)
+    own = limits_of(1000 * MIB, 100 * MIB)
     assert [own.exceeded(sample(0, mb * MIB)) for mb in (85, 86, 92, 93)] == [None, "soft", "soft", "hard"]
 
 
 def test_a_soft_limit_over_the_hard_one_is_refused_with_both():
     with pytest.raises(UsageError, match=r"soft.*--mem-soft-mb 990: 990 MiB.*--mem-hard-pct 0.92: 920 MiB"):
-        Limits.make(Settings.make(mem_soft_mb=990), 1000 * MIB)
+        limits_of(1000 * MIB, mem_soft_mb=990)
 
 
 # -- the watchdog, in processes of its own -----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -11,7 +10,6 @@ from time import perf_counter, time
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,12 +18,12 @@ from xlstm_ray.choose import (
     choose_device,
     choose_dtype,
     choose_grid,
+    choose_limits,
     choose_setup,
     choose_steps,
     choose_streams,
     choose_workers,
 )
-from xlstm_ray.container import machine_bytes
 from xlstm_ray.directories import default_state_dir
 from xlstm_ray.engine.batch import BatchOutcome, prefill_groups, take
 from xlstm_ray.engine.decode import require_finite
@@ -36,33 +34,20 @@ from xlstm_ray.engine.journal import Journal
 from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.resume import appended, prompts
 from xlstm_ray.engine.turn import Turn, in_turn
-from xlstm_ray.engine.windows import Group, group_size, plan_groups, window_sizes
-from xlstm_ray.errors import MemoryLimitError, StateError, UsageError
-from xlstm_ray.files import MIB, check_outputs
+from xlstm_ray.engine.windows import Group, group_size, plan_groups, window_calls
+from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.files import check_outputs
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.inductor import LaunchCounter
 from xlstm_ray.launch import attached, device_of_cluster, grid_executor, head_options, job_metadata, require_compiler
 from xlstm_ray.layout import make_grid
-from xlstm_ray.memory.need import (
-    ACTOR,
-    DASHBOARD,
-    HEAD,
-    RAY_IN_DRIVER,
-    WATCHDOG,
-    GridNeed,
-    Need,
-    activation_bytes,
-    advice,
-    computed_need,
-    state_bytes,
-    store_bytes,
-)
+from xlstm_ray.memory.need import DASHBOARD, HEAD, WATCHDOG, Loaded, Need
+from xlstm_ray.memory.room import Room, base_bytes
 from xlstm_ray.memory.sample import (
     device_total_bytes,
     peak_device_bytes,
     peak_process_bytes,
-    process_bytes,
     take_sample,
 )
 from xlstm_ray.memory.watchdog import Limits
@@ -148,27 +133,26 @@ class Engine:
         config_eos = self.config.eos_token_id
         self.end_tokens = self.published.end_tokens(config_eos) if self.published else config_eos
         checkpoint = Checkpoint(self.model_path, self.config)
-        self._limits: Limits | None = None
-        self._before_load = self._base_bytes()
-        if settings.mem_watchdog:
-            own = device_total_bytes(self.device) if self.mode is Mode.LOCAL else None
-            self._limits = Limits.make(settings, take_sample().total_bytes, own)
+        # On cuda the device's memory counts, and its context is not part of what is free.
+        in_process = self.device.type != "cuda" and self.mode is Mode.LOCAL
+        base = base_bytes(compiled=self.backend.compiled) if in_process else 0
+
+        def room(grid: Grid, workers: int, dtype: torch.dtype) -> Room:
+            return self._room_for(grid, workers, dtype, checkpoint, base)
 
         def fits(dtype: torch.dtype) -> bool:
             """Whether the model has room in this dtype; of other machines it is not known."""
-            self.dtype = dtype
-            self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
             workers = choose_workers(settings, self.config, self.grid.heads_per_band)
-            need = self._need_of(1, [(1, self.grid.tile_size)], self.grid, workers)
-            return self.mode is Mode.ATTACHED or need.total <= self._room()[0]
+            return self.mode is Mode.ATTACHED or room(self.grid, workers, dtype).fits
 
         dtype, self.dtype_reason = choose_dtype(settings, self.device, checkpoint.dtype, fits)
         self.dtype = dtype
         self.grid = self.grid.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        self._weights = checkpoint.weight_bytes(dtype), checkpoint.largest_tensor_bytes
         self.note: str | None = None
         if settings.autoscale or settings.autoscale_again:
-            settings = self.settings = self._autoscaled(checkpoint)
+            settings = self.settings = self._autoscaled(
+                checkpoint, lambda grid, workers: room(grid, workers, dtype).fits
+            )
             picked = choose_grid(settings, self.backend, self.config, self.device)
             self.grid = picked.model_copy(update={"dtype": self.grid.dtype})
         steps = choose_steps(settings, self.backend, self.config, self.grid.heads_per_band, dtype, self.device)
@@ -177,7 +161,8 @@ class Engine:
         self.workers = choose_workers(settings, self.config, self.grid.heads_per_band)
         stages = make_grid(self.config, heads_per_band=self.grid.heads_per_band, stages=settings.stages)
         self.bands, self.stages = len(stages[0]), len(stages)
-        self._require_room(1, [(1, self.grid.tile_size)])
+        self.room = room(self.grid, self.workers, dtype)
+        self.room.require_start()
         if self.mode is Mode.LOCAL:
             # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
             if self.backend.compiled and self.device.type == "mps":
@@ -257,13 +242,7 @@ class Engine:
         """Between two pieces of a long text: how far it is, and whether there is memory for more."""
         if done < characters:
             self._on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
-        sample = take_sample()
-        if self._limits is not None and self._limits.exceeded(sample) == "hard":
-            raise MemoryLimitError(
-                f"memory: this process uses {sample.process_bytes / MIB:,.0f} MiB, over the hard limit of "
-                f"{self._limits.hard / MIB:,.0f} MiB, while it cuts the prompt into tokens; give a shorter prompt, or "
-                f"raise the limit ({self._hard_name()})"
-            )
+        self.room.require_under_limit(take_sample(), "cuts the prompt into tokens")
 
     # -- prefill -------------------------------------------------------------------------------------------------------
     @in_turn
@@ -339,7 +318,7 @@ class Engine:
             start = Snapshot(begin, state.tensors["logits"], state.tensors)
         begun = list(state.begun or state.tokens) if state is not None else begin
         groups = plan_groups(begun, ends, tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size)
-        self._require_room(len(rows), self._calls(groups, begun, ends))
+        self.room.require(len(rows), self.calls(groups, begun, ends))
         journal, self._last = self._journal, None
         if journal is not None:
             journal.begin(self.config.state_file_bytes(len(rows)))
@@ -491,7 +470,7 @@ class Engine:
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
         # Of decoding, beside which the prompts' state is kept; the prefill sees to its own.
-        self._require_room(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
+        self.room.require(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
         prefill = self.prefill(
             prompt,
             append=append,
@@ -605,7 +584,7 @@ class Engine:
             complete=complete,
         )
 
-    def _autoscaled(self, checkpoint: Checkpoint) -> Settings:
+    def _autoscaled(self, checkpoint: Checkpoint, has_room: Callable[[Grid, int], bool]) -> Settings:
         """The settings with what nobody asked for picked by a probe; `note` says what."""
         from xlstm_ray.autoscale import Choice, autoscale
 
@@ -617,8 +596,7 @@ class Engine:
 
         def fits(choice: Choice) -> bool:
             grid = {"tile_size": choice.tile_size, "heads_per_band": choice.heads_per_band}
-            picked = self.grid.model_copy(update=grid)
-            return self._need_of(1, [(1, picked.tile_size)], picked, choice.workers).total <= self._room()[0]
+            return has_room(self.grid.model_copy(update=grid), choice.workers)
 
         settings, self.note = autoscale(
             self.settings,
@@ -631,186 +609,43 @@ class Engine:
         )
         return settings
 
-    def _base_bytes(self) -> int:
-        """What this process takes before a model is loaded, with the compiler that it will need."""
-        if self.device.type == "cuda" or self.mode is not Mode.LOCAL:
-            return 0  # on cuda the device's memory counts, and its context is not part of what is free
-        if self.backend.compiled:
-            import torch._dynamo
-            import torch._inductor.compile_fx  # noqa: F401
-        return process_bytes()
-
     def need(self, batch: int) -> Need:
         """The memory that a prefill of `batch` prompts of any length takes in this process (on cuda, on the device)."""
-        few, many = (1, self.grid.tile_size), (group_size(batch), self.grid.chunk_size)
-        return self._need_of(batch, [few, many], self.grid, self.workers)
+        return self.room.need(batch, [(1, self.grid.tile_size), (group_size(batch), self.grid.chunk_size)])
 
-    def _calls(self, groups: Sequence[Group], begin: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
+    def calls(self, groups: Sequence[Group], begin: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int]]:
         """The shapes (rows, tokens) of all windows that these groups take from `begin` on."""
-        tile, chunk = self.grid.tile_size, self.grid.chunk_size
-        return [
-            (size, window)
-            for rows, size in groups
-            for window in window_sizes(
-                [begin[b] for b in rows], [ends[b] for b in rows], tile_size=tile, chunk_size=chunk
-            )
-        ] or [(1, chunk)]
+        return window_calls(groups, begin, ends, tile_size=self.grid.tile_size, chunk_size=self.grid.chunk_size)
 
-    def _need_of(self, batch: int, calls: Sequence[tuple[int, int]], grid: Grid, workers: int) -> Need:
-        """calls: the shapes (rows, tokens) of the windows."""
-        return max(
-            (self._need_of_call(batch, *call, grid, workers) for call in set(calls)), key=lambda need: need.total
-        )
-
-    def _need_of_call(self, batch: int, rows: int, tokens: int, grid: Grid, workers: int) -> Need:
-        weights, largest = self._weights
-        return computed_need(
-            self.config,
-            device_type=self.device.type,
-            compiled=self.backend.compiled,
-            base=self._before_load,
-            weights=weights,
-            largest_tensor=largest,
-            batch=batch,
-            rows=rows,
-            tile=tokens,
-            chunk=grid.chunk_size,
-            heads_per_band=grid.heads_per_band,
-            workers=workers,
-            itemsize=self.dtype.itemsize,
-        )
-
-    def _require_room(self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None) -> None:
-        """Raise MemoryLimitError where `batch` prompts in windows of these shapes cannot fit, with the arithmetic.
-
-        kept: how many rows' states are held beside the call's own (none given: one a prompt).
-        """
-        if self.mode is not Mode.LOCAL:
-            for rows, tokens in sorted(set(calls)):
-                self._require_room_for_grid(rows, tokens)
-            return
-        if self.settings.force:
-            return
-        need, (room, where) = self._need_of(kept or batch, calls, self.grid, self.workers), self._room()
-        if need.total > room:
-            ways = self._ways(batch, calls, self.grid)
-            if self.device.type != "cuda":
-                sample = take_sample()
-                ways |= self._room_elsewhere(sample.available_bytes, sample.total_bytes, process_bytes(), room)
-            raise MemoryLimitError(
-                f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{advice(ways, need.total - room)}; or start all the same with --force"
-            )
-
-    def _require_room_for_grid(self, batch: int, tokens: int) -> None:
-        """Raise MemoryLimitError where a grid does not fit on this machine, if all of it is to be here.
-
-        Nodes of a cluster say nothing of their memory that would hold for a run; there the watchdogs speak.
-        """
-        here = self.mode is Mode.MANAGED or is_loopback(self.settings.ray_address or "")
-        if not here or self.settings.force:
-            return
-        if self._executor is None:
-            need = self.grid_need(batch, tokens)
-        elif batch > 1:  # what one row takes is there by now
-            one, all_ = self.grid_need(1, tokens), self.grid_need(batch, tokens)
-            need = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
-        else:
-            return
-        available, total = machine_bytes()
-        room, where = available + (process_bytes() if self._executor is None else 0), "can be had on this machine"
-        if self._limits and total < psutil.virtual_memory().total:
-            # A container's memory is this run's: over the hard limit of it, the watchdog ends the run.
-            room, where = room - (total - self._limits.hard), f"{where} below the hard limit ({self._hard_name()})"
-        if need.total > room:
-            ways = {}
-            if self.stages > 1:
-                ways[f"give fewer than {self.stages} --stages"] = need.programs * (self.stages - 1) // self.stages
-            ways["use local mode"] = need.head + need.programs + need.watchdog + need.store
-            ways |= self._ways(batch, [(batch, self.grid.tile_size)], self.grid)
-            ways |= self._room_elsewhere(available, total, process_bytes(), room)
-            raise MemoryLimitError(
-                f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{advice(ways, need.total - room)}; or start all the same with --force"
-            )
-
-    def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
-        """The memory that a grid takes on this machine, for `batch` prompts in windows of so many tokens (a tile's)."""
-        settings, actors = self.settings, self.stages * self.bands
-        shape = {"batch": batch, "tile": tokens or self.grid.tile_size, "itemsize": self.dtype.itemsize}
-        on_host = self.device.type != "cuda"
-        state = 2 * batch * state_bytes(self.config)
-        tile = activation_bytes(
-            self.config, chunk=self.grid.chunk_size, heads_per_band=self.grid.heads_per_band, workers=1, **shape
-        )
-        return GridNeed(
-            head=HEAD + DASHBOARD * settings.ray_dashboard if self.mode is Mode.MANAGED else 0,
-            driver=process_bytes() + RAY_IN_DRIVER + state,
-            actors=actors,
-            programs=actors * ACTOR,
-            weights=self._weights[0] * on_host,
-            state=state * on_host,
-            tiles=actors * tile * on_host,
+    def _room_for(self, grid: Grid, workers: int, dtype: torch.dtype, checkpoint: Checkpoint, base: int) -> Room:
+        """The room of a run that is cut and computed like this."""
+        settings, mode = self.settings, self.mode
+        on_machine = mode is Mode.MANAGED or (mode is Mode.ATTACHED and is_loopback(settings.ray_address or ""))
+        limits = choose_limits(settings)
+        total, own = take_sample().total_bytes, device_total_bytes(self.device) if mode is Mode.LOCAL else None
+        return Room(
+            Loaded(
+                self.config,
+                device=self.device.type,
+                itemsize=dtype.itemsize,
+                compiled=self.backend.compiled,
+                base=base,
+                weights=checkpoint.weight_bytes(dtype),
+                largest_tensor=checkpoint.largest_tensor_bytes,
+                tile=grid.tile_size,
+                chunk=grid.chunk_size,
+                heads_per_band=grid.heads_per_band,
+                workers=workers,
+                stages=settings.stages,
+            ),
+            device=self.device,
+            where="process" if mode is Mode.LOCAL else "grid" if on_machine else "elsewhere",
+            limits=Limits.make(*limits, total, own) if settings.mem_watchdog else None,
+            hard_name=limits.hard.name,
+            force=settings.force,
+            head=HEAD + DASHBOARD * settings.ray_dashboard if mode is Mode.MANAGED else 0,
             watchdog=WATCHDOG if settings.mem_watchdog else 0,
-            store=store_bytes(self.config, stages=self.stages, bands=self.bands, **shape),
         )
-
-    def _room(self) -> tuple[int, str]:
-        """The bytes that a run here may take in all, and what sets them."""
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            room, where = free + torch.cuda.memory_reserved(self.device), "are free on the device"
-            hard = self._limits.device_hard if self._limits else None
-        else:
-            sample = take_sample()
-            room, where = sample.available_bytes + sample.process_bytes, "can be had on this machine"
-            hard = self._limits.hard if self._limits else None
-        if hard is not None and hard < room:
-            return hard, f"are allowed ({self._hard_name()})"
-        return room, where
-
-    def _ways(self, batch: int, calls: Sequence[tuple[int, int]], grid: Grid) -> dict[str, int]:
-        """What makes a run of these windows (rows, tokens) smaller, and the bytes that it saves at most."""
-        tile, chunk, rows = grid.tile_size, grid.chunk_size, max(rows for rows, _ in calls)
-        if self.mode is Mode.LOCAL:
-            need: Need | GridNeed = self._need_of(batch, calls, grid, self.workers)
-            small = [(rows, min(tokens, chunk)) for rows, tokens in calls]
-            flat = self._need_of(batch, small, grid, self.workers).total
-            alone = self._need_of(1, [(1, tile)], grid, self.workers).total
-        else:
-            need, flat, alone = self.grid_need(rows), self.grid_need(rows, chunk).total, self.grid_need(1).total
-        activations = need.total - flat
-        ways = {}
-        if self.dtype == torch.float32:
-            ways["give --dtype bfloat16"] = (need.weights + activations) // 2
-        if tile > chunk:
-            ways[f"give a --tile-size below {tile}"] = activations
-        if batch > 1:
-            ways[f"give fewer than {batch} prompts at once"] = need.total - alone
-        if self.stages < self.config.num_blocks:
-            where = "--stages with a --ray-address" if self.stages == 1 else f"more than {self.stages} --stages"
-            ways[f"spread the blocks over more machines ({where})"] = need.weights + need.state
-        return ways
-
-    def _room_elsewhere(self, available: int, total: int, used: int, room: int) -> dict[str, int]:
-        """What gives a run more than `room` on this machine, and by how many bytes at most.
-
-        used: by this run, of the machine's or container's total; all in bytes.
-        """
-        ways, others = {}, max(0, total - available - used)
-        hard = self._limits.hard if self._limits else total
-        if room < min(hard, total):  # what others use is what is missing
-            what = "container" if total < psutil.virtual_memory().total else "machine"
-            text = f"end other programs, which use {others / MIB:,.0f} of this {what}'s {total / MIB:,.0f} MiB"
-            ways[text] = min(others, hard - room)
-        elif self._limits:
-            ways[f"raise the limit ({self._hard_name()})"] = available + used - hard
-        return ways
-
-    def _hard_name(self) -> str:
-        """The setting that the hard limit comes from."""
-        name = "mem_hard_pct" if self.settings.mem_hard_mb is None else "mem_hard_mb"
-        return f"{self.settings.named(name)} {getattr(self.settings, name)}"
 
 
 def _warn(text: str) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from xlstm_ray.csvlog import CsvLog
@@ -55,9 +56,9 @@ class MemoryGuard:
         self._shrinks = local and settings.shrink_on_soft
         self._stats_log = self._log(files, "stats_log", TILE_COLUMNS)
         self._watchdog: Watchdog | None = None
-        if engine._limits is not None:
+        if engine.room.limits is not None:
             watchdog = Watchdog(
-                engine._limits,
+                engine.room.limits,
                 device=engine.device if local else None,
                 poll_s=settings.mem_poll_ms / 1000,
                 actions=settings.mem_action,
@@ -123,26 +124,27 @@ class MemoryGuard:
     def _what_to_do(self, sample: Sample) -> str:
         """After this process's own sample."""
         engine = self.engine
-        assert engine._limits is not None
-        hard, host = engine._limits.hard, sample.process_bytes
-        excess = host - hard if host > hard else sample.device_driver_bytes - (engine._limits.device_hard or 0)
+        assert engine.room.limits is not None
+        hard, host = engine.room.limits.hard, sample.process_bytes
+        excess = host - hard if host > hard else sample.device_driver_bytes - (engine.room.limits.device_hard or 0)
         ways = {} if host > hard and engine.mode is not Mode.LOCAL else self._ways()
-        ways[f"raise the limit ({engine._hard_name()})"] = sample.available_bytes if host > hard else excess
+        ways[f"raise the limit ({engine.room.hard_name})"] = sample.available_bytes if host > hard else excess
         return advice(ways, excess)
 
     def _what_to_do_there(self, event: "Event") -> str:
         """After an event of a node of the grid."""
         ways, sample = self._ways(), event.sample
         if event.container:
-            others = sample.process_bytes - self.engine.grid_need(len(self.rows)).total
+            others = sample.process_bytes - self.engine.room.grid_need(len(self.rows)).total
             ways[f"end other programs in that container, which use about {max(0, others) / MIB:,.0f} MiB"] = others
         else:
-            ways[f"raise the limit ({self.engine._hard_name()})"] = sample.available_bytes
+            ways[f"raise the limit ({self.engine.room.hard_name})"] = sample.available_bytes
         return advice(ways, event.excess)
 
     def _ways(self) -> dict[str, int]:
-        calls = self.engine._calls(self.left, self.begin, [len(row) for row in self.rows])
-        return self.engine._ways(len(self.rows), calls, self.grid)
+        room, tile, chunk = self.engine.room, self.grid.tile_size, self.grid.chunk_size
+        room = replace(room, loaded=replace(room.loaded, tile=tile, chunk=chunk))
+        return room.ways(len(self.rows), self.engine.calls(self.left, self.begin, [len(row) for row in self.rows]))
 
     def _shrink(self) -> None:
         tile, chunk = self.grid.tile_size, self.grid.chunk_size

@@ -53,6 +53,19 @@ def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
     return sorted(sizes, reverse=True)
 
 
+def window_calls(
+    groups: "Sequence[Group]", begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int
+) -> list[tuple[int, int]]:
+    """The shapes (rows, tokens) of all windows that these groups take."""
+    return [
+        (group.size, window)
+        for group in groups
+        for window in window_sizes(
+            [begin[b] for b in group.rows], [end[b] for b in group.rows], tile_size=tile_size, chunk_size=chunk_size
+        )
+    ] or [(1, chunk_size)]
+
+
 class Group(NamedTuple):
     """Rows of a batch that share their windows, in a call for `size` rows: what is missing is empty."""
 

@@ -13,7 +13,6 @@ The shares come from what was measured: README.md's figures for a 7B model on an
 """
 
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -31,7 +30,7 @@ from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.child import Child
 from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
-from xlstm_ray.memory.need import Need, computed_need
+from xlstm_ray.memory.need import BlockTensors, Call, Loaded, Need, computed_need
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
 from xlstm_ray.settings import Settings
@@ -104,16 +103,15 @@ class Work:
     def of(cls, config: ModelConfig, block: int, chunk: int, itemsize: int) -> "Work":
         c, L, s = config, chunk, itemsize
         D, NH, K, V, F, qk, v = c.hidden_size, c.num_heads, c.dhqk, c.dhhv, c.ffn_dim, c.qk_dim, c.v_dim
+        parts = BlockTensors.of(c, chunk=L, itemsize=s)
         feed_flops = 2 * 3 * D * F
-        feed_traffic = (5 * D + 6 * F) * s  # norm and residual; gate, up and activated columns, written and read
+        feed_traffic = 5 * parts.residual + 2 * parts.feed  # norm and residual; columns written and read
         if block in c.slstm_at:
-            return cls(feed_flops + 2 * 8 * D * c.dh, feed_traffic + 5 * D * s + 2 * 5 * D * 4)
+            return cls(feed_flops + 2 * 8 * D * c.dh, feed_traffic + 5 * parts.residual + 2 * 5 * D * 4)
         products = 2 * (D * (2 * qk + 2 * v) + D * v + 2 * NH * D)
         cell = NH * (2 * L * K + 2 * L * V + 4 * K * V)  # scores, their products with v; with and into the state
-        states = 6 * NH * K * V * 4 / L  # of each chunk: its change, twice, and the state before it
-        scores = 2 * NH * L * (4 + s)
-        columns = 2 * (2 * qk + 2 * v) * s + 2 * (3 * qk + v) * s + 2 * v * (4 + s)  # q, k, v, o; ordered; outputs
-        return cls(feed_flops + products + cell, feed_traffic + 5 * D * s + columns + states + scores)
+        mix = parts.columns + parts.states + parts.scores + parts.output + parts.output32
+        return cls(feed_flops + products + cell, feed_traffic + 5 * parts.residual + 2 * mix)
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,23 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
     if kind == "cpu":
         room = min(room, take_sample().available_bytes + process_bytes())
 
+    workers = choose_workers(settings, model.config, heads)
+    loaded = Loaded(
+        model.config,
+        device=kind,
+        itemsize=model.dtype.itemsize,
+        compiled=True,
+        base=0 if kind == "cuda" else BASE,
+        weights=model.weights,
+        largest_tensor=model.largest_tensor,
+        tile=tile,
+        chunk=chunk,
+        heads_per_band=heads,
+        workers=workers,
+    )
+
     def needed(tile: int, machines: int) -> Need:
-        return need(model, device, tile, chunk, heads, machines, settings.workers)
+        return need(replace(loaded, tile=tile), model, machines)
 
     chunks = tile // chunk
     sizes = [tile] if settings.tile_size else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
@@ -242,28 +255,12 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
     fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
     seconds = prefill_seconds(model, device, tokens, tile, chunk, machines)
     most = needed(tile, machines)
-    workers = choose_workers(settings, model.config, heads)
     return Plan(device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, workers, fewest)
 
 
-def need(model: Model, device: Device, tile: int, chunk: int, heads: int, machines: int, workers: int) -> Need:
+def need(loaded: Loaded, model: Model, machines: int) -> Need:
     """The memory of the machine that needs most."""
-    bands = ceil(model.config.num_heads / heads)
-    whole = computed_need(
-        model.config,
-        device_type=device.kind,
-        compiled=True,
-        base=0 if device.kind == "cuda" else BASE,
-        weights=model.weights,
-        largest_tensor=model.largest_tensor,
-        batch=1,
-        rows=1,
-        tile=tile,
-        chunk=chunk,
-        heads_per_band=heads,
-        workers=min(workers, bands),
-        itemsize=model.dtype.itemsize,
-    )
+    whole = computed_need(loaded, Call(1, 1, loaded.tile))
     stages = partition(model.config.num_blocks, machines)
     weights = [sum(model.blocks[b] for b in stage) for stage in stages]
     weights[0] += model.first

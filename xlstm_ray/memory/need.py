@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.files import MIB
@@ -41,67 +42,92 @@ class Need:
         return f"{sums} = {self.total / MIB:,.0f} MiB"
 
 
-def activation_bytes(
-    config: ModelConfig, *, batch: int, tile: int, chunk: int, heads_per_band: int, workers: int, itemsize: int
-) -> int:
-    """The most that is alive at once while a tile of `tile` tokens, `batch` rows, goes through a block.
+@dataclass(frozen=True)
+class Loaded:
+    """A model as a run holds it: all that its need of memory follows from. Sizes in bytes, if nothing else is said."""
 
-    itemsize: bytes of an element of the model's dtype. The residual stream twice, and the larger of two moments: the
-    feed-forward has its gate, up and activated columns; the mLSTM has q, k, v, o, ordered copies of q, k, v and
-    weighted k, the state's change in each chunk twice and the state before it (float32), the scores and two outputs.
+    config: ModelConfig
+    device: str  # its type
+    itemsize: int  # of an element in the model's dtype
+    compiled: bool
+    base: int  # what the process takes before anything is loaded; on cuda, its context on the device
+    weights: int
+    largest_tensor: int
+    tile: int  # tokens
+    chunk: int  # tokens
+    heads_per_band: int
+    workers: int  # bands at once
+    stages: int = 1
+
+    @property
+    def bands(self) -> int:
+        return -(-self.config.num_heads // self.heads_per_band)
+
+
+class Call(NamedTuple):
+    """The largest call of a run of `batch` prompts: so many rows of them, of so many tokens each."""
+
+    batch: int
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BlockTensors:
+    """What stands between the products of an mLSTM block, in bytes a token. The need counts what is alive at once of
+    it; `xlstm-ray plan` counts all of it, written and read."""
+
+    residual: int  # the stream
+    feed: int  # the feed-forward's gate, up and activated columns
+    columns: int  # q, k, v, o; ordered copies of q, k, v and weighted k
+    states: float  # the state's change in each chunk twice, and the state before it, float32
+    scores: int  # float32, and in the model's dtype
+    output: int  # in the model's dtype
+    output32: int  # float32
+
+    @classmethod
+    def of(cls, config: ModelConfig, *, chunk: int, itemsize: int) -> "BlockTensors":
+        """Chunks in tokens."""
+        c, qk, v = config, config.qk_dim, config.v_dim
+        return cls(
+            residual=c.hidden_size * itemsize,
+            feed=3 * c.ffn_dim * itemsize,
+            columns=(2 * (qk + v) + 3 * qk + v) * itemsize,
+            states=3 * c.num_heads * c.dhqk * c.dhhv * 4 / chunk,
+            scores=c.num_heads * chunk * (4 + itemsize),
+            output=v * itemsize,
+            output32=v * 4,
+        )
+
+
+def activation_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
+    """The most that is alive at once while a window of so many rows and tokens goes through a block.
+
+    The residual stream twice, and the larger of two moments: the feed-forward, and the mLSTM with two outputs.
     """
-    D, qk, v = config.hidden_size, config.qk_dim, config.v_dim
-    bands = -(-config.num_heads // heads_per_band)
-    at_once = min(workers, bands) / bands  # this share of the columns
-    residual = 2 * D * itemsize + (bands * D * itemsize if bands > 1 else 0)  # beside it every band's share of the sum
-    feed = 3 * config.ffn_dim * itemsize
-    states = 3 * config.num_heads * config.dhqk * config.dhhv * 4 / chunk
-    scores = config.num_heads * chunk * (4 + itemsize)
-    mix = (2 * (qk + v) + 3 * qk + v) * itemsize + states + scores + 2 * v * 4
-    return int(batch * tile * (residual + at_once * max(feed, mix)))
+    parts = BlockTensors.of(loaded.config, chunk=loaded.chunk, itemsize=loaded.itemsize)
+    bands = loaded.bands
+    at_once = min(loaded.workers, bands) / bands  # this share of the columns
+    residual = parts.residual * (2 + bands if bands > 1 else 2)  # beside it every band's share of the sum
+    mix = parts.columns + parts.states + parts.scores + 2 * parts.output32
+    return int(rows * tokens * (residual + at_once * max(parts.feed, mix)))
 
 
-def computed_need(
-    config: ModelConfig,
-    *,
-    device_type: str,
-    compiled: bool,
-    base: int,
-    weights: int,
-    largest_tensor: int,
-    batch: int,
-    rows: int,
-    tile: int,
-    chunk: int,
-    heads_per_band: int,
-    workers: int,
-    itemsize: int,
-) -> Need:
-    """The need of a run in this process; base: what the process takes before anything is loaded. All in bytes.
-
-    batch: prompts; rows: of them in one call, of `tile` tokens each.
-    On cuda it is the device's memory that is meant, and base its context.
-    """
-    row = state_bytes(config) + config.vocab_size * 4  # with its logits
-    state = 2 * rows * row  # of now, and as it is handed over
-    if batch > rows and device_type != "cuda":  # there they are the host's
-        state += batch * row
-    tile_bytes = activation_bytes(
-        config,
-        batch=rows,
-        tile=tile,
-        chunk=chunk,
-        heads_per_band=heads_per_band,
-        workers=workers,
-        itemsize=itemsize,
-    )
-    if itemsize == 2 and device_type != "cuda":
+def computed_need(loaded: Loaded, call: Call) -> Need:
+    """The need of a run in this process. On cuda it is the device's memory that is meant."""
+    on_host = loaded.device != "cuda"
+    row = state_bytes(loaded.config) + loaded.config.vocab_size * 4  # with its logits
+    state = 2 * call.rows * row  # of now, and as it is handed over
+    if call.batch > call.rows and on_host:  # else they are the host's
+        state += call.batch * row
+    tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)
+    if loaded.itemsize == 2 and on_host:
         tile_bytes = max(tile_bytes, WIDENED_HEAD)
-    if device_type == "cpu" and workers > 1:
+    if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
-    base += COMPILED_CODE if compiled else 0
+    base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)
     # A tensor is read through a mapping of its file, which counts until it is copied; no tile is alive then.
-    return Need(base, weights, state, max(tile_bytes, largest_tensor if device_type != "cuda" else 0))
+    return Need(base, loaded.weights, state, max(tile_bytes, loaded.largest_tensor if on_host else 0))
 
 
 def advice(ways: Mapping[str, int], excess: int) -> str:
@@ -153,14 +179,14 @@ class GridNeed:
         return f"{sums} = {self.total / MIB:,.0f} MiB"
 
 
-def store_bytes(config: ModelConfig, *, stages: int, bands: int, batch: int, tile: int, itemsize: int) -> int:
+def store_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
     """What a grid has in the object store at once: states as they are handed over, and the tiles under way.
 
     A tile is a residual stream a stage; with several bands every band's partial sums of two halves of a block too.
     """
-    stream = batch * tile * config.hidden_size * itemsize
-    each = 2 if bands == 1 else 1 + 4 * bands
-    return 2 * batch * state_bytes(config) + 2 * (stages + 1) * each * stream
+    stream = rows * tokens * loaded.config.hidden_size * loaded.itemsize
+    each = 2 if loaded.bands == 1 else 1 + 4 * loaded.bands
+    return 2 * rows * state_bytes(loaded.config) + 2 * (loaded.stages + 1) * each * stream
 
 
 def state_bytes(config: ModelConfig) -> int:

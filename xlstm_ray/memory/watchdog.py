@@ -3,13 +3,12 @@
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.memory.sample import Sample, empty_cache, take_sample
-from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +18,17 @@ Level = Literal["soft", "hard"]
 LEVELS: tuple[Level | None, ...] = None, "soft", "hard"
 
 LOG_COLUMNS = *(f.name for f in fields(Sample)), "level"
+
+
+class Limit(NamedTuple):
+    """A limit as it was asked for: MiB, else a share of the memory there is. name: what errors call it."""
+
+    mb: int | None
+    share: float
+    name: str
+
+    def bytes_of(self, total: int) -> int:
+        return int(self.share * total) if self.mb is None else self.mb * MIB
 
 
 @dataclass(frozen=True)
@@ -31,33 +41,26 @@ class Limits:
     device_hard: int | None = None
 
     @classmethod
-    def make(cls, settings: Settings, total_bytes: int, device_total_bytes: int | None = None) -> "Limits":
-        """From MiB where they are set, else from fractions of the total. Raises UsageError where soft is over hard.
+    def make(
+        cls, soft: Limit, hard: Limit, soft_asked: bool, total_bytes: int, device_total_bytes: int | None = None
+    ) -> "Limits":
+        """From what was asked, for so much memory. Raises UsageError where soft is over hard.
 
         A soft limit that nobody asked for keeps its distance from a lower hard one.
         """
-        soft_asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
 
-        def limit(which: str, total: int) -> int:
-            mb = getattr(settings, f"mem_{which}_mb")
-            value = int(getattr(settings, f"mem_{which}_pct") * total) if mb is None else mb * MIB
-            if which == "soft" and not soft_asked:
-                hard = limit("hard", total)
-                return min(value, int(hard * settings.mem_soft_pct / max(settings.mem_hard_pct, settings.mem_soft_pct)))
-            return value
-
-        def named(which: str) -> str:
-            of = "pct" if getattr(settings, f"mem_{which}_mb") is None else "mb"
-            return f"{settings.named(f'mem_{which}_{of}')} {getattr(settings, f'mem_{which}_{of}')}"
-
-        for total in (total_bytes, device_total_bytes):
-            if total is not None and limit("soft", total) > limit("hard", total):
+        def both(total: int) -> tuple[int, int]:
+            low, high = soft.bytes_of(total), hard.bytes_of(total)
+            if not soft_asked:
+                low = min(low, int(high * soft.share / max(hard.share, soft.share)))
+            if low > high:
                 raise UsageError(
-                    f"the soft limit of memory ({named('soft')}: {limit('soft', total) / MIB:,.0f} MiB) is over the "
-                    f"hard one ({named('hard')}: {limit('hard', total) / MIB:,.0f} MiB); give a smaller soft limit"
+                    f"the soft limit of memory ({soft.name}: {low / MIB:,.0f} MiB) is over the "
+                    f"hard one ({hard.name}: {high / MIB:,.0f} MiB); give a smaller soft limit"
                 )
-        own = [None if device_total_bytes is None else limit(which, device_total_bytes) for which in ("soft", "hard")]
-        return cls(limit("soft", total_bytes), limit("hard", total_bytes), *own)
+            return low, high
+
+        return cls(*both(total_bytes), *(both(device_total_bytes) if device_total_bytes is not None else ()))
 
     def exceeded(self, sample: Sample) -> Level | None:
         """The limit that the sample is over, or None."""
@@ -94,7 +97,6 @@ class Watchdog:
         self._thread = Thread(target=self._watch, name="memory watchdog", daemon=True)
         self._worst: tuple[int, Sample] | None = None  # since the last check
         self._warned = False
-        self.peak_bytes = 0  # of process_bytes
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -147,6 +149,5 @@ class Watchdog:
             found = LEVELS.index(level), sample
             if self._worst is None or (found[0], sample.process_bytes) > (self._worst[0], self._worst[1].process_bytes):
                 self._worst = found
-            self.peak_bytes = max(self.peak_bytes, sample.process_bytes)
             if self._log is not None:
                 self._log.row(*astuple(sample), level or "")

@@ -1,0 +1,192 @@
+"""Whether a run has room in memory, said before it starts, and what makes it smaller where it has not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import psutil
+import torch
+
+from xlstm_ray.container import machine_bytes
+from xlstm_ray.errors import MemoryLimitError
+from xlstm_ray.files import MIB
+from xlstm_ray.memory.need import (
+    ACTOR,
+    RAY_IN_DRIVER,
+    Call,
+    GridNeed,
+    Loaded,
+    Need,
+    activation_bytes,
+    advice,
+    computed_need,
+    state_bytes,
+    store_bytes,
+)
+from xlstm_ray.memory.sample import Sample, process_bytes, take_sample
+from xlstm_ray.memory.watchdog import Limits
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a run needs and the memory that there is.
+
+    where: this process works; or all of a grid's actors do on this machine; or they do elsewhere, which is not looked
+    at. head, watchdog: the bytes of these, where this run starts them. hard_name: what set the hard limit, for errors.
+    A call is (rows, tokens), the shape of a window.
+    """
+
+    loaded: Loaded
+    device: torch.device
+    where: Literal["process", "grid", "elsewhere"]
+    limits: Limits | None
+    hard_name: str
+    force: bool = False
+    head: int = 0
+    watchdog: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tile of one prompt has room in this process."""
+        return self.need(1, [(1, self.loaded.tile)]).total <= self._room()[0]
+
+    def need(self, batch: int, calls: Sequence[tuple[int, int]]) -> Need:
+        """The memory that `batch` prompts of any length take in this process (on cuda, on the device)."""
+        needs = [computed_need(self.loaded, Call(batch, rows, tokens)) for rows, tokens in set(calls)]
+        return max(needs, key=lambda need: need.total)
+
+    def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
+        """The memory that a grid takes on this machine, for `batch` prompts in windows of so many tokens (a tile's)."""
+        loaded, tokens = self.loaded, tokens or self.loaded.tile
+        actors, on_host = loaded.stages * loaded.bands, loaded.device != "cuda"
+        state = 2 * batch * state_bytes(loaded.config)
+        return GridNeed(
+            head=self.head,
+            driver=process_bytes() + RAY_IN_DRIVER + state,
+            actors=actors,
+            programs=actors * ACTOR,
+            weights=loaded.weights * on_host,
+            state=state * on_host,
+            tiles=actors * activation_bytes(replace(loaded, workers=1), rows=batch, tokens=tokens) * on_host,
+            watchdog=self.watchdog,
+            store=store_bytes(loaded, rows=batch, tokens=tokens),
+        )
+
+    def require_start(self) -> None:
+        """Raise MemoryLimitError where a tile of one prompt cannot fit, with the arithmetic."""
+        if self.where == "process":
+            self.require(1, [(1, self.loaded.tile)])
+        elif self.where == "grid" and not self.force:
+            self._require_on_machine(self.grid_need(1), 1, process_bytes())
+
+    def require(self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None) -> None:
+        """Raise MemoryLimitError where `batch` prompts in these calls cannot fit beside what a loaded model takes.
+
+        kept: how many rows' states are held beside the call's own (none given: one a prompt).
+        """
+        if self.force:
+            return
+        if self.where == "grid":
+            for rows, tokens in sorted(set(calls)):
+                if rows > 1:  # what one row takes is there by now
+                    one, all_ = self.grid_need(1, tokens), self.grid_need(rows, tokens)
+                    more = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
+                    self._require_on_machine(more, rows, 0)
+        if self.where != "process":
+            return
+        need, (room, where) = self.need(kept or batch, calls), self._room()
+        if need.total > room:
+            ways = self.ways(batch, calls)
+            if self.device.type != "cuda":
+                sample = take_sample()
+                ways |= self._room_elsewhere(sample.available_bytes, sample.total_bytes, room)
+            raise MemoryLimitError(
+                f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
+                f"{advice(ways, need.total - room)}; or start all the same with --force"
+            )
+
+    def ways(self, batch: int, calls: Sequence[tuple[int, int]]) -> dict[str, int]:
+        """What makes a run of these calls smaller, and the bytes that it saves at most."""
+        loaded, rows = self.loaded, max(rows for rows, _ in calls)
+        if self.where == "process":
+            need: Need | GridNeed = self.need(batch, calls)
+            flat = self.need(batch, [(rows, min(tokens, loaded.chunk)) for rows, tokens in calls]).total
+            alone = self.need(1, [(1, loaded.tile)]).total
+        else:
+            need, flat, alone = self.grid_need(rows), self.grid_need(rows, loaded.chunk).total, self.grid_need(1).total
+        activations = need.total - flat
+        ways = {}
+        if loaded.itemsize == 4:
+            ways["give --dtype bfloat16"] = (need.weights + activations) // 2
+        if loaded.tile > loaded.chunk:
+            ways[f"give a --tile-size below {loaded.tile}"] = activations
+        if batch > 1:
+            ways[f"give fewer than {batch} prompts at once"] = need.total - alone
+        if loaded.stages < loaded.config.num_blocks:
+            where = "--stages with a --ray-address" if loaded.stages == 1 else f"more than {loaded.stages} --stages"
+            ways[f"spread the blocks over more machines ({where})"] = need.weights + need.state
+        return ways
+
+    def require_under_limit(self, sample: Sample, doing: str) -> None:
+        """Raise MemoryLimitError where this process is over its hard limit."""
+        if self.limits is not None and self.limits.exceeded(sample) == "hard":
+            raise MemoryLimitError(
+                f"memory: this process uses {sample.process_bytes / MIB:,.0f} MiB, over the hard limit of "
+                f"{self.limits.hard / MIB:,.0f} MiB, while it {doing}; give a shorter prompt, or "
+                f"raise the limit ({self.hard_name})"
+            )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _require_on_machine(self, need: GridNeed, batch: int, own: int) -> None:
+        """As `require`, of a grid that is all here. own: bytes of this process that are part of the need."""
+        loaded, (available, total) = self.loaded, machine_bytes()
+        room, where = available + own, "can be had on this machine"
+        if self.limits and total < psutil.virtual_memory().total:
+            # A container's memory is this run's: over the hard limit of it, the watchdog ends the run.
+            room, where = room - (total - self.limits.hard), f"{where} below the hard limit ({self.hard_name})"
+        if need.total > room:
+            ways = {}
+            if loaded.stages > 1:
+                fewer = need.programs * (loaded.stages - 1) // loaded.stages
+                ways[f"give fewer than {loaded.stages} --stages"] = fewer
+            ways["use local mode"] = need.head + need.programs + need.watchdog + need.store
+            ways |= self.ways(batch, [(batch, loaded.tile)]) | self._room_elsewhere(available, total, room)
+            raise MemoryLimitError(
+                f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; "
+                f"{advice(ways, need.total - room)}; or start all the same with --force"
+            )
+
+    def _room(self) -> tuple[int, str]:
+        """The bytes that a run here may take in all, and what sets them."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            room, where = free + torch.cuda.memory_reserved(self.device), "are free on the device"
+            hard = self.limits.device_hard if self.limits else None
+        else:
+            sample = take_sample()
+            room, where = sample.available_bytes + sample.process_bytes, "can be had on this machine"
+            hard = self.limits.hard if self.limits else None
+        if hard is not None and hard < room:
+            return hard, f"are allowed ({self.hard_name})"
+        return room, where
+
+    def _room_elsewhere(self, available: int, total: int, room: int) -> dict[str, int]:
+        """What gives a run more than `room` on this machine, and by how many bytes at most."""
+        used = process_bytes()
+        ways, others = {}, max(0, total - available - used)
+        hard = self.limits.hard if self.limits else total
+        if room < min(hard, total):  # what others use is what is missing
+            what = "container" if total < psutil.virtual_memory().total else "machine"
+            text = f"end other programs, which use {others / MIB:,.0f} of this {what}'s {total / MIB:,.0f} MiB"
+            ways[text] = min(others, hard - room)
+        elif self.limits:
+            ways[f"raise the limit ({self.hard_name})"] = available + used - hard
+        return ways
+
+
+def base_bytes(*, compiled: bool) -> int:
+    """What this process takes before a model is loaded, with the compiler that it will need."""
+    if compiled:
+        import torch._dynamo
+        import torch._inductor.compile_fx  # noqa: F401
+    return process_bytes()
