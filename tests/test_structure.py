@@ -144,14 +144,13 @@ def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.Functi
 # -- the rules: each gives what breaks it ------------------------------------------------------------------------------
 def order(root: Path) -> set[str]:
     floor = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
-    room = {name: name.split(".")[0] for arrow in arrows(root) for name in arrow}
-    lost = {f"{r} has no floor" for r in {*room.values()} - {*floor}}
-    wrong = {
-        f"{a} -> {b}"
-        for a, b in arrows(root)
-        if room[a] != room[b] and floor.get(room[a], 99) <= floor.get(room[b], -1)
-    }
-    return lost | wrong
+    wrong = set()
+    for a, b in arrows(root):
+        above, below = a.split(".")[0], b.split(".")[0]
+        wrong |= {f"{room} has no floor" for room in (above, below) if room not in floor}
+        if above != below and floor.get(above, 99) <= floor.get(below, -1):
+            wrong.add(f"{a} -> {b}")
+    return wrong
 
 
 def circles(root: Path) -> set[str]:
