@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors container",
     "files directories sampling hub",
-    "settings config csvlog kernels supervisor",
+    "settings config csvlog digests kernels supervisor",
     "xlstm_ray generation_config layout tensors model memory text",
     "checkpoint state runtime",
     "choose autoscale actors",

@@ -9,22 +9,20 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from time import time_ns
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from xxhash import xxh3_128_digest
 
+from xlstm_ray import digests
 from xlstm_ray.config import ModelConfig, parse_json, read_json
-from xlstm_ray.directories import cache_dir
 from xlstm_ray.errors import CheckpointError, one_line
-from xlstm_ray.files import MIB, is_lfs_pointer, lfs_advice, write_whole
+from xlstm_ray.files import MIB, is_lfs_pointer, lfs_advice
 from xlstm_ray.layout import Band
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SLSTM_GATES, expected_tensors, itemsize_of, projections
@@ -33,9 +31,6 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 UNIT = MIB  # of a tensor's bytes, whole rows, have a digest each, so that a band checks its rows alone
 DIGEST = 16  # bytes
-KEPT_FROM = 64 * MIB  # digests of smaller files are taken faster than looked up
-KEPT_FILES = 64
-SETTLED_NS = 2_000_000_000  # a file changed since may change again within one tick of its time stamp
 
 
 class Stored(NamedTuple):
@@ -71,7 +66,9 @@ class Checkpoint:
         if expected is not None and {n: (list(e.shape), e.dtype) for n, e in expected.items()} != self._header:
             raise self._another()
         self._units: dict[str, list[bytes | None]] = {name: [None] * self._rows(name)[1] for name in self._header}
-        self._stats = {path: _stat(path) for path in set(self._files.values())}
+        self._stats = {path: digests.stat(path) for path in set(self._files.values())}
+        self._beside: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
         self._kept_already = expected is not None or self._recall()
 
     def _check(self, directory: Path) -> None:
@@ -159,8 +156,18 @@ class Checkpoint:
     def load(self, band: Band, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
 
-        Each file is opened for one tensor at a time, so that no more of it than that tensor is ever mapped.
+        Each file is opened for one tensor at a time, so that no more of it than that tensor is ever mapped. Digests are
+        taken in a thread beside the copies, which would take half as long again on a fast GPU.
         """
+        with ThreadPoolExecutor(1, "digests") as self._beside:
+            try:
+                loaded = self._load(band, dtype, device)
+                self._settle()
+            finally:
+                self._beside = None
+        return loaded
+
+    def _load(self, band: Band, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         leads = band.heads.start == 0  # the first band adds what is not split: biases of sums, embedding, head
         blocks = [self._block(n, band, dtype, device, leads) for n in band.blocks]
         embedding = out_norm = head = None
@@ -271,13 +278,27 @@ class Checkpoint:
         part = whole[where] if where else whole
         rows, units = self._rows(name)[0], self._units[name]
         first, last, _ = (where[0] if where else slice(None)).indices(len(whole))
-        for n in range(first // rows, -(-last // rows)):
-            if units[n] is None:
-                unit = whole[n * rows : (n + 1) * rows].contiguous().view(torch.uint8).numpy()
-                units[n] = xxh3_128_digest(unit)
-                if self._expected is not None and units[n] != self._expected[name].units[n * DIGEST : (n + 1) * DIGEST]:
-                    raise self._another()
+        missing = [n for n in range(first // rows, -(-last // rows)) if units[n] is None]
+        if missing and self._beside is not None:
+            self._settle()  # one at a time, as its tensor stays mapped
+            self._under_way = self._beside.submit(self._digest, name, whole, missing)
+        elif missing:
+            self._digest(name, whole, missing)
         return part
+
+    def _digest(self, name: str, whole: Tensor, missing: Sequence[int]) -> None:
+        """Take or check the digests of these units of a tensor."""
+        rows, units = self._rows(name)[0], self._units[name]
+        for n in missing:
+            unit: Any = whole[n * rows : (n + 1) * rows].contiguous().view(torch.uint8).numpy()
+            units[n] = xxh3_128_digest(unit)
+            if self._expected is not None and units[n] != self._expected[name].units[n * DIGEST : (n + 1) * DIGEST]:
+                raise self._another()
+
+    def _settle(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def _rows(self, name: str) -> tuple[int, int]:
         """Of a tensor: how many rows a unit has, and how many units there are."""
@@ -288,23 +309,14 @@ class Checkpoint:
     def _another(self) -> CheckpointError:
         return CheckpointError(f"{self.directory}: node {os.uname().nodename} has another model there than the driver")
 
-    # Digests are kept by what the file system says of a file, so that nobody has to read it only for them.
-    def _kept(self, path: Path) -> Path:
-        return cache_dir() / "digests" / f"{xxh3_128_digest(str(path.resolve()).encode()).hex()}.json"
-
     def _recall(self) -> bool:
         """Take what is kept of these files; returns whether that is all that can be kept."""
         everything = True
         for path, now in self._stats.items():
-            if now[0] < KEPT_FROM:
+            if now[0] < digests.KEPT_FROM:
                 continue
-            try:
-                stat, kept = _KEPT.validate_json(self._kept(path).read_bytes())
-                units = {name: bytes.fromhex(digits) for name, digits in kept.items()}
-            except (OSError, ValueError):  # pydantic's too
-                stat, units = (), {}  # they are taken again, and written anew
-            names = self._names(path)
-            if stat == now and all(len(units.get(name, b"")) == DIGEST * len(self._units[name]) for name in names):
+            units, names = digests.recall(path, now), self._names(path)
+            if all(len(units.get(name, b"")) == DIGEST * len(self._units[name]) for name in names):
                 for name in names:
                     self._units[name] = [units[name][at : at + DIGEST] for at in range(0, len(units[name]), DIGEST)]
             else:
@@ -313,31 +325,12 @@ class Checkpoint:
 
     def _remember(self) -> None:
         for path, before in self._stats.items():
-            settled = time_ns() - max(before[1], before[2]) > SETTLED_NS
-            if before[0] < KEPT_FROM or not settled or _stat(path) != before:
-                continue
-            kept = self._kept(path)
-            digits = {name: b"".join(u or b"" for u in self._units[name]).hex() for name in self._names(path)}
-            data = _KEPT.dump_json((before, digits))
-            try:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, data)
-                for old in sorted(kept.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-KEPT_FILES]:
-                    old.unlink()
-            except OSError:
-                return  # nothing is lost but the time to take them again
+            digests.remember(
+                path, before, {name: b"".join(u or b"" for u in self._units[name]) for name in self._names(path)}
+            )
 
     def _names(self, path: Path) -> list[str]:
         return [name for name, where in self._files.items() if where == path]
-
-
-_KEPT: TypeAdapter[tuple[tuple[int, ...], dict[str, str]]] = TypeAdapter(tuple[tuple[int, ...], dict[str, str]])
-
-
-def _stat(path: Path) -> tuple[int, ...]:
-    """What changes when a file does: size, times in ns, and which file it is."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
 def _locate(directory: Path) -> dict[str, Path]:

@@ -7,7 +7,10 @@ from huggingface_hub import errors, snapshot_download
 from xlstm_ray.errors import DownloadError, one_line
 
 # What `--model` takes. Weights that are pickled, or code, are never fetched.
-FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+FILES = [
+    *("config.json", "generation_config.json", "tokenizer.json"),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+]
 
 
 def download(repo: str, *, revision: str | None = None, cache: Path | None = None, offline: bool = False) -> Path:
@@ -22,7 +25,7 @@ def download(repo: str, *, revision: str | None = None, cache: Path | None = Non
             repo, revision=revision, cache_dir=cache, local_files_only=offline, allow_patterns=FILES
         )
     except errors.HFValidationError as err:
-        raise DownloadError(f"{repo!r} is no name of a repository: {one_line(err)}") from None
+        raise DownloadError(f"{repo!r} is not the name of a repository: {one_line(err)}") from None
     except errors.RevisionNotFoundError:
         raise DownloadError(f"{repo} has no revision {revision!r}; give a branch, tag or commit of it") from None
     except errors.GatedRepoError:

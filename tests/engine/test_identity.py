@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 import xlstm_ray
-from xlstm_ray import checkpoint
+from xlstm_ray import checkpoint, digests
 from xlstm_ray.actors.shard import BandActor, WorkerSpec
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
@@ -142,8 +142,8 @@ def test_an_actor_refuses_another_configuration_or_type(model, tmp_path):
 def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Digests of small and fresh files are kept too, here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoint, "KEPT_FROM", 1)
-    monkeypatch.setattr(checkpoint, "SETTLED_NS", 0)
+    monkeypatch.setattr(digests, "KEPT_FROM", 1)
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
     return tmp_path / "cache" / "xlstm-ray" / "digests"
 
 
@@ -185,7 +185,7 @@ def test_kept_digests_that_are_damaged_are_taken_anew(damage, model, names, keep
 
 
 def test_a_file_that_has_just_changed_is_not_kept(model, keeping, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SETTLED_NS", 10**12)
+    monkeypatch.setattr(digests, "SETTLED_NS", 10**12)
     shutil.copytree(model, tmp_path / "m")
     fingerprint(tmp_path / "m")
     assert not keeping.exists()

@@ -162,6 +162,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weight_map |= dict.fromkeys(part, shard)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert (directory / SHARDS[1]).stat().st_size > CUT_AT
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, 301]}))
     (directory / "pickled.bin").write_bytes(b"never to be fetched")
     (directory / "modeling.py").write_text("raise SystemExit('never to be run')")
     return directory
@@ -197,7 +198,7 @@ def fetched(hub: Hub) -> list[tuple[str, str]]:
     return [(Path(path).name, where or "") for path, where in asked if "/resolve/" in path]
 
 
-FILES = ["config.json", *SHARDS, "model.safetensors.index.json", "tokenizer.json"]
+FILES = ["config.json", "generation_config.json", *SHARDS, "model.safetensors.index.json", "tokenizer.json"]
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(hub, published, tmp_path):
@@ -241,7 +242,7 @@ def test_after_a_download_that_failed_the_next_fetches_only_the_rest(hub, tmp_pa
     [
         (("--revision", "no-such"), ("no revision 'no-such'", "branch, tag or commit")),
         (("--repo", "someone/other"), ("someone/other is not there", "hf auth login")),
-        (("--repo", "a b/c"), ("'a b/c' is no name of a repository",)),
+        (("--repo", "a b/c"), ("'a b/c' is not the name of a repository",)),
         (("--offline",), ("not whole in the cache",)),
     ],
     ids=["revision", "repository", "name", "offline"],
@@ -298,7 +299,7 @@ def test_a_hubs_name_for_a_model_is_refused_with_the_command_that_fetches_it(hub
         (("someone/other",), "someone/other is not there"),
         ((f"{REPO}@no-such",), "no revision 'no-such'"),
         ((f"{REPO}@",), "names no revision after the @"),
-        (("a b/c",), "'a b/c' is no name of a repository"),
+        (("a b/c",), "'a b/c' is not the name of a repository"),
         ((REPO, "--offline"), "not whole in the cache"),
     ],
 )
