@@ -3,6 +3,7 @@
 A head that is away, or a raylet that is stopped, leaves Ray's own calls without an answer, a minute long or for ever.
 So each is made on a thread of its own, which is left there when it does not come back. GridLost is for a head or a
 raylet that is gone; errors of actors, nodes and objects are Ray's RayError and for the executor to recover from.
+Results of calls are waited for here too: a wait that looks at the head while it lasts.
 """
 
 import socket
@@ -26,7 +27,7 @@ class Link:
     """This process's connection to its head. `ray` is the connected module."""
 
     def __init__(self, ray: ModuleType, patience_s: float = PATIENCE_S):
-        self._ray, self._patience_s = ray, patience_s
+        self.ray, self._patience_s = ray, patience_s
         self.head: str = ray.get_runtime_context().gcs_address
         self._host, _, port = self.head.rpartition(":")
         self._port = int(port)
@@ -52,13 +53,44 @@ class Link:
         error = answer.exception()
         if error is None:
             return answer.result()
-        if isinstance(error, (self._ray.exceptions.RayError, XlstmRayError)):
+        if isinstance(error, (self.ray.exceptions.RayError, XlstmRayError)):
             raise error
         # What Ray's clients raise where the other end is not there, or has forgotten this job with its raylet.
         if isinstance(error, (OSError, RuntimeError)) or type(error) is Exception:
             why = f"Ray's head at {self.head} or this machine's raylet is gone ({one_line(error)})"
             raise self._lost(why) from error
         raise error
+
+    @property
+    def failure(self) -> type[Exception]:
+        """What says that an actor, its process, its node or what it held is gone, or that it does not answer.
+
+        All that Ray raises of its own; `get` turns what an actor's code raises into that.
+        """
+        return self.ray.exceptions.RayError
+
+    def get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
+        """Results of actors' calls, or the actor's own error as it was raised there. GridLost where the head is gone.
+
+        Raises GetTimeoutError after timeout_s.
+        """
+        until = monotonic() + timeout_s if timeout_s is not None else None
+        while True:
+            left = LOOK_S if until is None else min(LOOK_S, max(0.0, until - monotonic()))
+            _, missing = self.ray.wait(refs, num_returns=len(refs), timeout=left)
+            if not missing:
+                break
+            self.require_head()
+            if until is not None and monotonic() >= until:
+                raise self.ray.exceptions.GetTimeoutError(f"no answer in {timeout_s:.0f} s")
+        try:
+            return self.ask(self.ray.get, refs)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, XlstmRayError):
+                raise error.cause from None
+            if isinstance(error, self.ray.exceptions.RayError) and isinstance(error.cause, self.failure):
+                raise
+            raise error.cause from error  # a bug, as it was raised there
 
     def _asked_in_vain(self, answer: "Future[Any]", until: float) -> None:
         if answer.done():

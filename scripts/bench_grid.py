@@ -64,8 +64,9 @@ def contestant(kind: str, directory: Path, args: argparse.Namespace) -> None:
 
 def calls(lm) -> dict[str, float]:
     """Seconds that an empty call takes, alone and in a queue, and the calls that a tile takes."""
-    executor = lm.executor
-    ray, handle = executor._ray, executor._seats[0].handle
+    import ray
+
+    handle = lm.executor.placement.seats[0].handle
     call = handle.empty_cache.options(concurrency_group="control").remote
     ray.get([call() for _ in range(50)])
     began = time.perf_counter()

@@ -75,7 +75,8 @@ def grid_executor(
     ray: ModuleType, engine: "Engine", stages: list[list[Band]], steps: Fit, checkpoint: Checkpoint
 ) -> "RayExecutor":
     """An actor for each (stage, band) on the cluster that `ray` is connected to."""
-    from xlstm_ray.actors.grid import GridOptions, RayExecutor
+    from xlstm_ray.actors.grid import RayExecutor
+    from xlstm_ray.actors.options import GridOptions
     from xlstm_ray.actors.shard import WorkerSpec
 
     settings = engine.settings

@@ -130,7 +130,10 @@ GRID = """
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=int(stages),
         heads_per_band=int(heads), device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
     executor = lm.executor
-    executor._options = dataclasses.replace(executor._options, least_deadline_s=4.0, answer_timeout_s=2.0)
+    def options(**changes):
+        for part in (executor.placement, executor.recovery):
+            part.options = dataclasses.replace(part.options, **changes)
+    options(least_deadline_s=4.0, answer_timeout_s=2.0)
 """
 
 
@@ -201,7 +204,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     text = (
         GRID
         + """
-    say(nice=[seat.process.nice() for seat in executor._seats])
+    say(nice=[seat.process.nice() for seat in executor.placement.seats])
     result = lm.prefill(prompt)
     say(digest=result.state.digest(), peak=result.stats.peak_memory_bytes, restarts=result.stats.restarts)
     if heads == "4":
@@ -226,7 +229,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
         while len(killed) < 2 and not stop.is_set():
             if progress.wait(0.05):
                 time.sleep(random.uniform(0, 0.3))
-                process = random.choice([s.process for s in executor._seats])
+                process = random.choice([s.process for s in executor.placement.seats])
                 if process is not None and process.is_running():
                     process.kill()
                     killed.append(process.pid)
@@ -247,14 +250,14 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     plain, seen = executor.logits, []
     def logits(hidden):
         executor.logits = plain
-        os.kill(executor._seats[-1].process.pid, signal.SIGKILL)
+        os.kill(executor.placement.seats[-1].process.pid, signal.SIGKILL)
         return plain(hidden)
     executor.logits = logits
     result = lm.prefill(prompt, on_progress=lambda p: seen.append(p.tiles_done))
     say(between=result.state.digest(), between_restarts=executor.restarts, between_tiles=seen)
 
     # One is stopped, and hangs.
-    pids = [s.process.pid for s in executor._seats]
+    pids = [s.process.pid for s in executor.placement.seats]
     def hang(p):
         if p.tiles_done == 7 and pids:
             os.kill(pids.pop(), signal.SIGSTOP)
@@ -266,21 +269,21 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     for piece in generation:
         pieces.append(piece)
         if len(pieces) == 4:
-            os.kill(executor._seats[0].process.pid, signal.SIGKILL)
+            os.kill(executor.placement.seats[0].process.pid, signal.SIGKILL)
     say(text_again="".join(pieces), after_again=generation.state().digest())
 
     # One dies each time, before anything new is done.
     done = threading.Event()
     def always():
         while not done.is_set():
-            process = executor._seats[0].process
+            process = executor.placement.seats[0].process
             if process is not None and process.is_running():
                 process.kill()
             time.sleep(0.02)
     def begin(p):
         if p.tiles_done == 7:
             threading.Thread(target=always, daemon=True).start()
-    executor._options = dataclasses.replace(executor._options, retries=1)
+    options(retries=1)
     result = lm.prefill(prompt, on_progress=begin)
     done.set()
     result.state.save(sys.argv[6])
@@ -604,11 +607,11 @@ LOSS = """
     spare = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 
     def prefill(without):
-        nodes = sorted(s.node for s in lm.executor._seats)
+        nodes = sorted(s.node for s in lm.executor.placement.seats)
         assert without.node_id in nodes and len(set(nodes)) == 2
         def lose(p):
             if p.tiles_done == 7:
-                (there,) = [s.process for s in lm.executor._seats if s.node == without.node_id]
+                (there,) = [s.process for s in lm.executor.placement.seats if s.node == without.node_id]
                 cluster.remove_node(without, allow_graceful=False)  # SIGKILL of its raylet; its worker goes soon after
                 there.wait(60)
         result = lm.prefill(prompt, on_progress=lose)
@@ -655,7 +658,7 @@ FAR = """
     import xlstm_ray
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address="10.231.77.1:6379", stages=2,
         ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
-    seats = lm.executor._seats
+    seats = lm.executor.placement.seats
     assert len({s.node for s in seats}) == 2
     pids = [s.process and s.process.pid for s in seats]
 

@@ -1,0 +1,28 @@
+"""How a grid uses its cluster."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from xlstm_ray.actors.link import PATIENCE_S
+from xlstm_ray.actors.watchdog import Event
+from xlstm_ray.memory.watchdog import Limits
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """How a grid uses its cluster. Times in seconds."""
+
+    run: str  # names this run's actors
+    actors_per_device: int = 1
+    cpus: float | None = None  # what an actor asks of Ray; None: a CPU for each thread
+    place_timeout_s: float = 10.0
+    answer_timeout_s: float = 5.0
+    patience_s: float = PATIENCE_S  # for an actor that may be behind a network that is away
+    start_timeout_s: float = 120.0
+    least_deadline_s: float = 30.0  # a tile's: 20 times the median of the last ones, but this at least
+    first_deadline_s: float = 900.0  # before any tile was measured
+    retries: int = 3  # recoveries without a new tile in between
+    limits: Callable[[int, int | None], Limits] | None = None  # as the watchdog wants them; None: no watchdog
+    watch_every_s: float = 0.2
+    empty_cache: bool = True
+    on_event: Callable[[Event], None] = lambda event: None  # called between tiles

@@ -1,0 +1,131 @@
+"""A tile's way through the actors: which calls are made, with what, and what their results are.
+
+A tile's calls are a graph of object references: residual streams and partial sums pass between actors and never
+through here. Two kinds of order hold whatever happens: a call waits for what it reads, and a block's call for a tile
+waits for its call for the tile before.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.actors.link import Link
+from xlstm_ray.actors.placement import Placement, Seat
+from xlstm_ray.actors.shard import Call
+from xlstm_ray.actors.wire import from_wire, to_wire
+from xlstm_ray.layout import join_bands
+from xlstm_ray.runtime.executor import Tile, TileResult
+
+
+class Step(NamedTuple):
+    """A tile, and what is wanted of it. Numbers never come twice while an executor lives, as a tile's own do."""
+
+    number: int
+    tile: Tile
+    all_logits: bool
+
+
+class Pending(NamedTuple):
+    """A step on its way: references to the last stage's result, and to every seat's state where it is kept."""
+
+    step: Step
+    result: Any
+    states: list[Any]
+
+
+class Pipeline:
+    """Asks a placement's actors for all that a tile, a state or logits take, and joins what they answer.
+
+    Nothing here waits: questions return references, which Link.get makes values of.
+    """
+
+    def __init__(self, link: Link, placement: Placement):
+        self._link, self._placement, self._stages = link, placement, placement.stages
+        self._alone = len(self._stages[0]) == 1
+        # One more than there are stages: while a result travels, its stage has the next tile to work on.
+        self.depth = max(2, len(self._stages) + 1) if self._alone else 2 * len(self._stages)  # steps to keep on the way
+        self._epoch = 0
+        self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call, which the next one waits for
+
+    def restore(self, tensors: dict[str, Tensor] | None, batch: int) -> list[Any]:
+        """All actors at this state of all heads (None: a fresh one), in a new epoch: what is on its way is void."""
+        self._epoch += 1
+        wires = None if tensors is None else {name: to_wire(tensor) for name, tensor in tensors.items()}
+        shared = self._link.ask(self._link.ray.put, wires)
+        self._last.clear()
+        return self._placement.each(self._placement.seats, "restore", self._epoch, shared, batch)
+
+    def submit(self, step: Step) -> Pending:
+        """Ask for all of a tile's calls."""
+        return self._link.ask(self._submit, step)
+
+    def state(self) -> list[Any]:
+        """The state after all that was submitted; a reference a seat, for `join`."""
+        return [seat.handle.state.options(concurrency_group="compute").remote() for seat in self._placement.seats]
+
+    def logits(self, hidden: Tensor) -> list[Any]:
+        """hidden (B, D) after the last block -> one reference, to (B, vocabulary) float32 on the wire."""
+        return [self._stages[-1][0].handle.logits.options(concurrency_group="compute").remote(to_wire(hidden))]
+
+    def result(self, pending: Pending, values: list[Any]) -> TileResult:
+        """From the values of a step's result and states; its seconds are not known here."""
+        (hidden, *logits), *states = values
+        return TileResult(
+            pending.step.tile.number,
+            from_wire(hidden, self._placement.spec.dtype).clone(),
+            from_wire(logits[0], torch.float32) if logits else None,
+            0.0,
+            self.join(states) if states else None,
+        )
+
+    def join(self, states: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The seats' states as one, in this process's own memory."""
+        tensors: dict[str, Tensor] = {}
+        rest = iter(states)
+        for seats in self._stages:
+            of_stage = [{name: from_wire(a, torch.float32) for name, a in next(rest).items()} for _ in seats]
+            tensors |= join_bands(of_stage)
+        return tensors
+
+    def _submit(self, step: Step) -> Pending:
+        number, tile = step.number, step.tile
+        call = Call(self._epoch, number, tile.first.tolist(), tile.last.tolist(), tile.keep, step.all_logits)
+        x: Any = to_wire(tile.tokens)
+        states = []
+        for s, seats in enumerate(self._stages):
+            x = self._through_stage(seats[0], s, call, x) if self._alone else self._through_bands(seats, s, call, x)
+            if tile.keep:
+                for seat in seats:
+                    kept = self._placement.call(seat, "kept", f"state after {_tile(number)}", "snapshot")
+                    last_block = 0 if self._alone else len(seat.band.blocks) - 1
+                    states.append(kept(call, self._last[seat.index, last_block]))
+        return Pending(step, x, states)
+
+    def _through_stage(self, seat: Seat, s: int, call: Call, x: Any) -> Any:
+        ask, tile = self._placement.call, _tile(call.number)
+        done = ask(seat, "run", f"{tile} stage {s}")(call, x, self._last.get((seat.index, 0)))
+        self._last[seat.index, 0] = done
+        return ask(seat, "output", f"output of {tile} stage {s}", "transfer")(call, done)
+
+    def _through_bands(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
+        ask, tile = self._placement.call, _tile(call.number)
+        if s == 0:
+            x = ask(seats[0], "embed", f"embed {tile}")(call, x)
+        parts = [x]
+        for n, block in enumerate(seats[0].band.blocks):
+            mixed = []
+            for b, seat in enumerate(seats):
+                mix = ask(seat, "mix", f"mix {tile} block {block} band {b}", results=2)
+                part, self._last[seat.index, n] = mix(call, n, self._last.get((seat.index, n)), *parts)
+                mixed.append(part)
+            parts = [
+                ask(seat, "feed", f"feed {tile} block {block} band {b}")(call, n, *mixed)
+                for b, seat in enumerate(seats)
+            ]
+        return ask(seats[0], "leave", f"output of {tile} stage {s}")(call, *parts)
+
+
+def _tile(number: int) -> str:
+    """A tile in the names of its calls: the last digit of its number, as Ray keeps figures of every name for ever."""
+    return f"tile *{number % 10}"

@@ -1,0 +1,211 @@
+"""Places for a grid's actors on the nodes of a cluster, and the actors in them: started, asked, ended, replaced."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from time import monotonic, sleep
+from typing import Any
+
+import psutil
+import torch
+
+from xlstm_ray.actors.link import Link
+from xlstm_ray.actors.options import GridOptions
+from xlstm_ray.actors.shard import GROUPS, BandActor, WorkerSpec
+from xlstm_ray.actors.watchdog import ActorSample
+from xlstm_ray.errors import GridLost, UsageError
+from xlstm_ray.layout import Band
+from xlstm_ray.supervisor.processes import find, this_machine, wait_for_end
+
+END_S = 5.0  # what a call to Ray may take at the end
+KILL_S = 2.0  # and an actor that Ray has been told to kill
+
+
+@dataclass
+class Seat:
+    """A place in the grid, and the actor that has it now."""
+
+    index: int  # of its bundle
+    name: str
+    band: Band
+    handle: Any = None
+    node: str = ""  # Ray's id of the node that it is on
+    process: psutil.Process | None = None  # the actor's, where this process sees the same ones
+
+
+class Placement:
+    """A seat for each (stage, band), and its actor. bands: [stage][band].
+
+    `open` comes before anything else; `close` may come at any time.
+    """
+
+    def __init__(self, link: Link, spec: WorkerSpec, bands: list[list[Band]], options: GridOptions):
+        self._link, self._ray, self.spec, self.options = link, link.ray, spec, options
+        self._alone = len(bands[0]) == 1
+        self._actor_class = self._ray.remote(concurrency_groups=GROUPS)(BandActor)
+        indices = count()
+        self.stages = [
+            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, band)}", band) for band in stage]
+            for s, stage in enumerate(bands)
+        ]
+        self.restarts = 0  # how many actors took another's place
+        self._group: Any = None
+
+    @property
+    def seats(self) -> list[Seat]:
+        """All of them, stage by stage."""
+        return [seat for stage in self.stages for seat in stage]
+
+    def open(self) -> None:
+        """Reserve all places, or none, and start the actors.
+
+        Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
+        """
+        self._group = self._reserve()
+        self._start(self.seats)
+
+    def close(self) -> None:
+        """End the actors, and only then give their places back: device memory is free when this returns.
+
+        Bounded in time whatever has become of Ray, and never an error.
+        """
+        group, self._group = self._group, None
+        self._end(self.seats)
+        if group is not None:
+            with suppress(GridLost, self._ray.exceptions.RayError):
+                self._link.ask(self._ray.util.remove_placement_group, group, timeout_s=END_S)
+
+    def replace(self, seats: list[Seat]) -> None:
+        """Other actors for these seats, on any nodes that are left. GridLost where no node has room for them."""
+        self._end(seats)
+        self.restarts += len(seats)
+        if not self._link.ask(self._group.wait, self.options.place_timeout_s):
+            names = ", ".join(seat.name for seat in seats)
+            raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}")
+        self._start(seats)
+
+    # -- questions to actors -------------------------------------------------------------------------------------------
+    def call(self, seat: Seat, method: str, name: str, group: str = "compute", results: int = 1) -> Callable[..., Any]:
+        """What asks a seat's actor for a method, and returns references; `name` is what Ray shows."""
+        return getattr(seat.handle, method).options(name=name, concurrency_group=group, num_returns=results).remote
+
+    def each(self, seats: Sequence[Seat], method: str, *args: Any) -> list[Any]:
+        """Ask the actors of all these seats for the same; a reference of each."""
+        return [self.call(seat, method, method.replace("_", " "))(*args) for seat in seats]
+
+    def samples(self, *, patient: bool = True) -> dict[int, ActorSample]:
+        """By seat: what those actors say that answer. One whose process is not seen from here may be behind a network
+        that is away: it is given the time that Ray itself would give it."""
+        if self._link.gone:
+            return {}
+        found: dict[int, ActorSample] = {}
+        began = monotonic()
+        asked = {seat.index: self._sample(seat) for seat in self.seats if seat.handle is not None}
+        for seat in self.seats:
+            here = seat.process is not None or not patient
+            until = began + (self.options.answer_timeout_s if here else self.options.patience_s)
+            while seat.index in asked:
+                try:
+                    found[seat.index] = self._link.get([asked.pop(seat.index)], max(0.0, until - monotonic()))[0]
+                except self._ray.exceptions.ActorUnavailableError:
+                    if not here and monotonic() < until:
+                        sleep(1)
+                        asked[seat.index] = self._sample(seat)
+                except self._link.failure:
+                    pass
+        return found
+
+    def lost(self, longest_call_s: float | None = None) -> list[Seat]:
+        """The seats whose actors do not answer; those too that are in one call for longer than longest_call_s."""
+        samples = self.samples()
+
+        def hangs(sample: ActorSample) -> bool:
+            return longest_call_s is not None and (sample.busy_s or 0) > longest_call_s
+
+        return [seat for seat in self.seats if seat.index not in samples or hangs(samples[seat.index])]
+
+    def _sample(self, seat: Seat) -> Any:
+        return seat.handle.sample.options(concurrency_group="control").remote()
+
+    # -- places --------------------------------------------------------------------------------------------------------
+    def _reserve(self) -> Any:
+        """A place for every actor, all or none. Raises UsageError within seconds where the cluster has no room."""
+        device = torch.device(self.spec.device).type
+        bundle: dict[str, float] = {"CPU": self.options.cpus or (self.spec.threads if device == "cpu" else 1)}
+        if device != "cpu":
+            bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self.options.actors_per_device
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        room = sum(int(min(n.get(name, 0.0) / each for name, each in bundle.items()) + 1e-6) for n in nodes)
+        if room < len(self.seats):  # Ray would wait for nodes to come, in case that somebody adds some
+            raise UsageError(self._no_room(bundle))
+        bundles = [bundle] * len(self.seats)
+        group = self._link.ask(self._ray.util.placement_group, bundles, strategy="PACK")
+        if not self._link.ask(group.wait, self.options.place_timeout_s):
+            self._link.ask(self._ray.util.remove_placement_group, group)
+            raise UsageError(self._no_room(bundle))
+        return group
+
+    def _no_room(self, bundle: dict[str, float]) -> str:
+        nodes = [node for node in self._link.ask(self._ray.nodes) if node["Alive"]]
+        free = self._link.ask(self._ray.available_resources)
+        have = ", ".join(f"{name} {sum(n['Resources'].get(name, 0) for n in nodes):g}" for name in bundle)
+        left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
+        each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
+        stages, bands = len(self.stages), len(self.stages[0])
+        less = "fewer --threads" if set(bundle) == {"CPU"} else "more --actors-per-device"
+        return (
+            f"a grid of {stages} stage(s) x {bands} band(s) is {stages * bands} actors of {each} each; the cluster's "
+            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer --stages, more --heads-per-band or "
+            f"{less}, or add nodes"
+        )
+
+    # -- actors --------------------------------------------------------------------------------------------------------
+    def _start(self, seats: list[Seat]) -> None:
+        """Actors for these seats: alive, with their weights."""
+        self._link.ask(self._create, seats)
+        for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
+            (sample,) = self._link.get([ref], self.options.start_timeout_s)
+            seat.node = sample.node
+            seat.process = find(sample.process) if sample.machine == this_machine() else None
+        self._link.get(self.each(seats, "load"))
+
+    def _create(self, seats: list[Seat]) -> None:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = self._group.bundle_specs[0]
+        for seat in seats:
+            seat.handle = self._actor_class.options(
+                name=seat.name if not self.restarts else f"{seat.name} ({self.restarts})",
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                resources={"mps": bundle["mps"]} if "mps" in bundle else {},
+                max_restarts=0,
+                allow_out_of_order_execution=True,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, seat.index),
+            ).remote(self.spec, seat.band, seat.name, alone=self._alone)
+
+    def _end(self, seats: list[Seat]) -> None:
+        """The actors are gone when this returns, also those that do not answer, where their processes are seen here.
+
+        They end by Ray's means. A signal is for one that Ray cannot end, and goes to the very process: psutil compares
+        its start time first.
+        """
+        seats = [seat for seat in seats if seat.handle is not None]
+        with suppress(GridLost, self._ray.exceptions.RayError):
+            for seat in seats:
+                self._link.ask(self._ray.kill, seat.handle, no_restart=True, timeout_s=END_S)
+        processes = [seat.process for seat in seats if seat.process is not None]
+        if not self._link.gone:
+            wait_for_end(processes, KILL_S)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        wait_for_end(processes, self.options.answer_timeout_s)
+        for seat in seats:
+            seat.handle = seat.process = None
+
+
+def _where(stage: int, band: Band) -> str:
+    blocks, heads = band.blocks, band.heads
+    return f"stage {stage}, blocks {blocks.start}-{blocks.stop - 1}, heads {heads.start}-{heads.stop - 1}"

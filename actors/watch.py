@@ -1,0 +1,81 @@
+"""What a run shows while it goes on: its metrics, and what a watchdog on each node says of the actors' memory."""
+
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+from xlstm_ray.actors.link import Link
+from xlstm_ray.actors.metrics import GridMetrics
+from xlstm_ray.actors.options import GridOptions
+from xlstm_ray.actors.placement import END_S, Seat
+from xlstm_ray.actors.watchdog import Watchdog
+from xlstm_ray.errors import GridLost
+from xlstm_ray.runtime.executor import Tile
+
+
+class Watch:
+    """Metrics of a run, and a watchdog on every node that has actors in these seats."""
+
+    def __init__(self, link: Link, seats: list[Seat], options: GridOptions):
+        self._link, self._ray, self._seats, self._options = link, link.ray, seats, options
+        self.metrics = GridMetrics(options.run)
+        self._watchdogs: dict[str, Any] = {}  # by node id
+        self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
+        self._next_look = 0.0
+
+    def place(self) -> None:
+        """After actors have been started: each watchdog is told which are on its node now."""
+        self._link.ask(self._place)
+
+    def tile(self, tile: Tile, seconds: float, under_way: int) -> None:
+        """Metrics after a tile, and what the watchdogs have had to say since the last one; never waits for them."""
+        self.metrics.tile(int((tile.last - tile.first).sum()), seconds, under_way)
+        for node, ref in list(self._reports.items()):
+            ready, _ = self._ray.wait([ref], timeout=0)
+            if not ready:
+                continue
+            del self._reports[node]
+            try:
+                (report,) = self._link.get([ref])
+            except self._link.failure:  # its node is gone, or only it was killed: then another takes its place
+                self._watchdogs.pop(node, None)
+                self.place()
+                continue
+            for name, sample in report.samples.items():
+                self.metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
+            for event in report.events:
+                self.metrics.limit(event.level)
+                self._options.on_event(event)
+        if monotonic() >= self._next_look:
+            self._next_look = monotonic() + self._options.watch_every_s
+            for node, watchdog in self._watchdogs.items():
+                if node not in self._reports:
+                    self._reports[node] = watchdog.report.remote()
+
+    def close(self) -> None:
+        """End the watchdogs. Bounded in time whatever has become of Ray, and never an error."""
+        watchdogs, self._watchdogs = list(self._watchdogs.values()), {}
+        with suppress(GridLost, self._ray.exceptions.RayError):
+            for watchdog in watchdogs:
+                self._link.ask(self._ray.kill, watchdog, timeout_s=END_S)
+
+    def _place(self) -> None:
+        if self._options.limits is None:
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        o = self._options
+        nodes = {seat.node for seat in self._seats}
+        for node in self._watchdogs.keys() - nodes:
+            self._ray.kill(self._watchdogs.pop(node))
+        for node in sorted(nodes):
+            if node not in self._watchdogs:
+                self._watchdogs[node] = (
+                    self._ray.remote(num_cpus=0)(Watchdog)
+                    .options(
+                        name=f"xlstm-ray {o.run} watchdog {node[:8]}",
+                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                    )
+                    .remote(node[:8], o.limits, o.watch_every_s, empty_cache=o.empty_cache)
+                )
+            self._watchdogs[node].watch.remote({s.name: s.handle for s in self._seats if s.node == node})
