@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from math import prod
 from time import monotonic, sleep
 from typing import Any
 
@@ -14,12 +15,17 @@ from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.shard import GROUPS, BandActor, WorkerSpec
 from xlstm_ray.actors.watchdog import ActorSample
+from xlstm_ray.checkpoint import DTYPES
 from xlstm_ray.errors import GridLost, UsageError
 from xlstm_ray.layout import Band
 from xlstm_ray.supervisor.processes import find, this_machine, wait_for_end
 
 END_S = 5.0  # what a call to Ray may take at the end
 KILL_S = 2.0  # and an actor that Ray has been told to kill
+# Actors that load are given LOAD_S and the time that all of the model takes at LOAD_RATE, as they may share one disk or
+# server: a fifth of what 1 Gbit/s carries. Python, torch and a device's context are in LOAD_S, ten times over.
+LOAD_S = 300.0
+LOAD_RATE = 20e6  # bytes a second
 
 
 @dataclass
@@ -60,7 +66,8 @@ class Placement:
     def open(self) -> None:
         """Reserve all places, or none, and start the actors.
 
-        Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
+        Raises UsageError where the cluster has no room for the grid, what the actors raise while they load, and
+        GridLost where one does not come to an end with it.
         """
         self._group = self._reserve()
         self._start(self.seats)
@@ -77,7 +84,10 @@ class Placement:
                 self._link.ask(self._ray.util.remove_placement_group, group, timeout_s=END_S)
 
     def replace(self, seats: list[Seat]) -> None:
-        """Other actors for these seats, on any nodes that are left. GridLost where no node has room for them."""
+        """Other actors for these seats, on any nodes that are left.
+
+        GridLost where no node has room for them, or one does not come to an end with loading: another would not either.
+        """
         self._end(seats)
         self.restarts += len(seats)
         if not self._link.ask(self._group.wait, self.options.place_timeout_s):
@@ -168,7 +178,25 @@ class Placement:
             (sample,) = self._link.get([ref], self.options.start_timeout_s)
             seat.node = sample.node
             seat.process = find(sample.process) if sample.machine == this_machine() else None
-        self._link.get(self.each(seats, "load"))
+        self._load(seats)
+
+    def _load(self, seats: list[Seat]) -> None:
+        timeout_s = self.options.load_timeout_s
+        if timeout_s is None:
+            stored = self.spec.stored.values()
+            timeout_s = LOAD_S + sum(prod(t.shape) * DTYPES[t.dtype].itemsize for t in stored) / LOAD_RATE
+        refs = self.each(seats, "load")
+        try:
+            self._link.get(refs, timeout_s)
+        except self._ray.exceptions.GetTimeoutError as error:
+            hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in self._link.ask(self._ray.nodes)}
+            _, missing = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+            late = [seat for seat, ref in zip(seats, refs, strict=True) if ref in missing]
+            names = ", ".join(f"{seat.name} on {hosts.get(seat.node, seat.node)}" for seat in late)
+            raise GridLost(
+                f"{names}: the weights are not loaded after {timeout_s:.0f} s; see whether that machine can read "
+                f"{self.spec.model}, and whether anything stops the actor there"
+            ) from error
 
     def _create(self, seats: list[Seat]) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

@@ -180,7 +180,7 @@ class Recovery:
         self._placement.replace(lost)
         self._watch.place()
         for batch, size in self._warm:
-            self._link.get(self._placement.each(lost, "warm_up", batch, [size]))
+            self._link.get(self._placement.each(lost, "warm_up", batch, [size]), self.options.first_deadline_s)
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -370,6 +370,66 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
     assert resumed.stats.resumed_tokens == kept
 
 
+def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home, head, model, in_process, tmp_path):
+    """It is stopped when it is about to load: at the start of a grid, and where it is to replace a dead one."""
+    said = script(
+        home,
+        """
+        import dataclasses, json, sys
+        import xlstm_ray
+        from xlstm_ray.actors import grid
+        from xlstm_ray.errors import GridLost
+        from xlstm_ray.supervisor.processes import is_running
+
+        class Stopped(grid.Placement):
+            stop = True
+            def __init__(self, link, spec, bands, options):
+                options = dataclasses.replace(options, load_timeout_s=4.0, answer_timeout_s=2.0)
+                super().__init__(link, spec, bands, options)
+            def each(self, seats, method, *args):
+                if method == "load" and self.stop:
+                    stopped.append(seats[-1].process)
+                    stopped[-1].suspend()
+                return super().each(seats, method, *args)
+
+        grid.Placement, stopped = Stopped, []
+        model, address, prompt, kept = sys.argv[1:]
+        def load():
+            return xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=2,
+                device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+        try:
+            load()
+        except GridLost as error:
+            print(json.dumps([str(error), error.exit_code, is_running(stopped[0])]), flush=True)
+
+        Stopped.stop = False
+        with load() as lm:
+            def kill(p):
+                if p.tiles_done == 7:
+                    Stopped.stop = True
+                    lm.executor.placement.seats[0].process.kill()
+            result = lm.prefill(prompt, on_progress=kill)
+        result.state.save(kept)
+        print(json.dumps([str(result.ended_by), result.ended_by.exit_code, is_running(stopped[1])]), flush=True)
+        """,
+        model,
+        head.address,
+        PROMPT,
+        tmp_path / "kept.state",
+    )
+    for (error, code, runs), where in zip(said, ("stage 1, blocks 1-2", "stage 0, blocks 0-0"), strict=True):
+        assert f"{where}, heads 0-3 on {os.uname().nodename}: the weights are not loaded after 4 s" in error
+        assert str(model) in error
+        assert code == 4
+        assert not runs
+    state = RecurrentState.load(tmp_path / "kept.state")
+    assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
+    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+    digest = lm.prefill(PROMPT, state=state).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert digest == in_process[4]["digest"]
+
+
 def test_actors_are_gone_when_a_run_has_ended(grid, head):
     titles = [" ".join(p.cmdline()) for p in psutil.process_iter() if os.getsid(p.pid) == head.pid]
     assert titles
