@@ -230,7 +230,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
             if progress.wait(0.05):
                 time.sleep(random.uniform(0, 0.3))
                 process = random.choice([s.process for s in executor.placement.seats])
-                if process is not None and process.is_running():
+                if process is not None and process.pid not in killed and process.is_running():  # a zombie runs, too
                     process.kill()
                     killed.append(process.pid)
                     progress.clear()
