@@ -2,7 +2,7 @@
 
 A head that is away, or a raylet that is stopped, leaves Ray's own calls without an answer, a minute long or for ever.
 So each is made on a thread of its own, which is left there when it does not come back. GridLost is for a head or a
-raylet that is gone; errors of actors, nodes and objects are Ray's RayError and for the executor to recover from.
+raylet that is gone; errors of actors, nodes and objects are Ray's RayError and for Recovery to deal with.
 Results of calls are waited for here too: a wait that looks at the head while it lasts.
 """
 

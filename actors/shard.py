@@ -1,6 +1,6 @@
 """The actor of one (stage, band): a Worker behind calls that carry tensors between processes.
 
-Importable without Ray; the executor wraps the class. Its calls run in four threads (Ray's concurrency groups):
+Importable without Ray; Placement wraps the class. Its calls run in four threads (Ray's concurrency groups):
 `compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes,
 `snapshot` does so with states, which are larger, and `control` answers at any time.
 

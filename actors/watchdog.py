@@ -1,6 +1,6 @@
 """The watchdog of one node: samples its actors' memory, empties caches at a soft limit, reports to the driver.
 
-The executor places one on each node that has actors. Actors answer through a concurrency group of their own, so that a
+Watch places one on each node that has actors. Actors answer through a concurrency group of their own, so that a
 busy one answers too. What a hard limit means, the driver decides: it stops between two tiles. Nothing here imports
 torch.
 """
