@@ -82,6 +82,7 @@ class RayExecutor:
         Bounded in time whatever has become of Ray, and never an error: what is computed is computed.
         """
         self._watch.close()
+        self._pipeline.close()
         self.placement.close()
 
     @property

@@ -88,6 +88,10 @@ class Pipeline:
             tensors |= join_bands(of_stage)
         return tensors
 
+    def close(self) -> None:
+        """Hold no reference any more: one that is freed after Ray has disconnected may end this process."""
+        self._last.clear()
+
     def _submit(self, step: Step) -> Pending:
         number, tile = step.number, step.tile
         call = Call(self._epoch, number, tile.first.tolist(), tile.last.tolist(), tile.keep, step.all_logits)

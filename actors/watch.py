@@ -54,6 +54,7 @@ class Watch:
 
     def close(self) -> None:
         """End the watchdogs. Bounded in time whatever has become of Ray, and never an error."""
+        self._reports.clear()
         watchdogs, self._watchdogs = list(self._watchdogs.values()), {}
         with suppress(GridLost, self._ray.exceptions.RayError):
             for watchdog in watchdogs:

@@ -651,7 +651,7 @@ def test_journals_are_neither_overwritten_nor_mixed(model, tmp_path):
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
 LOSS = """
-    import json, os, sys
+    import json, os, sys, threading
     # Ray reads these when it is imported, for the nodes that are started here as for the run that attaches to them.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": sys.argv[2]}
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -682,6 +682,9 @@ LOSS = """
     prefill(without=other)
     prefill(without=spare)
     lm.close()
+    for thread in threading.enumerate():  # an engine waits 10 s for Ray to disconnect; what follows has to wait longer
+        if thread.name == "ray.shutdown":
+            thread.join()
     cluster.shutdown()
 """
 
