@@ -35,7 +35,7 @@ from xlstm_ray.layout import Band
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.worker import build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
 
 GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
@@ -127,8 +127,7 @@ class BandActor:
             t_inner=spec.t_inner,
             compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
         )
-        blocks, ends = checkpoint.load(self.band, dtype=spec.dtype, device=self.device)
-        self.worker = Worker(config, self.band, blocks, ends, kernels)
+        self.worker = build_worker(checkpoint, kernels, self.band, dtype=spec.dtype, device=self.device)
         self.last = self.band.blocks.stop == config.num_blocks
 
     def warm_up(self, batch: int, sizes: list[int]) -> None:

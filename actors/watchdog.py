@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from xlstm_ray.files import MIB
 from xlstm_ray.memory.sample import Sample
-from xlstm_ray.memory.watchdog import Level, Limits
+from xlstm_ray.memory.watchdog import Event, Level, Limits
 from xlstm_ray.supervisor.processes import Machine, Process
 
 
@@ -29,39 +28,6 @@ class ActorSample(NamedTuple):
     peak_bytes: int
     memory: Sample
     device_total_bytes: int | None  # of a device with memory of its own
-
-
-class Event(NamedTuple):
-    """An actor, or all of a node's together, has gone over a limit that it was under before."""
-
-    who: str
-    level: Level
-    sample: Sample
-    limits: Limits
-    container: bool = False  # it is the node's container, with all that runs there
-
-    @property
-    def excess(self) -> int:
-        """By how many bytes the hard limit is passed."""
-        host = self.sample.process_bytes - self.limits.hard
-        return max(host, self.sample.device_driver_bytes - (self.limits.device_hard or 0)) if host <= 0 else host
-
-    @property
-    def text(self) -> str:
-        """The numbers, for a person."""
-        own = self.limits.device_hard if self.level == "hard" else self.limits.device_soft
-        used, limit, where = (
-            self.sample.process_bytes,
-            self.limits.hard if self.level == "hard" else self.limits.soft,
-            "",
-        )
-        if used <= limit and own is not None:
-            used, limit, where = self.sample.device_driver_bytes, own, " on the device"
-        return (
-            f"memory: {self.who}: {used / MIB:,.0f} MiB{where}, over the {self.level} limit of {limit / MIB:,.0f} MiB "
-            f"({self.sample.available_bytes / MIB:,.0f} of that node's {self.sample.total_bytes / MIB:,.0f} MiB are "
-            "available)"
-        )
 
 
 class Report(NamedTuple):

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from xlstm_ray.choose import DEMO_MODEL, explain
+from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.engine.engine import load
 from xlstm_ray.errors import UsageError
+from xlstm_ray.plan import explain
 from xlstm_ray.settings import Settings, table
 
 # The Apple guide's variables: name -> setting, default, another value as text, that value.
@@ -104,7 +106,7 @@ def test_config_prints_values_and_where_they_came_from(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('mem_log = "log.csv"\nmem_action = ["warn"]\n')
     words = ("config", "--json", "--config", file, "--device", "cpu", "--tile-size", 128, "--no-warmup")
-    done = program(*words, XLSTM_MPS_WORKERS="2")
+    done = program(*words, "--heads-per-band", 2, XLSTM_MPS_WORKERS="2")
     rows = json.loads(done.stdout)
     assert list(rows) == list(table())
     found = {name: (row["value"], row["source"], row["where"]) for name, row in rows.items()}
@@ -115,9 +117,35 @@ def test_config_prints_values_and_where_they_came_from(tmp_path):
     assert found["mem_action"] == (["warn"], "file", str(file))
     assert found["chunk_size"][:2] == (64, "model")
     assert found["chunkwise_backend"][:2] == ("queued_compiled_chunks", "default")
+    assert (found["t_inner"][0], found["t_inner"][1]) == (None, "default")
     lines = program("config", "--tile-size", 128).stdout.splitlines()
     assert len(lines) == len(rows)
     assert ["tile_size", "128", "flag", "--tile-size"] in [line.split() for line in lines]
+
+
+def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
+    asked = {"device": "cpu", "chunkwise_backend": "native", "dtype": "float32"}
+    for more in ({}, {"heads_per_band": 2}, {"heads_per_band": 1, "workers": 3}, {"journal": tmp_path / "j"}):
+        shown = explain(Settings.make(**asked, **more))
+        with load(**asked, **more) as lm:
+            used = {name: shown[name][0] for name in ("workers", "tile_size", "chunk_size", "heads_per_band", "dtype")}
+            sizes = lm.grid.tile_size, lm.grid.chunk_size, lm.grid.heads_per_band
+            assert tuple(used.values()) == (lm.workers, *sizes, lm.grid.dtype)
+            assert shown["threads"][0] == max(1, torch.get_num_threads() // lm.workers)
+    value, source = explain(Settings.make(**asked))["workers"]
+    assert (value, source) == (1, ("default", "one a band at most: 6, but 1 band(s)"))
+    assert explain(Settings.make(**asked, journal=tmp_path / "k"))["journal_every"] == (
+        16,
+        ("default", "by device, cpu"),
+    )
+    monkeypatch.setenv("XLSTM_RAY_LOCAL_MODE", "0")
+    on_ray = explain(Settings.make(**asked | {"chunkwise_backend": "ray_compiled_chunks"}, stages=2, threads=1))
+    assert {name: on_ray[name][0] for name in ("workers", "threads", "journal_every", "shrink_on_soft")} == {
+        "workers": None,
+        "threads": 1,
+        "journal_every": 16,
+        "shrink_on_soft": False,
+    }
 
 
 def test_a_switch_of_a_file_can_be_undone_by_a_flag(tmp_path):
@@ -310,8 +338,23 @@ def test_options_of_the_watchdog_without_it(monkeypatch):
     monkeypatch.setenv("XLSTM_MEM_WATCHDOG", "0")
     with pytest.raises(UsageError, match="^--mem-log has no effect without the watchdog"):
         Settings.make(mem_log="a.csv")
+    for name in ({"shrink_on_soft": True}, {"min_chunk": 16}):
+        with pytest.raises(UsageError, match="^--(mem-shrink|min-chunk) has no effect without the watchdog"):
+            Settings.make(**name)
     monkeypatch.setenv("XLSTM_MEM_SOFT_PCT", "0.5")  # a shell's own setting may stay there
+    monkeypatch.setenv("XLSTM_MIN_CHUNK", "16")
     assert not Settings.make().mem_watchdog
+
+
+def test_the_least_chunk_is_refused_where_nothing_shrinks():
+    with pytest.raises(UsageError, match="^--min-chunk has no effect where nothing shrinks .--no-mem-shrink"):
+        Settings.make(shrink_on_soft=False, min_chunk=16)
+
+
+def test_doctor_refuses_what_only_its_table_of_kernels_uses():
+    done = program("doctor", "--tile-size", 128)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: --tile-size is of the table of kernels: add --kernels")
 
 
 def test_without_warm_up_kernels_compile_on_first_use():

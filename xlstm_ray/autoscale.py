@@ -7,6 +7,7 @@ sizes of the matrix products and how bands share the cores or launches, shows wi
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter, time
@@ -23,10 +24,11 @@ from xlstm_ray.files import write_whole
 from xlstm_ray.kernels import Backend
 from xlstm_ray.layout import Band, make_grid
 from xlstm_ray.model import EndWeights
+from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.executor import Tile
 from xlstm_ray.runtime.local import InProcessExecutor
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.worker import build_worker
 from xlstm_ray.settings import Settings, Source
 from xlstm_ray.state import Grid
 
@@ -61,20 +63,18 @@ class Remembered(Choice):
 _FILE = TypeAdapter(dict[str, Remembered])
 
 
-def autoscale(
-    settings: Settings,
-    *,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    backend: Backend,
-    grid: Grid,
-    device: torch.device,
-    fits: Callable[[Choice], bool],
-) -> tuple[Settings, str]:
+def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tuple[Settings, str]:
     """The settings with what was not asked for picked by measurement or from memory, and a line that says so.
 
-    fits tells whether a choice has room in memory.
+    plan: what a run of these settings would be.
     """
+    config, backend, grid, device = plan.config, plan.backend, plan.grid, plan.device
+    loaded = plan.room.loaded
+
+    def fits(choice: Choice) -> bool:
+        tile, heads, workers = choice.tile_size, choice.heads_per_band, choice.workers
+        return replace(plan.room, loaded=replace(loaded, tile=tile, heads_per_band=heads, workers=workers)).fits
+
     free = [name for name in NAMES if settings.source(name).kind in ("default", "model")]
     if not free:
         return settings, f"autoscale: {', '.join(NAMES)} are all given, so there is nothing to pick"
@@ -102,7 +102,7 @@ def autoscale(
     else:
 
         def rate(c: Choice) -> float:
-            return _rate(c, config, checkpoint, backend, grid.chunk_size, device, getattr(torch, grid.dtype))
+            return _rate(c, plan, checkpoint)
 
         rates = _search(usual, free, config, backend, grid, fits, rate)
         best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
@@ -178,23 +178,16 @@ def _bands(best: Choice, free: list[str], config: ModelConfig) -> Iterator[Choic
             yield best.model_copy(update={"heads_per_band": h, "workers": workers})
 
 
-def _rate(
-    choice: Choice,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    backend: Backend,
-    chunk: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> float:
+def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
     """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
+    config, backend, chunk, device, dtype = plan.config, plan.backend, plan.grid.chunk_size, plan.device, plan.dtype
     n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
     kernels = Kernels(backend, chunk_size=chunk, t_inner=1, compiler=lambda fn, name: fn)
     grid = make_grid(config, heads_per_band=choice.heads_per_band)
     bands = [Band(range(n, n + 1), band.heads, band.ffn) for band in grid[0]]
-    ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
-    loaded = [checkpoint.load(band, dtype=dtype, device=device)[0] for band in bands]
-    workers = [Worker(config, band, blocks, ends, kernels) for band, blocks in zip(bands, loaded, strict=True)]
+    workers = [build_worker(checkpoint, kernels, band, dtype=dtype, device=device) for band in bands]
+    for worker in workers:  # one token is enough
+        worker.ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
     executor = InProcessExecutor([workers], threads=choice.workers)
     T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
     tokens = torch.zeros(1, T, dtype=torch.long)

@@ -1,19 +1,22 @@
-"""Settings and a model's configuration -> device, backend, mode, grid. The only place that picks where nobody asked.
+"""Each choice of a run, from settings and a model's configuration. The only place that picks where nobody asked.
 
 torch is imported in the functions that need it: what is wrong with a model's directory or with the settings is said
 before it is loaded.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.container import cores
+from xlstm_ray.directories import default_state_dir
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.memory.watchdog import Limit
-from xlstm_ray.settings import DEFAULT_BACKEND, Settings, Source, table
+from xlstm_ray.settings import DEFAULT_BACKEND, Settings, table
 from xlstm_ray.supervisor.mode import Mode, ray_mode
 from xlstm_ray.supervisor.ports import is_loopback
 
@@ -21,9 +24,17 @@ if TYPE_CHECKING:
     import torch
 
     from xlstm_ray.kernels.metal import Fit
-    from xlstm_ray.state import Grid
+    from xlstm_ray.supervisor.start import HeadOptions
 
 DEMO_MODEL = Path(__file__).parent / "demo"
+
+
+class Address(NamedTuple):
+    """Somebody's head of Ray, and what this process may enter it by."""
+
+    address: str
+    token_path: Path | None
+    state_dir: Path
 
 
 class Setup(NamedTuple):
@@ -33,6 +44,15 @@ class Setup(NamedTuple):
     config: ModelConfig
     backend: Backend
     mode: Mode
+    stages: int
+    head: Address | None  # in attached mode
+
+
+class Cluster(NamedTuple):
+    """What a cluster has: its resources in all, and the CPUs of each node."""
+
+    resources: Mapping[str, float]
+    cpus: Sequence[float]
 
 
 def choose_setup(settings: Settings) -> Setup:
@@ -55,14 +75,17 @@ def choose_setup(settings: Settings) -> Setup:
     refused = None
     for kind in ("cuda", "mps", "cpu") if settings.device == "auto" else (settings.device,):
         try:
-            _choose_sizes(settings, config, kind)
+            choose_sizes(settings, config, kind)
             break
         except UsageError as err:
             refused = err
     else:
         assert refused is not None
         raise refused
-    return Setup(model, config, backend, mode)
+    head = None
+    if mode is Mode.ATTACHED and settings.ray_address is not None:
+        head = Address(settings.ray_address, settings.ray_token_path, settings.ray_state_dir or default_state_dir())
+    return Setup(model, config, backend, mode, settings.stages, head)
 
 
 def choose_model(settings: Settings) -> Path:
@@ -83,10 +106,13 @@ def choose_model(settings: Settings) -> Path:
     )
 
 
-def choose_device(settings: Settings) -> "torch.device":
-    """The device asked for, or the best there is."""
+def choose_device(settings: Settings, cluster: Cluster | None = None) -> "torch.device":
+    """The device asked for, or the best there is here, or that the cluster has."""
     import torch
 
+    if cluster is not None:
+        best = next((d for d, name in (("mps", "mps"), ("cuda", "GPU")) if cluster.resources.get(name)), "cpu")
+        return torch.device(best if settings.device == "auto" else settings.device)
     there = {
         "mps": torch.backends.mps.is_available(),
         "cuda": torch.cuda.is_available(),
@@ -149,6 +175,11 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
     _refuse_folders(settings, mode)
+    if mode is not Mode.LOCAL and (settings.autoscale or settings.autoscale_again):
+        raise UsageError(
+            f"{settings.named('autoscale')} probes this process's device, and the actors have theirs; "
+            "leave it out, or stay in local mode"
+        )
     for name in ("workers", "streams", "shrink_on_soft", "min_chunk"):
         asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
         if asked and mode is not Mode.LOCAL:
@@ -169,16 +200,16 @@ def _refuse_folders(settings: Settings, mode: Mode) -> None:
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
-def choose_grid(settings: Settings, backend: Backend, config: ModelConfig, device: "torch.device") -> "Grid":
-    """What was asked, else the device's defaults."""
-    from xlstm_ray.state import Grid
+class Sizes(NamedTuple):
+    """Tokens a tile and a chunk, heads a band."""
 
-    tile, chunk, heads = _choose_sizes(settings, config, device.type)
-    return Grid(kernel=backend.kernel, tile_size=tile, chunk_size=chunk, heads_per_band=heads, dtype="float32")
+    tile: int
+    chunk: int
+    heads: int
 
 
-def _choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> tuple[int, int, int]:
-    """Tile, chunk and heads a band on that kind of device."""
+def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> Sizes:
+    """What was asked, else the defaults of that kind of device."""
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and kind == "cuda" and settings.dtype != "float32":
         # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
@@ -201,7 +232,7 @@ def _choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> tuple[i
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
-    return tile, chunk, heads
+    return Sizes(tile, chunk, heads)
 
 
 WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory
@@ -297,27 +328,56 @@ def choose_steps(
     )
 
 
-def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
-    """Every setting with the value that a run here would use and where it came from; of the model, config.json only."""
-    model, config, backend, _ = choose_setup(settings)
-    config_file = model / "config.json"
-    device = choose_device(settings)
-    grid = choose_grid(settings, backend, config, device)
-    values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
-    values["model"] = model, settings.source("model")
-    chosen = grid.model_dump() | {"chunkwise_backend": backend.name}
-    from_model = {"chunkwise_backend": backend.name == own_backend(config), "chunk_size": True}
-    for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
-        source = values[name][1]
-        if source.kind == "default" and from_model.get(name) and getattr(config, name, chosen[name]) == chosen[name]:
-            source = Source("model", str(config_file))
-        values[name] = chosen[name], source
-    if settings.device == "auto":
-        values["device"] = device.type, values["device"][1]
-    if settings.dtype == "auto" and (config.dtype or device.type != "cpu"):  # else the weights would have to be read
-        import torch
+class ActorPlan(NamedTuple):
+    """What each actor has."""
 
-        dtype = choose_dtype(settings, device, getattr(torch, config.dtype or "bfloat16"), lambda _: True)
-        source = Source("measured", dtype.reason) if dtype.reason else values["dtype"][1]
-        values["dtype"] = dtype.name, source
-    return values
+    threads: int  # of torch's own
+    cpus: float | None  # what it asks of Ray; None: a CPU for each thread
+    per_device: int
+
+
+def choose_actors(settings: Settings, device: "torch.device", actors: int, there: Sequence[float]) -> ActorPlan:
+    """there: the CPUs of each node, which so many actors share."""
+    on_cpu = device.type == "cpu"
+    if settings.actors_per_device > 1 and on_cpu:
+        raise UsageError(
+            f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
+            "share by --threads; leave it out"
+        )
+    threads, cpus = settings.threads, None
+    if threads is None:
+        threads = max(1, int(sum(there)) // actors) if on_cpu else 1
+        if on_cpu and sum(int(n) for n in there) < actors:
+            cpus = share_of_cpus(there, actors)  # they take turns
+    return ActorPlan(threads, cpus, settings.actors_per_device)
+
+
+def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
+    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
+
+    Ray counts CPUs in steps of 0.0001.
+    """
+    ways = {floor(n / k * 10_000) / 10_000 for n in nodes for k in range(1, actors + 1)}
+    fit = [s for s in ways if 0 < s <= 1 and sum(int(n / s + 1e-6) for n in nodes) >= actors]
+    return max(fit, default=None)
+
+
+def choose_head(settings: Settings, mode: Mode, actors: int, device: "torch.device") -> "HeadOptions | None":
+    """A head for one run, or one that stays where it was asked for, with CPUs for this run's actors; None: no head."""
+    import torch
+
+    from xlstm_ray.supervisor.start import HeadOptions
+
+    if mode is Mode.ATTACHED or (mode is Mode.LOCAL and not settings.ray_dashboard):
+        return None
+    each = (settings.threads or 1) if device.type == "cpu" else 1
+    return HeadOptions(
+        # Ray starts a worker for each CPU, before one is wanted; beside the work of this process none is.
+        num_cpus=max(cores(), actors * each) if mode is Mode.MANAGED else 0,
+        state_dir=settings.ray_state_dir or default_state_dir(),
+        temp_dir=settings.ray_temp_dir,
+        stays=settings.ray_keep_alive or not settings.ray_autoshutdown,
+        dashboard=settings.ray_dashboard,
+        dashboard_port=settings.ray_dashboard_port,
+        resources={"mps": 1} if torch.backends.mps.is_available() else {},
+    )

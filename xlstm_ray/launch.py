@@ -1,136 +1,192 @@
-"""Actors and a head for an engine, and the device and compiler that they need."""
+"""A plan -> what runs it: the executor in this process or over actors, a head of ours, metrics."""
 
-import os
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from math import floor
 from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import choose_limits
-from xlstm_ray.container import cores
-from xlstm_ray.directories import default_state_dir
-from xlstm_ray.errors import KernelError
-from xlstm_ray.kernels import Backend
-from xlstm_ray.kernels.compiled import require_compile_cache
-from xlstm_ray.kernels.metal import Fit
-from xlstm_ray.layout import Band
+from xlstm_ray.choose import Cluster, Setup
+from xlstm_ray.errors import UsageError
+from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.inductor import LaunchCounter
 from xlstm_ray.memory.watchdog import Limits
-from xlstm_ray.settings import Settings
+from xlstm_ray.plan import RunPlan
+from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.executor import Executor
+from xlstm_ray.runtime.local import InProcessExecutor
+from xlstm_ray.runtime.worker import build_worker
 from xlstm_ray.supervisor.connect import connect
-from xlstm_ray.supervisor.start import HeadOptions
+from xlstm_ray.supervisor.mode import Mode
+from xlstm_ray.supervisor.records import Head, dashboard_line, lost_helpers
+from xlstm_ray.supervisor.start import managed
 
 if TYPE_CHECKING:
     from xlstm_ray.actors.grid import RayExecutor
-    from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.actors.metrics import GridMetrics
+    from xlstm_ray.actors.watchdog import Event
 
 
-@contextmanager
-def attached(settings: Settings, model: Path) -> Iterator[ModuleType]:
-    assert settings.ray_address is not None
-    state_dir = settings.ray_state_dir or default_state_dir()
-    token, metadata = settings.ray_token_path, job_metadata(settings, model)
-    with connect(settings.ray_address, state_dir=state_dir, token_path=token, metadata=metadata) as ray:
-        yield ray
+class Running:
+    """Where a plan runs. `attach` and `start` in turn; `close` at any time lets go of what there is by then.
+
+    on_phase: told what begins that may take long. on_note: told of a dashboard as soon as there is one.
+    """
+
+    def __init__(self, on_phase: Callable[[str], object], on_note: Callable[[str], object]):
+        self._on_phase, self._on_note = on_phase, on_note
+        self._cluster = ExitStack()
+        self._ray: ModuleType | None = None
+        self._executor: Executor | None = None
+        self._kernels: Kernels | None = None  # of this process
+        self._head: Head | None = None
+        self._started: RunPlan | None = None
+        self._lost: set[str] = set()  # helpers of the head that have been told of
+        self.stays: Head | None = None  # a head of ours that outlives this run
+        self.metrics: GridMetrics | None = None  # where Ray is, to show them
+        self.launches: LaunchCounter | None = None  # of kernels; None where they cannot be counted
+        self._events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
+
+    @property
+    def executor(self) -> Executor:
+        """Where the weights and the state are. Raises UsageError after `close`."""
+        if self._executor is None:
+            raise UsageError("this engine has been closed; load the model again")
+        return self._executor
+
+    @property
+    def plan(self) -> RunPlan:
+        """What was started."""
+        assert self._started is not None
+        return self._started
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens a chunk, in the calls from here on."""
+        return self._kernels.chunk_size if self._kernels else self.plan.grid.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, size: int) -> None:
+        if self._kernels is not None:
+            self._kernels.chunk_size = size
+
+    def attach(self, setup: Setup) -> Cluster | None:
+        """Connect to somebody's head, where the run is to be there; what its cluster has."""
+        if setup.head is None:
+            return None
+        address, token, state_dir = setup.head
+        metadata = job_metadata(setup.model, setup.stages)
+        self._ray = ray = self._cluster.enter_context(
+            connect(address, state_dir=state_dir, token_path=token, metadata=metadata)
+        )
+        cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        return Cluster(ray.cluster_resources(), cpus)
+
+    def start(self, plan: RunPlan, checkpoint: Checkpoint) -> None:
+        """Load the weights, and start what is missing: a head, actors."""
+        self._started = plan
+        if plan.mode is Mode.LOCAL:
+            self._executor = self._in_process(plan, checkpoint)
+            if plan.head is not None:  # to look at only: the work stays in this process
+                from xlstm_ray.actors.metrics import GridMetrics
+
+                self._start_head(plan)
+                self.metrics = GridMetrics(token_hex(3))
+            return
+        ray = self._ray or self._start_head(plan)
+        self._on_phase("starting actors, which load the model")
+        self._executor = executor = self._over_actors(ray, plan, checkpoint)
+        self.metrics = executor.metrics
+
+    def events(self) -> "list[Event]":
+        """What the watchdogs of the grid's nodes have reported since this was last asked."""
+        events = self._events[:]
+        del self._events[: len(events)]
+        return events
+
+    def helpers_lost(self) -> list[str]:
+        """A line for each of Ray's helpers that has ended, once: the run goes on without it."""
+        if self._head is None or self.plan.head is None:
+            return []
+        new = set(lost_helpers(self._head, self.plan.head.state_dir)) - self._lost
+        self._lost |= new
+        return [f"Ray's {name} has ended; the run goes on without it (logs in {self._head.folder})" for name in new]
+
+    def close(self) -> None:
+        """Actors end first, so that their memory is free, then a head of ours unless it stays."""
+        executor, self._executor = self._executor, None
+        try:
+            if executor is not None:
+                executor.close()
+        finally:
+            self._cluster.close()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _in_process(self, plan: RunPlan, checkpoint: Checkpoint) -> InProcessExecutor:
+        # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
+        if plan.backend.compiled and plan.device.type == "mps":
+            self.launches = LaunchCounter()
+        self._kernels = kernels = Kernels(
+            plan.backend,
+            chunk_size=plan.grid.chunk_size,
+            t_inner=plan.steps.t_inner,
+            compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches),
+        )
+        build = partial(build_worker, checkpoint, kernels, dtype=plan.dtype, device=plan.device)
+        stages = [[build(shard) for shard in bands] for bands in plan.layout]
+        return InProcessExecutor(stages, threads=plan.workers, streams=plan.streams, cores=plan.threads)
+
+    def _start_head(self, plan: RunPlan) -> ModuleType:
+        """A head of ours, connected."""
+        assert plan.head is not None
+        self._on_phase("starting Ray")
+        head = self._head = self._cluster.enter_context(managed(plan.head))
+        self.stays = head if plan.head.stays else None
+        if head.dashboard_url:
+            self._on_note(dashboard_line(head))
+        return self._cluster.enter_context(connect(head, metadata=job_metadata(plan.model, plan.stages)))
+
+    def _over_actors(self, ray: ModuleType, plan: RunPlan, checkpoint: Checkpoint) -> "RayExecutor":
+        """An actor for each (stage, band) on the cluster that `ray` is connected to."""
+        from xlstm_ray.actors.grid import RayExecutor
+        from xlstm_ray.actors.options import GridOptions
+        from xlstm_ray.actors.shard import WorkerSpec
+
+        assert plan.actors is not None
+        spec = WorkerSpec(
+            model=plan.model.resolve(),
+            config=plan.config,
+            stored=checkpoint.stored(),
+            backend=plan.backend.name,
+            device=plan.device.type,
+            dtype=plan.dtype,
+            chunk_size=plan.grid.chunk_size,
+            t_inner=plan.steps.t_inner,
+            fusion_limit=plan.steps.fusion_limit,
+            threads=plan.actors.threads,
+        )
+        watched: dict[str, Any] = {}
+        if plan.watch is not None:
+            watched = {
+                "limits": partial(Limits.make, *plan.watch.limits),
+                "watch_every_s": plan.watch.every_s,
+                "empty_cache": "empty_cache" in plan.watch.actions,
+            }
+        options = GridOptions(
+            run=token_hex(3),
+            actors_per_device=plan.actors.per_device,
+            cpus=plan.actors.cpus,
+            on_event=self._events.append,
+            **watched,
+        )
+        return RayExecutor(ray, spec, plan.layout, options)
 
 
-def job_metadata(settings: Settings, model: Path) -> dict[str, str]:
+def job_metadata(model: Path, stages: int) -> dict[str, str]:
     """What Ray's dashboard shows of this program beside its command line."""
     figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
     name = model.resolve().name
-    return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(settings.stages), "progress": figures}
-
-
-def device_of_cluster(settings: Settings, ray: ModuleType) -> torch.device:
-    """The device asked for, or the best that the cluster has."""
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    there = ray.cluster_resources()
-    return torch.device(next((d for d, name in (("mps", "mps"), ("cuda", "GPU")) if there.get(name)), "cpu"))
-
-
-def head_options(settings: Settings, actors: int, device: torch.device) -> HeadOptions:
-    """A head for one run, or one that stays where it was asked for; it has CPUs for this run's actors in any case."""
-    each = (settings.threads or 1) if device.type == "cpu" else 1
-    return HeadOptions(
-        num_cpus=max(cores(), actors * each) if actors else 0,  # Ray starts a worker for each, before one is wanted
-        state_dir=settings.ray_state_dir or default_state_dir(),
-        temp_dir=settings.ray_temp_dir,
-        stays=settings.ray_keep_alive or not settings.ray_autoshutdown,
-        dashboard=settings.ray_dashboard,
-        dashboard_port=settings.ray_dashboard_port,
-        resources={"mps": 1} if torch.backends.mps.is_available() else {},
-    )
-
-
-def grid_executor(
-    ray: ModuleType, engine: "Engine", stages: list[list[Band]], steps: Fit, checkpoint: Checkpoint
-) -> "RayExecutor":
-    """An actor for each (stage, band) on the cluster that `ray` is connected to."""
-    from xlstm_ray.actors.grid import RayExecutor
-    from xlstm_ray.actors.options import GridOptions
-    from xlstm_ray.actors.shard import WorkerSpec
-
-    settings = engine.settings
-    actors, threads, cpus = engine.stages * engine.bands, settings.threads, None
-    if threads is None:
-        there = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        threads = max(1, int(sum(there)) // actors) if engine.device.type == "cpu" else 1
-        if engine.device.type == "cpu" and sum(int(n) for n in there) < actors:
-            cpus = share_of_cpus(there, actors)  # they take turns
-    spec = WorkerSpec(
-        model=engine.model_path.resolve(),
-        config=engine.config,
-        stored=checkpoint.stored(),
-        backend=engine.backend.name,
-        device=engine.device.type,
-        dtype=engine.dtype,
-        chunk_size=engine.grid.chunk_size,
-        t_inner=steps.t_inner,
-        fusion_limit=steps.fusion_limit,
-        threads=threads,
-    )
-    options = GridOptions(
-        run=token_hex(3),
-        actors_per_device=settings.actors_per_device,
-        cpus=cpus,
-        limits=partial(Limits.make, *choose_limits(settings)) if settings.mem_watchdog else None,
-        watch_every_s=settings.mem_poll_ms / 1000,
-        empty_cache="empty_cache" in settings.mem_action,
-        on_event=engine._memory_events.append,
-    )
-    return RayExecutor(ray, spec, stages, options)
-
-
-def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
-    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
-
-    Ray counts CPUs in steps of 0.0001.
-    """
-    ways = {floor(n / k * 10_000) / 10_000 for n in nodes for k in range(1, actors + 1)}
-    fit = [s for s in ways if 0 < s <= 1 and sum(int(n / s + 1e-6) for n in nodes) >= actors]
-    return max(fit, default=None)
-
-
-def require_compiler(backend: Backend, device: torch.device) -> None:
-    """Inductor needs its cache, and on the CPU builds C++; say so before anything is loaded where it cannot."""
-    if not backend.compiled:
-        return
-    require_compile_cache()
-    if device.type != "cpu":
-        return
-    # As Inductor looks for it, which takes a second and 70 MiB to import: on Ray, this process does not compile.
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(name) is None:
-        raise KernelError(
-            f"--chunkwise-backend {backend.name} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
-            "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
-        )
+    return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(stages), "progress": figures}

@@ -3,14 +3,18 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from xlstm_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from xlstm_ray.generation_config import GenerationConfig
+
+class Published(Protocol):
+    """What was published with a model, as far as sampling goes."""
+
+    def sampling(self, asked: bool) -> "Sampling": ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Sampling:
         top_k: int | None = None,
         *,
         before: "Sampling | None" = None,
-        published: "GenerationConfig | None" = None,
+        published: Published | None = None,
     ) -> "Sampling":
         """Greedy unless asked otherwise; asking for top_p, top_k or a seed asks for sampling, at temperature 1.
 

@@ -241,13 +241,24 @@ class Settings(BaseSettings):
             row, source = table()[name], data["sources"][name]
             given = os.environ[row.env] if source.kind == "environment" else data[name]
             raise UsageError(f"{row.named(source, given)} is {given!r}; allowed: {row.allowed}") from None
-        off = not settings.mem_watchdog and settings.named("mem_watchdog")
-        for name, source in settings.sources.items():
-            if off and source.kind == "flag" and name.startswith("mem_") and name != "mem_watchdog":
-                raise UsageError(
-                    f"{settings.named(name)} has no effect without the watchdog ({off}); leave one of them out"
-                )
+        settings._refuse_without_effect()
         return settings
+
+    def _refuse_without_effect(self) -> None:
+        """What a flag asks for has an effect; variables and files are for other commands too."""
+        off, fixed = not self.mem_watchdog, not self.shrink_on_soft
+        for name in (name for name, source in self.sources.items() if source.kind == "flag"):
+            of_shrinking = name == "min_chunk" or (name == "shrink_on_soft" and self.shrink_on_soft)
+            if off and (of_shrinking or (name.startswith("mem_") and name != "mem_watchdog")):
+                raise UsageError(
+                    f"{self.named(name)} has no effect without the watchdog ({self.named('mem_watchdog')}); "
+                    "leave one of them out"
+                )
+            if fixed and name == "min_chunk":
+                raise UsageError(
+                    f"{self.named(name)} has no effect where nothing shrinks ({self.named('shrink_on_soft')}); "
+                    "leave one of them out"
+                )
 
     def outputs(self) -> list[Output]:
         """The files that these settings ask for."""

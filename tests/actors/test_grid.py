@@ -31,9 +31,9 @@ from tiny import make_model
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.actors.shard import BandActor, WorkerSpec
+from xlstm_ray.choose import share_of_cpus
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, StateError, UsageError
-from xlstm_ray.launch import share_of_cpus
 from xlstm_ray.layout import Band
 from xlstm_ray.supervisor.records import Head, all_heads, session_of
 from xlstm_ray.supervisor.start import HeadOptions, start_head

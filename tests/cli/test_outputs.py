@@ -12,7 +12,7 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
-from xlstm_ray.engine.guard import TILE_COLUMNS
+from xlstm_ray.engine.logs import TILE_COLUMNS
 from xlstm_ray.errors import OutputError
 from xlstm_ray.files import LOG, PICTURE, STALE_S, write_whole
 from xlstm_ray.memory.watchdog import LOG_COLUMNS

@@ -26,6 +26,9 @@ def doctor(
 ) -> None:
     """Show what this machine has, and with --kernels what a model's kernels take on Apple's GPU."""
     settings = Settings.make(**asked)
+    given = next((name for name, value in asked.items() if value is not None and name in table()), None)
+    if given and not kernels:
+        raise UsageError(f"{settings.named(given)} is of the table of kernels: add --kernels, or leave it out")
     from xlstm_ray.measure.doctor import kernel_report, machine
 
     facts: dict[str, Any] = {"machine": machine()}
@@ -44,11 +47,11 @@ def doctor(
 def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show every setting, its value and where it came from."""
     settings = Settings.make(**asked)
-    from xlstm_ray.choose import choose_setup, explain
+    from xlstm_ray.choose import choose_setup
 
     choose_setup(settings)
     with leave_at_once():
-        import torch  # noqa: F401
+        from xlstm_ray.plan import explain
     rows = {}
     for name, (value, source) in explain(settings).items():
         row = table()[name]

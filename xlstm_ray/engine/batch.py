@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine import driver
-from xlstm_ray.engine.driver import Progress, Snapshot, Tokens
+from xlstm_ray.engine.driver import NO_HOOKS, Hooks, Progress, Sizes, Snapshot, Tokens
 from xlstm_ray.engine.windows import Group
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor
@@ -74,20 +74,14 @@ def prefill_groups(
     groups: Sequence[Group],
     *,
     start: Snapshot,
-    sizes: Callable[[], tuple[int, int]],
+    sizes: Callable[[], Sizes],
     all_logits: bool = False,
-    keep_every: int | None = None,
-    on_snapshot: Callable[[Snapshot], object] | None = None,
-    on_group: Callable[[Group, BatchOutcome], object] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_window: Callable[[Callable[[], Snapshot]], object] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    resize: Callable[[], tuple[int, int]] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> BatchOutcome:
     """As driver.prefill, for each group in turn; snapshots, progress and the outcome are those of all rows.
 
-    sizes: the tile and chunk size of now, asked where a group begins. on_group is called with each group that is done,
-    at once for those that `start` has whole. A stopped run leaves the groups after it as they were.
+    sizes: those of now, asked where a group begins. hooks.on_group is called with each group that is done and the
+    outcome so far, at once for those that `start` has whole. A stopped run leaves the groups after it as they were.
     """
     begin, end = start.consumed, [len(row) for row in rows]
     whole = Whole(start)
@@ -98,19 +92,19 @@ def prefill_groups(
     def snapshot(group: Group, part: Snapshot) -> None:
         nonlocal unsaved
         now = whole.put(group.rows, part)
-        if on_snapshot is not None:
-            on_snapshot(now)
+        if hooks.on_snapshot is not None:
+            hooks.on_snapshot(now)
         unsaved = 0
 
     def report(p: Progress) -> None:
-        assert on_progress is not None
+        assert hooks.on_progress is not None
         done = p.tokens_done - p.tokens_resumed + sum(whole_begin)
         tiles = p.tiles_done + len(outcome.tile_seconds)
-        on_progress(Progress(done, sum(end), tiles, p.tile_seconds, perf_counter() - started, sum(begin)))
+        hooks.on_progress(Progress(done, sum(end), tiles, p.tile_seconds, perf_counter() - started, sum(begin)))
 
     def window(group: Group, bring: Callable[[], Snapshot]) -> None:
-        assert on_window is not None
-        on_window(lambda: whole.put(group.rows, bring()))
+        assert hooks.on_window is not None
+        hooks.on_window(lambda: whole.put(group.rows, bring()))
 
     for group in sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows)):
         new = any(begin[b] < end[b] for b in group.rows)
@@ -121,6 +115,12 @@ def prefill_groups(
             part = take(start, group.rows, group.size)
             executor.set_state(part.tensors if any(part.consumed) else None, group.size)
             tile_size, chunk_size = sizes()
+            own_hooks = replace(
+                hooks,
+                on_snapshot=hooks.on_snapshot and partial(snapshot, group),
+                on_progress=hooks.on_progress and report,
+                on_window=hooks.on_window and partial(window, group),
+            )
             run = driver.prefill(
                 executor,
                 own,
@@ -128,12 +128,7 @@ def prefill_groups(
                 tile_size=tile_size,
                 chunk_size=chunk_size,
                 all_logits=all_logits,
-                keep_every=keep_every,
-                on_snapshot=None if on_snapshot is None else lambda s, g=group: snapshot(g, s),  # type: ignore[misc]
-                on_progress=None if on_progress is None else report,
-                on_window=None if on_window is None else partial(window, group),
-                should_stop=should_stop,
-                resize=resize,
+                hooks=own_hooks,
             )
             if run.lost is None or run.end.tensors:
                 outcome.end = whole.put(group.rows, run.end)
@@ -148,11 +143,11 @@ def prefill_groups(
                 outcome.ready_s[b], outcome.group_s[b] = outcome.seconds, run.seconds
             if run.lost or any(outcome.end.consumed[b] < end[b] for b in group.rows):
                 break
-            if on_snapshot is not None and keep_every is not None and unsaved >= keep_every:
-                on_snapshot(whole.now)
+            if hooks.on_snapshot is not None and hooks.keep_every is not None and unsaved >= hooks.keep_every:
+                hooks.on_snapshot(whole.now)
                 unsaved = 0
-        if on_group is not None:
-            on_group(group, replace(outcome, end=whole.now))
+        if hooks.on_group is not None:
+            hooks.on_group(group, replace(outcome, end=whole.now))
     if all_logits:
         nothing = torch.empty(0, outcome.end.logits.shape[1])
         outcome.all_logits = [logits.get(b, nothing) for b in range(len(rows))]

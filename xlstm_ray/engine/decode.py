@@ -34,6 +34,15 @@ class Together:
     done: bool = False
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a prefill leaves to decode from. seen: how many tokens the state has seen, a row."""
+
+    state: dict[str, Tensor]  # the executor has it where there is one row
+    logits: Tensor  # (B, vocabulary)
+    seen: Sequence[int]
+
+
 class Decoder:
     """Decodes from an executor's state; counts tokens and time.
 
@@ -41,8 +50,7 @@ class Decoder:
     Which row stands where in a call hangs on its group and on which of its rows go on, and on nothing before: so a run
     that is stopped and resumed makes the same calls.
 
-    state, logits (B, vocabulary): what the prefill left; the executor has it where there is one row. seen: how many
-    tokens the state has seen, a row. warm_up: compiles decoding for so many rows, and returns the seconds it took.
+    eos: end tokens. warm_up: compiles decoding for so many rows, and returns the seconds it took.
     After the iteration `tokens` holds what was made, a row, without the end token, `ended_by` that end token or None,
     and `logits` those after each row's last token that the state has seen, a tensor (vocabulary,) a row.
     """
@@ -50,28 +58,27 @@ class Decoder:
     def __init__(
         self,
         executor: Executor,
-        state: dict[str, Tensor],
-        logits: Tensor,
+        start: Start,
         sampling: Sampling,
         eos: tuple[int, ...],
         *,
-        seen: Sequence[int],
         model: Path,
         warm_up: Callable[[int], float],
     ):
         self._model, self._warm_up = model, warm_up
         self._executor, self._sample, self._eos = executor, sampling.sampler(), eos
+        logits = start.logits
         batch = len(logits)
         self.logits = list(logits)
         self._call = list(range(batch)), logits  # the rows of the last call that were active, and their logits
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self._behind = [False] * batch  # rows whose last token the state has not seen
-        self._seen = seen
+        self._seen = start.seen
         self.ended_by: list[int | None] = [None] * batch
         self.groups = [Together(range(n, min(n + GROUP_SIZES[-1], batch))) for n in range(0, batch, GROUP_SIZES[-1])]
         self.now = self.groups[0]  # the one that the last step was of
         self.compile_s = 0.0
-        self._whole = Whole(Snapshot([0] * batch, logits.new_empty(batch, 0), state))  # logits are kept beside
+        self._whole = Whole(Snapshot([0] * batch, logits.new_empty(batch, 0), start.state))  # logits are kept beside
         self._places = [0] if batch == 1 else []  # the rows that the executor has, in its order
 
     def run(self, max_new_tokens: int, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[int | None]]:

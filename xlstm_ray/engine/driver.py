@@ -5,13 +5,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xlstm_ray.engine.windows import Window, plan_windows
+from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor, Tile
+
+
+class Sizes(NamedTuple):
+    """Tokens of a tile and of a chunk."""
+
+    tile: int
+    chunk: int
 
 
 class Tail:
@@ -76,6 +84,28 @@ class Outcome:
     lost: GridLost | None = None  # why it ended early, at its last snapshot
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What a run of the driver asks and tells on its way.
+
+    Every keep_every windows the state is brought here, for on_snapshot and for the case that the grid is lost: then the
+    outcome is that of the last one. on_window is given, after a window whose state can be had cheaply, what brings the
+    snapshot of its end here. next is asked before every window for the sizes of the windows from there on, which lie on
+    the absolute grid of these sizes; None: there is to be none, and what has been submitted by then is finished, so the
+    state is that of a window's end. on_group is told of each group of a batch that is done.
+    """
+
+    keep_every: int | None = None
+    on_snapshot: Callable[[Snapshot], object] | None = None
+    on_group: Callable[[Group, Any], object] | None = None
+    on_progress: Callable[[Progress], object] | None = None
+    on_window: Callable[[Callable[[], Snapshot]], object] | None = None
+    next: Callable[[], Sizes | None] | None = None
+
+
+NO_HOOKS = Hooks()
+
+
 def make_tile(window: Window, rows: Sequence[Tokens], begin: Sequence[int], *, keep: bool) -> Tile:
     """The window's tokens; rows: int64 prompts, begin: a row's first token that is not in the state yet."""
     tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
@@ -94,20 +124,11 @@ def prefill(
     tile_size: int,
     chunk_size: int,
     all_logits: bool = False,
-    keep_every: int | None = None,
-    on_snapshot: Callable[[Snapshot], object] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    on_window: Callable[[Callable[[], Snapshot]], object] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    resize: Callable[[], tuple[int, int]] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> Outcome:
     """Consume what is new of every row; the executor has been given the state of `start`, and moves on.
 
-    rows: prompts, 1-D int64 on the CPU. Every keep_every windows the state is brought here, for on_snapshot and for
-    the case that the grid is lost: then the outcome is that of the last one. should_stop is asked before every window;
-    what has been submitted by then is finished, so the state is that of a window's end. resize is asked after it: the
-    tile and chunk size of the windows from there on, which lie on the absolute grid of these sizes. on_window is given,
-    after a window whose state can be had cheaply, what brings the snapshot of its end here.
+    rows: prompts, 1-D int64 on the CPU.
     """
     begin, end = start.consumed, [len(row) for row in rows]
     consumed, last = list(begin), start
@@ -118,22 +139,23 @@ def prefill(
     whole: dict[int, bool] = {}
 
     def tiles() -> Iterator[Tile]:
-        sizes = tile_size, chunk_size
+        sizes = Sizes(tile_size, chunk_size)
         plan = plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size)
         for number in count():
             window = next(plan, None)
-            if window is None or should_stop():
+            now = hooks.next() if window is not None and hooks.next is not None else sizes
+            if window is None or now is None:
                 return
-            if resize is not None and (now := resize()) != sizes:
+            if now != sizes:
                 sizes = now
                 rest = [max(b, window.start) for b in begin]
-                plan = plan_windows(rest, end, tile_size=sizes[0], chunk_size=sizes[1])
+                plan = plan_windows(rest, end, tile_size=sizes.tile, chunk_size=sizes.chunk)
                 window = next(plan)
             window = window._replace(number=number)
-            keep = keep_every is not None and (window.number + 1) % keep_every == 0
+            keep = hooks.keep_every is not None and (window.number + 1) % hooks.keep_every == 0
             tile = make_tile(window, rows, begin, keep=keep)
             submitted[window.number] = window, tile
-            whole[window.number] = window.size == sizes[0] and bool(((tile.last - tile.first) == window.size).any())
+            whole[window.number] = window.size == sizes.tile and bool(((tile.last - tile.first) == window.size).any())
             yield tile
 
     started = perf_counter()
@@ -149,19 +171,20 @@ def prefill(
                         pieces[b].append(result.logits[b, first:end_of_row].cpu())
             if result.state is not None:
                 last = Snapshot(list(consumed), _last_logits(executor, hidden, start, consumed), result.state)
-                if on_snapshot is not None:
-                    on_snapshot(last)
-            if on_window is not None and result.state is not None:
-                on_window(partial(replace, last))
-            elif on_window is not None and result.held is not None:
-                on_window(partial(_snapshot, executor, hidden, start, list(consumed), result.held))
+                if hooks.on_snapshot is not None:
+                    hooks.on_snapshot(last)
+            if hooks.on_window is not None and result.state is not None:
+                hooks.on_window(partial(replace, last))
+            elif hooks.on_window is not None and result.held is not None:
+                hooks.on_window(partial(_snapshot, executor, hidden, start, list(consumed), result.held))
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
             outcome.tile_whole.append(whole.pop(result.number))
             outcome.tile_tokens.append(int((tile.last - tile.first).clamp(min=0).sum()))
-            if on_progress is not None:
-                count_of = len(outcome.tile_seconds)
-                on_progress(Progress(sum(consumed), sum(end), count_of, result.seconds, outcome.seconds, sum(begin)))
+            if hooks.on_progress is not None:
+                done, number = sum(consumed), len(outcome.tile_seconds)
+                times = result.seconds, outcome.seconds
+                hooks.on_progress(Progress(done, sum(end), number, *times, sum(begin)))
         logits = _last_logits(executor, hidden, start, consumed)
         outcome.seconds = perf_counter() - started
         outcome.end = Snapshot(consumed, logits, executor.get_state())

@@ -1,11 +1,11 @@
 """Generation: the pieces of text of an answer, step by step, and the state after it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from xlstm_ray.engine.decode import Decoder
+from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.decode import Decoder, Start
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.result import PrefillResult
 from xlstm_ray.engine.windows import group_size
@@ -14,50 +14,51 @@ from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.history import Row
 
-if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine
-
 
 class Generation:
     """What `generate` returns: iterate for pieces of text (one prompt) or lists of pieces (a batch)."""
 
     def __init__(
         self,
-        engine: "Engine",
+        core: Core,
         prefill: PrefillResult,
         sampling: Sampling,
         max_new_tokens: int,
         should_stop: Callable[[], bool],
         *,
+        end_tokens: tuple[int, ...],
         last: bool,
     ):
         self.prefill = prefill
         self.sampling = sampling
-        self._engine, self._limit, self._should_stop, self._last = engine, max_new_tokens, should_stop, last
+        self._core = core
+        self._limit, self._should_stop, self._last = max_new_tokens, should_stop, last
         before = prefill.state
         self._decoder = Decoder(
-            engine.executor,
-            {name: tensor for name, tensor in before.tensors.items() if name != "logits"},
-            prefill.logits,
+            core.running.executor,
+            Start(
+                {name: tensor for name, tensor in before.tensors.items() if name != "logits"},
+                prefill.logits,
+                before.tokens,
+            ),
             sampling,
-            engine.end_tokens,
-            seen=before.tokens,
-            model=engine.model_path,
+            end_tokens,
+            model=core.plan.model,
             warm_up=self._warm_up,
         )
-        self._streams = [engine.text.stream(row.end) for row in before.rows]
+        self._streams = [core.text.stream(row.end) for row in before.rows]
         self._pieces: list[list[str]] = [[] for _ in before.rows]
         self._finished: set[int] = set()  # rows whose text is at its end
         if prefill.complete and max_new_tokens > 1:  # before text is shown; smaller calls when they are wanted
-            self._decoder.compile_s = engine.warm_up(group_size(before.batch), [1])
-        self._run = engine._runs
+            self._decoder.compile_s = core.warm_up(group_size(before.batch), [1])
+        self._run = core.runs
         if prefill.complete:
-            engine._turn.begin(self)
+            core.turn.begin(self)
 
     def _warm_up(self, rows: int) -> float:
-        seconds = self._engine.warm_up(rows, [1])
+        seconds = self._core.warm_up(rows, [1])
         if seconds:
-            self._engine._on_phase("decoding")
+            self._core.on_phase("decoding")
         return seconds
 
     def rows(self) -> Iterator[list[str]]:
@@ -67,7 +68,7 @@ class Generation:
         steps = self._decoder.run(self._limit, self._should_stop)
         try:
             while True:
-                with self._engine._turn.of("step", self):
+                with self._core.turn.of("step", self):
                     self._require_own_state()
                     step = next(steps, None)
                 pieces = self._pieces_of(step)
@@ -76,7 +77,7 @@ class Generation:
                 if step is None:
                     return
         finally:
-            self._engine._turn.end(self)
+            self._core.turn.end(self)
 
     def _pieces_of(self, step: list[int | None] | None) -> list[str]:
         """What this step, or the end, adds to each row's text."""
@@ -109,7 +110,7 @@ class Generation:
     @property
     def stop_tokens(self) -> list[tuple[int, str] | None]:
         """The end token that ended each row and its text; None for a row that none has ended."""
-        text = self._engine.text
+        text = self._core.text
         return [None if token is None else (token, text.text_of(token)) for token in self._decoder.ended_by]
 
     def __iter__(self) -> Iterator[str]:
@@ -160,7 +161,7 @@ class Generation:
         before = self.prefill.state
         if not before.complete:
             return before
-        with self._engine._turn.of("state", self):
+        with self._core.turn.of("state", self):
             return self._state_after(before)
 
     def _state_after(self, before: RecurrentState) -> RecurrentState:
@@ -172,12 +173,12 @@ class Generation:
             rows.append(Row(tokens=row.tokens.extend(made), text=seen, end=stream.end()))
         tokens = [row.tokens.length for row in rows]
         snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), tensors)
-        return self._engine._state(snapshot, rows, True, before.grid, self.sampling)
+        return self._core.state(snapshot, rows, before.grid, self.sampling, complete=True)
 
     def _require_own_state(self) -> None:
         """An engine has one state at a time: after another prefill it is no longer this generation's."""
-        _ = self._engine.executor  # it may have been closed
-        if self._run != self._engine._runs:
+        _ = self._core.running.executor  # it may have been closed
+        if self._run != self._core.runs:
             raise UsageError(
                 "this generation's engine has begun another prompt since, so it cannot go on; "
                 "take its state() before that, and generate from it"

@@ -82,3 +82,46 @@ class Journal:
         if handle is not None:
             (self.directory / LOCK_FILE).unlink(missing_ok=True)
             os.close(handle)
+
+
+class Kept:
+    """What is kept of runs on their way: snapshots in a journal, where one is asked for; the state at the end of the
+    last window; and what was asked for and could not be written."""
+
+    def __init__(self, journal: Journal | None):
+        self.journal = journal
+        self._failures: list[str] = []
+        self._bring: Callable[[], RecurrentState] | None = None
+
+    @property
+    def failures(self) -> list[str]:
+        """Logs that are not whole, and a journal whose last snapshot could not be written."""
+        last = self.journal.failure if self.journal is not None else None
+        return [*self._failures, *([last] if last else [])]
+
+    def failed(self, text: str) -> None:
+        """A file is not whole."""
+        self._failures.append(text)
+
+    def begin(self, size: int) -> None:
+        """Before a prefill whose states take `size` bytes; raises as Journal.begin."""
+        self._bring = None
+        if self.journal is not None:
+            self.journal.begin(size)
+
+    def write(self, state: RecurrentState) -> None:
+        """Into the journal, where there is one."""
+        if self.journal is not None:
+            self.journal.write(state)
+
+    def hold(self, bring: Callable[[], RecurrentState]) -> None:
+        """What brings the state at the end of a window here."""
+        self._bring = bring
+
+    def forget(self) -> None:
+        """The run has ended as it should."""
+        self._bring = None
+
+    def last(self) -> RecurrentState | None:
+        """The state at the last window's end; None: there is none."""
+        return None if self._bring is None else self._bring()

@@ -3,11 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import NamedTuple
 
 from torch import Tensor
 
+from xlstm_ray.engine.batch import BatchOutcome
 from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.launch import Running
+from xlstm_ray.memory.sample import peak_device_bytes, peak_process_bytes
 from xlstm_ray.state import RecurrentState
+
+
+class Beside(NamedTuple):
+    """What a run took beside its windows, in seconds. paused_s: part of compile_s, after the first window."""
+
+    compile_s: float = 0.0
+    paused_s: float = 0.0
+    first_s: float = 0.0  # cutting the prompt into tokens, and choosing the first one
+
+
+NOTHING = Beside()
 
 
 @dataclass
@@ -30,6 +45,36 @@ class Statistics:
     peak_process_bytes: int = 0  # the largest resident size of this process
     peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
     launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
+
+    @classmethod
+    def of(
+        cls,
+        row_tokens: list[int],
+        row_resumed: list[int],
+        running: Running,
+        outcome: BatchOutcome | None = None,
+        beside: Beside = NOTHING,
+    ) -> "Statistics":
+        """The figures of a run, so far; without an outcome where nothing was computed."""
+        seconds = outcome.seconds if outcome else 0.0
+        nothing, device = [0.0] * len(row_tokens), running.plan.own_device
+        return cls(
+            row_tokens,
+            row_resumed,
+            beside.compile_s,
+            prefill_s=seconds - beside.paused_s,
+            ttft_s=seconds + beside.first_s,
+            peak_memory_bytes=running.executor.peak_memory_bytes,
+            tile_seconds=outcome.tile_seconds if outcome else [],
+            restarts=running.executor.restarts if outcome else 0,
+            tile_tokens=outcome.tile_tokens if outcome else [],
+            tile_whole=outcome.tile_whole if outcome else [],
+            row_ttft_s=[s + beside.first_s for s in outcome.ready_s] if outcome else nothing,
+            row_prefill_s=outcome.group_s if outcome else nothing,
+            peak_process_bytes=peak_process_bytes(),
+            peak_device_bytes=peak_device_bytes(device) if device is not None and device.type != "cpu" else None,
+            launches=running.launches.total if running.launches and outcome else None,
+        )
 
     def of_rows(self, rows: Sequence[int]) -> "Statistics":
         """The figures of some rows, of which the times are those of the last one's group; the rest is the run's."""

@@ -4,6 +4,9 @@
 tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls back to eager or to another device.
 """
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -37,6 +40,20 @@ def require_compile_cache() -> None:
             f"the compile cache {directory} cannot be written ({err.strerror}); set TORCHINDUCTOR_CACHE_DIR to a "
             "directory that can, or use --chunkwise-backend native, the slow eager reference"
         ) from None
+
+
+def require_compiler(backend: str, device: torch.device) -> None:
+    """Inductor needs its cache, and on the CPU builds C++; say so before anything is loaded where it cannot."""
+    require_compile_cache()
+    if device.type != "cpu":
+        return
+    # As Inductor looks for it, which takes a second and 70 MiB to import: on Ray, this process does not compile.
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
+        raise KernelError(
+            f"--chunkwise-backend {backend} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
+            "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
+        )
 
 
 def compile_strict(

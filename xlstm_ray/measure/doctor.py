@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from xlstm_ray import __version__
-from xlstm_ray.choose import choose_backend, choose_device, choose_grid, choose_model, choose_steps
+from xlstm_ray.choose import choose_backend, choose_device, choose_dtype, choose_model, choose_sizes, choose_steps
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
@@ -55,20 +55,20 @@ def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     config_file = choose_model(settings) / "config.json"
     config = ModelConfig.from_file(config_file)
     backend = choose_backend(settings, config, config_file)
-    grid = choose_grid(settings, backend, config, device)
+    tile, chunk, heads = choose_sizes(settings, config, device.type)
     if not backend.compiled:
         raise UsageError(f"--chunkwise-backend is {backend.name!r}, which compiles no kernels; leave it out")
-    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    steps = choose_steps(settings, backend, config, grid.heads_per_band, dtype, device)
-    bands = len(make_grid(config, heads_per_band=grid.heads_per_band)[0])
+    dtype = choose_dtype(settings, device, torch.bfloat16, lambda _: True).dtype
+    steps = choose_steps(settings, backend, config, heads, dtype, device)
+    bands = len(make_grid(config, heads_per_band=heads)[0])
     windows = metal_kernels(
         config,
         backend,
         dtype=dtype,
         batch=1,
-        windows=sorted({grid.tile_size, grid.chunk_size, 1}, reverse=True),
-        chunk_size=grid.chunk_size,
-        heads_per_band=grid.heads_per_band,
+        windows=sorted({tile, chunk, 1}, reverse=True),
+        chunk_size=chunk,
+        heads_per_band=heads,
         t_inner=steps.t_inner,
     )
     figures: dict[str, Any] = {
@@ -156,7 +156,7 @@ def metal_kernels(
 
 
 def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> Weights:
-    """An sLSTM block's weights of one band, with no values, on mps; what it shares with an mLSTM block is that's."""
+    """An sLSTM block's weights of one band, with no values, on mps. What an mLSTM block has too has its shapes."""
     dh, empty = config.dh, partial(torch.empty, device="mps")
     own = {
         "gates": empty(heads, 4 * dh, dh),

@@ -21,16 +21,15 @@ from typing import Any
 import torch
 
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import choose_dtype, choose_grid, choose_model, choose_workers
+from xlstm_ray.choose import choose_dtype, choose_model, choose_sizes, choose_workers
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.windows import plan_windows
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.files import MIB
-from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.child import Child
 from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
-from xlstm_ray.memory.need import BlockTensors, Call, Loaded, Need, computed_need
+from xlstm_ray.memory.need import PROGRAM, BlockTensors, Call, Loaded, Need, computed_need
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
 from xlstm_ray.settings import Settings
@@ -38,7 +37,6 @@ from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, expected_tensors, items
 
 LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
 SLSTM_STEP_S = 10e-6  # assumed: a token's step of an sLSTM block, which waits for the one before
-BASE = 400 * MIB  # interpreter, torch and compiler, as measured on Linux
 METAL_SHARE = 0.75  # of a Mac's memory: what Metal recommends for its GPU, about (2/3 of small ones)
 UNKNOWN = (
     "other work on the machine, a device that slows down when it is hot, the disk (loading), and what kernels that "
@@ -224,8 +222,7 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
     if not 1 <= machines <= blocks:
         raise UsageError(f"--machines is {machines}; allowed: 1 to {blocks}, the model's blocks")
     backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
-    grid = choose_grid(settings, chunkwise_backend(backend), model.config, torch.device(kind))
-    tile, chunk, heads = grid.tile_size, grid.chunk_size, grid.heads_per_band
+    tile, chunk, heads = choose_sizes(settings, model.config, kind)
     device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
     room = int(min(settings.mem_hard_pct, METAL_SHARE if kind == "mps" else 1.0) * device.memory)
     if kind == "cpu":
@@ -237,7 +234,7 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
         device=kind,
         itemsize=model.dtype.itemsize,
         compiled=True,
-        base=0 if kind == "cuda" else BASE,
+        base=0 if kind == "cuda" else PROGRAM,
         weights=model.weights,
         largest_tensor=model.largest_tensor,
         tile=tile,

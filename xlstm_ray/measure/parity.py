@@ -30,9 +30,9 @@ from xlstm_ray.kernels import (
 from xlstm_ray.kernels.compiled import compile_each, compile_strict
 from xlstm_ray.kernels.native import PAD_F, PAD_I, mlstm_sequence, slstm_sequence
 from xlstm_ray.layout import make_grid
-from xlstm_ray.model import EndWeights, Weights
+from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.worker import build_worker
 from xlstm_ray.settings import Settings
 
 B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens a window, windows one after the other, tokens a chunk
@@ -268,9 +268,9 @@ def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Ten
     """The model in float64 by the eager reference: logits (tokens, vocabulary), and the state after the last token."""
     cpu = torch.device("cpu")
     ((band,),) = make_grid(config, heads_per_band=config.num_heads)
-    blocks, ends = Checkpoint(directory, config).load(band, dtype=torch.float64, device=cpu)
     kernels = Kernels(CHUNKWISE_BACKENDS["native"], chunk_size=CHUNK, t_inner=T_INNER)
-    worker = Worker(config, band, [_widened(w) for w in blocks], EndWeights(*ends), kernels)
+    worker = build_worker(Checkpoint(directory, config), kernels, band, dtype=torch.float64, device=cpu)
+    worker.blocks = [_widened(w) for w in worker.blocks]
     worker.state = [_double(worker.fresh_state(n, 1)) for n in range(config.num_blocks)]
     first = torch.zeros(1, dtype=torch.long)
     x = worker.embed(torch.tensor([ids]))

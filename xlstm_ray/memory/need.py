@@ -12,6 +12,7 @@ from xlstm_ray.files import MIB
 # peaks are then 1.9 to 2.7 times what is alive.
 KEPT_BY_THREADS = 2.2
 WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while it is multiplied
+PROGRAM = 400 * MIB  # interpreter, torch and compiler, as measured on Linux: where no run is there to ask
 COMPILED_CODE = 60 * MIB  # what compiling leaves behind, beyond the compiler's own modules
 
 # What Ray takes beside the work, in proportional set sizes of Ray 2.60 on Linux, rounded up: RUNBOOK

@@ -1,8 +1,8 @@
 """Limits of memory, and a thread that samples while a run goes on."""
 
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
-from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from xlstm_ray.csvlog import CsvLog
@@ -74,6 +74,39 @@ class Limits:
         return None
 
 
+class Event(NamedTuple):
+    """An actor, or all of a node's together, has gone over a limit that it was under before."""
+
+    who: str
+    level: Level
+    sample: Sample
+    limits: Limits
+    container: bool = False  # it is the node's container, with all that runs there
+
+    @property
+    def excess(self) -> int:
+        """By how many bytes the hard limit is passed."""
+        host = self.sample.process_bytes - self.limits.hard
+        return max(host, self.sample.device_driver_bytes - (self.limits.device_hard or 0)) if host <= 0 else host
+
+    @property
+    def text(self) -> str:
+        """The numbers, for a person."""
+        own = self.limits.device_hard if self.level == "hard" else self.limits.device_soft
+        used, limit, where = (
+            self.sample.process_bytes,
+            self.limits.hard if self.level == "hard" else self.limits.soft,
+            "",
+        )
+        if used <= limit and own is not None:
+            used, limit, where = self.sample.device_driver_bytes, own, " on the device"
+        return (
+            f"memory: {self.who}: {used / MIB:,.0f} MiB{where}, over the {self.level} limit of {limit / MIB:,.0f} MiB "
+            f"({self.sample.available_bytes / MIB:,.0f} of that node's {self.sample.total_bytes / MIB:,.0f} MiB are "
+            "available)"
+        )
+
+
 class Watchdog:
     """Samples memory on a thread while a block runs. The run asks `check` at its tile boundaries, where it can act.
 
@@ -93,8 +126,8 @@ class Watchdog:
     ):
         self.limits, self._device, self._poll_s, self._log = limits, device, poll_s, log
         self._actions, self._warn = actions, warn
-        self._lock, self._end = Lock(), Event()
-        self._thread = Thread(target=self._watch, name="memory watchdog", daemon=True)
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory watchdog", daemon=True)
         self._worst: tuple[int, Sample] | None = None  # since the last check
         self._warned = False
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.layout import Band
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
@@ -96,3 +97,10 @@ class Worker:
 
     def _calls(self, n: int, x: Tensor) -> Calls:
         return self.kernels.calls(self.shape, self.blocks[n], x.shape[0], x.shape[1])
+
+
+def build_worker(
+    checkpoint: Checkpoint, kernels: Kernels, shard: Band, *, dtype: torch.dtype, device: torch.device
+) -> Worker:
+    """The worker of one (stage, band), with its slice of the checkpoint."""
+    return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)

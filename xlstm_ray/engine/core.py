@@ -1,0 +1,73 @@
+"""What the calls of one engine share: what runs its plan, its texts, what it keeps, what is compiled by now."""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.journal import Kept
+from xlstm_ray.engine.turn import Turn
+from xlstm_ray.launch import Running
+from xlstm_ray.memory.sample import take_sample
+from xlstm_ray.plan import RunPlan
+from xlstm_ray.sampling import Sampling
+from xlstm_ray.state import Grid, RecurrentState
+from xlstm_ray.text.history import Row
+from xlstm_ray.text.tokenizer import Text
+
+
+class Core:
+    """A loaded model, as prefill and generation see it. turn: who may use it.
+
+    on_phase: told what begins that may take long. on_note: told what a person should know of a run that goes on.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        running: Running,
+        kept: Kept,
+        text: Text,
+        turn: Turn,
+        *,
+        on_phase: Callable[[str], object],
+    ):
+        self.plan, self.running, self.kept = plan, running, kept
+        self.text, self.turn, self.on_phase = text, turn, on_phase
+        self.on_note: Callable[[str], None] = lambda text: None
+        self.fingerprint = ""  # of the model; known when its weights have been read
+        self.runs = 0  # counts what the executor's one state has been given to
+        self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
+        self.logs: set[str] = set()  # what has been written by an earlier run
+
+    def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
+        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
+        started, chunk = perf_counter(), self.running.chunk_size
+        missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
+        if not missing or not self.plan.warms_up:
+            return 0.0
+        sizes_text = " and ".join(map(str, missing))
+        self.on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s where that is new here)")
+        self.running.executor.warm_up(batch, missing)
+        self.warm |= {(batch, size, chunk) for size in missing}
+        return perf_counter() - started
+
+    def state(
+        self, snapshot: Snapshot, rows: list[Row], grid: Grid, sampling: Sampling | None, *, complete: bool
+    ) -> RecurrentState:
+        """What a snapshot is to the outside."""
+        return RecurrentState(
+            {**snapshot.tensors, "logits": snapshot.logits},
+            tokens=snapshot.consumed,
+            prompt_hash=[row.tokens.hash for row in rows],
+            rows=rows,
+            sampling=sampling,
+            model=self.fingerprint,
+            grid=grid,
+            complete=complete,
+        )
+
+    def between_pieces(self, done: int, characters: int) -> None:
+        """Between two pieces of a long text: how far it is, and whether there is memory for more."""
+        if done < characters:
+            self.on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
+        self.plan.room.require_under_limit(take_sample(), "cuts the prompt into tokens")

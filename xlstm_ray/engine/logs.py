@@ -1,0 +1,86 @@
+"""The CSV files of a prefill, and what a dashboard shows of it."""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from xlstm_ray.csvlog import CsvLog
+from xlstm_ray.engine.driver import Progress, Sizes
+from xlstm_ray.errors import UsageError
+from xlstm_ray.memory.sample import take_sample
+from xlstm_ray.memory.watchdog import LOG_COLUMNS
+from xlstm_ray.plan import LogFile
+
+TILE_COLUMNS = (
+    "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
+)
+
+
+class Metrics(Protocol):
+    """What a dashboard is told."""
+
+    def progress(self, done: int, total: int) -> None: ...
+    def tile(self, tokens: int, seconds: float, under_way: int) -> None: ...
+    def memory(self, actor: str, process_bytes: int, device_bytes: int) -> None: ...
+
+
+class RunLogs:
+    """Opened for one prefill: emptied by an engine's first one, lengthened by the next.
+
+    written: the logs that an earlier one wrote; this one adds its own. failed: told at the end of a file that is not
+    whole. Raises UsageError for a file that cannot be written.
+    """
+
+    def __init__(self, asked: dict[str, LogFile], written: set[str], failed: Callable[[str], object]):
+        self._written, self._failed, self._files, self._done = written, failed, ExitStack(), 0
+        try:
+            self._tiles = self._open(asked, "stats_log", TILE_COLUMNS)
+            self.memory = self._open(asked, "mem_log", LOG_COLUMNS)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def __enter__(self) -> "RunLogs":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def progress(self, p: Progress, sizes: Sizes, metrics: Metrics | None, device: torch.device | None) -> None:
+        """A tile is done. device: that this process works on; None where actors do, which are told of elsewhere."""
+        if self._tiles is None and metrics is None:
+            return
+        sample = take_sample(device)
+        if metrics is not None:
+            metrics.progress(p.tokens_done, p.tokens_total)
+            if device is not None:
+                metrics.tile(p.tokens_done - self._done, p.tile_seconds, 1)
+                metrics.memory(f"process {os.getpid()}", sample.process_bytes, sample.device_driver_bytes)
+            self._done = p.tokens_done
+        if self._tiles is not None:
+            row = p.tiles_done, p.tokens_done, p.tokens_total, p.tile_seconds, p.seconds
+            self._tiles.row(*row, *sizes, sample.process_bytes, sample.device_driver_bytes)
+
+    def _open(self, asked: dict[str, LogFile], name: str, columns: Iterable[str]) -> CsvLog | None:
+        if name not in asked:
+            return None
+        path, named, overwrite = asked[name]
+        try:
+            log = CsvLog(path, columns, append=name in self._written, overwrite=overwrite)
+        except OSError as err:
+            raise UsageError(f"{named} {path}: cannot be written ({err.strerror})") from None
+        self._written.add(name)
+
+        def close() -> None:
+            log.close()
+            if log.failure:
+                self._failed(f"{named} {path}: is not whole ({log.failure.strerror})")
+
+        self._files.callback(close)
+        return log

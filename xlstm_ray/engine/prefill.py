@@ -1,0 +1,211 @@
+"""One prefill: rows of tokens, group after group through the driver; its snapshots, its memory, its result."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter, time
+
+import torch
+
+from xlstm_ray.engine.batch import BatchOutcome, prefill_groups, take
+from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.decode import require_finite
+from xlstm_ray.engine.driver import Hooks, Progress, Sizes, Snapshot
+from xlstm_ray.engine.guard import MemoryGuard, Stop
+from xlstm_ray.engine.logs import RunLogs
+from xlstm_ray.engine.result import Beside, PrefillResult, Statistics
+from xlstm_ray.engine.resume import Going
+from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
+from xlstm_ray.errors import MemoryLimitError
+from xlstm_ray.memory.watchdog import Watchdog
+from xlstm_ray.state import RecurrentState
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caller wants of a prefill; as in Engine.prefill."""
+
+    all_logits: bool = False
+    on_progress: Callable[[Progress], object] | None = None
+    on_ready: Callable[[int, PrefillResult], object] | None = None
+    should_stop: Callable[[], bool] = lambda: False
+    on_snapshot: Callable[[RecurrentState], object] | None = None
+
+
+class Prefill:
+    """A prefill on its way. state: that the rows go on from. encode_s: what cutting them into tokens took."""
+
+    def __init__(self, core: Core, going: list[Going], state: RecurrentState | None, asked: Asked, encode_s: float):
+        self._core, self._going, self._asked, self._encode_s = core, going, asked, encode_s
+        self._rows = [one.tokens for one in going]
+        self._ends, self._begin = [len(row) for row in self._rows], [one.seen for one in going]
+        plan = core.plan
+        self._begun = list(state.begun or state.tokens) if state is not None else self._begin
+        self._sampling = None if state is None else state.sampling
+        self._start = Snapshot(self._begin, torch.zeros(len(going), plan.config.vocab_size), {})
+        if state is not None:
+            self._start = Snapshot(self._begin, state.tensors["logits"], state.tensors)
+        mixed = state is not None and state.grid != plan.grid and any(self._begin)
+        self._grid = plan.grid.model_copy(update={"mixed": mixed})  # of what comes next
+        self._groups = plan_groups(
+            self._begun, self._ends, tile_size=plan.grid.tile_size, chunk_size=plan.grid.chunk_size
+        )
+        self._left = list(self._groups)  # that are not done
+        self._ended_by: MemoryLimitError | None = None
+        self._windows = 0
+        self._compile_s = 0.0  # of all sizes
+        self._paused_s = 0.0  # of it, for sizes that the run went on with
+
+    def run(self) -> PrefillResult:
+        """Raises MemoryLimitError where it cannot fit, before anything is computed; GridLost before any snapshot."""
+        core, plan, kept, asked = self._core, self._core.plan, self._core.kept, self._asked
+        calls = self._calls(self._groups, self._begun, self._sizes)
+        plan.room.require(len(self._rows), calls)
+        kept.begin(plan.config.state_file_bytes(len(self._rows)))
+        with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
+            guard = self._guard(logs, open_)
+            open_.callback(setattr, core.running, "chunk_size", plan.grid.chunk_size)
+            self._warm_up()
+            core.runs += 1
+            if core.running.launches is not None:
+                core.running.launches.total = 0
+            core.on_phase("prefill")
+            snapshots = kept.journal is not None or asked.on_snapshot is not None
+            outcome = prefill_groups(
+                core.running.executor,
+                self._rows,
+                self._groups,
+                start=self._start,
+                sizes=lambda: self._sizes,
+                all_logits=asked.all_logits,
+                hooks=Hooks(
+                    keep_every=plan.journal_every,
+                    on_snapshot=self._keep if snapshots else None,
+                    on_group=self._ready,
+                    on_progress=lambda p: self._progress(p, logs),
+                    on_window=lambda bring: kept.hold(lambda: self._state_at(bring())),
+                    next=lambda: self._next(guard),
+                ),
+            )
+        if outcome.lost and not outcome.end.tensors:
+            raise outcome.lost  # before the first snapshot: there is nothing to keep
+        chosen = perf_counter()
+        outcome.end.logits.argmax(-1).tolist()
+        stats = self._statistics(outcome, perf_counter() - chosen)
+        state = self._state_at(outcome.end)
+        kept.forget()  # what it holds is as large as a state
+        if not state.complete and not outcome.lost:
+            kept.write(state)
+        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or self._ended_by)
+
+    # -- between windows -----------------------------------------------------------------------------------------------
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self._grid.tile_size, self._grid.chunk_size)
+
+    def _guard(self, logs: RunLogs, open_: ExitStack) -> MemoryGuard | None:
+        core, watch, limits = self._core, self._core.plan.watch, self._core.plan.room.limits
+        if watch is None or limits is None:
+            return None
+        watchdog = Watchdog(
+            limits,
+            device=core.plan.own_device,
+            poll_s=watch.every_s,
+            actions=watch.actions,
+            warn=core.on_note,
+            log=logs.memory,
+        )
+        return MemoryGuard(
+            core.plan.room,
+            watch,
+            open_.enter_context(watchdog),
+            batch=len(self._rows),
+            events=core.running.events,
+            left=lambda sizes: self._calls(self._left, self._begin, sizes),
+            note=core.on_note,
+        )
+
+    def _next(self, guard: MemoryGuard | None) -> Sizes | None:
+        """The sizes of the next window; None: there is to be none."""
+        if self._asked.should_stop():
+            return None
+        for text in self._core.running.helpers_lost():
+            self._core.on_note(text)
+        if guard is not None:
+            verdict = guard.next(self._sizes)
+            if isinstance(verdict, Stop):
+                self._ended_by = verdict.error
+                return None
+            if verdict.sizes != self._sizes:
+                self._resize(verdict.sizes)
+        self._windows += 1
+        return self._sizes
+
+    def _resize(self, sizes: Sizes) -> None:
+        begun = self._windows > 0 or any(self._begin)
+        mixed = self._grid.mixed or begun
+        self._grid = self._grid.model_copy(update={"tile_size": sizes.tile, "chunk_size": sizes.chunk, "mixed": mixed})
+        self._core.running.chunk_size = sizes.chunk
+        self._core.on_note(
+            f"memory: tiles of {sizes.tile} tokens and chunks of {sizes.chunk} from here on"
+            + ("; the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
+        )
+        self._paused_s += self._warm_up()
+
+    def _warm_up(self) -> float:
+        """Compile the sizes of now; returns the seconds it took."""
+        seconds, (tile, chunk) = 0.0, self._sizes
+        for rows, size in self._left:
+            begin, ends = [self._begin[b] for b in rows], [self._ends[b] for b in rows]
+            seconds += self._core.warm_up(size, window_sizes(begin, ends, tile_size=tile, chunk_size=chunk))
+        self._compile_s += seconds
+        return seconds
+
+    def _calls(self, groups: Sequence[Group], begin: Sequence[int], sizes: Sizes) -> list[tuple[int, int]]:
+        """The shapes (rows, tokens) of the windows of these groups."""
+        return window_calls(groups, begin, self._ends, tile_size=sizes.tile, chunk_size=sizes.chunk)
+
+    # -- what is told and kept -----------------------------------------------------------------------------------------
+    def _progress(self, p: Progress, logs: RunLogs) -> None:
+        logs.progress(p, self._sizes, self._core.running.metrics, self._core.plan.own_device)
+        if self._asked.on_progress is not None:
+            self._asked.on_progress(p)
+
+    def _log_failed(self, text: str) -> None:
+        self._core.kept.failed(text)
+        self._core.on_note(text)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        state = self._state_at(snapshot)
+        self._core.kept.write(state)
+        if self._asked.on_snapshot is not None:
+            self._asked.on_snapshot(state)
+
+    def _ready(self, group: Group, outcome: BatchOutcome) -> None:
+        self._left.remove(group)
+        if self._asked.on_ready is None:
+            return
+        own, places = take(outcome.end, group.rows, len(group.rows)), group.rows
+        stats = self._statistics(outcome, 0.0).of_rows(places)
+        result = PrefillResult(self._state_at(own, places), own.logits, stats)
+        for n, b in enumerate(places):
+            self._asked.on_ready(b, result.row(n))
+
+    def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
+        """The figures so far, as the first token is chosen."""
+        beside = Beside(self._compile_s, self._paused_s, self._encode_s + chosen_s)
+        stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, beside)
+        stats.first_token_at = time()
+        return stats
+
+    def _state_at(self, snapshot: Snapshot, places: Sequence[int] | None = None) -> RecurrentState:
+        """What a snapshot of the rows at these places (none given: of all) is to the outside."""
+        places = range(len(self._rows)) if places is None else places
+        require_finite(snapshot.logits, self._core.plan.model)
+        for b, c in zip(places, snapshot.consumed, strict=True):
+            self._going[b].advance(c)
+        complete = snapshot.consumed == [self._ends[b] for b in places]
+        known = [self._going[b].known(self._core.text, complete=complete) for b in places]
+        made = self._core.state(snapshot, known, self._grid, self._sampling, complete=complete)
+        made.begun = None if complete else [self._begun[b] for b in places]
+        return made

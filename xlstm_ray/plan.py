@@ -1,0 +1,256 @@
+"""RunPlan: every choice of a run, made once from the settings and the model, before any weight is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.choose import (
+    ActorPlan,
+    AskedLimits,
+    Cluster,
+    Dtype,
+    Setup,
+    choose_actors,
+    choose_device,
+    choose_dtype,
+    choose_head,
+    choose_limits,
+    choose_setup,
+    choose_sizes,
+    choose_steps,
+    choose_streams,
+    choose_workers,
+    own_backend,
+)
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels import Backend
+from xlstm_ray.kernels.metal import Fit
+from xlstm_ray.layout import Band, make_grid
+from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
+from xlstm_ray.memory.room import Room
+from xlstm_ray.memory.sample import device_total_bytes, take_sample
+from xlstm_ray.memory.watchdog import Limits
+from xlstm_ray.settings import Settings, Source, table
+from xlstm_ray.state import Grid
+from xlstm_ray.supervisor.mode import Mode
+from xlstm_ray.supervisor.ports import is_loopback
+from xlstm_ray.supervisor.start import HeadOptions
+
+
+class Watch(NamedTuple):
+    """How memory is watched, and what a soft limit does."""
+
+    limits: AskedLimits
+    every_s: float
+    actions: tuple[str, ...]
+    shrinks: bool  # actors' kernels are compiled for one grid
+    least_chunk: int
+
+
+class LogFile(NamedTuple):
+    """A file that a prefill is to write. named: what errors call it."""
+
+    path: Path
+    named: str
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is and how it works. Where the workers are, only `mode` says, which nobody asks but launch."""
+
+    model: Path
+    config: ModelConfig
+    backend: Backend
+    mode: Mode
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str | None  # where it was measured
+    grid: Grid
+    layout: list[list[Band]]  # [stage][band]
+    workers: int  # threads that work on bands
+    streams: int  # on cuda, that they share
+    threads: int | None  # of torch's own, a worker; None: what there is, shared out
+    steps: Fit
+    warms_up: bool
+    journal_every: int | None  # windows between two snapshots; None: none are kept
+    actors: ActorPlan | None  # None: the workers are in this process
+    head: HeadOptions | None  # of ours; None: no head is started
+    watch: Watch | None  # of memory; None: it is not
+    logs: dict[str, LogFile]
+    room: Room
+
+    @property
+    def bands(self) -> int:
+        return len(self.layout[0])
+
+    @property
+    def stages(self) -> int:
+        return len(self.layout)
+
+    @property
+    def own_device(self) -> torch.device | None:
+        """The device that this process works on; None where actors do the work."""
+        return self.device if self.actors is None else None
+
+
+def choose_plan(
+    settings: Settings,
+    setup: Setup,
+    checkpoint: Checkpoint | None,
+    *,
+    base: Callable[[], int],
+    cluster: Cluster | None = None,
+    dtype: Dtype | None = None,
+) -> RunPlan:
+    """checkpoint: whose headers say what is stored; None: only config.json is there. base: what this process takes
+    before a model is loaded. cluster: that is attached to. dtype: chosen before, for other sizes.
+    """
+    config, backend, mode = setup.config, setup.backend, setup.mode
+    device = choose_device(settings, cluster)
+    sizes = choose_sizes(settings, config, device.type)
+    layout = make_grid(config, heads_per_band=sizes.heads, stages=settings.stages)
+    workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)
+    actors = len(layout) * len(layout[0])
+    head, local = choose_head(settings, mode, actors, device), mode is Mode.LOCAL
+    own_memory = device_total_bytes(device) if local else None
+    bounds = Limits.make(*limits, take_sample().total_bytes, own_memory) if settings.mem_watchdog else None
+    here = mode is Mode.MANAGED or (setup.head is not None and is_loopback(setup.head.address))
+
+    def room(dtype: torch.dtype) -> Room:
+        return Room(
+            Loaded(
+                config,
+                device=device.type,
+                itemsize=dtype.itemsize,
+                compiled=backend.compiled,
+                # On cuda the device's memory counts, and its context is not part of what is free.
+                base=base() if local and device.type != "cuda" else 0,
+                weights=checkpoint.weight_bytes(dtype) if checkpoint else 0,
+                largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
+                tile=sizes.tile,
+                chunk=sizes.chunk,
+                heads_per_band=sizes.heads,
+                workers=workers,
+                stages=settings.stages,
+            ),
+            device=device,
+            where="process" if local else "grid" if here else "elsewhere",
+            limits=bounds,
+            hard_name=limits.hard.name,
+            force=settings.force,
+            head=HEAD + DASHBOARD * settings.ray_dashboard if mode is Mode.MANAGED else 0,
+            watchdog=WATCHDOG if settings.mem_watchdog else 0,
+        )
+
+    def fits(dtype: torch.dtype) -> bool:
+        """Whether the model has room in this dtype; of other machines it is not known."""
+        return checkpoint is None or mode is Mode.ATTACHED or room(dtype).fits
+
+    stored = checkpoint.dtype if checkpoint else getattr(torch, config.dtype or "bfloat16")
+    found = dtype or choose_dtype(settings, device, stored, fits)
+    there = cluster.cpus if cluster else [float(head.num_cpus or 0)] if head else []
+    keeps = not local or (settings.journal or settings.resume) is not None
+    # On two H200 a snapshot costs 60 ms, and 64 tiles are played again in 3 s.
+    every = settings.journal_every or (64 if device.type == "cuda" else 16)
+    action = settings.mem_action
+    watch = Watch(limits, settings.mem_poll_ms / 1000, action, local and settings.shrink_on_soft, settings.min_chunk)
+    return RunPlan(
+        setup.model,
+        config,
+        backend,
+        mode,
+        device,
+        dtype=found.dtype,
+        dtype_reason=found.reason,
+        grid=Grid(
+            kernel=backend.kernel,
+            tile_size=sizes.tile,
+            chunk_size=sizes.chunk,
+            heads_per_band=sizes.heads,
+            dtype=found.name,
+        ),
+        layout=layout,
+        workers=workers,
+        streams=choose_streams(settings, workers, device) if local else 1,
+        threads=settings.threads,
+        steps=choose_steps(settings, backend, config, sizes.heads, found.dtype, device),
+        warms_up=settings.warmup and backend.compiled,
+        journal_every=every if keeps else None,
+        actors=None if local else choose_actors(settings, device, actors, there),
+        head=head,
+        watch=watch if settings.mem_watchdog else None,
+        logs={
+            name: LogFile(path, settings.named(name), settings.overwrite)
+            for name, path in (("stats_log", settings.stats_log), ("mem_log", settings.mem_log))
+            if path is not None and (name != "mem_log" or settings.mem_watchdog)
+        },
+        room=room(found.dtype),
+    )
+
+
+def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
+    """Every setting with the value that a run here would use, and where it came from or why it is used.
+
+    Of the model, config.json and the headers of its weights are read. A cluster is not asked what it has.
+    """
+    setup = choose_setup(settings)
+    there = any(setup.model.glob("*.safetensors"))
+    checkpoint = Checkpoint(setup.model, setup.config) if there else None
+    cluster = Cluster({}, [1.0]) if setup.head else None
+    plan = choose_plan(settings, setup, checkpoint, base=lambda: PROGRAM, cluster=cluster)
+    values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
+    values["model"] = plan.model, settings.source("model")
+    chosen = plan.grid.model_dump() | {"chunkwise_backend": plan.backend.name}
+    from_model = {"chunkwise_backend": plan.backend.name == own_backend(plan.config), "chunk_size": True}
+    for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
+        source = values[name][1]
+        if (
+            source.kind == "default"
+            and from_model.get(name)
+            and getattr(plan.config, name, chosen[name]) == chosen[name]
+        ):
+            source = Source("model", str(plan.model / "config.json"))
+        values[name] = chosen[name], source
+    if settings.device == "auto" and not setup.head:
+        values["device"] = plan.device.type, values["device"][1]
+    if settings.dtype == "auto" and not setup.head:
+        source = Source("measured", plan.dtype_reason) if plan.dtype_reason else values["dtype"][1]
+        values["dtype"] = plan.grid.dtype, source
+    for name, (value, reason) in _used(settings, plan, known=setup.head is None).items():
+        kind, where = settings.source(name)
+        values[name] = value, Source(kind, f"{where}; {reason}" if where else reason)
+    return values
+
+
+def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[Any, str]]:
+    """The values that are used otherwise than they stand in the settings, and why. known: no cluster decides."""
+    used: dict[str, tuple[Any, str]] = {}
+    actors = plan.stages * plan.bands
+    if plan.actors is not None:
+        used["workers"] = None, "each band has an actor"
+        if settings.threads is None and known:
+            used["threads"] = plan.actors.threads, f"the cores, shared out to {actors} actor(s)"
+    else:
+        if plan.workers != settings.workers:
+            used["workers"] = plan.workers, f"one a band at most: {settings.workers}, but {plan.bands} band(s)"
+        if settings.threads is None:
+            share = plan.workers if plan.bands > 1 else 1
+            used["threads"] = max(1, torch.get_num_threads() // share), f"the cores, shared out to {share} worker(s)"
+        if settings.streams is None and plan.device.type == "cuda" and plan.bands > 1:
+            used["streams"] = plan.streams, "one a thread"
+    if not plan.backend.unrolls(slstm=bool(plan.config.slstm_at)):
+        used["t_inner"] = None, f"{plan.backend.name} unrolls no steps of this model"
+    elif plan.steps.t_inner != settings.t_inner:
+        used["t_inner"] = plan.steps.t_inner, plan.steps.note or "Metal's limits"
+    if settings.journal_every is None and plan.journal_every is not None and known:
+        used["journal_every"] = plan.journal_every, f"by device, {plan.device.type}"
+    if plan.watch is None:
+        used["shrink_on_soft"] = False, "there is no watchdog"
+    elif settings.shrink_on_soft and not plan.watch.shrinks:
+        used["shrink_on_soft"] = False, "actors' kernels are compiled for one grid"
+    return used
