@@ -5,7 +5,7 @@
     train     corpus folder -> model folder (needs no network), with evaluation.json beside the weights
     evaluate  corpus folder and model folder -> the same figures again, at a chosen device and dtype
 
-The model is this project's own: the blocks are xlstm_ray.model.block over xlstm_ray.kernels.chunkwise, differentiated.
+The model is this project's own: its blocks are xlstm_ray.model's over xlstm_ray.kernels.chunkwise, differentiated.
 xlstm_ray/demo/README.md says where the two packages come from, and has the commands that made the model in it.
 """
 
@@ -596,18 +596,22 @@ class Model:
         import torch.nn.functional as F
 
         from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
-        from xlstm_ray.model import BandShape, block
+        from xlstm_ray.model import BandShape, feed, mix, whole_block
 
         B, T = tokens.shape
         chunk = self.config.chunk_size
         cell = partial(mlstm_chunkwise, chunk_size=chunk)
         shape = BandShape.of(self.config, self.config.num_heads)
+        block = whole_block(
+            lambda x, w, state, first, last: mix(x, w, state, first, last, shape, cell),
+            lambda x, w: feed(x, w, shape),
+        )
         first = torch.zeros(B, dtype=torch.int64, device=tokens.device)
         last = torch.full_like(first, T) if lengths is None else lengths
         x = F.embedding(F.pad(tokens, (0, -T % chunk)), self.ends.embedding)
         after = []
         for weights, before in zip(self.blocks, state or self.fresh_state(B), strict=True):
-            y, new = block(x, weights, before, first, last, shape, cell)
+            y, new = block(x, weights, before, first, last)
             x = x + F.dropout(y - x, drop) if drop else y
             after.append(new)
         return x[:, :T], after

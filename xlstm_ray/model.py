@@ -220,13 +220,16 @@ def slstm_mix(
     return slstm_out(h, w, x, s), state
 
 
-def block(
-    x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor, s: BandShape, cell: Cell
-) -> tuple[Tensor, State]:
-    """A whole mLSTM block where one band has all heads: the new residual stream (B, T, D) and state."""
-    y, state = mix(x, w, state, first, last, s, cell)
-    x = x + y
-    return x + feed(x, w, s), state
+def whole_block(mix: Callable[..., tuple[Tensor, AnyState]], feed: Callable[..., Tensor]) -> Callable:
+    """A block's two halves one after the other, where one band has all heads: (x, w, state, first, last) -> the new
+    residual stream (B, T, D) and state. mix: takes the same; feed: (x, w)."""
+
+    def block(x: Tensor, w: Weights, state: AnyState, first: Tensor, last: Tensor) -> tuple[Tensor, AnyState]:
+        y, state = mix(x, w, state, first, last)
+        x = x + y
+        return x + feed(x, w), state
+
+    return block
 
 
 def head_product(x: Tensor, head: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from xlstm_ray.model import (
     BlockWeights,
     SlstmWeights,
     Weights,
-    block,
     feed,
     few_rows_product,
     head_product,
@@ -25,6 +24,7 @@ from xlstm_ray.model import (
     slstm_in,
     slstm_mix,
     slstm_out,
+    whole_block,
 )
 
 
@@ -34,17 +34,6 @@ class Calls(NamedTuple):
     block: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> x, state; one band only
     mix: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> partial sum, state
     feed: Callable[..., Tensor]  # (x, w) -> partial sum
-
-
-def _whole(mix: Callable[..., tuple[Tensor, AnyState]], feed: Callable[..., Tensor]) -> Callable:
-    """A block's two halves one after the other, where one band has all heads."""
-
-    def block(x: Tensor, w: Weights, state: AnyState, first: Tensor, last: Tensor) -> tuple[Tensor, AnyState]:
-        y, state = mix(x, w, state, first, last)
-        x = x + y
-        return x + feed(x, w), state
-
-    return block
 
 
 class Kernels:
@@ -94,11 +83,14 @@ class Kernels:
 
         feed_call = build("feed", lambda x, w: feed(x, w, s))
         if self.backend.cell_inside(T):
-            return Calls(
-                build("block", lambda x, w, state, first, last: block(x, w, state, first, last, s, cell)),
-                build("mix", lambda x, w, state, first, last: mix(x, w, state, first, last, s, cell)),
-                feed_call,
-            )
+
+            def mix_whole(
+                x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor
+            ) -> tuple[Tensor, State]:
+                return mix(x, w, state, first, last, s, cell)
+
+            block = whole_block(mix_whole, lambda x, w: feed(x, w, s))
+            return Calls(build("block", block), build("mix", mix_whole), feed_call)
         before = build("mix_in", lambda x, w, first, last: mix_in(x, w, first, last, s))
         after = build("mix_out", lambda h, o, w: mix_out(h, o, w, s))
 
@@ -107,7 +99,7 @@ class Kernels:
             h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
             return after(h, o, w), state
 
-        return Calls(_whole(mix_call, feed_call), mix_call, feed_call)
+        return Calls(whole_block(mix_call, feed_call), mix_call, feed_call)
 
     def _slstm(self, s: BandShape, B: int, T: int) -> Calls:
         cell = self.backend.slstm_cell(T, t_inner=self.t_inner, compiler=self.compiler)
@@ -123,7 +115,9 @@ class Kernels:
             ) -> tuple[Tensor, SlstmState]:
                 return slstm_mix(x, w, state, first, last, s, cell)
 
-            return Calls(build("block", _whole(mix_one, lambda x, w: feed(x, w, s))), build("mix", mix_one), feed_call)
+            return Calls(
+                build("block", whole_block(mix_one, lambda x, w: feed(x, w, s))), build("mix", mix_one), feed_call
+            )
         before = build("in", lambda x, w, first, last: slstm_in(x, w, first, last, s))
         after = build("out", lambda h, w, like: slstm_out(h, w, like, s))
 
@@ -134,4 +128,4 @@ class Kernels:
             h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
             return after(h, w, x), state
 
-        return Calls(_whole(mix_call, feed_call), mix_call, feed_call)
+        return Calls(whole_block(mix_call, feed_call), mix_call, feed_call)
