@@ -83,7 +83,7 @@ SOAK = {"none": Fault((), TERM, (0,))}
 
 
 def command(home: Path, *words: object) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HOME": str(home), "XDG_STATE_HOME": "", "PYTHONPATH": str(ROOT)}
     environment.pop("XLSTM_RAY_LOCAL_MODE", None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*PROGRAM, *map(str, words)], env=environment, cwd=home, **pipes)

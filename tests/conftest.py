@@ -27,6 +27,7 @@ hypothesis.settings.load_profile("busy")
 # What Inductor has compiled is kept from one test run to the next: most of a first run is C++ compilation.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlstm-ray" / "tests" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+os.environ.pop("XDG_STATE_HOME", None)  # records of heads are under the HOME that a test gives
 
 # pytest listens to loggers that do not propagate, and torch writes a line for each step of a compilation to a listener.
 logging.getLogger("torch.__trace").propagate = True

@@ -1,21 +1,24 @@
 """Where this user's files of the program live: caches, compiled code, records of Ray heads."""
 
 import os
-import sys
 from getpass import getuser
 from pathlib import Path
 from tempfile import gettempdir
 
+from platformdirs import user_cache_path
+from platformdirs.unix import Unix
+
 from xlstm_ray.errors import RayError
+
+NAME = "xlstm-ray"
 
 
 def cache_dir() -> Path:
-    """Where this user's caches of the program live."""
-    given = os.environ.get("XDG_CACHE_HOME")
+    """Where this user's caches of the program live: XDG_CACHE_HOME, else where this system has caches."""
     try:
-        return Path(given or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")) / "xlstm-ray"
+        return user_cache_path(NAME)
     except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
-        return Path(gettempdir()) / f"xlstm-ray-{os.getuid()}"
+        return Path(gettempdir()) / f"{NAME}-{os.getuid()}"
 
 
 def compile_cache_dir() -> Path:
@@ -29,9 +32,13 @@ def compile_cache_dir() -> Path:
 
 
 def default_state_dir() -> Path:
-    """Where records and the token live unless told otherwise. Raises RayError where this user has no home."""
+    """Where records and the token live unless told otherwise: XDG_STATE_HOME, else .local/state in the home directory.
+
+    So on macOS too: all machines of a cluster have one documented place, and its path has no space for a shell to cut.
+    Raises RayError where this user has no home.
+    """
     try:
-        return Path.home() / ".local" / "state" / "xlstm-ray"
+        return Unix(NAME).user_state_path
     except RuntimeError:
         raise RayError(
             "this user has no home directory for Ray's records: give a folder with --ray-state-dir "
