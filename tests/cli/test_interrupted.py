@@ -277,6 +277,7 @@ def test_two_runs_do_not_share_a_journal(words, home, digest, tmp_path):
     command = ("prefill", *words, "--prompt-file", tmp_path / "prompt", "--journal-every", 1, "--progress", "ndjson")
     with started(*command, "--journal", journal, env=home) as first:
         tiles_of(first, 2)
+        first.send_signal(signal.SIGSTOP)  # it must not end before the others have seen it
         for option in ("--journal", "--resume"):
             second = subprocess.run(
                 [PROGRAM, *map(str, command), option, journal], env=home, capture_output=True, text=True, timeout=120
