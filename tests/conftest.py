@@ -72,6 +72,10 @@ MARKED = {
         test_packages
         test_readme
         test_runners
+        test_the_loss_of_a_toy_falls_far_below_a_uniform_guess
+        test_xlstm_ray_and_transformers_compute_what_was_trained
+        test_evaluation_again_gives_the_same_figures
+        test_a_row_longer_than_the_text_is_one_line
         test_a_text_on_standard_input
         test_a_text_on_standard_input_beside_a_prompt_is_told_and_left
         test_a_stopped_prefill_goes_on_by_the_command_that_it_prints

@@ -1,0 +1,99 @@
+"""The project's model, whole and differentiable: what train.py trains and evaluate.py asks.
+
+Its mathematics is xlstm_ray.model over xlstm_ray.kernels.chunkwise as it is. What stands apart is the way from
+tensors to weights: xlstm_ray.checkpoint copies slices out of files, which no gradient passes.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
+from xlstm_ray.kernels.native import State
+from xlstm_ray.layout import make_grid
+from xlstm_ray.model import BandShape, BlockWeights, EndWeights, feed, logits, mix, whole_block
+from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM
+
+
+@dataclass(frozen=True)
+class Model:
+    """All blocks and heads in one place."""
+
+    config: ModelConfig
+    blocks: list[BlockWeights]
+    ends: EndWeights
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> "Model":
+        """From tensors under Hugging Face names, differentiably: rounded to bfloat16 as stored, then `dtype`."""
+        stored = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+        def weights(n: int) -> BlockWeights:
+            at, layer = f"backbone.blocks.{n}.", "mlstm_layer."
+            w = {name.removeprefix(at): tensor for name, tensor in stored.items() if name.startswith(at)}
+            return BlockWeights(
+                mix_norm=w["norm_mlstm.weight"].to(dtype),
+                mix_norm_bias=None,
+                qkvo=torch.cat([w[f"{layer}{part}.weight"] for part in ("q", "k", "v", "ogate_preact")]).to(dtype),
+                qkvo_bias=None,
+                gates=torch.cat([w[f"{layer}{part}gate_preact.weight"] for part in "if"]).float(),
+                gates_bias=torch.cat([w[f"{layer}{part}gate_preact.bias"] for part in "if"]).float(),
+                head_norm=w[f"{layer}multihead_norm.weight"].to(dtype),
+                head_norm_bias=None,
+                out=w[f"{layer}out_proj.weight"].to(dtype),
+                out_bias=None,
+                feed_norm=w["norm_ffn.weight"].to(dtype),
+                feed_norm_bias=None,
+                up=torch.cat([w["ffn.proj_up_gate.weight"], w["ffn.proj_up.weight"]]).to(dtype),
+                up_bias=None,
+                down=w["ffn.proj_down.weight"].to(dtype),
+                down_bias=None,
+            )
+
+        ends = EndWeights(*(stored[name].to(dtype) for name in (EMBEDDING, OUT_NORM, HEAD)))
+        return cls(config, [weights(n) for n in range(config.num_blocks)], ends)
+
+    @classmethod
+    def read(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Model":
+        config = ModelConfig.from_file(folder / "config.json")
+        [[band]] = make_grid(config, heads_per_band=config.num_heads)
+        return cls(config, *Checkpoint(folder, config).load(band, dtype=dtype, device=device))
+
+    def fresh_state(self, batch: int) -> list[State]:
+        c, device = self.config, self.blocks[0].qkvo.device
+        shapes = [(batch, c.num_heads, c.dhqk, c.dhhv), (batch, c.num_heads, c.dhqk), (batch, c.num_heads, 1)]
+        return [tuple(torch.zeros(shape, device=device) for shape in shapes) for _ in self.blocks]
+
+    def hidden(
+        self, tokens: Tensor, lengths: Tensor | None = None, state: list[State] | None = None, drop: float = 0.0
+    ) -> tuple[Tensor, list[State]]:
+        """tokens (B, T), of which `lengths` (B,) count -> residual stream (B, T, D) and state after each row's end.
+
+        T need not be a multiple of the chunk. `drop`: dropout of what each block adds to the residual stream.
+        """
+        B, T = tokens.shape
+        chunk = self.config.chunk_size
+        cell = partial(mlstm_chunkwise, chunk_size=chunk)
+        shape = BandShape.of(self.config, self.config.num_heads)
+        block = whole_block(
+            lambda x, w, state, first, last: mix(x, w, state, first, last, shape, cell),
+            lambda x, w: feed(x, w, shape),
+        )
+        first = torch.zeros(B, dtype=torch.int64, device=tokens.device)
+        last = torch.full_like(first, T) if lengths is None else lengths
+        x = F.embedding(F.pad(tokens, (0, -T % chunk)), self.ends.embedding)
+        after = []
+        for weights, before in zip(self.blocks, state or self.fresh_state(B), strict=True):
+            y, new = block(x, weights, before, first, last)
+            x = x + F.dropout(y - x, drop) if drop else y
+            after.append(new)
+        return x[:, :T], after
+
+    def logits(self, x: Tensor) -> Tensor:
+        return logits(x, self.ends, self.config)
