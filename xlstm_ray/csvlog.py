@@ -3,6 +3,7 @@
 Its first column is the time in ISO 8601.
 """
 
+import csv
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
@@ -20,7 +21,8 @@ class CsvLog:
     def __init__(self, path: Path, names: Iterable[str], *, append: bool = False, overwrite: bool = False):
         self.failure: OSError | None = None
         require_replaceable(path, LOG, overwrite=overwrite)
-        self._file = open(path, "a" if append else "w")
+        self._file = open(path, "a" if append else "w", newline="")
+        self._rows = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
             self._write("time", *names)
 
@@ -31,7 +33,8 @@ class CsvLog:
     def _write(self, *values: object) -> None:
         if self.failure is None:
             try:
-                print(*values, sep=",", file=self._file, flush=True)
+                self._rows.writerow(values)
+                self._file.flush()
             except OSError as err:
                 self.failure = err
 
