@@ -31,7 +31,15 @@ FLOORS = [
 ]
 MAY_READ_SETTINGS = r"settings|choose|plan|cli\..*|xlstm_ray"  # the package itself calms threads before torch is loaded
 MAY_KNOW_ACTORS = r"actors\..*|launch"
-MAY_IMPORT_RAY = r"actors\..*|supervisor\.connect"
+MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
+INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts
+MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
+    "settings": "the table of variables; OpenMP's, which must be set before torch is loaded",
+    "directories": "torch's own variable says where its cache is",
+    "kernels.compiled": "Inductor's own variable says which compiler it takes",
+    "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",
+    "supervisor.start": "the environment of a head's processes",
+}
 MAY_SAY_FLAGS = r"settings|cli\..*"  # settings: its table is what the flags are made from
 LINES, PARAMETERS = 400, 7
 COMMAND = r"commands\.command|app\.callback"  # a decorator: its parameters are a command's options
@@ -49,6 +57,7 @@ NOT_YET: dict[str, set[str]] = {
     "circles": set(),
     "actors": set(),
     "ray": set(),
+    "environment": set(),
     "settings": {
         *("autoscale engine.engine".split()),
         *("measure.bench measure.child measure.doctor measure.estimate measure.parity".split()),
@@ -167,7 +176,19 @@ def actors(root: Path) -> set[str]:
 
 def ray(root: Path) -> set[str]:
     users = {name for name, tree in trees(root).items() if any(i.split(".")[0] == "ray" for i in imports(tree))}
-    return {name for name in users if not re.fullmatch(MAY_IMPORT_RAY, name)}
+    inside = {n for n, tree in trees(root).items() if any(i.startswith("ray._") for i in imports(tree))} - {INSIDE_RAY}
+    return {name for name in users if not re.fullmatch(MAY_IMPORT_RAY, name)} | inside
+
+
+def environment(root: Path) -> set[str]:
+    """Modules that read or write variables of the environment, however they call os."""
+    found = set()
+    for name, tree in trees(root).items():
+        asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        asked |= {i.removeprefix("os.") for i in imports(tree) if i.startswith("os.")}
+        if asked & {"environ", "environb", "getenv", "getenvb", "putenv"}:
+            found.add(name)
+    return found - {*MAY_READ_ENVIRONMENT}
 
 
 def settings(root: Path) -> set[str]:
@@ -211,7 +232,7 @@ def parameters(root: Path) -> set[str]:
     return many
 
 
-RULES: list[Callable[[Path], set[str]]] = [order, circles, actors, ray, settings, flags, lines, parameters]
+RULES: list[Callable[[Path], set[str]]] = [order, circles, actors, ray, environment, settings, flags, lines, parameters]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -224,6 +245,7 @@ PLANTED = {
     "circles": ("engine/driver.py", "from xlstm_ray.engine.engine import Engine\n", "engine.driver engine.engine"),
     "actors": ("measure/bench.py", "from xlstm_ray.actors.grid import RayExecutor\n", "measure.bench -> actors.grid"),
     "ray": ("choose.py", "def f():\n    import ray\n", "choose"),
+    "environment": ("state.py", "from os import getenv as g\n\nhome = g('HOME')\n", "state"),
     "settings": ("state.py", "from xlstm_ray.settings import Settings\n", "state"),
     "flags": ("model.py", '"""--tile-size here is fine."""\nerror = f"--tile-size {1}: no"\n', "model 1"),
     "lines": ("model.py", "\n" * 401, "xlstm_ray/model.py"),

@@ -1,6 +1,5 @@
 """Connect this process to a head, with its token. The only importer of Ray here."""
 
-import atexit
 import importlib.util
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from xlstm_ray.errors import RayError, pip_install
 from xlstm_ray.supervisor.ports import LOOPBACK, PROBE_S, is_loopback, listens, split
 from xlstm_ray.supervisor.processes import GRACE_S
+from xlstm_ray.supervisor.ray_inside import forget_shutdown_at_exit, job_config, print_messages_with
 from xlstm_ray.supervisor.records import Head, all_heads, is_here, session_of
 
 NAMESPACE = "xlstm-ray"
@@ -134,9 +134,7 @@ def _disconnect(ray: ModuleType) -> None:
     closing.start()
     closing.join(2 * GRACE_S)
     if closing.is_alive():
-        from ray._private import worker
-
-        atexit.unregister(worker.shutdown)  # which would wait again
+        forget_shutdown_at_exit()  # which would wait again
 
 
 def require_ray() -> None:
@@ -159,12 +157,11 @@ def import_ray(address: str, token_path: Path | None) -> ModuleType:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
     hook = sys.excepthook
     import ray
-    from ray._private import worker
 
     sys.excepthook = hook  # Ray's own asks the head before it shows an error, and waits where there is none
     # Ray writes the cluster's error messages to this program's standard output, whatever log_to_driver says, and has no
     # switch for it. The run says itself what an actor's death means; --json must be JSON.
-    worker.print_to_stdstream = _note_message
+    print_messages_with(_note_message)
     return ray
 
 
@@ -196,9 +193,7 @@ def _job(ray: ModuleType, metadata: Mapping[str, str]) -> Any:
     """
     root = str(Path(__file__).parents[2])
     installed = root in (*site.getsitepackages(), site.getusersitepackages())
-    return ray.job_config.JobConfig(
-        metadata=dict(metadata), _client_job=True, _py_driver_sys_path=[] if installed else [root]
-    )
+    return job_config(ray, dict(metadata), [] if installed else [root])
 
 
 def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
