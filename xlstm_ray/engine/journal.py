@@ -1,10 +1,12 @@
 """A run's snapshots: one state file in a directory that is this run's alone while it works."""
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from xlstm_ray.errors import StateError
 from xlstm_ray.files import JOURNAL_FILE, require_writable
@@ -26,29 +28,25 @@ class Journal:
         self._resumes, self._note = resumes, note
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = self._take()
+            self._lock: FileLock | None = self._take()
         except OSError as err:
             raise StateError(f"{option} {directory}: cannot be used ({err.strerror}); choose another") from None
 
-    def _take(self) -> int:
-        """The lock file, open; the system gives it free when this process ends, however that is."""
+    def _take(self) -> FileLock:
+        """The lock; the system gives it free when this process ends, however that is. Any thread may let it go."""
         path = self.directory / LOCK_FILE
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
-                os.close(handle)
-                raise StateError(
-                    f"{self.option} {self.directory}: another run ({who}) writes its journal there; wait until it has "
-                    "ended, or give a directory of its own"
-                ) from None
-            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-                return handle
-            os.close(handle)  # its holder has ended and removed it meanwhile
+        lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            who = ""
+            with suppress(FileNotFoundError):  # its holder has ended meanwhile
+                who = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+            raise StateError(
+                f"{self.option} {self.directory}: another run ({who or 'another process'}) writes its journal there; "
+                "wait until it has ended, or give a directory of its own"
+            ) from None
+        return lock
 
     def begin(self, size: int) -> None:
         """Before a prefill whose states take `size` bytes: StateError or OutputError where it could not be kept."""
@@ -78,10 +76,16 @@ class Journal:
 
     def close(self) -> None:
         """Let the directory go."""
-        handle, self._lock = self._lock, None
-        if handle is not None:
-            (self.directory / LOCK_FILE).unlink(missing_ok=True)
-            os.close(handle)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)  # while it is held; who waits for it takes a new one
+            lock.release()
+
+
+def _sign(handle: int) -> None:
+    """Say in the lock file whose it is."""
+    os.ftruncate(handle, 0)
+    os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
 
 
 class Kept:

@@ -1,6 +1,5 @@
 """Start a head of our own, and wait until it answers."""
 
-import fcntl
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from xlstm_ray.container import cores, machine_bytes
 from xlstm_ray.errors import RayError
@@ -190,9 +190,8 @@ def up(options: HeadOptions) -> Head:
     """
     make_private_directory(options.state_dir)
     with writing(options.state_dir):
-        lock = open(options.state_dir / "up.lock", "ab")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it, however this process ends
+        lock = FileLock(options.state_dir / "up.lock", fallback_to_soft=False).acquire()
+    with lock:  # the kernel lets go of it, however this process ends
         for head in all_heads(options.state_dir):
             if head.mode == "up" and state_of(head, session_of(head)) in ("alive", "starting"):
                 raise RayError(
