@@ -434,6 +434,11 @@ def test_a_user_without_a_home_is_told_which_folder_to_give(tmp_path: Path) -> N
     )
     assert err.count("\n") == 1
     assert cli(tmp_path / "a" / "b" / "c", "status", "--ray-state-dir", str(tmp_path / "none"), before=user)[0] == 0
+    elsewhere = "prefill --prompt a --chunkwise-backend ray_compiled_chunks --ray-address 127.0.0.1:9".split()
+    code, out, err = cli(tmp_path / "a", *elsewhere, "--ray-state-dir", str(tmp_path / "none"), before=user)
+    assert (code, out) == (1, "")
+    assert "127.0.0.1:9" in err
+    assert "Traceback" not in err
 
 
 @needs_ray

@@ -245,7 +245,11 @@ def _token(token_path: Path | None) -> str | None:
     if token_path is None:
         if "RAY_AUTH_TOKEN" in os.environ:
             return os.environ["RAY_AUTH_TOKEN"].strip()
-        token_path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+        given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        try:
+            token_path = Path(given) if given else Path.home() / ".ray" / "auth_token"
+        except RuntimeError:  # a user without a home has no token there
+            return None
         if not token_path.exists():
             return None
     try:
