@@ -1,37 +1,52 @@
-"""What we use of Ray's inner parts is there, and has the shape that we use. A Ray that changed it fails here first."""
+"""What we use of Ray's inner parts is there, and has the shape that we use. A Ray that changed it fails here first.
 
-import inspect
+Ray is imported in a process of its own: it reads its environment then, and other tests of this process start heads.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
-pytest.importorskip("ray")
-import ray
+ASK = """
+import inspect, json, ray
 from ray._private import worker
-
 from xlstm_ray.supervisor.ray_inside import job_config
 
-SOURCE = inspect.getsource(worker)
+wanted, plain = job_config(ray, {"job_name": "a"}, ["/b"]), ray.job_config.JobConfig()
+sent = wanted._get_proto_job_config()
+print(json.dumps({
+    "source": inspect.getsource(worker),
+    "parameters": list(inspect.signature(worker.print_to_stdstream).parameters),
+    "shutdown": callable(worker.shutdown),
+    "job": [dict(sent.metadata)["job_name"], list(sent.py_driver_sys_path)],
+    "client": [plain._client_job, wanted._client_job],
+}))
+"""
 
 
-def test_messages_of_the_cluster_go_through_one_function_that_can_be_replaced():
-    assert list(inspect.signature(worker.print_to_stdstream).parameters) == ["data", "ignore_prefix"]
-    uses = SOURCE.count("print_to_stdstream") - SOURCE.count("def print_to_stdstream")
-    assert uses
-    assert "import print_to_stdstream" not in SOURCE  # looked up by this module's name when a message comes
+@pytest.fixture(scope="module")
+def inside() -> dict[str, Any]:
+    ran = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
 
 
-def test_shutdown_is_what_ray_does_at_exit():
-    assert callable(worker.shutdown)
-    assert "atexit.register(shutdown" in SOURCE
+def test_messages_of_the_cluster_go_through_one_function_that_can_be_replaced(inside):
+    assert inside["parameters"] == ["data", "ignore_prefix"]
+    assert inside["source"].count("print_to_stdstream") > inside["source"].count("def print_to_stdstream")
+    assert "import print_to_stdstream" not in inside["source"]  # looked up by its module's name when a message comes
 
 
-def test_a_job_says_where_its_workers_import_from():
-    wanted = job_config(ray, {"job_name": "a"}, ["/b"])
-    sent = wanted._get_proto_job_config()
-    assert dict(sent.metadata)["job_name"] == "a"
-    assert list(sent.py_driver_sys_path) == ["/b"]
-    plain = ray.job_config.JobConfig()
-    assert (plain._client_job, wanted._client_job) == (False, True)
-    assert (
-        "not job_config._client_job and not job_config._runtime_env_has_working_dir()" in SOURCE
-    )  # the current folder
+def test_shutdown_is_what_ray_does_at_exit(inside):
+    assert inside["shutdown"]
+    assert "atexit.register(shutdown" in inside["source"]
+
+
+def test_a_job_says_where_its_workers_import_from(inside):
+    assert inside["job"] == ["a", ["/b"]]
+    assert inside["client"] == [False, True]
+    current_folder = "not job_config._client_job and not job_config._runtime_env_has_working_dir()"
+    assert current_folder in inside["source"]
