@@ -21,7 +21,6 @@ from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
-from xlstm_ray.kernels import Backend
 from xlstm_ray.layout import Band, make_grid
 from xlstm_ray.model import EndWeights
 from xlstm_ray.plan import RunPlan
@@ -30,7 +29,6 @@ from xlstm_ray.runtime.executor import Tile
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
 from xlstm_ray.settings import Settings, Source
-from xlstm_ray.state import Grid
 
 BUDGET_S = 10.0
 MARGIN = 1.03  # another choice than the usual one must be better by so much, and by more than noise
@@ -104,7 +102,7 @@ def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tupl
         def rate(c: Choice) -> float:
             return _rate(c, plan, checkpoint)
 
-        rates = _search(usual, free, config, backend, grid, fits, rate)
+        rates = _search(usual, free, plan, fits, rate)
         best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
         turns = [(rate(usual), rate(best)) for _ in range(ROUNDS)]
         gain, busy = compare(*zip(*turns, strict=True))
@@ -142,9 +140,7 @@ def _bounded(choice: Choice, config: ModelConfig) -> Choice:
 def _search(
     usual: Choice,
     free: list[str],
-    config: ModelConfig,
-    backend: Backend,
-    grid: Grid,
+    plan: RunPlan,
     fits: Callable[[Choice], bool],
     rate: Callable[[Choice], float],
 ) -> dict[Choice, float]:
@@ -158,12 +154,13 @@ def _search(
 
     time_it(usual)
     # Steps are taken one after the other however long the tile is, and are slow uncompiled.
-    if "tile_size" in free and backend.kernel == "compiled_chunks":
-        chunks = usual.tile_size // grid.chunk_size
+    if "tile_size" in free and plan.backend.kernel == "compiled_chunks":
+        chunk = plan.grid.chunk_size
+        chunks = usual.tile_size // chunk
         for n in (max(1, chunks // 2), chunks * 2):
-            time_it(usual.model_copy(update={"tile_size": n * grid.chunk_size}))
+            time_it(usual.model_copy(update={"tile_size": n * chunk}))
     best = max(rates, key=lambda c: rates[c] * (MARGIN if c == usual else 1))
-    for choice in _bands(best, free, config):
+    for choice in _bands(best, free, plan.config):
         time_it(choice)
     return rates
 

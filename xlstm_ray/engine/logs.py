@@ -36,13 +36,11 @@ class RunLogs:
     """
 
     def __init__(self, asked: dict[str, LogFile], written: set[str], failed: Callable[[str], object]):
-        self._written, self._failed, self._files, self._done = written, failed, ExitStack(), 0
-        try:
-            self._tiles = self._open(asked, "stats_log", TILE_COLUMNS)
-            self.memory = self._open(asked, "mem_log", LOG_COLUMNS)
-        except BaseException:
-            self._files.close()
-            raise
+        self._written, self._failed, self._done = written, failed, 0
+        with ExitStack() as files:  # closes the first where the second cannot be opened
+            self._tiles = self._open(asked, "stats_log", TILE_COLUMNS, files)
+            self.memory = self._open(asked, "mem_log", LOG_COLUMNS, files)
+            self._files = files.pop_all()
 
     def __enter__(self) -> "RunLogs":
         return self
@@ -67,7 +65,7 @@ class RunLogs:
             row = p.tiles_done, p.tokens_done, p.tokens_total, p.tile_seconds, p.seconds
             self._tiles.row(*row, *sizes, sample.process_bytes, sample.device_driver_bytes)
 
-    def _open(self, asked: dict[str, LogFile], name: str, columns: Iterable[str]) -> CsvLog | None:
+    def _open(self, asked: dict[str, LogFile], name: str, columns: Iterable[str], files: ExitStack) -> CsvLog | None:
         if name not in asked:
             return None
         path, named, overwrite = asked[name]
@@ -82,5 +80,5 @@ class RunLogs:
             if log.failure:
                 self._failed(f"{named} {path}: is not whole ({log.failure.strerror})")
 
-        self._files.callback(close)
+        files.callback(close)
         return log
