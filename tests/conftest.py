@@ -36,7 +36,7 @@ logging.getLogger("torch.__trace").propagate = True
 # What `./scripts/test fast` leaves out, by folder, file, fixture or name; pyproject.toml says what each marker means.
 # Slow is what takes some seconds of a core, most often for a process that imports torch.
 MARKED = {
-    "ray": "test_grid test_supervisor test_dashboard test_container",
+    "ray": "test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container",
     "metal": "metal mps simulator",
     "compile": """
         test_autoscale
@@ -134,7 +134,7 @@ MARKED = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: where files run side by side, none of them is still at work when the others are done."""
-    longest = ["test_grid", "test_supervisor"]
+    longest = ["test_grid", "test_grid_on_a_head", "test_supervisor", "test_lost_nodes"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     markers = {name: marker for marker, names in MARKED.items() for name in names.split()}
     for item in items:

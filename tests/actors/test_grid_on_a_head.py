@@ -1,0 +1,332 @@
+"""What may happen to a run on a head of ours: places, deadlines, limits, connections, journals, full disks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from containers import container, needs_containers
+from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, script
+from safetensors.torch import load_file
+
+import xlstm_ray
+from xlstm_ray import RecurrentState
+from xlstm_ray.errors import StateError
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
+)
+
+
+def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home, head, model, in_process, tmp_path):
+    """It is stopped when it is about to load: at the start of a grid, and where it is to replace a dead one."""
+    said = script(
+        home,
+        """
+        import dataclasses, json, sys
+        import xlstm_ray
+        from xlstm_ray.actors import grid
+        from xlstm_ray.errors import GridLost
+        from xlstm_ray.supervisor.processes import is_running
+
+        class Stopped(grid.Placement):
+            stop = True
+            def __init__(self, link, spec, bands, options):
+                options = dataclasses.replace(options, load_timeout_s=4.0, answer_timeout_s=2.0)
+                super().__init__(link, spec, bands, options)
+            def each(self, seats, method, *args):
+                if method == "load" and self.stop:
+                    stopped.append(seats[-1].process)
+                    stopped[-1].suspend()
+                return super().each(seats, method, *args)
+
+        grid.Placement, stopped = Stopped, []
+        model, address, prompt, kept = sys.argv[1:]
+        def load():
+            return xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=2,
+                device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+        try:
+            load()
+        except GridLost as error:
+            print(json.dumps([str(error), error.exit_code, is_running(stopped[0])]), flush=True)
+
+        Stopped.stop = False
+        with load() as lm:
+            def kill(p):
+                if p.tiles_done == 7:
+                    Stopped.stop = True
+                    lm.executor.placement.seats[0].process.kill()
+            result = lm.prefill(prompt, on_progress=kill)
+        result.state.save(kept)
+        print(json.dumps([str(result.ended_by), result.ended_by.exit_code, is_running(stopped[1])]), flush=True)
+        """,
+        model,
+        head.address,
+        PROMPT,
+        tmp_path / "kept.state",
+    )
+    for (error, code, runs), where in zip(said, ("stage 1, blocks 1-2", "stage 0, blocks 0-0"), strict=True):
+        assert f"{where}, heads 0-3 on {os.uname().nodename}: the weights are not loaded after 4 s" in error
+        assert str(model) in error
+        assert code == 4
+        assert not runs
+    state = RecurrentState.load(tmp_path / "kept.state")
+    assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
+    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+    digest = lm.prefill(PROMPT, state=state).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert digest == in_process[4]["digest"]
+
+
+def test_a_grid_without_room_is_refused_within_seconds(home, head, model):
+    began = time.monotonic()
+    done = command(
+        home, "prefill", "--model", model, *SIZES, "--threads", 8, "--ray-address", head.address, "--prompt", "abc",
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2,
+    )  # fmt: skip
+    assert time.monotonic() - began < 60  # ten of them are the wait; the rest is Python on a busy machine
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "2 actors of CPU 8 each; the cluster's 1 node(s) have CPU 8 in all" in line
+    assert "use fewer --stages" in line
+
+
+def test_a_device_that_no_node_has_is_refused(home, head, model):
+    done = command(
+        home, "prefill", "--model", model, "--ray-address", head.address, "--prompt", "abc", "--device", "mps",
+        "--chunkwise-backend", "ray_compiled_chunks",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "1 actors of CPU 1, mps 1 each" in done.stderr
+
+
+def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head, model, in_process, tmp_path):
+    # Two actors together are over it, this process alone is not.
+    done = command(
+        home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
+        "--mem-poll-ms", 50, "--state-out", tmp_path / "kept.state",
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "memory: all actors of" in error
+    assert "over the hard limit of 700 MiB" in error
+    assert "note: memory: xlstm-ray" in done.stderr  # each was over the soft limit before
+    (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
+    assert kept % TILE == 0
+    assert 0 < kept < 40 * len(PROMPT)
+
+
+OURS = ("actors", "band", "executor", "engine", "xlstm", "watchdog", "metrics", "state", "settings", "errors", "model")
+THEIRS = ("torch", "numpy", "ray", "safetensors", "tokenizers", "psutil", "pydantic", "json", "typing", "logging")
+
+
+def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_others(
+    home, head, model, in_process, tmp_path
+):
+    for name in (*OURS, *THEIRS):  # where a command is run, a folder may hold anything
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").write_text(f"raise ImportError('{name} of the current folder')")
+    (tmp_path / "beside").mkdir()
+    for name in OURS:  # beside a program, whatever does not name a library that it needs
+        (tmp_path / "beside" / f"{name}.py").write_text(f"raise ImportError('{name} beside the program')")
+    program = tmp_path / "beside" / "program.py"
+    program.write_text(
+        "import sys, xlstm_ray\n"
+        "lm = xlstm_ray.load(sys.argv[1], ray_address=sys.argv[2], chunkwise_backend='ray_compiled_chunks', stages=2,\n"
+        "    device='cpu', threads=1, tile_size=32, chunk_size=16)\n"
+        "print(lm.prefill(sys.argv[3]).state.digest())\n"
+    )
+    by_command = [
+        "-P", "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model, *SIZES, "--stages", 2,
+        "--ray-address", head.address, "--chunkwise-backend", "ray_compiled_chunks", "--prompt", PROMPT, "--json",
+    ]  # fmt: skip
+    for words in (by_command, [program, model, head.address, PROMPT]):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path / "here",
+            env=environment(home),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert in_process[4]["digest"] in done.stdout
+
+
+@needs_containers
+def test_two_stages_run_where_there_is_less_than_one_cpu(home, model, in_process):
+    with container(cpus=0.99) as prefix:
+        words = [
+            *prefix, sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model,
+            *SIZES[:2], *SIZES[4:], "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
+            "--prompt", PROMPT,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [str(word) for word in words], env=environment(home), capture_output=True, text=True, timeout=400
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state_digest"] == in_process[4]["digest"]
+
+
+def test_a_programs_own_connection_is_used_and_two_engines_share_one(home, head, model, in_process):
+    said = script(
+        home,
+        """
+        import json, os, sys, time
+        model, address, token, prompt = sys.argv[1:]
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        import ray
+        import xlstm_ray
+        from xlstm_ray.supervisor.stop import child_guards, down, stop_head
+        from xlstm_ray.supervisor.records import all_heads, session_of
+        from xlstm_ray.supervisor.start import start_head
+        from xlstm_ray.errors import RayError
+        options = {"chunkwise_backend": "ray_compiled_chunks", "device": "cpu", "threads": 1, "tile_size": 32,
+            "chunk_size": 16}
+        def refused(**where):
+            try:
+                xlstm_ray.load(model, **options, **where)
+            except RayError as error:
+                print(json.dumps({"said": str(error), "head_started": child_guards != {}}), flush=True)
+        with xlstm_ray.load(model, ray_address=address, **options) as first:
+            with xlstm_ray.load(model, ray_address=address, stages=2, **options) as second:
+                pass
+            digests = [first.prefill(prompt).state.digest()]
+            refused(ray_local_mode=False)
+        assert not ray.is_initialized()
+        ray.init(address=address, log_to_driver=False)
+        with xlstm_ray.load(model, ray_address=address, stages=2, **options) as lm:
+            digests.append(lm.prefill(prompt).state.digest())
+        assert ray.is_initialized()
+        print(json.dumps({"digests": digests}), flush=True)
+        refused(ray_local_mode=False)
+        refused(ray_address="127.0.0.1:1024")
+        """,
+        model,
+        head.address,
+        head.token_path,
+        PROMPT,
+    )
+    by_engine, own, *others = said
+    assert own["digests"] == [in_process[4]["digest"]] * 2
+    for refusal in (by_engine, *others):
+        assert f"connected to Ray at {head.address} already" in refusal["said"]
+        assert not refusal["head_started"]
+
+
+# -- journal -----------------------------------------------------------------------------------------------------------
+def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model, in_process, tmp_path):
+    journal = tmp_path / "journal"
+    words = [
+        "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--journal-every", 2,
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--prompt", PROMPT, "--json",
+    ]  # fmt: skip
+    program = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()"]
+    run = subprocess.Popen(
+        [*program, *map(str, words), "--journal", str(journal), "--progress", "ndjson"],
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    for line in run.stderr:  # killed at some moment after the first snapshots
+        if line.startswith("{") and json.loads(line).get("tiles_done", 0) >= 5:
+            break
+    run.kill()
+    run.communicate()
+    kept = RecurrentState.load(journal / "prefill.state")
+    assert 0 < sum(kept.tokens) < len(PROMPT)
+
+    other = tmp_path / "other"  # the same journal on another grid: in this process, other tiles
+    other.mkdir()
+    (other / "prefill.state").write_bytes((journal / "prefill.state").read_bytes())
+    elsewhere = command(
+        home, "prefill", "--model", model, "--device", "cpu", "--chunkwise-backend", "queued_compiled_chunks",
+        "--tile-size", 64, "--resume", other, "--prompt", PROMPT, "--state-out", tmp_path / "other.state",
+    )  # fmt: skip
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "the journal is of another grid (tile_size 32, not 64)" in elsewhere.stderr
+    for name, tensor in load_file(tmp_path / "other.state").items():
+        expected = in_process[4]["tensors"][name]
+        assert (tensor - expected).norm() / expected.norm() < 1e-4, name
+
+    resumed = command(home, *words, "--resume", journal)
+    assert resumed.returncode == 0, resumed.stderr
+    found = json.loads(resumed.stdout)
+    assert found["state_digest"] == in_process[4]["digest"]
+    assert found["resumed_tokens"] == sum(kept.tokens)
+    assert not (journal / "prefill.state").exists()  # the run has ended
+
+
+def test_journals_are_neither_overwritten_nor_mixed(model, tmp_path):
+    lm = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", journal=tmp_path / "a" / "journal")
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 2
+
+    result = lm.prefill(PROMPT, should_stop=stop)
+    assert not result.complete
+    kept = RecurrentState.load(tmp_path / "a" / "journal" / "prefill.state")
+    assert kept.digest() == result.state.digest()
+    with pytest.raises(StateError, match="has the journal of a run that did not end: go on from it with --resume"):
+        lm.prefill(PROMPT)
+    home, words = tmp_path, ("prefill", "--model", model, "--prompt", "abc", "--resume", tmp_path)
+    assert "has no journal of a run that did not end" in command(home, *words).stderr
+    both = command(home, *words, "--state-in", tmp_path / "a" / "journal" / "prefill.state")
+    assert "--state-in and --resume were both given" in both.stderr
+    assert both.returncode == 1
+
+
+def test_a_disk_that_fills_up_under_the_snapshots_costs_neither_the_run_nor_its_results(
+    home, head, model, in_process, tmp_path
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a file system")
+    try:
+        kept = disk / "kept.state"
+        words = [
+            "prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
+            "--ray-address", head.address, "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3,
+            "--progress", "ndjson",
+        ]  # fmt: skip
+        run = subprocess.Popen(
+            [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)],
+            env=environment(home) | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert run.stdout is not None
+        assert run.stderr is not None
+        said = []
+        for line in run.stderr:
+            if not line.startswith("{"):
+                said.append(line)
+            elif json.loads(line).get("tiles_done") == 8:
+                assert list(disk.iterdir())
+                subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=4k"], capture_output=True)
+        found = json.loads(run.stdout.read())
+        assert run.wait(60) == 1, said
+        assert found["state_digest"] == in_process[4]["digest"]
+        assert found["state_path"] is None
+        (note,) = [line for line in said if line.startswith("note: a snapshot is missing")]
+        assert "No space left on device" in note
+        assert f"error: {kept}: the state cannot be written (No space left on device)" in said[-1]
+        assert [path.name for path in disk.iterdir()] == ["fill"]
+        (rescued,) = (tmp_path / "cache").rglob("*.state")
+        assert str(rescued) in said[-1]
+        assert RecurrentState.load(rescued).digest() == found["state_digest"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,234 @@
+"""Nodes, networks and Ray's own processes that are lost, with real signals and name spaces."""
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from grids import CHUNK, PROMPT, SIZES, TILE, environment, script
+
+import xlstm_ray
+from xlstm_ray import RecurrentState
+from xlstm_ray.supervisor.records import all_heads, session_of
+from xlstm_ray.supervisor.stop import down
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
+)
+
+LOSS = """
+    import json, os, sys, threading
+    # Ray reads these when it is imported, for the nodes that are started here as for the run that attaches to them.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": sys.argv[2]}
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    from ray.cluster_utils import Cluster
+    import xlstm_ray
+
+    model, token, prompt, kept = sys.argv[1:]
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    other = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=cluster.address, stages=2,
+        ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+    spare = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+    def prefill(without):
+        nodes = sorted(s.node for s in lm.executor.placement.seats)
+        assert without.node_id in nodes and len(set(nodes)) == 2
+        def lose(p):
+            if p.tiles_done == 7:
+                (there,) = [s.process for s in lm.executor.placement.seats if s.node == without.node_id]
+                cluster.remove_node(without, allow_graceful=False)  # SIGKILL of its raylet; its worker goes soon after
+                there.wait(60)
+        result = lm.prefill(prompt, on_progress=lose)
+        result.state.save(kept)
+        print(json.dumps([result.complete, result.state.digest(), result.stats.restarts, str(result.ended_by),
+            result.ended_by and result.ended_by.exit_code]), flush=True)
+
+    prefill(without=other)
+    prefill(without=spare)
+    lm.close()
+    for thread in threading.enumerate():  # an engine waits 10 s for Ray to disconnect; what follows has to wait longer
+        if thread.name == "ray.shutdown":
+            thread.join()
+    cluster.shutdown()
+"""
+
+
+def test_a_lost_node_is_replaced_by_another_or_leaves_a_state_to_go_on_from(model, in_process, tmp_path):
+    token, kept = tmp_path / "token", tmp_path / "kept.state"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    with_spare, without = script(tmp_path, LOSS, model, token, PROMPT, kept)
+    complete, digest, restarts, ended_by, _ = with_spare
+    assert (complete, digest, ended_by) == (True, in_process[4]["digest"], "None")
+    assert restarts >= 1
+    complete, _, _, ended_by, code = without
+    assert (complete, code) == (False, 4)
+    assert "gone, and a grid of 2 stage(s)" in ended_by
+    state = RecurrentState.load(kept)
+    assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
+    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+    digest = lm.prefill(PROMPT, state=state).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert digest == in_process[4]["digest"]
+
+
+# Two machines: networks, names and pids of their own. The driver's has hundreds of bystanders, and its host name is the
+# other one's too.
+FAR = """
+    import json, os, subprocess, sys, threading, time
+    model, token, prompt = sys.argv[1:]
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+    bystanders = [subprocess.Popen(["sleep", "600"]) for _ in range(400)]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address=10.231.77.1:6379", "--num-cpus=1"]
+    start += ["--node-ip-address=10.231.77.2", "--object-store-memory=83886080", "--disable-usage-stats"]
+    subprocess.run(start, stdout=subprocess.DEVNULL, check=True)
+    import xlstm_ray
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address="10.231.77.1:6379", stages=2,
+        ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+    seats = lm.executor.placement.seats
+    assert len({s.node for s in seats}) == 2
+    pids = [s.process and s.process.pid for s in seats]
+
+    def away():
+        subprocess.run(["ip", "link", "set", "far", "down"], check=True)
+        time.sleep(8)
+        subprocess.run(["ip", "link", "set", "far", "up"], check=True)
+    def lose(p):
+        if p.tiles_done == 7:
+            threading.Thread(target=away).start()
+    result = lm.prefill(prompt, on_progress=lose)
+    lm.close()
+    time.sleep(1)
+    print(json.dumps([result.complete, result.state.digest(), result.stats.restarts, str(result.ended_by),
+        pids, sum(b.poll() is None for b in bystanders)]), flush=True)
+"""
+
+
+def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_another_machine(
+    model, in_process, tmp_path
+):
+    """The other node's actor has a pid that a bystander here has; the link is down for 8 s in the middle."""
+    name = f"xr{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", name + "a"], capture_output=True).returncode:
+        pytest.skip("`ip netns add` is not permitted here: it takes Linux and root")
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    near = subprocess.Popen(["true"])
+    temporary = tempfile.mkdtemp(prefix="n", dir="/tmp")
+    other = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    environment_ = {**environment(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment_.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+    try:
+        for line in (
+            f"netns add {name}b",
+            f"link add near netns {name}a type veth peer name far netns {name}b",
+            f"-n {name}a addr add 10.231.77.1/24 dev near",
+            f"-n {name}b addr add 10.231.77.2/24 dev far",
+            *(
+                f"-n {name}{end} link set {device} up"
+                for end in "ab"
+                for device in ("lo", {"a": "near", "b": "far"}[end])
+            ),
+        ):
+            subprocess.run(["ip", *line.split()], check=True)
+        head = "start --head --block --node-ip-address=10.231.77.1 --port=6379 --num-cpus=1 --include-dashboard=false"
+        near = subprocess.Popen(
+            ["ip", "netns", "exec", name + "a", *other, sys.executable, "-m", "ray.scripts.scripts", *head.split()]
+            + [f"--temp-dir={temporary}", "--object-store-memory=83886080", "--disable-usage-stats"],
+            env=environment_,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + 120
+        while not (Path(temporary) / "ray_current_cluster").exists():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        far = [
+            "ip",
+            "netns",
+            "exec",
+            name + "b",
+            *other,
+            "sh",
+            "-c",
+            f'mount -t tmpfs tmpfs {temporary} && exec "$@"',
+            "sh",
+        ]
+        done = subprocess.run(
+            [*far, sys.executable, "-c", textwrap.dedent(FAR), str(model), str(token), PROMPT],
+            env=environment_,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            check=True,
+        )
+        complete, digest, restarts, ended_by, pids, alive = json.loads(done.stdout)
+        assert (complete, ended_by, digest) == (True, "None", in_process[4]["digest"])
+        assert restarts == 0
+        assert pids.count(None) == 1  # the other machine's is not one that could be signalled from here
+        assert alive == 400
+    finally:
+        near.kill()
+        near.wait()
+        for end in "ab":
+            subprocess.run(["ip", "netns", "del", name + end], capture_output=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "code"), [("raylet", signal.SIGKILL, 4), ("gcs_server", signal.SIGSTOP, 0)], ids=str
+)
+def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_process, tmp_path):
+    """A raylet that is gone makes Ray end the run's process; a GCS that hangs must not keep the result from us."""
+    state_dir, kept = tmp_path / ".local" / "state" / "xlstm-ray", tmp_path / "kept.state"
+    words = [
+        "prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
+        "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3, "--progress", "ndjson",
+    ]  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None
+    said = []
+    for line in run.stderr:
+        if not line.startswith("{"):
+            said.append(line)
+        elif json.loads(line).get("tiles_done") == 8:
+            (head,) = all_heads(state_dir)
+            (process,) = [p for p in session_of(head) if p.name() == name]
+            process.send_signal(number)
+    assert run.stdout is not None
+    out = run.stdout.read()
+    assert run.wait(120) == code, said
+    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
+    digest = lm.prefill(PROMPT, state=RecurrentState.load(kept)).state.digest()
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert digest == in_process[4]["digest"]
+    if code == 0:
+        assert json.loads(out)["state_digest"] == digest
+    else:
+        assert out == ""
+        error = "".join(said)
+        assert "error: " in error
+        assert "Traceback" not in error
+        assert f"state in {kept}" in error
+        assert f"--state-in {kept}" in error  # the command that goes on
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".kept"]
+    down(state_dir)
