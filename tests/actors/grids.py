@@ -1,14 +1,23 @@
-"""What the tests of the grid on real Ray share: sizes, a prompt, and programs in processes of their own."""
+"""What the tests of the grid on real Ray share: sizes, a prompt, programs in processes of their own, fixtures."""
 
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from slstm import CASES, write_model
+from tiny import make_model
+
 import xlstm_ray
+from xlstm_ray.supervisor.records import Head
+from xlstm_ray.supervisor.start import HeadOptions, start_head
+from xlstm_ray.supervisor.stop import stop_head
 
 ROOT = Path(xlstm_ray.__file__).parents[1]
 TILE, CHUNK = 32, 16
@@ -36,3 +45,58 @@ def script(home: Path, text: str, *arguments: object) -> list[Any]:
 def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)]
     return subprocess.run(program, env=environment(home), capture_output=True, text=True, timeout=240)
+
+
+class InProcess(dict[int, dict[str, Any]]):
+    """By heads a band, once asked for: what the queued backend gives, compiled with one thread as the actors are."""
+
+    def __init__(self, models: dict[int, Path]):
+        self.models = models
+
+    def __missing__(self, heads: int) -> dict[str, Any]:
+        sizes = {"threads": 1, "workers": 1, "tile_size": TILE, "chunk_size": CHUNK}
+        lm = xlstm_ray.load(self.models[heads], device="cpu", heads_per_band=heads, **sizes)
+        result = lm.prefill(PROMPT)
+        found = {"digest": result.state.digest(), "tensors": result.state.tensors}
+        generation = lm.generate(PROMPT[:96], max_new_tokens=9)
+        found |= {"text": "".join(generation), "after": generation.state().digest()}
+        found["all"] = torch.cat(lm.prefill(PROMPT[:96], all_logits=True).all_logits).double().sum().item()
+        if heads == 4:
+            found["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
+        torch.set_num_threads(os.cpu_count() or 1)
+        self[heads] = found
+        return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four heads, three blocks: two stages leave unequal parts."""
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, seed=5, hidden_size=64, num_hidden_layers=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By heads a band: the model, and one with an sLSTM block, which bands of three heads cut unequally."""
+    return {4: model, 3: write_model(tmp_path_factory.mktemp("hybrid"), **CASES["hybrid"])}
+
+
+@pytest.fixture(scope="module")
+def in_process(models: dict[int, Path]) -> InProcess:
+    return InProcess(models)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def head(home: Path) -> Iterator[Head]:
+    """A head with room for eight actors of one thread, however few cores there are."""
+    state_dir = home / ".local" / "state" / "xlstm-ray"
+    options = HeadOptions(state_dir=state_dir, stays=True, num_cpus=8, object_store_bytes=100 << 20)
+    started = start_head(options)
+    yield started
+    stop_head(started, state_dir)

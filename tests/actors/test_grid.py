@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from grids import CHUNK, PROMPT, TILE, script
+from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -23,6 +23,8 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.layout import Band
 from xlstm_ray.supervisor.records import Head
+
+__all__ = ["head", "home", "in_process", "model", "models"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"

@@ -10,12 +10,14 @@ import time
 import pytest
 import torch
 from containers import container, needs_containers
-from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, script
+from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, head, home, in_process, model, models, script
 from safetensors.torch import load_file
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.errors import StateError
+
+__all__ = ["head", "home", "in_process", "model", "models"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"

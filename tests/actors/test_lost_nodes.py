@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import CHUNK, PROMPT, SIZES, TILE, environment, script
+from grids import CHUNK, PROMPT, SIZES, TILE, environment, in_process, model, models, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.supervisor.records import all_heads, session_of
 from xlstm_ray.supervisor.stop import down
+
+__all__ = ["in_process", "model", "models"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
