@@ -163,10 +163,10 @@ class Placement:
         left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
         each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
         stages, bands = len(self.stages), len(self.stages[0])
-        less = "fewer --threads" if set(bundle) == {"CPU"} else "more --actors-per-device"
+        less = "fewer `threads`" if set(bundle) == {"CPU"} else "more `actors_per_device`"
         return (
             f"a grid of {stages} stage(s) x {bands} band(s) is {stages * bands} actors of {each} each; the cluster's "
-            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer --stages, more --heads-per-band or "
+            f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer `stages`, more `heads_per_band` or "
             f"{less}, or add nodes"
         )
 

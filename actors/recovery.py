@@ -152,7 +152,7 @@ class Recovery:
                 # What an actor takes does not grow with the prompt: another in its place would meet the same end.
                 raise GridOutOfMemory(
                     f"a node ran out of memory, and Ray ended an actor there: {_out_of_memory(error)}; free memory, or "
-                    "use a smaller --tile-size, fewer --stages on that node, or more nodes"
+                    "use a smaller `tile_size`, fewer `stages` on that node, or more nodes"
                 ) from error
             self._failures += 1
             if self._failures > self.options.retries:

@@ -114,7 +114,7 @@ class BandActor:
         self.device = torch.device(spec.device)
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there[self.device.type]:
-            raise UsageError(f"--device is {spec.device!r}, but node {os.uname().nodename} has none")
+            raise UsageError(f"`device` is {spec.device!r}, but node {os.uname().nodename} has none")
         config = ModelConfig.from_file(spec.model / "config.json")
         if config != spec.config:
             raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")

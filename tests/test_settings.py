@@ -328,7 +328,7 @@ def test_streams_are_refused_where_there_are_none(monkeypatch):
 
 
 def test_unrolling_is_refused_where_nothing_is_unrolled(monkeypatch):
-    with pytest.raises(UsageError, match="^--t-inner is 4, but queued_compiled_chunks unrolls no steps of this model"):
+    with pytest.raises(UsageError, match="^`t_inner` is 4, but queued_compiled_chunks unrolls no steps of this model"):
         load(device="cpu", t_inner=4, chunkwise_backend="queued_compiled_chunks")
     monkeypatch.setenv("XLSTM_T_INNER", "4")  # a shell's own setting may stay there
     assert load(device="cpu", chunkwise_backend="native").t_inner == 4
@@ -336,10 +336,10 @@ def test_unrolling_is_refused_where_nothing_is_unrolled(monkeypatch):
 
 def test_options_of_the_watchdog_without_it(monkeypatch):
     monkeypatch.setenv("XLSTM_MEM_WATCHDOG", "0")
-    with pytest.raises(UsageError, match="^--mem-log has no effect without the watchdog"):
+    with pytest.raises(UsageError, match="^`mem_log` has no effect without the watchdog"):
         Settings.make(mem_log="a.csv")
     for name in ({"shrink_on_soft": True}, {"min_chunk": 16}):
-        with pytest.raises(UsageError, match="^--(mem-shrink|min-chunk) has no effect without the watchdog"):
+        with pytest.raises(UsageError, match="^`(shrink_on_soft|min_chunk)` has no effect without the watchdog"):
             Settings.make(**name)
     monkeypatch.setenv("XLSTM_MEM_SOFT_PCT", "0.5")  # a shell's own setting may stay there
     monkeypatch.setenv("XLSTM_MIN_CHUNK", "16")
@@ -347,7 +347,7 @@ def test_options_of_the_watchdog_without_it(monkeypatch):
 
 
 def test_the_least_chunk_is_refused_where_nothing_shrinks():
-    with pytest.raises(UsageError, match="^--min-chunk has no effect where nothing shrinks .--no-mem-shrink"):
+    with pytest.raises(UsageError, match="^`min_chunk` has no effect where nothing shrinks .`shrink_on_soft=False`"):
         Settings.make(shrink_on_soft=False, min_chunk=16)
 
 

@@ -40,7 +40,9 @@ MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",
     "supervisor.start": "the environment of a head's processes",
 }
-MAY_SAY_FLAGS = r"settings|cli\..*"  # settings: its table is what the flags are made from
+MAY_SAY_FLAGS = r"cli\..*"  # all others mark a field's name, `tile_size`, which cli.flags makes a flag of
+A_FLAG = r"--[a-z][a-z-]*[a-z]"
+A_COMMAND = r"xlstm-ray [a-z]+( --[a-z-]+)*"  # is for a shell, whoever reads it
 LINES, PARAMETERS = 400, 7
 COMMAND = r"commands\.command|app\.callback"  # a decorator: its parameters are a command's options
 LONG: dict[str, str] = {}  # file: why it is one piece
@@ -62,31 +64,7 @@ NOT_YET: dict[str, set[str]] = {
         *("autoscale engine.engine".split()),
         *("measure.bench measure.child measure.doctor measure.estimate measure.parity".split()),
     },
-    "flags": {  # a module, and how many of its texts
-        "actors.placement 3",
-        "actors.recovery 1",
-        "actors.shard 1",
-        "autoscale 1",
-        "choose 6",
-        "directories 1",
-        "engine.engine 3",
-        "engine.journal 1",
-        "engine.resume 2",
-        "files 1",
-        "kernels.compiled 4",
-        "measure.bench 8",
-        "measure.doctor 3",
-        "measure.estimate 9",
-        "memory.room 7",
-        "sampling 5",
-        "supervisor.connect 4",
-        "supervisor.mode 7",
-        "supervisor.ports 1",
-        "supervisor.records 2",
-        "supervisor.start 5",
-        "text.prompt 1",
-        "text.tokenizer 1",
-    },
+    "flags": set(),
     "lines": set(),
     "parameters": {
         "measure.doctor.metal_kernels",
@@ -196,16 +174,21 @@ def settings(root: Path) -> set[str]:
 
 
 def flags(root: Path) -> set[str]:
-    """Modules that call a flag of ours by its name, and how many of their texts do. Ray's own flags are not ours."""
+    """Modules that call a flag of ours by its name, and how many of their texts do. Ray's own flags are not ours.
+
+    A text that is a flag and nothing else is in the table that flags are made from, where it is in settings.
+    """
     there = trees(root)
     ours = {"--" + n.target.id.replace("_", "-") for n in ast.walk(there.get("settings", ast.parse("")))
             if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}  # fmt: skip
     for name, tree in there.items():
-        if re.fullmatch(MAY_SAY_FLAGS, name):
-            ours |= {text for text in strings(tree) if re.fullmatch(r"--[a-z][a-z-]+", text)}
+        if re.fullmatch(rf"settings|{MAY_SAY_FLAGS}", name):
+            ours |= {text for text in strings(tree) if re.fullmatch(A_FLAG, text)}
+    ours |= {f"--no-{flag[2:]}" for flag in ours}
     found = set()
     for name, tree in there.items():
-        said = [text for text in strings(tree) if ours & set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))]
+        texts = [text for text in strings(tree) if not (name == "settings" and text in ours)]
+        said = [t for t in texts if ours & set(re.findall(rf"(?<![\w-]){A_FLAG}", re.sub(A_COMMAND, "", t)))]
         if said and not re.fullmatch(MAY_SAY_FLAGS, name):
             found.add(f"{name} {len(said)}")
     return found

@@ -96,7 +96,7 @@ def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tupl
     known, choice = remembered.get(key), usual
     if known is not None and fits(known) and time() < known.until and not settings.autoscale_again:
         choice = Choice(**known.model_dump(include=set(NAMES)))
-        note = f"autoscale: {choice} (remembered in {path}; --autoscale again measures anew)"
+        note = f"autoscale: {choice} (remembered in {path}; `autoscale_again=True` measures anew)"
     else:
 
         def rate(c: Choice) -> float:

@@ -65,7 +65,7 @@ def choose_setup(settings: Settings) -> Setup:
     journal = settings.journal or settings.resume
     if settings.journal_every is not None and mode is Mode.LOCAL and journal is None:
         raise UsageError(
-            f"{settings.named('journal_every')} has no effect in one process without --journal or --resume; "
+            f"{settings.named('journal_every')} has no effect in one process without `journal` or `resume`; "
             "leave it out"
         )
     if settings.stages > config.num_blocks:
@@ -99,10 +99,10 @@ def choose_model(settings: Settings) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and not path.parent.is_dir():
         raise CheckpointError(
             f"{path}: is not a directory here; if it is the name of a model of the Hugging Face hub, "
-            f"`xlstm-ray download {path}` fetches it and prints the directory that --model takes"
+            f"`xlstm-ray download {path}` fetches it and prints the directory that `model` takes"
         )
     raise CheckpointError(
-        f"{path}: is not a directory; --model takes one with config.json, tokenizer.json and safetensors weights"
+        f"{path}: is not a directory; `model` takes one with config.json, tokenizer.json and safetensors weights"
     )
 
 
@@ -160,7 +160,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
             if getattr(settings, name) != table()[name].default:
                 raise UsageError(
                     f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
-                    "use --chunkwise-backend ray_compiled_chunks or ray_compiled_steps, or leave it out"
+                    "use `chunkwise_backend=ray_compiled_chunks` or ray_compiled_steps, or leave it out"
                 )
         _refuse_folders(settings, Mode.LOCAL)
         return Mode.LOCAL
@@ -319,7 +319,7 @@ def choose_steps(
     if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
         raise UsageError(
             f"{settings.named('t_inner')} is {settings.t_inner}, but {backend.name} unrolls no steps of this model; "
-            "leave it out, or use --chunkwise-backend queued_compiled_steps"
+            "leave it out, or use `chunkwise_backend=queued_compiled_steps`"
         )
     if device.type != "mps" or backend.kernel != "compiled_steps":
         return Fit(settings.t_inner)
@@ -342,7 +342,7 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
     if settings.actors_per_device > 1 and on_cpu:
         raise UsageError(
             f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
-            "share by --threads; leave it out"
+            "share by `threads`; leave it out"
         )
     threads, cpus = settings.threads, None
     if threads is None:

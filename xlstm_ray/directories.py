@@ -41,6 +41,6 @@ def default_state_dir() -> Path:
         return Unix(NAME).user_state_path
     except RuntimeError:
         raise RayError(
-            "this user has no home directory for Ray's records: give a folder with --ray-state-dir "
+            "this user has no home directory for Ray's records: give a folder with `ray_state_dir` "
             "(XLSTM_RAY_STATE_DIR), or set HOME"
         ) from None

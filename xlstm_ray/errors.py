@@ -5,6 +5,10 @@ import shlex
 import sys
 from importlib import metadata
 
+# How a text names a setting or an argument: `temperature`, or with a value `temperature=0`. A caller from Python reads
+# it as it stands; the command line shows the flag in its place (cli/flags.py).
+FIELD = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+
 
 class XlstmRayError(Exception):
     """A user's mistake or a limit that was met: what was given, what is allowed, what to do. Exit code 1."""

@@ -97,7 +97,7 @@ def require_replaceable(path: Path, kind: Kind, *, overwrite: bool = False, opti
         raise OutputError(f"{named}: cannot be written ({_why(err)})") from None
     if not ours:
         raise OutputError(
-            f"{named}: is there and is not {kind.name}, so it is not replaced; give another name, or --overwrite"
+            f"{named}: is there and is not {kind.name}, so it is not replaced; give another name, or `overwrite=True`"
         )
 
 

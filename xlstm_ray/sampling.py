@@ -48,16 +48,16 @@ class Sampling:
         the model. Raises UsageError for what is out of range.
         """
         if temperature is not None and not 0 <= temperature <= 100:
-            raise UsageError(f"--temperature is {temperature}; allowed: 0 (greedy) to 100")
+            raise UsageError(f"`temperature` is {temperature}; allowed: 0 (greedy) to 100")
         asks = not top_p is top_k is seed is None
         if temperature == 0 and asks:
-            raise UsageError("--top-p, --top-k and --seed have no effect at --temperature 0 (greedy); leave them out")
+            raise UsageError("`top_p`, `top_k` and `seed` have no effect at `temperature=0` (greedy); leave them out")
         if top_p is not None and not 0 < top_p <= 1:
-            raise UsageError(f"--top-p is {top_p}; allowed: above 0, up to 1")
+            raise UsageError(f"`top_p` is {top_p}; allowed: above 0, up to 1")
         if top_k is not None and not 0 <= top_k < 1 << 31:
-            raise UsageError(f"--top-k is {top_k}; allowed: 0 (all tokens) and more")
+            raise UsageError(f"`top_k` is {top_k}; allowed: 0 (all tokens) and more")
         if seed is not None and not 0 <= seed < 1 << 63:
-            raise UsageError(f"--seed is {seed}; allowed: 0 to 2^63 - 1")
+            raise UsageError(f"`seed` is {seed}; allowed: 0 to 2^63 - 1")
         if temperature == 0:
             return cls()
         asks = asks or temperature is not None

@@ -144,7 +144,7 @@ class Settings(BaseSettings):
         False,
         env="XLSTM_MPS_AUTOSCALE",
     )
-    autoscale_again: bool = setting("As `--autoscale again`: whatever is remembered.", False)
+    autoscale_again: bool = setting("Probe again, whatever is remembered.", False)
     warmup: bool = setting("Compile before the first tile, not on first use.", True, env="XLSTM_MPS_WARMUP")
     enable_mps_fallback: bool = setting(
         "Refused on mps: operators would leave the GPU silently.", False, flag=None, env="PYTORCH_ENABLE_MPS_FALLBACK"
@@ -166,8 +166,9 @@ class Settings(BaseSettings):
     min_chunk: int = count("Shrinking ends at chunks of so many tokens.", 8, env="XLSTM_MIN_CHUNK")
     mem_log: File = setting("Write the watchdog's samples to this CSV file.", shown="none")
     force: bool = setting(
-        "Start although the computed need of memory does not fit. The hard limit still ends a run (--no-mem-watchdog), "
-        "and neither disk space, the devices of a cluster nor the files of others (--overwrite) are forced.",
+        "Start although the computed need of memory does not fit. The hard limit still ends a run "
+        "(`mem_watchdog=False`), and neither disk space, the devices of a cluster nor the files of others "
+        "(`overwrite=True`) are forced.",
         False,
     )
     stats_log: File = setting("Write a row a tile to this CSV file.", shown="none")
@@ -208,7 +209,7 @@ class Settings(BaseSettings):
     ) -> Self:
         """Settings from what was asked (None: not asked), from a state (its name and values), and from the rest.
 
-        Raises UsageError that names the flag, variable or file which the wrong value came from.
+        Raises UsageError that names the field, variable or file which the wrong value came from.
         """
         refuse_unknown(asked, table())
         given = {**asked, "config": config, "state": state}
@@ -288,7 +289,7 @@ class Settings(BaseSettings):
         return source if source.where or source.kind == "default" else source._replace(where=self.named(name))
 
     def named(self, name: str) -> str:
-        """What an error calls a setting: the flag, the variable, or its place in a file or profile."""
+        """What an error calls a setting: the field, the variable, or its place in a file or profile."""
         return table()[name].named(self.sources.get(name, Source("default")), getattr(self, name))
 
 
@@ -299,7 +300,7 @@ class Setting:
         extra: Any = field.json_schema_extra
         hint: Any = field.annotation
         hint = get_args(hint)[0] if NoneType in get_args(hint) else hint
-        self.name, self.default, self.help = name, field.default, field.description
+        self.name, self.default, self.help = name, field.default, field.description or ""
         self.env, self.shown = extra["env"] or f"XLSTM_{name.upper()}", extra["shown"]
         self.panel = next((title for title, names in PANELS.items() if name in names.split()), "Settings")
         self.short = SHORT.get(name)
@@ -316,12 +317,11 @@ class Setting:
         }.get(self.kind, words or "a text that is not empty")
 
     def named(self, source: Source, value: Any) -> str:
-        """What an error calls the setting, where this value of it came from there."""
-        if source.kind == "environment" or not self.flags and source.kind == "default":
+        """What an error calls the setting, where this value of it came from there: a field where a caller gave it."""
+        if source.kind == "environment":
             return self.env
         if source.kind in ("flag", "default"):
-            yes, _, no = self.flags.partition("/")
-            return no if no and value is False else yes
+            return f"`{self.name}=False`" if self.kind is bool and value is False else f"`{self.name}`"
         return f"{source.where}: {self.name}" if source.kind == "file" else f"{self.name} of {source}"
 
 
@@ -374,14 +374,14 @@ def _read_file(path: Path) -> dict[str, Any]:
     """The settings of a TOML file; its paths are relative to its directory."""
     try:
         if not path.is_file():  # the library passes over it
-            raise UsageError(f"--config {path}: cannot be read (No such file, or a directory or pipe)")
+            raise UsageError(f"`config` {path}: cannot be read (No such file, or a directory or pipe)")
         values = TomlConfigSettingsSource(Settings, path).toml_data
     except OSError as err:
-        raise UsageError(f"--config {path}: cannot be read ({err.strerror})") from None
+        raise UsageError(f"`config` {path}: cannot be read ({err.strerror})") from None
     except (ValueError, RecursionError) as err:
-        raise UsageError(f"--config {path}: is not TOML ({err})") from None
+        raise UsageError(f"`config` {path}: is not TOML ({err})") from None
     known = [name for name in table() if name != "enable_mps_fallback"]  # torch itself reads the variable
-    refuse_unknown(values, known, f"--config {path}: ")
+    refuse_unknown(values, known, f"`config` {path}: ")
     for name, value in values.items():
         if table()[name].kind is Path and isinstance(value, str) and value:
             values[name] = path.parent / value

@@ -76,23 +76,23 @@ def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stages": 2}, "--stages is of the ray_ backends"),
-        ({"ray_address": "127.0.0.1:1"}, "--ray-address is of the ray_ backends"),
+        ({"stages": 2}, "`stages` is of the ray_ backends"),
+        ({"ray_address": "127.0.0.1:1"}, "`ray_address` is of the ray_ backends"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_dashboard": True}, "local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_keep_alive": True}, "local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_temp_dir": Path("/tmp/x")}, "no effect in local mode"),
         ({"ray_state_dir": Path("/tmp/x")}, "no effect in local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "actors_per_device": 2}, "no effect in local mode"),
-        ({"journal_every": 3}, "no effect in one process without --journal"),
-        ({"chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False, "workers": 2}, "--workers is for one"),
+        ({"journal_every": 3}, "no effect in one process without `journal`"),
+        ({"chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False, "workers": 2}, "`workers` is for one"),
         (
             {"chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False, "actors_per_device": 2},
-            "--actors-per-device is for GPUs",
+            "`actors_per_device` is for GPUs",
         ),
         ({"chunkwise_backend": "ray_compiled_chunks", "stages": 9}, "but the model has 3 blocks"),
         (
             {"chunkwise_backend": "ray_compiled_chunks", "ray_address": "10.0.0.1:1", "force": True},
-            "--force has no effect on other machines",
+            "`force` has no effect on other machines",
         ),
     ],
 )

@@ -280,7 +280,7 @@ def test_journals_are_neither_overwritten_nor_mixed(model, tmp_path):
     assert not result.complete
     kept = RecurrentState.load(tmp_path / "a" / "journal" / "prefill.state")
     assert kept.digest() == result.state.digest()
-    with pytest.raises(StateError, match="has the journal of a run that did not end: go on from it with --resume"):
+    with pytest.raises(StateError, match="has the journal of a run that did not end: go on from it with `resume="):
         lm.prefill(PROMPT)
     home, words = tmp_path, ("prefill", "--model", model, "--prompt", "abc", "--resume", tmp_path)
     assert "has no journal of a run that did not end" in command(home, *words).stderr

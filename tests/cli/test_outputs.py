@@ -140,10 +140,10 @@ def test_an_output_is_a_file(option, place, run, options, tmp_path):
 def test_from_python_the_same_holds(model, tmp_path):
     plain = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 16, "chunk_size": 16}
     (tmp_path / "notes").write_text("my only copy")
-    with pytest.raises(OutputError, match="--stats-log .*notes: is there and is not a log of this program"):
+    with pytest.raises(OutputError, match="`stats_log` .*notes: is there and is not a log of this program"):
         xlstm_ray.load(model, **plain, stats_log=tmp_path / "notes")
     own = shutil.copytree(model, tmp_path / "m")
-    with pytest.raises(OutputError, match="is what --model reads"):
+    with pytest.raises(OutputError, match="is what `model` reads"):
         xlstm_ray.load(own, **plain, mem_log=own / "config.json", overwrite=True)
     state = xlstm_ray.load(model, **plain).prefill(PROMPT).state
     state.save(tmp_path / "notes", overwrite=True)

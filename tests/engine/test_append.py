@@ -118,7 +118,7 @@ def test_an_appended_run_that_was_stopped_goes_on(lm, tmp_path):
 
 def test_a_refusal_says_whether_text_or_tokens_differ_where_and_the_way_out(lm):
     state = lm.prefill("xA").state
-    with pytest.raises(StateError, match=r"same text.* cuts it otherwise: .*at token 3.*--append.* beginning 'B more'"):
+    with pytest.raises(StateError, match=r"same text.* cuts it otherwise: .*at token 3.*`append`.* beginning 'B more'"):
         lm.prefill("xAB more", state=state)
     assert close(lm.prefill(append="B more", state=state).state, lm.prefill(append="B more", state=state).state)
     long = BOOK * 40
@@ -128,12 +128,12 @@ def test_a_refusal_says_whether_text_or_tokens_differ_where_and_the_way_out(lm):
         lm.prefill(wrong, state=state)
     said = str(refused.value)
     assert "its text differs" in said
-    assert "--append" in said
+    assert "with `append`" in said
     low, high = (int(part.split()[0]) for part in said.split("between byte ")[1].split(" and ")[:2])
     assert low <= 701 <= high < low + 64
-    with pytest.raises(StateError, match="tokens, but .* already seen .*--append"):
+    with pytest.raises(StateError, match="tokens, but .* already seen .*`append`"):
         lm.prefill(long[:-3], state=state)
-    with pytest.raises(StateError, match="tokens.*--append"):
+    with pytest.raises(StateError, match="tokens.*`append`"):
         lm.prefill([1, 2, 3], state=state)
 
 

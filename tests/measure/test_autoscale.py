@@ -109,7 +109,7 @@ def test_no_gain_is_claimed_from_noise(usual, other, gain, busy):
 
 
 def test_it_is_refused_for_actors_and_off_unless_asked_for(model, cache):
-    with pytest.raises(UsageError, match="^--autoscale probes this process's device"):
+    with pytest.raises(UsageError, match="^`autoscale` probes this process's device"):
         xlstm_ray.load(model, autoscale=True, chunkwise_backend="ray_compiled_chunks", ray_local_mode=False)
     xlstm_ray.load(model, device="cpu", chunkwise_backend="native")
     assert not cache.exists()

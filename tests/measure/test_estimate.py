@@ -119,7 +119,7 @@ def test_stages_of_several_machines(of_7b: Path) -> None:
     assert two.need.weights < one.need.weights * 0.55
     assert one.seconds / 2 < two.seconds < one.seconds * 0.6  # a stage waits for its first tile
     assert two.seconds / 2 < four.seconds < two.seconds * 0.6
-    assert "--chunkwise-backend ray_compiled_chunks --stages 2" in two.flags
+    assert {"chunkwise_backend": "ray_compiled_chunks", "stages": 2}.items() <= two.settings.items()
     assert planned(of_7b, "m1", dtype="float32").machines_needed == 3
 
 

@@ -63,7 +63,7 @@ def test_limits_are_mib_where_given_and_fractions_else():
 
 
 def test_a_soft_limit_over_the_hard_one_is_refused_with_both():
-    with pytest.raises(UsageError, match=r"soft.*--mem-soft-mb 990: 990 MiB.*--mem-hard-pct 0.92: 920 MiB"):
+    with pytest.raises(UsageError, match=r"soft.*`mem_soft_mb` 990: 990 MiB.*`mem_hard_pct` 0.92: 920 MiB"):
         limits_of(1000 * MIB, mem_soft_mb=990)
 
 
@@ -281,16 +281,16 @@ def test_what_is_advised_makes_that_smaller_which_is_too_large(tmp_path):
     tile, weights = "a tile's activations", "weights"
     float32, large, small = {"dtype": "float32"}, {"tile_size": 8192}, {"tile_size": 64}
     cases: list[tuple[str, float, dict[str, object], str]] = [
-        (tile, 0.6, {"dtype": "bfloat16", **large}, "give a --tile-size below 8192"),
-        (tile, 0.9, {**float32, **large}, "give a --tile-size below 8192"),
-        (weights, 0.2, {**float32, **small}, "give --dtype bfloat16, or spread the blocks over more machines"),
+        (tile, 0.6, {"dtype": "bfloat16", **large}, "give a `tile_size` below 8192"),
+        (tile, 0.9, {**float32, **large}, "give a `tile_size` below 8192"),
+        (weights, 0.2, {**float32, **small}, "give `dtype=bfloat16`, or spread the blocks over more machines"),
         (weights, 0.8, {**float32, **small}, "spread the blocks over more machines"),
         (weights, 0.5, {"dtype": "bfloat16", **small}, "spread the blocks over more machines"),
     ]
     lines = run_child(TOO_LITTLE, tmp_path, json.dumps([case[:3] for case in cases])).stdout.splitlines()
     for (*_, expected), line in zip(cases, lines, strict=True):
         said = json.loads(line).split("; ")[1]
-        said = re.sub(r" \(--stages with.*?\)", "", said)
+        said = re.sub(r" \(`stages` with.*?\)", "", said)
         assert said == f"{expected}, or raise the limit" + said.partition(", or raise the limit")[2], line
 
 

@@ -221,7 +221,7 @@ def test_mode_follows_from_the_flags() -> None:
     [
         ({"local_mode": True, "dashboard": True}, "there is no Ray to look at"),
         ({"local_mode": True, "keep_alive": True}, "no Ray head to keep"),
-        ({"local_mode": False, "dashboard_port": 8265}, "add --ray-dashboard"),
+        ({"local_mode": False, "dashboard_port": 8265}, "add `ray_dashboard=True`"),
         ({"local_mode": False, "address": "h:1", "dashboard": True}, "not ours to configure"),
         ({"local_mode": False, "address": "h:1", "keep_alive": True}, "not ours to configure"),
     ],
@@ -345,7 +345,7 @@ def test_impossible_options_are_refused_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for changes, words in [
-            ({"dashboard": True, "dashboard_port": port}, f"--ray-dashboard-port {port} is in use"),
+            ({"dashboard": True, "dashboard_port": port}, f"`ray_dashboard_port` {port} is in use"),
             ({"dashboard": True, "dashboard_port": 80}, "from 1024 to 65535"),
             ({"object_store_bytes": 1 << 20}, "at least 78643200"),
         ]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xlstm_ray.cli.flags import in_flags, know
 from xlstm_ray.cli.output import tell
 from xlstm_ray.cli.reporter import ProgressKind
 from xlstm_ray.settings import Setting, table, unknown_variables
@@ -108,6 +109,7 @@ def takes(names: str = "") -> Callable[[Callable], Callable]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
             for name, annotation in options.items()
         ]
+        know(parameters)
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -127,7 +129,7 @@ def _option(row: Setting) -> Any:
         shown = "on" if row.default else "off"
     env = "" if row.env == f"XLSTM_{row.name.upper()}" else f" [env: {row.env}]"
     kind = str if row.kind is tuple else row.kind
-    words = f"{row.help}{env} [default: {shown}]"
+    words = f"{in_flags(row.help)}{env} [default: {shown}]"
     flags = [row.flags, *filter(None, [row.short])]
     return Annotated[kind | None, typer.Option(*flags, help=bare(words), rich_help_panel=row.panel)]  # type: ignore
 

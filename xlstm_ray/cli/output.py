@@ -8,6 +8,7 @@ import stat
 import sys
 from typing import Any
 
+from xlstm_ray.cli.flags import in_flags
 from xlstm_ray.errors import UsageError
 
 
@@ -45,7 +46,8 @@ def leave_terminal() -> None:
 
 
 def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Say it on standard error: errors and notes of the library too."""
+    print(in_flags(text), file=sys.stderr, flush=True)
 
 
 def show(text: str, *, end: str = "\n") -> None:

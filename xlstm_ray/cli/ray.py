@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xlstm_ray.cli.flags import in_flags
 from xlstm_ray.cli.options import RAY, JsonOption, bare, takes
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.settings import Settings
@@ -45,7 +46,7 @@ def up(
             metrics_port=ray_metrics_port,
         )
     )
-    show("\n".join(stays_lines(head)))
+    show(in_flags("\n".join(stays_lines(head))))
 
 
 @commands.command(rich_help_panel=RAY)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xlstm_ray.cli.flags import in_flags
 from xlstm_ray.cli.options import MACHINE, JsonOption, bare, examples, takes
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
@@ -56,7 +57,8 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     for name, (value, source) in explain(settings).items():
         row = table()[name]
         plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        rows[name] = {"value": plain, "source": source.kind, "where": source.where, "flag": row.flags, "env": row.env}
+        where = in_flags(source.where)
+        rows[name] = {"value": plain, "source": source.kind, "where": where, "flag": row.flags, "env": row.env}
     if json_output:
         json_line(rows)
         return
@@ -84,9 +86,9 @@ def parity(
     for row in compare(part, settings):
         if not rows and not json_output:
             show(HEADER)
-        rows.append(row)
+        rows.append(row._replace(reason=row.reason and in_flags(row.reason)))
         if not json_output:
-            show(row.line)
+            show(rows[-1].line)
     if json_output:
         json_line({"rows": [{**row._asdict(), "good": row.good} for row in rows]})
     over = [f"{row.part} {row.name} {row.dtype}" for row in rows if not row.good]
@@ -161,7 +163,7 @@ def plan(
     if json_output:
         json_line(found.to_json())
     else:
-        show("\n".join(found.lines))
+        show(in_flags("\n".join(found.lines)))
     if check:
         with stop_on_signals():
             line = estimate.check(found)

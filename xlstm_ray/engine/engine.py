@@ -183,7 +183,7 @@ class Engine:
             if prompt is not None:
                 raise UsageError("a prompt and what to append were both given; give one")
             if state is None:
-                raise UsageError("there is no state to append to; give --state-in FILE, or a --prompt")
+                raise UsageError("there is no state to append to; give `state`, or a `prompt`")
         elif prompt is None:
             if state is None:
                 raise UsageError("neither a prompt nor a state was given")
@@ -247,7 +247,7 @@ class Engine:
         if self.published:
             self._tell_published(sampling, asked=any(x is not None for x in (temperature, top_p, top_k, seed, before)))
         if max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
+            raise UsageError(f"`max_new_tokens` is {max_new_tokens}; allowed: 1 or more")
         _ = self.executor  # it may have been closed
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
@@ -277,7 +277,7 @@ class Engine:
         if sampling.temperature and not asked:
             self.on_note(
                 f"sampling as generation_config.json says: temperature {sampling.temperature:g}, "
-                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}; --temperature 0 is greedy"
+                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}; `temperature=0` is greedy"
             )
 
     @in_turn

@@ -53,8 +53,8 @@ class Journal:
         there = self.path.exists()
         if there and not self._resumes:
             raise StateError(
-                f"{self.directory} has the journal of a run that did not end: go on from it with --resume "
-                f"{self.directory}, or remove {self.path}"
+                f"{self.directory} has the journal of a run that did not end: go on from it with "
+                f"`resume={self.directory}`, or remove {self.path}"
             )
         # A snapshot is written beside the one before.
         require_writable(self.path, option=self.option, size=size if there else 2 * size)

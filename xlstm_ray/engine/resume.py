@@ -44,7 +44,7 @@ def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: Recurren
     if state is not None and state.batch != len(rows):
         raise StateError(
             f"{state.name} is of {state.batch} prompts, but {len(rows)} were given; to ask one state several questions "
-            "give only what is new, with --append or --append-file FILE --jsonl"
+            "give only what is new, with `append`"
         )
     going = []
     for b, (tokens, text) in enumerate(zip(rows, texts, strict=True)):
@@ -93,7 +93,7 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
     tokens_differ = f"its tokens differ from the state's {_between('token', *apart)}"
     if len(tokens) < seen and apart[1] == len(tokens):
         tokens_differ = f"{which} has {len(tokens)} tokens, but {name} has already seen {seen}"
-    way_out = f"to go on from {name} give only what is new after it, with --append TEXT or --append-file FILE"
+    way_out = f"to go on from {name} give only what is new after it, with `append`"
     if text is None or known.text is None:
         raise StateError(
             f"{name} is of another prompt than {which}: {tokens_differ}; give the same prompt or a longer "

@@ -38,7 +38,7 @@ def require_compile_cache() -> None:
     except OSError as err:
         raise KernelError(
             f"the compile cache {directory} cannot be written ({err.strerror}); set TORCHINDUCTOR_CACHE_DIR to a "
-            "directory that can, or use --chunkwise-backend native, the slow eager reference"
+            "directory that can, or use `chunkwise_backend=native`, the slow eager reference"
         ) from None
 
 
@@ -51,8 +51,8 @@ def require_compiler(backend: str, device: torch.device) -> None:
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name) is None:
         raise KernelError(
-            f"--chunkwise-backend {backend} compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
-            "path in CXX), and there is none; install one, or use --chunkwise-backend native, the slow eager reference"
+            f"`chunkwise_backend={backend}` compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
+            "path in CXX), and there is none; install one, or use `chunkwise_backend=native`, the slow eager reference"
         )
 
 
@@ -101,7 +101,7 @@ def compile_strict(
             reason = f"{type(cause).__name__}: {line}"  # a compiler's own error comes after the source it quotes
             raise KernelError(
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
-                "--chunkwise-backend native runs the eager reference instead. Where it has compiled before, its cache "
+                "`chunkwise_backend=native` runs the eager reference instead. Where it has compiled before, its cache "
                 f"may be damaged or full: remove {compile_cache_dir()}"
             ) from err
 

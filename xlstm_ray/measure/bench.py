@@ -64,15 +64,15 @@ def parse(
     """Prompt lengths and backends of a command line. Raises UsageError where one is none, or the picture cannot be."""
     words = [word.strip() for word in lengths.split(",")]
     if not all(word.isdecimal() and 0 < int(word) <= 1 << 24 for word in words):
-        raise UsageError(f"--lengths is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
+        raise UsageError(f"`lengths` is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
     names = [word.strip() for word in backends.split(",")]
     for name in names:
         if name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
-            raise UsageError(f"--backends names {name!r}; there are: {', '.join(CHUNKWISE_BACKENDS)}")
+            raise UsageError(f"`backends` names {name!r}; there are: {', '.join(CHUNKWISE_BACKENDS)}")
     if rounds < 1:
-        raise UsageError(f"--rounds is {rounds}; allowed: 1 or more")
+        raise UsageError(f"`rounds` is {rounds}; allowed: 1 or more")
     if png is not None:
-        check_outputs([Output("--png", png, PICTURE)], [], overwrite=overwrite)
+        check_outputs([Output("`png`", png, PICTURE)], [], overwrite=overwrite)
         _pyplot()
     return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
 
@@ -109,8 +109,8 @@ def _pyplot() -> ModuleType:
         import matplotlib
     except ImportError:
         raise UsageError(
-            f"--png draws with matplotlib, which is not installed; {pip_install('matplotlib')} installs it, or leave "
-            "--png out"
+            f"`png` draws with matplotlib, which is not installed; {pip_install('matplotlib')} installs it, or leave "
+            "`png` out"
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -145,8 +145,8 @@ def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
     data = BytesIO()
     figure.savefig(data, format="png", dpi=120, metadata={"Software": "xlstm-ray bench"})
     pyplot.close(figure)
-    require_replaceable(path, PICTURE, overwrite=overwrite, option="--png")
+    require_replaceable(path, PICTURE, overwrite=overwrite, option="`png`")
     try:
         write_whole(path, data.getvalue())
     except OSError as err:
-        raise UsageError(f"--png {path}: cannot be written ({err.strerror})") from None
+        raise UsageError(f"`png` {path}: cannot be written ({err.strerror})") from None

@@ -51,13 +51,13 @@ def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """
     device = choose_device(settings)
     if device.type != "mps":
-        raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
+        raise UsageError(f"`kernels` shows Metal kernels, and the device is {device.type}; it needs `device=mps`")
     config_file = choose_model(settings) / "config.json"
     config = ModelConfig.from_file(config_file)
     backend = choose_backend(settings, config, config_file)
     tile, chunk, heads = choose_sizes(settings, config, device.type)
     if not backend.compiled:
-        raise UsageError(f"--chunkwise-backend is {backend.name!r}, which compiles no kernels; leave it out")
+        raise UsageError(f"`chunkwise_backend` is {backend.name!r}, which compiles no kernels; leave it out")
     dtype = choose_dtype(settings, device, torch.bfloat16, lambda _: True).dtype
     steps = choose_steps(settings, backend, config, heads, dtype, device)
     bands = len(make_grid(config, heads_per_band=heads)[0])

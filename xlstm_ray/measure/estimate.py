@@ -139,15 +139,16 @@ class Plan:
         return self.tokens / self.seconds
 
     @property
-    def flags(self) -> str:
-        """The settings, as a command takes them."""
-        words = [
-            f"--dtype {str(self.model.dtype).removeprefix('torch.')}",
-            f"--tile-size {self.tile_size} --chunk-size {self.chunk_size} --heads-per-band {self.heads_per_band}",
-        ]
-        if self.machines > 1:
-            words.append(f"--chunkwise-backend {self.backend} --stages {self.machines}")
-        return " ".join(words)
+    def settings(self) -> dict[str, Any]:
+        """What a run of this kind is asked for."""
+        of_machines = {"chunkwise_backend": self.backend, "stages": self.machines} if self.machines > 1 else {}
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tile_size": self.tile_size,
+            "chunk_size": self.chunk_size,
+            "heads_per_band": self.heads_per_band,
+            **of_machines,
+        }
 
     @property
     def lines(self) -> list[str]:
@@ -170,7 +171,7 @@ class Plan:
             f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
             "            without loading and compiling",
             f"not known   {UNKNOWN}",
-            f"settings    {self.flags}",
+            f"settings    {' '.join(f'`{name}={value}`' for name, value in self.settings.items())}",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -213,14 +214,14 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
     until the run fits. Raises UsageError for a device that is not in the table, or a number that cannot be.
     """
     if device_name != "this" and device_name not in DEVICES:
-        raise UsageError(f"--device is {device_name!r}; there are: this, {', '.join(DEVICES)}")
+        raise UsageError(f"`device` is {device_name!r}; there are: this, {', '.join(DEVICES)}")
     if not 1 <= tokens <= 1 << 40:
-        raise UsageError(f"--prompt-tokens is {tokens}; allowed: 1 to 2^40")
+        raise UsageError(f"`prompt_tokens` is {tokens}; allowed: 1 to 2^40")
     kind = "cpu" if device_name == "this" else DEVICES[device_name].kind
     model = read_model(settings, kind)
     blocks = model.config.num_blocks
     if not 1 <= machines <= blocks:
-        raise UsageError(f"--machines is {machines}; allowed: 1 to {blocks}, the model's blocks")
+        raise UsageError(f"`machines` is {machines}; allowed: 1 to {blocks}, the model's blocks")
     backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
     tile, chunk, heads = choose_sizes(settings, model.config, kind)
     device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
@@ -331,14 +332,7 @@ def check(estimate: Plan) -> str:
     The probe is repeated between the runs, so that other work on the machine slows both down; medians of both.
     """
     model, tile, chunk = estimate.model, estimate.tile_size, estimate.chunk_size
-    asked = {
-        "model": model.path,
-        "device": "cpu",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tile_size": tile,
-        "chunk_size": chunk,
-        "heads_per_band": estimate.heads_per_band,
-    }
+    asked = {"model": model.path, "device": "cpu", **estimate.settings}
     estimated, measured = [], []
     with Child(estimate.tokens, estimate.backend, asked) as child:
         child.figures()  # warm-up

@@ -102,7 +102,7 @@ class Room:
                 ways |= self._room_elsewhere(sample.available_bytes, sample.total_bytes, room)
             raise MemoryLimitError(
                 f"this run needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{advice(ways, need.total - room)}; or start all the same with --force"
+                f"{advice(ways, need.total - room)}; or start all the same with `force=True`"
             )
 
     def ways(self, batch: int, calls: Sequence[tuple[int, int]]) -> dict[str, int]:
@@ -117,13 +117,13 @@ class Room:
         activations = need.total - flat
         ways = {}
         if loaded.itemsize == 4:
-            ways["give --dtype bfloat16"] = (need.weights + activations) // 2
+            ways["give `dtype=bfloat16`"] = (need.weights + activations) // 2
         if loaded.tile > loaded.chunk:
-            ways[f"give a --tile-size below {loaded.tile}"] = activations
+            ways[f"give a `tile_size` below {loaded.tile}"] = activations
         if batch > 1:
             ways[f"give fewer than {batch} prompts at once"] = need.total - alone
         if loaded.stages < loaded.config.num_blocks:
-            where = "--stages with a --ray-address" if loaded.stages == 1 else f"more than {loaded.stages} --stages"
+            where = "`stages` with a `ray_address`" if loaded.stages == 1 else f"more than {loaded.stages} `stages`"
             ways[f"spread the blocks over more machines ({where})"] = need.weights + need.state
         return ways
 
@@ -148,12 +148,12 @@ class Room:
             ways = {}
             if loaded.stages > 1:
                 fewer = need.programs * (loaded.stages - 1) // loaded.stages
-                ways[f"give fewer than {loaded.stages} --stages"] = fewer
+                ways[f"give fewer than {loaded.stages} `stages`"] = fewer
             ways["use local mode"] = need.head + need.programs + need.watchdog + need.store
             ways |= self.ways(batch, [(batch, loaded.tile)]) | self._room_elsewhere(available, total, room)
             raise MemoryLimitError(
                 f"this grid needs {need}, but {room / MIB:,.0f} MiB {where}; "
-                f"{advice(ways, need.total - room)}; or start all the same with --force"
+                f"{advice(ways, need.total - room)}; or start all the same with `force=True`"
             )
 
     def _room(self) -> tuple[int, str]:

@@ -122,7 +122,7 @@ def _shared(there: str, target: Head | str) -> Iterator[ModuleType]:
 def one_connection(there: str) -> str:
     return (
         f"this program is connected to Ray at {there} already, and Ray allows a process one connection: give that "
-        "address (ray_address, --ray-address), or close what made it first"
+        "address (`ray_address`), or close what made it first"
     )
 
 
@@ -207,7 +207,7 @@ def _probe(address: str, token: str | None) -> None:
         socket.create_connection((host, port), timeout=PROBE_S).close()
     except OSError as error:
         raise RayError(
-            f"nothing answers at --ray-address {address} ({error.strerror or error}): "
+            f"nothing answers at `ray_address` {address} ({error.strerror or error}): "
             "start a head with `xlstm-ray up`, or see `xlstm-ray status` for the right address"
         ) from None
     if _asks_for_token(address, None) is False:
@@ -215,10 +215,10 @@ def _probe(address: str, token: str | None) -> None:
             f"the head at {address} lets anybody in: stop it, and start it with RAY_AUTH_MODE=token and a token"
         )
     if token is None:
-        raise RayError(f"the head at {address} asks for a token: say where it is with --ray-token-path")
+        raise RayError(f"the head at {address} asks for a token: say where it is with `ray_token_path`")
     if _asks_for_token(address, token):
         raise RayError(
-            f"the head at {address} refuses the token: --ray-token-path must name the file it was started with"
+            f"the head at {address} refuses the token: `ray_token_path` must name the file it was started with"
         )
 
 

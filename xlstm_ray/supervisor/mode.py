@@ -23,21 +23,21 @@ def ray_mode(
 ) -> Mode:
     """The one place that decides where actors live. Raises UsageError for options that cannot be honoured together."""
     if dashboard_port is not None and not dashboard:
-        raise UsageError(f"--ray-dashboard-port {dashboard_port} without a dashboard: add --ray-dashboard")
+        raise UsageError(f"`ray_dashboard_port` {dashboard_port} without a dashboard: add `ray_dashboard=True`")
     if address is not None:
         if dashboard or keep_alive:
-            flag = "--ray-dashboard" if dashboard else "--ray-keep-alive"
-            raise UsageError(f"{flag} with --ray-address {address}: that head is not ours to configure; leave one out")
+            field = "`ray_dashboard`" if dashboard else "`ray_keep_alive`"
+            raise UsageError(f"{field} with `ray_address` {address}: that head is not ours to configure; leave one out")
         return Mode.ATTACHED
     if not local_mode:
         return Mode.MANAGED
     if dashboard:
         raise UsageError(
-            "--ray-dashboard in local mode: everything runs in this process and there is no Ray to look at; "
+            "`ray_dashboard` in local mode: everything runs in this process and there is no Ray to look at; "
             "set XLSTM_RAY_LOCAL_MODE=0, or leave the dashboard out"
         )
     if keep_alive:
         raise UsageError(
-            "--ray-keep-alive in local mode: there is no Ray head to keep; set XLSTM_RAY_LOCAL_MODE=0, or leave it out"
+            "`ray_keep_alive` in local mode: there is no Ray head to keep; set XLSTM_RAY_LOCAL_MODE=0, or leave it out"
         )
     return Mode.LOCAL

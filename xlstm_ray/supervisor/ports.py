@@ -62,7 +62,7 @@ def listens(processes: list[psutil.Process], port: int) -> bool:
 def split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise RayError(f"--ray-address {address}: give HOST:PORT, as `xlstm-ray up` and `xlstm-ray status` print it")
+        raise RayError(f"`ray_address` {address}: give HOST:PORT, as `xlstm-ray up` and `xlstm-ray status` print it")
     return host.strip("[]"), int(port)
 
 

@@ -81,7 +81,7 @@ def dashboard_line(head: Head) -> str:
 
 def stays_lines(head: Head) -> list[str]:
     """What to print when a head stays: where it is, how to log in, and how to stop it. The token is not shown."""
-    out = [f"Ray's head stays: use it with --ray-address {head.address}"]
+    out = [f"Ray's head stays: use it with `ray_address={head.address}`"]
     if head.dashboard_url:
         out.append(dashboard_line(head))
     return [*out, f"stop it with: xlstm-ray down {head.id}"]
@@ -128,7 +128,7 @@ def make_private_directory(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RayError(
-            f"the folder {path} cannot be made: {error.strerror}; --ray-state-dir and --ray-temp-dir choose others"
+            f"the folder {path} cannot be made: {error.strerror}; `ray_state_dir` and `ray_temp_dir` choose others"
         ) from None
     found = path.lstat()
     if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:

@@ -94,7 +94,7 @@ def start_head(options: HeadOptions) -> Head:
     root = options.temp_dir or Path("/tmp") / f"xr-{os.getuid()}"
     if len(os.fsencode(root)) > LONGEST_FOLDER:
         raise RayError(
-            f"--ray-temp-dir {root}: the paths of Ray's sockets are too long in there; give a folder whose path has "
+            f"`ray_temp_dir` {root}: the paths of Ray's sockets are too long in there; give a folder whose path has "
             f"{LONGEST_FOLDER} bytes at most"
         )
     make_private_directory(root)
@@ -195,7 +195,7 @@ def up(options: HeadOptions) -> Head:
         for head in all_heads(options.state_dir):
             if head.mode == "up" and state_of(head, session_of(head)) in ("alive", "starting"):
                 raise RayError(
-                    f"head {head.id} is up already at {head.address}: use it with --ray-address {head.address}, "
+                    f"head {head.id} is up already at {head.address}: use it with `ray_address={head.address}`, "
                     f"or stop it with `xlstm-ray down {head.id}`"
                 )
         return start_head(options)
@@ -297,10 +297,10 @@ def _check_options(options: HeadOptions) -> None:
     if options.object_store_bytes is not None and options.object_store_bytes < MIN_OBJECT_STORE:
         raise RayError(f"an object store of {options.object_store_bytes} bytes: Ray needs at least {MIN_OBJECT_STORE}")
     ports = {
-        "--ray-dashboard-port": options.dashboard_port,
-        "port": options.port,
+        "`ray_dashboard_port`": options.dashboard_port,
+        "`ray_port`": options.port,
         "client_port": options.client_port,
-        "--ray-metrics-port": options.metrics_port,
+        "`ray_metrics_port`": options.metrics_port,
     }
     for name, port in ports.items():
         if port is None:
@@ -317,7 +317,7 @@ def _require_space(root: Path) -> None:
     if free < SPACE:
         raise RayError(
             f"{root} has {free >> 20} MiB left, and Ray's logs and sockets need {SPACE >> 20}: free some, or give "
-            "another folder with --ray-temp-dir (XLSTM_RAY_TEMP_DIR)"
+            "another folder with `ray_temp_dir` (XLSTM_RAY_TEMP_DIR)"
         )
     shared = Path("/dev/shm")
     if platform.system() == "Linux" and not os.access(shared, os.W_OK):

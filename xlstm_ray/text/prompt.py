@@ -14,7 +14,7 @@ def as_batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if not prompt:
-        raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
+        raise UsageError("the prompt is empty; give at least one token")
     return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
 
 

@@ -111,7 +111,7 @@ class Text:
     def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
         """These tokens of the prompt, int32, where the model has them all."""
         if not ids:
-            raise UsageError("the prompt is empty; give at least one token, with --prompt or --prompt-file")
+            raise UsageError("the prompt is empty; give at least one token")
         vocabulary = self._config.vocab_size
         odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < vocabulary), None)
         if odd is not None and isinstance(prompt, str):
