@@ -64,8 +64,9 @@ def prefill(length: int, model: Path | None, tile_size: int | None) -> dict[str,
 
 def report(args: argparse.Namespace) -> bool:
     """Print the block; whether all is well."""
+    from xlstm_ray.choose import setup_of
     from xlstm_ray.measure.doctor import kernel_report, machine
-    from xlstm_ray.settings import Settings
+    from xlstm_ray.plan import choose_plan
 
     print("```\nxlstm-ray on a Mac")
     for name, value in machine().items():
@@ -92,8 +93,8 @@ def report(args: argparse.Namespace) -> bool:
             flush=True,
         )
     print("\nMetal kernels")
-    settings = Settings.make(model=args.model, device="mps", tile_size=args.tile_size)
-    print("\n".join(f"  {line}" for line in kernel_report(settings)[1]))
+    plan = choose_plan(setup_of(model=args.model, device="mps", tile_size=args.tile_size), None)
+    print("\n".join(f"  {line}" for line in kernel_report(plan)[1]))
     print(f"\n{'all well' if good else 'SOMETHING IS WRONG, see above'}\n```", flush=True)
     return good
 

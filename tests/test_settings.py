@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xlstm_ray.choose import DEMO_MODEL
-from xlstm_ray.engine.engine import load
+from xlstm_ray import load
+from xlstm_ray.choose import DEMO_MODEL, setup_of
 from xlstm_ray.errors import UsageError
 from xlstm_ray.plan import explain
 from xlstm_ray.settings import Settings, table
@@ -126,20 +126,20 @@ def test_config_prints_values_and_where_they_came_from(tmp_path):
 def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
     asked = {"device": "cpu", "chunkwise_backend": "native", "dtype": "float32"}
     for more in ({}, {"heads_per_band": 2}, {"heads_per_band": 1, "workers": 3}, {"journal": tmp_path / "j"}):
-        shown = explain(Settings.make(**asked, **more))
+        shown = explain(setup_of(**asked, **more))
         with load(**asked, **more) as lm:
             used = {name: shown[name][0] for name in ("workers", "tile_size", "chunk_size", "heads_per_band", "dtype")}
             sizes = lm.grid.tile_size, lm.grid.chunk_size, lm.grid.heads_per_band
             assert tuple(used.values()) == (lm.workers, *sizes, lm.grid.dtype)
             assert shown["threads"][0] == max(1, torch.get_num_threads() // lm.workers)
-    value, source = explain(Settings.make(**asked))["workers"]
+    value, source = explain(setup_of(**asked))["workers"]
     assert (value, source) == (1, ("default", "one a band at most: 6, but 1 band(s)"))
-    assert explain(Settings.make(**asked, journal=tmp_path / "k"))["journal_every"] == (
+    assert explain(setup_of(**asked, journal=tmp_path / "k"))["journal_every"] == (
         16,
         ("default", "by device, cpu"),
     )
     monkeypatch.setenv("XLSTM_RAY_LOCAL_MODE", "0")
-    on_ray = explain(Settings.make(**asked | {"chunkwise_backend": "ray_compiled_chunks"}, stages=2, threads=1))
+    on_ray = explain(setup_of(**asked | {"chunkwise_backend": "ray_compiled_chunks"}, stages=2, threads=1))
     assert {name: on_ray[name][0] for name in ("workers", "threads", "journal_every", "shrink_on_soft")} == {
         "workers": None,
         "threads": 1,
@@ -234,7 +234,7 @@ def test_what_the_model_says_is_shown_as_the_models(tmp_path):
     demo = DEMO_MODEL / "config.json"
     config = {**json.loads(demo.read_text()), "chunkwise_kernel": "chunkwise--queued_compiled_steps"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = explain(Settings.make(model=tmp_path, device="cpu", tile_size=64))
+    found = explain(setup_of(model=tmp_path, device="cpu", tile_size=64))
     assert found["chunkwise_backend"] == ("queued_compiled_steps", ("model", str(tmp_path / "config.json")))
     assert found["heads_per_band"] == (config["num_heads"], ("default", ""))
 
@@ -315,7 +315,7 @@ def test_a_value_that_only_the_model_shows_to_be_wrong_is_named_by_its_source(mo
     file = tmp_path / "settings.toml"
     file.write_text("tile_size = 100")
     with pytest.raises(UsageError, match="settings.toml: tile_size is 100, which is no multiple of the chunk size 64"):
-        explain(Settings.make(config=file, device="cpu"))
+        explain(setup_of(config=file, device="cpu"))
     monkeypatch.setenv("XLSTM_CHUNKWISE_BACKEND", "eager")
     with pytest.raises(UsageError, match="^XLSTM_CHUNKWISE_BACKEND is 'eager'; there are: queued_"):
         load(device="cpu")

@@ -7,13 +7,16 @@ result.state.save("france.state")
 print("".join(lm.generate(state=result.state, max_new_tokens=8)))
 """
 
+import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from xlstm_ray.settings import calm_threads
+from xlstm_ray.settings import calm_threads, unknown_variables
 
 if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine, load
+    from pathlib import Path
+
+    from xlstm_ray.engine.engine import Engine
     from xlstm_ray.engine.result import PrefillResult
     from xlstm_ray.state import RecurrentState
 
@@ -25,9 +28,22 @@ calm_threads()  # here, since the package comes before its modules, and so befor
 _HOME = {
     "Engine": "engine.engine",
     "PrefillResult": "engine.result",
-    "load": "engine.engine",
     "RecurrentState": "state",
 }
+
+
+def load(model: "str | Path | None" = None, **options: Any) -> "Engine":
+    """A model directory (none: the demo model that ships with the package) -> Engine.
+
+    options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
+    chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.
+    """
+    from xlstm_ray.choose import setup_of
+    from xlstm_ray.engine.engine import Engine
+
+    for note in unknown_variables():
+        warnings.warn(note, stacklevel=2)
+    return Engine(setup_of(model=model, **options))
 
 
 def __getattr__(name: str) -> object:

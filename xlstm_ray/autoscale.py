@@ -6,7 +6,7 @@ sizes of the matrix products and how bands share the cores or launches, shows wi
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,12 +23,11 @@ from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
 from xlstm_ray.layout import Band, make_grid
 from xlstm_ray.model import EndWeights
-from xlstm_ray.plan import RunPlan
+from xlstm_ray.plan import Picked, RunPlan, Search
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.executor import Tile
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
-from xlstm_ray.settings import Settings, Source
 
 BUDGET_S = 10.0
 MARGIN = 1.03  # another choice than the usual one must be better by so much, and by more than noise
@@ -36,7 +35,6 @@ ROUNDS = 3  # of the best and the usual choice in turns, before one is said to b
 HOLDS_S = 30 * 24 * 3600.0  # how long a choice is remembered
 BUSY_HOLDS_S = 3600.0  # one that was made while the same work took now this long, now that
 BUSY = 1.25  # the longest of these times over the shortest
-NAMES = "tile_size", "heads_per_band", "workers"
 
 
 class Choice(BaseModel):
@@ -61,11 +59,8 @@ class Remembered(Choice):
 _FILE = TypeAdapter(dict[str, Remembered])
 
 
-def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tuple[Settings, str]:
-    """The settings with what was not asked for picked by measurement or from memory, and a line that says so.
-
-    plan: what a run of these settings would be.
-    """
+def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Picked | None, str]:
+    """What was not asked for, picked by measurement or from memory, and a line that says so. None: it is as planned."""
     config, backend, grid, device = plan.config, plan.backend, plan.grid, plan.device
     loaded = plan.room.loaded
 
@@ -73,14 +68,13 @@ def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tupl
         tile, heads, workers = choice.tile_size, choice.heads_per_band, choice.workers
         return replace(plan.room, loaded=replace(loaded, tile=tile, heads_per_band=heads, workers=workers)).fits
 
-    free = [name for name in NAMES if settings.source(name).kind in ("default", "model")]
+    names, free = tuple(Choice.model_fields), search.free
     if not free:
-        return settings, f"autoscale: {', '.join(NAMES)} are all given, so there is nothing to pick"
+        return None, f"autoscale: {', '.join(names)} are all given, so there is nothing to pick"
     if len(config.slstm_at) == config.num_blocks:
-        return settings, "autoscale: all blocks are sLSTM, which run the same however they are cut; nothing was picked"
-    usual = Choice(tile_size=grid.tile_size, heads_per_band=grid.heads_per_band, workers=settings.workers)
-    usual = _bounded(usual, config)
-    fixed = {name: getattr(usual, name) for name in NAMES if name not in free}
+        return None, "autoscale: all blocks are sLSTM, which run the same however they are cut; nothing was picked"
+    usual = Choice(tile_size=grid.tile_size, heads_per_band=grid.heads_per_band, workers=plan.workers)
+    fixed = {name: getattr(usual, name) for name in names if name not in free}
     key = "|".join(
         [
             checkpoint.fingerprint(),
@@ -94,8 +88,8 @@ def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tupl
     path = cache_dir() / "autoscale.json"
     remembered, damage = _read(path)
     known, choice = remembered.get(key), usual
-    if known is not None and fits(known) and time() < known.until and not settings.autoscale_again:
-        choice = Choice(**known.model_dump(include=set(NAMES)))
+    if known is not None and fits(known) and time() < known.until and not search.again:
+        choice = Choice(**known.model_dump(include=set(names)))
         note = f"autoscale: {choice} (remembered in {path}; `autoscale_again=True` measures anew)"
     else:
 
@@ -117,9 +111,7 @@ def autoscale(settings: Settings, plan: RunPlan, checkpoint: Checkpoint) -> tupl
             note += "; the machine was busy, so this holds for an hour"
         until = time() + (BUSY_HOLDS_S if busy else HOLDS_S)
         note += damage + _remember(path, key, Remembered(**choice.model_dump(), until=until))
-    sources = {**settings.sources, **{name: Source("autoscale", str(path)) for name in free}}
-    picked = {name: getattr(choice, name) for name in free}
-    return settings.model_copy(update={**picked, "sources": sources}), note
+    return Picked({name: getattr(choice, name) for name in free}, str(path)), note
 
 
 def compare(usual: Sequence[float], other: Sequence[float]) -> tuple[float | None, bool]:
@@ -132,14 +124,9 @@ def compare(usual: Sequence[float], other: Sequence[float]) -> tuple[float | Non
     return (gain if gain > MARGIN and min(other) > max(usual) else None), busy
 
 
-def _bounded(choice: Choice, config: ModelConfig) -> Choice:
-    bands = -(-config.num_heads // choice.heads_per_band)
-    return choice.model_copy(update={"workers": min(choice.workers, bands)})
-
-
 def _search(
     usual: Choice,
-    free: list[str],
+    free: Collection[str],
     plan: RunPlan,
     fits: Callable[[Choice], bool],
     rate: Callable[[Choice], float],
@@ -165,7 +152,7 @@ def _search(
     return rates
 
 
-def _bands(best: Choice, free: list[str], config: ModelConfig) -> Iterator[Choice]:
+def _bands(best: Choice, free: Collection[str], config: ModelConfig) -> Iterator[Choice]:
     """Other bands and workers for the tile of `best`."""
     NH = config.num_heads
     heads = sorted({NH, -(-NH // 2), min(4, NH), min(2, NH)}) if "heads_per_band" in free else [best.heads_per_band]

@@ -6,14 +6,14 @@ before it is loaded.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.container import cores
+from xlstm_ray.container import cores, share_of_cpus
 from xlstm_ray.directories import default_state_dir
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
+from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.memory.watchdog import Limit
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, table
@@ -37,15 +37,29 @@ class Address(NamedTuple):
     state_dir: Path
 
 
-class Setup(NamedTuple):
-    """What a run is of, and where it works."""
+class JournalFolder(NamedTuple):
+    """Where a run's snapshots go. named: what errors call it. resumes: one that is there is gone on from."""
 
+    path: Path
+    named: str
+    resumes: bool
+
+
+class Setup(NamedTuple):
+    """What a run is of, and where it works. settings: for the choices that need torch; choose and plan read it."""
+
+    settings: Settings
     model: Path
     config: ModelConfig
     backend: Backend
     mode: Mode
     stages: int
     head: Address | None  # in attached mode
+    journal: JournalFolder | None
+
+    def require_places(self) -> None:
+        """Raise OutputError unless every file that is to be written has a place that it may take."""
+        check_outputs(self.settings.outputs(), self.settings.inputs(), overwrite=self.settings.overwrite)
 
 
 class Cluster(NamedTuple):
@@ -55,6 +69,11 @@ class Cluster(NamedTuple):
     cpus: Sequence[float]
 
 
+def setup_of(**asked: Any) -> Setup:
+    """`choose_setup` of settings by their names; None stands for what was not asked for."""
+    return choose_setup(Settings.make(**asked))
+
+
 def choose_setup(settings: Settings) -> Setup:
     """All that is known without torch. Raises an error for what cannot work on any device."""
     model = choose_model(settings)
@@ -62,7 +81,7 @@ def choose_setup(settings: Settings) -> Setup:
     config = ModelConfig.from_file(config_file)
     backend = choose_backend(settings, config, config_file)
     mode = choose_mode(settings, backend)
-    journal = settings.journal or settings.resume
+    journal = choose_journal(settings)
     if settings.journal_every is not None and mode is Mode.LOCAL and journal is None:
         raise UsageError(
             f"{settings.named('journal_every')} has no effect in one process without `journal` or `resume`; "
@@ -85,7 +104,14 @@ def choose_setup(settings: Settings) -> Setup:
     head = None
     if mode is Mode.ATTACHED and settings.ray_address is not None:
         head = Address(settings.ray_address, settings.ray_token_path, settings.ray_state_dir or default_state_dir())
-    return Setup(model, config, backend, mode, settings.stages, head)
+    return Setup(settings, model, config, backend, mode, settings.stages, head, journal)
+
+
+def choose_journal(settings: Settings) -> JournalFolder | None:
+    """The journal to begin, or to go on with."""
+    name = "journal" if settings.journal is not None else "resume"
+    path = getattr(settings, name)
+    return None if path is None else JournalFolder(path, settings.named(name), settings.resume is not None)
 
 
 def choose_model(settings: Settings) -> Path:
@@ -200,7 +226,7 @@ def _refuse_folders(settings: Settings, mode: Mode) -> None:
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
-class Sizes(NamedTuple):
+class GridSizes(NamedTuple):
     """Tokens a tile and a chunk, heads a band."""
 
     tile: int
@@ -208,7 +234,7 @@ class Sizes(NamedTuple):
     heads: int
 
 
-def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> Sizes:
+def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> GridSizes:
     """What was asked, else the defaults of that kind of device."""
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and kind == "cuda" and settings.dtype != "float32":
@@ -232,7 +258,7 @@ def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> Sizes:
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
-    return Sizes(tile, chunk, heads)
+    return GridSizes(tile, chunk, heads)
 
 
 WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory
@@ -350,16 +376,6 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
         if on_cpu and sum(int(n) for n in there) < actors:
             cpus = share_of_cpus(there, actors)  # they take turns
     return ActorPlan(threads, cpus, settings.actors_per_device)
-
-
-def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
-    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
-
-    Ray counts CPUs in steps of 0.0001.
-    """
-    ways = {floor(n / k * 10_000) / 10_000 for n in nodes for k in range(1, actors + 1)}
-    fit = [s for s in ways if 0 < s <= 1 and sum(int(n / s + 1e-6) for n in nodes) >= actors]
-    return max(fit, default=None)
 
 
 def choose_head(settings: Settings, mode: Mode, actors: int, device: "torch.device") -> "HeadOptions | None":

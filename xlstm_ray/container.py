@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 
 import psutil
@@ -70,3 +71,13 @@ def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
         if text != "max" and int(text) < machine_bytes:
             found.append((int(text), usage, group / "memory.stat", cached))
     return tuple(found)
+
+
+def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
+    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
+
+    Ray counts CPUs in steps of 0.0001.
+    """
+    ways = {floor(n / k * 10_000) / 10_000 for n in nodes for k in range(1, actors + 1)}
+    fit = [s for s in ways if 0 < s <= 1 and sum(int(n / s + 1e-6) for n in nodes) >= actors]
+    return max(fit, default=None)

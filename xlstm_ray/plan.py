@@ -13,13 +13,14 @@ from xlstm_ray.choose import (
     AskedLimits,
     Cluster,
     Dtype,
+    GridSizes,
     Setup,
     choose_actors,
     choose_device,
     choose_dtype,
     choose_head,
     choose_limits,
-    choose_setup,
+    choose_model,
     choose_sizes,
     choose_steps,
     choose_streams,
@@ -59,6 +60,20 @@ class LogFile(NamedTuple):
     overwrite: bool
 
 
+class Search(NamedTuple):
+    """What a measurement may pick: settings that nobody asked for. again: whatever is remembered."""
+
+    free: tuple[str, ...]
+    again: bool
+
+
+class Picked(NamedTuple):
+    """Settings that a measurement picked, and the file that remembers them."""
+
+    values: dict[str, int]
+    where: str
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """What a run is and how it works. Where the workers are, only `mode` says, which nobody asks but launch."""
@@ -83,6 +98,8 @@ class RunPlan:
     watch: Watch | None  # of memory; None: it is not
     logs: dict[str, LogFile]
     room: Room
+    search: Search | None  # what a measurement may pick instead
+    picked: Picked | None  # what it has picked
 
     @property
     def bands(self) -> int:
@@ -98,19 +115,32 @@ class RunPlan:
         return self.device if self.actors is None else None
 
 
+def choose_search(settings: Settings) -> Search | None:
+    """Whether this machine is to be probed, and for what."""
+    if not (settings.autoscale or settings.autoscale_again):
+        return None
+    names = "tile_size", "heads_per_band", "workers"
+    free = tuple(name for name in names if settings.source(name).kind in ("default", "model"))
+    return Search(free, settings.autoscale_again)
+
+
 def choose_plan(
-    settings: Settings,
     setup: Setup,
     checkpoint: Checkpoint | None,
     *,
-    base: Callable[[], int],
+    base: Callable[[], int] = lambda: PROGRAM,
     cluster: Cluster | None = None,
+    picked: Picked | None = None,
     dtype: Dtype | None = None,
 ) -> RunPlan:
     """checkpoint: whose headers say what is stored; None: only config.json is there. base: what this process takes
-    before a model is loaded. cluster: that is attached to. dtype: chosen before, for other sizes.
+    before a model is loaded. cluster: that is attached to. picked: by a search that was over this plan without it;
+    dtype: of that plan, which was chosen for its sizes.
     """
-    config, backend, mode = setup.config, setup.backend, setup.mode
+    settings, config, backend, mode = setup.settings, setup.config, setup.backend, setup.mode
+    if picked is not None:
+        sources = {**settings.sources, **dict.fromkeys(picked.values, Source("autoscale", picked.where))}
+        settings = settings.model_copy(update={**picked.values, "sources": sources})
     device = choose_device(settings, cluster)
     sizes = choose_sizes(settings, config, device.type)
     layout = make_grid(config, heads_per_band=sizes.heads, stages=settings.stages)
@@ -151,10 +181,9 @@ def choose_plan(
         """Whether the model has room in this dtype; of other machines it is not known."""
         return checkpoint is None or mode is Mode.ATTACHED or room(dtype).fits
 
-    stored = checkpoint.dtype if checkpoint else getattr(torch, config.dtype or "bfloat16")
-    found = dtype or choose_dtype(settings, device, stored, fits)
+    found = dtype or choose_dtype(settings, device, _stored(config, checkpoint), fits)
     there = cluster.cpus if cluster else [float(head.num_cpus or 0)] if head else []
-    keeps = not local or (settings.journal or settings.resume) is not None
+    keeps = not local or setup.journal is not None
     # On two H200 a snapshot costs 60 ms, and 64 tiles are played again in 3 s.
     every = settings.journal_every or (64 if device.type == "cuda" else 16)
     action = settings.mem_action
@@ -190,19 +219,59 @@ def choose_plan(
             if path is not None and (name != "mem_log" or settings.mem_watchdog)
         },
         room=room(found.dtype),
+        search=choose_search(settings),
+        picked=picked,
     )
 
 
-def explain(settings: Settings) -> dict[str, tuple[Any, Source]]:
+class OnPaper(NamedTuple):
+    """What a run would be on a device of which only the kind is known."""
+
+    model: Path
+    config: ModelConfig
+    checkpoint: Checkpoint | None  # None: only config.json is there
+    stored: torch.dtype  # of the weights, or what it would be
+    dtype: torch.dtype
+    sizes: GridSizes
+    tile_asked: bool  # so that no other one is tried
+    workers: int
+    share: float  # of the device's memory, that may be used
+
+
+def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
+    """For a device of that kind: cpu, cuda or mps. Of the model, config.json and the weights' headers are read."""
+    model = choose_model(settings)
+    config = ModelConfig.from_file(model / "config.json")
+    checkpoint = Checkpoint(model, config) if any(model.glob("*.safetensors")) else None
+    sizes, stored = choose_sizes(settings, config, kind), _stored(config, checkpoint)
+    return OnPaper(
+        model,
+        config,
+        checkpoint,
+        stored,
+        dtype=choose_dtype(settings, torch.device(kind), stored, lambda _: True).dtype,
+        sizes=sizes,
+        tile_asked=settings.tile_size is not None,
+        workers=choose_workers(settings, config, sizes.heads),
+        share=settings.mem_hard_pct,
+    )
+
+
+def _stored(config: ModelConfig, checkpoint: Checkpoint | None) -> torch.dtype:
+    """The dtype of the weights, or what it would be by the configuration."""
+    return checkpoint.dtype if checkpoint else getattr(torch, config.dtype or "bfloat16")
+
+
+def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
     """Every setting with the value that a run here would use, and where it came from or why it is used.
 
     Of the model, config.json and the headers of its weights are read. A cluster is not asked what it has.
     """
-    setup = choose_setup(settings)
+    settings = setup.settings
     there = any(setup.model.glob("*.safetensors"))
     checkpoint = Checkpoint(setup.model, setup.config) if there else None
     cluster = Cluster({}, [1.0]) if setup.head else None
-    plan = choose_plan(settings, setup, checkpoint, base=lambda: PROGRAM, cluster=cluster)
+    plan = choose_plan(setup, checkpoint, cluster=cluster)
     values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
     values["model"] = plan.model, settings.source("model")
     chosen = plan.grid.model_dump() | {"chunkwise_backend": plan.backend.name}

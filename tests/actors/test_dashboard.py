@@ -24,16 +24,16 @@ pytestmark = pytest.mark.skipif(
 )
 RUN = """
     import sys
+    from xlstm_ray.choose import setup_of
     from xlstm_ray.engine.engine import Engine
-    from xlstm_ray.settings import Settings
     model, backend = sys.argv[1:]
-    settings = Settings.make(model=model, device="cpu", chunkwise_backend=backend, tile_size=32, chunk_size=16,
+    setup = setup_of(model=model, device="cpu", chunkwise_backend=backend, tile_size=32, chunk_size=16,
         ray_dashboard=True, ray_keep_alive=True)
     def wait(progress):
         if progress.tiles_done == 3:
             print("half", flush=True)
             sys.stdin.readline()
-    with Engine(settings, on_note=lambda text: print(text, flush=True)) as lm:
+    with Engine(setup, on_note=lambda text: print(text, flush=True)) as lm:
         print("ready", flush=True)
         lm.prefill(list(range(256)), on_progress=wait)
 """

@@ -30,9 +30,9 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import Engine, PrefillResult, RecurrentState
+from xlstm_ray.choose import setup_of
 from xlstm_ray.cli import reporter
 from xlstm_ray.cli.keep import resume_command
-from xlstm_ray.settings import Settings
 
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 PROMPT = "The time has come, the walrus said"
@@ -572,11 +572,11 @@ def test_where_there_is_no_terminal_a_line_comes_every_half_minute(run, options,
 
 def test_each_phase_is_named_while_it_lasts(model, capsys):
     begun: list[str] = []
-    with Engine(Settings.make(model=model, device="cpu", chunkwise_backend="native"), on_phase=begun.append) as engine:
+    with Engine(setup_of(model=model, device="cpu", chunkwise_backend="native"), on_phase=begun.append) as engine:
         engine.prefill(PROMPT)
     assert begun == ["loading the model", "cutting the prompt into tokens", "prefill"]
     with torch.compiler.set_stance("force_eager"):
-        with Engine(Settings.make(model=model, device="cpu"), on_phase=begun.append) as engine:
+        with Engine(setup_of(model=model, device="cpu"), on_phase=begun.append) as engine:
             engine.prefill(PROMPT)
     assert begun[5].startswith("compiling for 16 token(s) at once")
 

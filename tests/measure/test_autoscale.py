@@ -44,7 +44,7 @@ def test_a_choice_is_measured_said_and_remembered(model, cache):
     again = xlstm_ray.load(model, **options)
     assert f"remembered in {cache}" in again.note
     assert picked(again) == picked(first)
-    assert again.settings.source("tile_size") == ("autoscale", str(cache))
+    assert (again.plan.picked.values["tile_size"], again.plan.picked.where) == (again.grid.tile_size, str(cache))
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
     # Bands and workers that were asked for stay; the choice of the rest is another one, and is remembered beside it.
     asked = xlstm_ray.load(model, **options, heads_per_band=1, workers=2)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from xlstm_ray.errors import EstimateError
 from xlstm_ray.measure import estimate
 from xlstm_ray.measure.devices import DEVICES
 from xlstm_ray.measure.estimate import Plan, Work, plan
+from xlstm_ray.plan import choose_on_paper
 from xlstm_ray.settings import Settings
 
 XLSTM_7B = {"model_type": "xlstm", "vocab_size": 50304, "hidden_size": 4096, "num_blocks": 32, "num_heads": 8}
@@ -35,7 +37,7 @@ def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **asked: object) -> Plan:
-    return plan(Settings.make(model=model, **asked), device, tokens, machines)
+    return plan(partial(choose_on_paper, Settings.make(model=model, **asked)), device, tokens, machines)
 
 
 # README.md: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_sizes: those of the prefill alone.
@@ -119,7 +121,7 @@ def test_stages_of_several_machines(of_7b: Path) -> None:
     assert two.need.weights < one.need.weights * 0.55
     assert one.seconds / 2 < two.seconds < one.seconds * 0.6  # a stage waits for its first tile
     assert two.seconds / 2 < four.seconds < two.seconds * 0.6
-    assert {"chunkwise_backend": "ray_compiled_chunks", "stages": 2}.items() <= two.settings.items()
+    assert {"chunkwise_backend": "ray_compiled_chunks", "stages": 2}.items() <= two.asked.items()
     assert planned(of_7b, "m1", dtype="float32").machines_needed == 3
 
 

@@ -12,6 +12,7 @@ from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.metal import Fit, Generated, fit_t_inner, generate
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
 from xlstm_ray.measure.doctor import WindowKernels, kernel_lines, metal_kernels
+from xlstm_ray.state import Grid
 
 from . import shaders
 from .simulator import Simulator
@@ -74,13 +75,11 @@ def whole(backend: str, tokens: int, config: ModelConfig = XLSTM_7B) -> WindowKe
     """Of the last kind of block that the model has."""
     *_, window = metal_kernels(
         config,
-        CHUNKWISE_BACKENDS[backend],
-        dtype=torch.bfloat16,
-        batch=B,
-        windows=[tokens],
-        chunk_size=64,
-        heads_per_band=NH,
+        of := CHUNKWISE_BACKENDS[backend],
+        Grid(kernel=of.kernel, tile_size=tokens, chunk_size=64, heads_per_band=NH, dtype="bfloat16"),
         t_inner=8,
+        windows=[tokens],
+        batch=B,
     )
     return window
 

@@ -122,7 +122,9 @@ def keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentSta
 
 
 @contextmanager
-def prompts_state_kept(engine: "Engine", result: "PrefillResult", state_out: Path | None) -> Iterator[None]:
+def prompts_state_kept(
+    engine: "Engine", result: "PrefillResult", state_out: Path | None, settings: Settings
+) -> Iterator[None]:
     """A grid that is lost after the prompt leaves the prompt's state."""
     if result.complete and (keep := keeping(engine, state_out)):
         keep(result.state)
@@ -131,7 +133,7 @@ def prompts_state_kept(engine: "Engine", result: "PrefillResult", state_out: Pat
     except GridLost as lost:
         way_on = _way_on(engine, state_out)
         if state_out is not None:
-            saved = save_state(engine, result.state, state_out, engine.settings, needed=True)
+            saved = save_state(engine, result.state, state_out, settings, needed=True)
             way_on = f"; {saved.said}{saved.go_on()}"
         raise GridLost(f"{lost}; the state is the prompt's, without an answer{way_on}") from None
 

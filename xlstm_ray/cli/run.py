@@ -46,9 +46,10 @@ from xlstm_ray.cli.report import (
     summary_of,
 )
 from xlstm_ray.cli.reporter import Reporter
-from xlstm_ray.cli.session import check_generation, checked_settings, open_engine, run_under_keeper
+from xlstm_ray.cli.session import check_generation, open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
+from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
     from xlstm_ray.engine.result import PrefillResult
@@ -79,9 +80,11 @@ def prefill(
     asked: dict[str, Any],
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
-    run_under_keeper(asked)
-    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
-    settings = checked_settings(asked, prompt_file or append_file, state_in, state_out)
+    settings = Settings.make(**asked)
+    run_under_keeper(settings)
+    start_from = state_in or settings.resume
+    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
+    require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
     with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
 
@@ -160,9 +163,11 @@ def generate(
     asked: dict[str, Any],
 ) -> None:
     """Prefill, then stream the text that the model makes of it."""
-    run_under_keeper(asked)
-    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, state_in or asked["resume"])
-    settings = checked_settings(asked, prompt_file or append_file, state_in, state_out)
+    settings = Settings.make(**asked)
+    run_under_keeper(settings)
+    start_from = state_in or settings.resume
+    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
+    require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
     check_generation(max_new_tokens, temperature, top_p, top_k, seed)
     with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
@@ -195,7 +200,7 @@ def generate(
             else:
                 report.phase("decoding")
             stop.at = "token"
-            with prompts_state_kept(engine, generation.prefill, state_out):
+            with prompts_state_kept(engine, generation.prefill, state_out, settings):
                 for pieces in generation.rows():
                     if streams:
                         show(pieces[0], end="")
@@ -207,7 +212,7 @@ def generate(
         require_some(result, stop)
         ended = bool(stop.signals)
         needed = ended or not result.complete
-        with prompts_state_kept(engine, result, state_out):
+        with prompts_state_kept(engine, result, state_out, settings):
             state = generation.state() if needed or state_out else result.state
         saved = save_state(engine, state, state_out, settings, needed=needed)
         engine.close(keep_journal=True)

@@ -20,21 +20,19 @@ if TYPE_CHECKING:
     from xlstm_ray.engine.engine import Engine
 
 
-def checked_settings(
-    asked: dict[str, Any], prompt_file: str | None, state_in: Path | None, state_out: Path | None
-) -> Settings:
-    """The settings, and whether every output has its place: both are found out before torch is loaded."""
-    settings = Settings.make(**asked)
+def require_places(
+    settings: Settings, config: Path | None, prompt_file: str | None, state_in: Path | None, state_out: Path | None
+) -> None:
+    """Find out before torch is loaded whether every output has its place."""
     outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
     inputs = settings.inputs()
     if prompt_file not in (None, "-"):
         inputs.append(Input("--prompt-file", Path(str(prompt_file))))
-    if asked["config"] is not None:
-        inputs.append(Input("--config", asked["config"]))
+    if config is not None:
+        inputs.append(Input("--config", config))
     if state_in is not None:
         inputs.append(Input("--state-in", state_in, files.STATE))
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
-    return settings
 
 
 def check_generation(
@@ -62,7 +60,7 @@ def open_engine(
     What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
     head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
     """
-    from xlstm_ray.choose import choose_model, choose_setup
+    from xlstm_ray.choose import choose_model, choose_setup, setup_of
     from xlstm_ray.config import ModelConfig
 
     if settings.resume is not None:
@@ -73,7 +71,8 @@ def open_engine(
         if not state_in.is_file():
             raise StateError(f"{settings.resume}: has no journal of a run that did not end ({JOURNAL_FILE})")
     if state_in is None:
-        config = choose_setup(settings).config
+        setup = choose_setup(settings)
+        config = setup.config
     elif not os.path.exists(state_in):
         raise StateError(f"{state_in}: there is no such state file")
     else:  # what was not asked for is taken from the state
@@ -95,11 +94,11 @@ def open_engine(
                 state = start["state"] = RecurrentState.load(state_in)
                 grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
                 del grid["kernel"], grid["mixed"]
-                settings = Settings.make(**asked, state=(str(state_in), grid))
+                setup = setup_of(**asked, state=(str(state_in), grid))
         # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
         leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
         with leaving():
-            engine = Engine(settings, on_phase=report.phase, on_note=lambda text: tell(f"note: {text}"))
+            engine = Engine(setup, on_phase=report.phase, on_note=lambda text: tell(f"note: {text}"))
         try:
             if engine.note:
                 tell(f"note: {engine.note}")
@@ -126,9 +125,8 @@ def _backend_of(kernel: str) -> str:
     return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
 
 
-def run_under_keeper(asked: dict[str, Any]) -> None:
+def run_under_keeper(settings: Settings) -> None:
     """A run that connects to Ray is a process of its own: Ray may end it at any moment."""
-    settings = Settings.make(**asked)
     on_ray = "ray_" in (settings.chunkwise_backend or "ray_") and (
         settings.ray_address is not None or not settings.ray_local_mode
     )

@@ -1,5 +1,6 @@
 """The commands that look and measure: doctor, config, parity, bench, plan."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,12 +31,17 @@ def doctor(
     given = next((name for name, value in asked.items() if value is not None and name in table()), None)
     if given and not kernels:
         raise UsageError(f"{settings.named(given)} is of the table of kernels: add --kernels, or leave it out")
+    from xlstm_ray.choose import choose_device, choose_setup
     from xlstm_ray.measure.doctor import kernel_report, machine
 
     facts: dict[str, Any] = {"machine": machine()}
     lines = [f"{name:<22} {value}" for name, value in facts["machine"].items()]
     if kernels:
-        facts["kernels"], more = kernel_report(settings)
+        if (device := choose_device(settings)).type != "mps":
+            raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")
+        from xlstm_ray.plan import choose_plan
+
+        facts["kernels"], more = kernel_report(choose_plan(choose_setup(settings), None))
         lines += ["", *more]
     if json_output:
         json_line(facts)
@@ -47,14 +53,13 @@ def doctor(
 @takes()
 def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
     """Show every setting, its value and where it came from."""
-    settings = Settings.make(**asked)
-    from xlstm_ray.choose import choose_setup
+    from xlstm_ray.choose import setup_of
 
-    choose_setup(settings)
+    setup = setup_of(**asked)
     with leave_at_once():
         from xlstm_ray.plan import explain
     rows = {}
-    for name, (value, source) in explain(settings).items():
+    for name, (value, source) in explain(setup).items():
         row = table()[name]
         plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         where = in_flags(source.where)
@@ -80,10 +85,12 @@ def parity(
     settings = Settings.make(**asked)
     if part in ("mlstm", "slstm") and asked["model"]:
         raise UsageError(f"--model is of parity's part 'model', and {part!r} compares kernels alone; leave it out")
+    from xlstm_ray.choose import DEMO_MODEL, choose_device, choose_model
     from xlstm_ray.measure.parity import HEADER, compare
 
     rows: list[Any] = []
-    for row in compare(part, settings):
+    directory = DEMO_MODEL if part in ("mlstm", "slstm") else choose_model(settings)
+    for row in compare(part, choose_device(settings), directory):
         if not rows and not json_output:
             show(HEADER)
         rows.append(row._replace(reason=row.reason and in_flags(row.reason)))
@@ -158,8 +165,9 @@ def plan(
     if check and (device != "this" or machines != 1):
         raise UsageError("--check runs on this machine: give --device this, and no --machines")
     from xlstm_ray.measure import estimate
+    from xlstm_ray.plan import choose_on_paper
 
-    found = estimate.plan(settings, device, prompt_tokens, machines)
+    found = estimate.plan(partial(choose_on_paper, settings), device, prompt_tokens, machines)
     if json_output:
         json_line(found.to_json())
     else:

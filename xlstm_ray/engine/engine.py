@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from torch import Tensor
 
 from xlstm_ray.autoscale import autoscale
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import Dtype, choose_device, choose_setup
+from xlstm_ray.choose import Dtype, Setup, choose_device
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Progress
 from xlstm_ray.engine.generation import Generation
@@ -22,7 +21,6 @@ from xlstm_ray.engine.resume import appended, prompts
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.windows import group_size
 from xlstm_ray.errors import StateError, UsageError
-from xlstm_ray.files import check_outputs
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
 from xlstm_ray.launch import Running
@@ -31,7 +29,6 @@ from xlstm_ray.memory.room import base_bytes
 from xlstm_ray.plan import choose_plan
 from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.settings import Settings, unknown_variables
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.records import Head
 from xlstm_ray.text.prompt import Prompt, as_batch
@@ -47,50 +44,49 @@ class Engine:
 
     def __init__(
         self,
-        settings: Settings,
+        setup: Setup,
         *,
         on_phase: Callable[[str], object] = lambda text: None,
         on_note: Callable[[str], None] | None = None,
     ):
         self._turn = Turn()
-        self.settings = settings
         self.on_note = on_note or _warn  # told what a person should know of a run that goes on
         self._told_published = False
         self._kept = Kept(None)
         self._running = Running(on_phase, on_note or (lambda text: None))
         try:
-            self._open(on_phase)
+            self._open(setup, on_phase)
         except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
             self.close()
             raise
 
-    def _open(self, on_phase: Callable[[str], object]) -> None:
+    def _open(self, setup: Setup, on_phase: Callable[[str], object]) -> None:
         """Choose, launch, load. Every choice is in `plan`."""
-        started, settings, kept, running = perf_counter(), self.settings, self._kept, self._running
+        started, kept, running = perf_counter(), self._kept, self._running
         on_phase("loading the model")
-        setup = choose_setup(settings)
-        check_outputs(settings.outputs(), settings.inputs(), overwrite=settings.overwrite)
-        kept.journal = self._journal()
+        setup.require_places()
+        if setup.journal is not None:
+            path, named, resumes = setup.journal
+            kept.journal = Journal(path, option=named, resumes=resumes, note=lambda text: self.on_note(text))
         cluster = running.attach(setup)
         if cluster is None and setup.backend.compiled:
-            require_compiler(setup.backend.name, choose_device(settings))
+            require_compiler(setup.backend.name, choose_device(setup.settings))
         text = Text(setup.model, setup.config, lambda done, of: self._core.between_pieces(done, of))
         checkpoint = Checkpoint(setup.model, setup.config)
         choose = partial(
             choose_plan,
-            setup=setup,
-            checkpoint=checkpoint,
+            setup,
+            checkpoint,
             base=cache(lambda: base_bytes(compiled=setup.backend.compiled)),
             cluster=cluster,
         )
         eos, self.published = setup.config.eos_token_id, GenerationConfig.of(setup.model)
         self.end_tokens = self.published.end_tokens(eos) if self.published else eos
-        plan, notes = choose(settings), []
-        if settings.autoscale or settings.autoscale_again:
-            self.settings, note = autoscale(settings, plan, checkpoint)
-            notes.append(note)
-            plan = choose(self.settings, dtype=Dtype(plan.dtype, plan.dtype_reason))
-        self.note = "; ".join(filter(None, [*notes, plan.steps.note])) or None
+        plan, note = choose(), None
+        if plan.search is not None:
+            picked, note = autoscale(plan, plan.search, checkpoint)
+            plan = choose(picked=picked, dtype=Dtype(plan.dtype, plan.dtype_reason))
+        self.note = "; ".join(filter(None, [note, plan.steps.note])) or None
         plan.room.require_start()
         self.plan, self._core = plan, Core(plan, running, kept, text, self._turn, on_phase=on_phase)
         self._core.on_note = lambda text: self.on_note(text)
@@ -101,16 +97,6 @@ class Engine:
         self.dtype, self.dtype_reason, self.grid = plan.dtype, plan.dtype_reason, plan.grid
         self.workers, self.bands, self.stages, self.t_inner = plan.workers, plan.bands, plan.stages, plan.steps.t_inner
         self.tokenizer, self.fingerprint, self._warm = text.tokenizer, self._core.fingerprint, self._core.warm
-
-    def _journal(self) -> Journal | None:
-        name = "journal" if self.settings.journal is not None else "resume"
-        directory = getattr(self.settings, name)
-        if directory is None:
-            return None
-        resumes = self.settings.resume is not None
-        return Journal(
-            directory, option=self.settings.named(name), resumes=resumes, note=lambda text: self.on_note(text)
-        )
 
     @property
     def executor(self) -> Executor:
@@ -326,14 +312,3 @@ class Engine:
 
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=2)
-
-
-def load(model: str | Path | None = None, **options: Any) -> Engine:
-    """A model directory (none: the demo model that ships with the package) -> Engine.
-
-    options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
-    chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.
-    """
-    for note in unknown_variables():
-        _warn(note)
-    return Engine(Settings.make(model=model, **options))

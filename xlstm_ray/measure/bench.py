@@ -22,7 +22,6 @@ from xlstm_ray.errors import UsageError, pip_install
 from xlstm_ray.files import MIB, PICTURE, Output, check_outputs, require_replaceable, write_whole
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.measure.child import Child
-from xlstm_ray.settings import Settings
 
 HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':>19}  {'memory, MiB':>11}"
 
@@ -78,11 +77,10 @@ def parse(
 
 
 def measure(lengths: Sequence[int], backends: Sequence[str], rounds: int, asked: dict[str, Any]) -> Iterator[Row]:
-    """Each pair's figures, as they come. asked: settings as for Settings.make, those that were not asked for as None.
+    """Each pair's figures, as they come. asked: settings by their names, those that were not asked for as None.
 
     Raises what the engine of a child raised, and XlstmRayError where a child ended without a word.
     """
-    Settings.make(**asked)  # before any child: a wrong flag answers at once
     for tokens in lengths:
         with ExitStack() as children:
             pairs = [children.enter_context(Child(tokens, name, asked)) for name in backends]

@@ -8,7 +8,6 @@ from typing import Any
 
 from xlstm_ray import errors
 from xlstm_ray.errors import XlstmRayError, one_line
-from xlstm_ray.settings import Settings
 
 
 class Child:
@@ -67,9 +66,10 @@ def _serve() -> None:
     try:
         from torch import get_num_threads
 
+        from xlstm_ray.choose import setup_of
         from xlstm_ray.engine.engine import Engine
 
-        with Engine(Settings.make(**asked)) as engine:
+        with Engine(setup_of(**asked)) as engine:
             engine.on_note = lambda text: print(f"note: {text}", file=sys.stderr)
             prompt = [n * 7919 % engine.config.vocab_size for n in range(order["tokens"])]
             for _ in sys.stdin:

@@ -12,16 +12,16 @@ import psutil
 import torch
 
 from xlstm_ray import __version__
-from xlstm_ray.choose import choose_backend, choose_device, choose_dtype, choose_model, choose_sizes, choose_steps
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import MAX_BUFFERS, Generated, Probe
 from xlstm_ray.layout import make_grid
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, SlstmWeights, Weights
+from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import Worker
-from xlstm_ray.settings import Settings
+from xlstm_ray.state import Grid
 
 PACKAGES = ("torch", "safetensors", "tokenizers")
 
@@ -44,36 +44,19 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def kernel_report(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    """What the model's kernels take on this machine's mps: as figures, and as lines of text.
+def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
+    """What the kernels of a run on mps take: as figures, and as lines of text.
 
-    Of the model's directory only config.json is read. Raises UsageError where the device or backend has no such table.
+    Raises UsageError where the backend has no such table.
     """
-    device = choose_device(settings)
-    if device.type != "mps":
-        raise UsageError(f"`kernels` shows Metal kernels, and the device is {device.type}; it needs `device=mps`")
-    config_file = choose_model(settings) / "config.json"
-    config = ModelConfig.from_file(config_file)
-    backend = choose_backend(settings, config, config_file)
-    tile, chunk, heads = choose_sizes(settings, config, device.type)
+    config, backend, grid, steps, bands = plan.config, plan.backend, plan.grid, plan.steps, plan.bands
     if not backend.compiled:
         raise UsageError(f"`chunkwise_backend` is {backend.name!r}, which compiles no kernels; leave it out")
-    dtype = choose_dtype(settings, device, torch.bfloat16, lambda _: True).dtype
-    steps = choose_steps(settings, backend, config, heads, dtype, device)
-    bands = len(make_grid(config, heads_per_band=heads)[0])
-    windows = metal_kernels(
-        config,
-        backend,
-        dtype=dtype,
-        batch=1,
-        windows=sorted({tile, chunk, 1}, reverse=True),
-        chunk_size=chunk,
-        heads_per_band=heads,
-        t_inner=steps.t_inner,
-    )
+    sizes = sorted({grid.tile_size, grid.chunk_size, 1}, reverse=True)
+    windows = metal_kernels(config, backend, grid, t_inner=steps.t_inner, windows=sizes)
     figures: dict[str, Any] = {
         "backend": backend.name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": grid.dtype,
         "blocks": config.num_blocks,
         "bands": bands,
         "t_inner": steps.t_inner,
@@ -122,15 +105,7 @@ class WindowKernels:
 
 
 def metal_kernels(
-    config: ModelConfig,
-    backend: Backend,
-    *,
-    dtype: torch.dtype,
-    batch: int,
-    windows: list[int],
-    chunk_size: int,
-    heads_per_band: int,
-    t_inner: int,
+    config: ModelConfig, backend: Backend, grid: Grid, *, t_inner: int, windows: list[int], batch: int = 1
 ) -> Iterator[WindowKernels]:
     """For every window size and kind of block in turn: all compiled functions of such a block of the first band on mps.
 
@@ -138,14 +113,14 @@ def metal_kernels(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    bands = make_grid(config, heads_per_band=heads_per_band)[0]
+    bands, dtype = make_grid(config, heads_per_band=grid.heads_per_band)[0], getattr(torch, grid.dtype)
     slstm = sorted(config.slstm_at)
     mlstm = [n for n in range(config.num_blocks) if n not in slstm]
     for tokens, (kind, blocks) in product(windows, (("mLSTM", mlstm), ("sLSTM", slstm))):
         if not blocks:
             continue
         probe = Probe()
-        kernels = Kernels(backend, chunk_size=chunk_size, t_inner=t_inner, compiler=probe)
+        kernels = Kernels(backend, chunk_size=grid.chunk_size, t_inner=t_inner, compiler=probe)
         band = replace(bands[0], blocks=range(blocks[0], blocks[0] + 1))
         with torch.no_grad(), FakeTensorMode():
             empty = _empty_slstm_weights if kind == "sLSTM" else _empty_weights

@@ -12,6 +12,7 @@ Of the model only config.json is read, and the headers of its weights where ther
 The shares come from what was measured: README.md's figures for a 7B model on an H100, on two CPU cores for a CPU.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,8 +21,6 @@ from typing import Any
 
 import torch
 
-from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import choose_dtype, choose_model, choose_sizes, choose_workers
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.windows import plan_windows
 from xlstm_ray.errors import EstimateError, UsageError
@@ -32,7 +31,7 @@ from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
 from xlstm_ray.memory.need import PROGRAM, BlockTensors, Call, Loaded, Need, computed_need
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
-from xlstm_ray.settings import Settings
+from xlstm_ray.plan import OnPaper
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, expected_tensors, itemsize_of
 
 LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
@@ -66,28 +65,24 @@ class Model:
         return self.first + sum(self.blocks) + self.last
 
 
-def read_model(settings: Settings, kind: str) -> Model:
-    """From a directory with config.json, and with weights or without. dtype as the engine chooses it on that kind."""
-    path = choose_model(settings)
-    config = ModelConfig.from_file(path / "config.json")
+def read_model(paper: OnPaper) -> Model:
+    """What is known of the model, with weights or without."""
+    config, dtype, checkpoint = paper.config, paper.dtype, paper.checkpoint
     shapes = expected_tensors(config)
-    stored = getattr(torch, config.dtype or "bfloat16")
-    known_from = f"config.json alone, as if stored in {config.dtype or 'bfloat16'}"
+    known_from = f"config.json alone, as if stored in {str(paper.stored).removeprefix('torch.')}"
     largest = 0
-    if any(path.glob("*.safetensors")):
-        checkpoint = Checkpoint(path, config)
-        stored, known_from = checkpoint.dtype, "config.json and the weights' headers"
+    if checkpoint is not None:
+        known_from = "config.json and the weights' headers"
         shapes, largest = checkpoint.shapes, checkpoint.largest_tensor_bytes
     else:
         shapes[OUT_NORM] = (config.hidden_size,)
         if not config.tie_word_embeddings:
             shapes[HEAD] = (config.vocab_size, config.hidden_size)
-    dtype = choose_dtype(settings, torch.device(kind), stored, lambda _: True).dtype
     size = {name: torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in shapes.items()}
     blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
     first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)
-    largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * stored.itemsize
-    return Model(path, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
+    largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * paper.stored.itemsize
+    return Model(paper.model, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
 
 
 @dataclass(frozen=True)
@@ -139,8 +134,8 @@ class Plan:
         return self.tokens / self.seconds
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a run of this kind is asked for."""
+    def asked(self) -> dict[str, Any]:
+        """The settings of such a run."""
         of_machines = {"chunkwise_backend": self.backend, "stages": self.machines} if self.machines > 1 else {}
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -171,7 +166,7 @@ class Plan:
             f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
             "            without loading and compiling",
             f"not known   {UNKNOWN}",
-            f"settings    {' '.join(f'`{name}={value}`' for name, value in self.settings.items())}",
+            f"settings    {' '.join(f'`{name}={value}`' for name, value in self.asked.items())}",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -207,29 +202,29 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.0f} s ({minutes // 60:,} h {minutes % 60} min)"
 
 
-def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -> Plan:
+def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machines: int = 1) -> Plan:
     """The estimate for `tokens` prompt tokens on that device, or on `machines` of it, a stage of the blocks each.
 
-    Tile, chunk, heads a band and dtype are those of the engine, unless the settings ask for others; the tile is halved
-    until the run fits. Raises UsageError for a device that is not in the table, or a number that cannot be.
+    choose: what a run would be on a device of a kind. The tile is halved until the run fits, unless one was asked for.
+    Raises UsageError for a device that is not in the table, or a number that cannot be.
     """
     if device_name != "this" and device_name not in DEVICES:
         raise UsageError(f"`device` is {device_name!r}; there are: this, {', '.join(DEVICES)}")
     if not 1 <= tokens <= 1 << 40:
         raise UsageError(f"`prompt_tokens` is {tokens}; allowed: 1 to 2^40")
     kind = "cpu" if device_name == "this" else DEVICES[device_name].kind
-    model = read_model(settings, kind)
+    paper = choose(kind)
+    model = read_model(paper)
     blocks = model.config.num_blocks
     if not 1 <= machines <= blocks:
         raise UsageError(f"`machines` is {machines}; allowed: 1 to {blocks}, the model's blocks")
     backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
-    tile, chunk, heads = choose_sizes(settings, model.config, kind)
+    tile, chunk, heads = paper.sizes
     device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
-    room = int(min(settings.mem_hard_pct, METAL_SHARE if kind == "mps" else 1.0) * device.memory)
+    room = int(min(paper.share, METAL_SHARE if kind == "mps" else 1.0) * device.memory)
     if kind == "cpu":
         room = min(room, take_sample().available_bytes + process_bytes())
 
-    workers = choose_workers(settings, model.config, heads)
     loaded = Loaded(
         model.config,
         device=kind,
@@ -241,19 +236,21 @@ def plan(settings: Settings, device_name: str, tokens: int, machines: int = 1) -
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,
-        workers=workers,
+        workers=paper.workers,
     )
 
     def needed(tile: int, machines: int) -> Need:
         return need(replace(loaded, tile=tile), model, machines)
 
     chunks = tile // chunk
-    sizes = [tile] if settings.tile_size else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
+    sizes = [tile] if paper.tile_asked else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
     tile = next((size for size in sizes if needed(size, machines).total <= room), tile)
     fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
     seconds = prefill_seconds(model, device, tokens, tile, chunk, machines)
     most = needed(tile, machines)
-    return Plan(device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, workers, fewest)
+    return Plan(
+        device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, paper.workers, fewest
+    )
 
 
 def need(loaded: Loaded, model: Model, machines: int) -> Need:
@@ -332,7 +329,7 @@ def check(estimate: Plan) -> str:
     The probe is repeated between the runs, so that other work on the machine slows both down; medians of both.
     """
     model, tile, chunk = estimate.model, estimate.tile_size, estimate.chunk_size
-    asked = {"model": model.path, "device": "cpu", **estimate.settings}
+    asked = {"model": model.path, "device": "cpu", **estimate.asked}
     estimated, measured = [], []
     with Child(estimate.tokens, estimate.backend, asked) as child:
         child.figures()  # warm-up

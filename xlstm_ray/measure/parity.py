@@ -7,13 +7,14 @@ large.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import choose_device, choose_model
+from xlstm_ray.choose import setup_of
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.engine import Engine
 from xlstm_ray.errors import KernelError
@@ -33,7 +34,6 @@ from xlstm_ray.layout import make_grid
 from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import build_worker
-from xlstm_ray.settings import Settings
 
 B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens a window, windows one after the other, tokens a chunk
 K, V, DH = 16, 32, 16
@@ -75,12 +75,14 @@ HEADER = f"{'part':<6} {'kernel or backend':<33} {'dtype':<9} {'outputs':>8} {'s
 Errors = tuple[float, float]  # outputs, state
 
 
-def compare(part: str | None, settings: Settings) -> Iterator[Row]:
-    """The rows of a part, or of all of them, as they are found. UsageError where the part or device is not known."""
+def compare(part: str | None, device: torch.device, model: Path) -> Iterator[Row]:
+    """The rows of a part, or of all of them, as they are found. model: the directory of the part of that name.
+
+    UsageError where the part is not known.
+    """
     parts = PARTS.values() if part is None else [lookup(PARTS, "part", part)]
-    device = choose_device(settings)
     for rows in parts:
-        yield from rows(device, settings)
+        yield from rows(device, model)
 
 
 def _row(part: str, name: str, dtype: torch.dtype, tolerance: dict[str, float], errors: Callable[[], Errors]) -> Row:
@@ -114,7 +116,7 @@ I_RANGES: list[tuple[float, float]] = [(-3, 1), (-15, 15), (-15, 15), (14, 15), 
 F_RANGES: list[tuple[float, float]] = [(5, 15), (-15, 15), (15, 15), (12, 15), (-15, -14), (12, 15)]
 
 
-def mlstm_rows(device: torch.device, _settings: Settings) -> Iterator[Row]:
+def mlstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
     """Step kernels, sequence kernels and the cells of all chunkwise backends."""
     kernels: dict[str, Callable[[], Callable]] = {}
     for name in STEP_KERNELS:
@@ -192,7 +194,7 @@ SLSTM_I: list[tuple[float, float]] = [(-3, 1), (-40, 40), (90, 100), (-100, -90)
 SLSTM_F: list[tuple[float, float]] = [(5, 15), (-40, 40), (10, 30), (12, 20), (-30, -20)]
 
 
-def slstm_rows(device: torch.device, _settings: Settings) -> Iterator[Row]:
+def slstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
     """The sLSTM kernels; gates and state are float32 whatever the model's dtype."""
     g, NH, tokens = torch.Generator().manual_seed(0), len(SLSTM_I), T * WINDOWS
     x = torch.randn(B, NH, tokens, 4, DH, generator=g)
@@ -221,12 +223,11 @@ def slstm_rows(device: torch.device, _settings: Settings) -> Iterator[Row]:
 
 
 # -- a whole model -----------------------------------------------------------------------------------------------------
-def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
-    """--model, or the demo model, through every backend of this process: prefill in tiles, then decoding.
+def model_rows(device: torch.device, directory: Path) -> Iterator[Row]:
+    """A model through every backend of this process: prefill in tiles, then decoding.
 
     Backends on Ray run the same kernels in actors, and are compared with the others by the mlstm part.
     """
-    directory = choose_model(settings)
     config = ModelConfig.from_file(directory / "config.json")
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (PROMPT,), generator=g).tolist()
@@ -235,7 +236,7 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
 
     def errors(backend: str, heads: int, dtype: torch.dtype) -> Errors:
         unrolls = CHUNKWISE_BACKENDS[backend].unrolls(slstm=bool(config.slstm_at))
-        asked = Settings.make(
+        setup = setup_of(
             model=directory,
             device=device.type,
             dtype=str(dtype).removeprefix("torch."),
@@ -245,7 +246,7 @@ def model_rows(device: torch.device, settings: Settings) -> Iterator[Row]:
             chunk_size=CHUNK,
             t_inner=T_INNER if unrolls else None,
         )
-        with Engine(asked) as engine:
+        with Engine(setup) as engine:
             made = engine.generate(ids, max_new_tokens=NEW, temperature=0)
             before = made.prefill.logits
             list(made.rows())
@@ -300,7 +301,7 @@ def _state_error(tensors: dict[str, Tensor], reference: dict[str, Tensor], confi
     return max(errors)
 
 
-PARTS: dict[str, Callable[[torch.device, Settings], Iterator[Row]]] = {
+PARTS: dict[str, Callable[[torch.device, Path], Iterator[Row]]] = {
     "mlstm": mlstm_rows,
     "slstm": slstm_rows,
     "model": model_rows,
