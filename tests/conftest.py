@@ -115,6 +115,8 @@ MARKED = {
         test_20_000_tokens_with_extreme_gates_equal_float64
         test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same
         test_sampling_follows_the_probabilities_and_keeps_to_its_limits
+        test_scoring_8k_tokens_of_a_50k_vocabulary_holds_a_piece
+        test_each_option_reaches_the_answer
         test_threads_that_wait_for_each_other_sleep_soon
         test_torchs_own_variables_are_passed_on
         test_memory_and_settings_are_the_engines

@@ -167,8 +167,9 @@ def flags(root: Path) -> set[str]:
     A text that is a flag and nothing else is in the table that flags are made from, where it is in settings.
     """
     there = trees(root)
-    ours = {"--" + n.target.id.replace("_", "-") for n in ast.walk(there.get("settings", ast.parse("")))
-            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}  # fmt: skip
+    tables = [node for room in ("settings", "sampling.params") for node in ast.walk(there.get(room, ast.parse("")))]
+    fields = [n.target.id for n in tables if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    ours = {"--" + name.replace("_", "-") for name in fields}
     for name, tree in there.items():
         if re.fullmatch(rf"settings|{MAY_SAY_FLAGS}", name):
             ours |= {text for text in strings(tree) if re.fullmatch(A_FLAG, text)}

@@ -15,10 +15,8 @@ NAME = "generation_config.json"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
-    "min_p": (0,),
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
@@ -57,6 +55,8 @@ class GenerationConfig(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False, strict=True)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, strict=True)] | None = None
     not_served: tuple[str, ...] = ()  # "key value" of what this program does not do
 
     @classmethod
@@ -86,10 +86,13 @@ class GenerationConfig(BaseModel):
 
     def sampling(self, asked: bool) -> Sampling:
         """Greedy, unless do_sample is true or sampling was asked for; do_sample without a top_k means one of 50."""
+        repetition = 1.0 if self.repetition_penalty is None else self.repetition_penalty
         if not (self.do_sample or asked):
-            return Sampling()
+            return Sampling(repetition_penalty=repetition)
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k if self.top_k is not None else 50 if self.do_sample else 0,
+            min_p=0.0 if self.min_p is None else self.min_p,
+            repetition_penalty=repetition,
         )

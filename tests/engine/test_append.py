@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from xlstm_ray import RecurrentState, load
 from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.sampler import Sampler
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2, "eos_token_id": None, "vocab_size": 320}
 GRID = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32"}
@@ -209,8 +210,9 @@ def test_sampling_follows_the_probabilities_and_keeps_to_its_limits():
         ({"top_p": 0.5}, [1, 2]),
         ({"top_k": 3, "top_p": 0.8}, [1, 2]),  # the mass is of what top_k has left
     ):
-        sample = Sampling(temperature=1.0, seed=1, **options).sampler()
-        drawn = torch.tensor([sample(logits, [n])[0] for n in range(4000)])
+        row = Sampler(1, 5)
+        row.put(0, Sampling(temperature=1.0, seed=1, **options), position=0)
+        drawn = torch.cat([row.choose(logits, torch.tensor([0])) for _ in range(4000)])  # a position each
         expected = torch.softmax(logits[0, kept].double(), -1)
         found = torch.stack([(drawn == n).double().mean() for n in kept])
         assert set(drawn.tolist()) <= set(kept)
@@ -220,5 +222,7 @@ def test_sampling_follows_the_probabilities_and_keeps_to_its_limits():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-300, 1e-307, 1e-308, 5e-324])
 def test_towards_zero_sampling_becomes_greedy(temperature):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
-    sample = Sampling(temperature=temperature, seed=2).sampler()
-    assert sample(logits, [1, 2, 3]) == logits.argmax(-1).tolist()
+    rows = Sampler(3, 50)
+    for slot in range(3):
+        rows.put(slot, Sampling(temperature=temperature, seed=2), position=slot + 1)
+    assert rows.choose(logits, torch.arange(3)).tolist() == logits.argmax(-1).tolist()

@@ -83,17 +83,21 @@ def test_without_the_key_config_json_names_the_end_tokens(plain, said, tmp_path)
         {"do_sample": True, "temperature": 0.5, "top_p": 0.25},
         {"do_sample": True, "top_k": 3},
         {"do_sample": False, "temperature": 0.5},
+        {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5},
     ],
     ids=str,
 )
 def test_sampling_defaults_are_those_of_transformers(plain, tmp_path, published):
     model = with_config(plain, tmp_path / "m", published)
     config, _ = xLSTMForCausalLM.from_pretrained(model)._prepare_generation_config(None)
-    ours = Sampling.make(None, None, None, published=GenerationConfig.of(model))
+    ours = Sampling.make({}, published=GenerationConfig.of(model))
+    assert ours.repetition_penalty == (config.repetition_penalty or 1)
     if config.do_sample:
+        assert ours.min_p == (config.min_p or 0)
         assert (ours.temperature, ours.top_k, ours.top_p) == (config.temperature, config.top_k, config.top_p)
     else:
-        assert ours == Sampling()
+        assert ours == Sampling(repetition_penalty=ours.repetition_penalty)
 
 
 def test_flags_win_over_what_was_published_and_it_is_told(run, plain, tmp_path):

@@ -12,6 +12,7 @@ from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.model import FEW_ROWS, HEAD_PART
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.sampler import Sampler
 
 VOCABULARY, D = 3 * HEAD_PART // 512 + 5, 512  # a head of more than one part, and a last part of another size
 
@@ -48,8 +49,10 @@ def test_equals_are_listed_and_taken_lowest_id_first(demo: xlstm_ray.Engine) -> 
         logits = torch.randint(4, (2048,), generator=g).float()
         order = sorted(range(2048), key=lambda token: (-logits[token], token))
         assert [token.id for token in demo.next_tokens(logits, 600)] == order[:600]
-        assert Sampling().sampler()(logits.unsqueeze(0), [0]) == order[:1]
-        assert Sampling(temperature=1.0, top_p=1e-9).sampler()(logits.unsqueeze(0), [0]) == order[:1]
+        for sampling in (Sampling(), Sampling(temperature=1.0, top_p=1e-9)):
+            row = Sampler(1, 2048)
+            row.put(0, sampling, position=0)
+            assert row.choose(logits.unsqueeze(0), torch.tensor([0])).tolist() == order[:1]
 
 
 def test_more_tokens_than_there_are_may_be_asked_for(demo: xlstm_ray.Engine) -> None:

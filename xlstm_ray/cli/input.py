@@ -9,6 +9,7 @@ from typing import Any
 
 from xlstm_ray.cli.output import tell
 from xlstm_ray.errors import UsageError
+from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import refuse_unknown
 
 JSONL_KEYS = "prompt", "id"
@@ -22,13 +23,16 @@ def given_text(
     append_file: str | None,
     jsonl: bool,
     start: Path | None,
+    *,
+    keys: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
     """The prompt, or what to append, as arguments of prefill and generate; start: the state to go on from.
 
-    And what names a row in the results (none where rows have no names), and whether each is a line.
+    keys: the fields of sampling that a line may have, which are then among its names. And what names a row in the
+    results (none where rows have no names), and whether each is a line.
     """
     if append is None and append_file is None:
-        prompts, names = _prompts(prompt, prompt_file, jsonl, start)
+        prompts, names = _prompts(prompt, prompt_file, jsonl, start, keys)
         return {"prompt": prompts}, names, jsonl
     if append is not None and append_file is not None:
         raise UsageError("--append and --append-file were both given; give one")
@@ -42,12 +46,12 @@ def given_text(
         raise UsageError("--append is empty; give at least one token")
     if append == "-":
         append, append_file = None, "-"
-    texts, names = (append, []) if append_file is None else read_texts(append_file, jsonl)
+    texts, names = (append, []) if append_file is None else read_texts(append_file, jsonl, keys)
     return {"append": texts}, names, jsonl
 
 
 def _prompts(
-    prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None
+    prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None, keys: tuple[str, ...]
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is.
 
@@ -74,10 +78,10 @@ def _prompts(
                 "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
             )
         return None, []
-    return read_texts(prompt_file, jsonl)
+    return read_texts(prompt_file, jsonl, keys)
 
 
-def read_texts(file: str, jsonl: bool) -> tuple[Any, list[dict[str, Any]]]:
+def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any, list[dict[str, Any]]]:
     """The file's text, or those of its lines and their names."""
     source, text = _read_text(file)
     if not jsonl:
@@ -86,7 +90,7 @@ def read_texts(file: str, jsonl: bool) -> tuple[Any, list[dict[str, Any]]]:
             raise UsageError(f"{source}: is empty; give at least one token")
         return text, []
     rows = [
-        _jsonl_row(line, f"{source}, line {number}")
+        _jsonl_row(line, f"{source}, line {number}", keys)
         for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold U+2028 as it is
         if line.strip()
     ]
@@ -126,8 +130,8 @@ def _read_text(name: str) -> tuple[str, str]:
         raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
 
 
-def _jsonl_row(line: str, place: str) -> dict[str, Any]:
-    """A line of JSON: its prompt, and its id where it has one. Raises UsageError that begins with its place."""
+def _jsonl_row(line: str, place: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A line of JSON: its prompt, and what it has of id and keys. Raises UsageError that begins with its place."""
     from xlstm_ray.config import parse_json
 
     try:
@@ -135,7 +139,7 @@ def _jsonl_row(line: str, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as err:
         raise UsageError(f"{place}: is not JSON ({err})") from None
     row = row if isinstance(row, dict) else {"prompt": row}
-    refuse_unknown(row, JSONL_KEYS, f"{place}: ", "key")
+    refuse_unknown(row, (*JSONL_KEYS, *keys), f"{place}: ", "key")
     prompt = row.get("prompt")
     if not isinstance(prompt, str):
         raise UsageError(f"{place}: is neither a text nor an object with a 'prompt' text")
@@ -147,6 +151,10 @@ def _jsonl_row(line: str, place: str) -> dict[str, Any]:
         prompt.encode("utf-8")
     except UnicodeEncodeError as err:
         raise UsageError(f"{place}: the prompt is not Unicode text ({err.reason} at character {err.start})") from None
+    try:
+        Sampling.make({name: value for name, value in row.items() if name in keys})
+    except UsageError as err:
+        raise UsageError(f"{place}: {str(err).replace('`', '')}") from None  # a key is not a flag
     return row
 
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from xlstm_ray.engine.result import PrefillResult, Statistics
 
 
-def ending_text(reason: str, token: tuple[int, str] | None) -> str:
+def ending_text(generation: "Generation", b: int) -> str:
     """Why an answer ended, for a person."""
-    return f"the end token {token[1]!r} ({token[0]})" if token else {"length": "--max-new-tokens"}.get(reason, reason)
+    token, text, reason = generation.stop_tokens[b], generation.stop_texts[b], generation.finish_reasons[b]
+    if token is not None:
+        return f"the end token {token[1]!r} ({token[0]})"
+    return f"the stop text {text!r}" if text is not None else {"length": "--max-new-tokens"}.get(reason, reason)
 
 
 def speed_text(tokens_per_s: float | None) -> str:
@@ -74,7 +77,7 @@ def answers_of(
 ) -> Iterator[dict[str, Any]]:
     """What --json prints of these rows' answers; digest as for `summary_of`."""
     result, texts, tokens = generation.prefill, generation.texts, generation.tokens
-    reasons, stops = generation.finish_reasons, generation.stop_tokens
+    reasons, stops, stop_texts = generation.finish_reasons, generation.stop_tokens, generation.stop_texts
     for b in rows:
         row = summary_of(engine, result.row(b) if result.state.batch > 1 else result, state_out, digest)
         row["compile_s"] += generation.compile_s
@@ -84,8 +87,19 @@ def answers_of(
             "new_tokens": len(tokens[b]),
             "finish_reason": reasons[b],
             "stop_token": None if (token := stops[b]) is None else {"id": token[0], "text": token[1]},
+            "stop_text": stop_texts[b],
             **generation.speed(b),
+            **_logprobs_of(generation, b),
         }
+
+
+def _logprobs_of(generation: "Generation", b: int) -> dict[str, Any]:
+    """The answer's tokens with their log-probabilities, where they were asked for."""
+    made = generation.logprobs(b)
+    if made is None:
+        return {}
+    rows = [{**token._asdict(), "top": [one._asdict() for one in likeliest]} for token, likeliest in made]
+    return {"logprobs": rows}
 
 
 def print_results(

@@ -21,7 +21,6 @@ from xlstm_ray.cli.keep import (
 )
 from xlstm_ray.cli.options import (
     RUN,
-    SAMPLING,
     AppendFileOption,
     AppendOption,
     JsonlOption,
@@ -46,6 +45,7 @@ from xlstm_ray.cli.report import (
     summary_of,
 )
 from xlstm_ray.cli.reporter import Reporter
+from xlstm_ray.cli.sampled import KEYS, samples
 from xlstm_ray.cli.session import check_generation, open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
@@ -120,39 +120,16 @@ def prefill(
         'xlstm-ray generate -p "The capital of France is" -n 8',
         'xlstm-ray generate -m DIR --state-in book.state --append "Who is the heir?"',
         "xlstm-ray generate -m DIR -f prompts.jsonl --jsonl > answers.jsonl",
+        'xlstm-ray generate -p "The capital of" --top-p 0.9 --seed 7 --stop . --json --logprobs 3',
     ),
 )
 @takes()
+@samples
 def generate(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     jsonl: JsonlOption = False,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.", rich_help_panel=SAMPLING)
-    ] = 64,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            help=bare(
-                "0 is greedy. [default: the state's, then the model's, else 0; 1 with --top-p, --top-k or --seed]"
-            ),
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", rich_help_panel=SAMPLING),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k", help=bare("Sample from so many likeliest tokens. [default: all]"), rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help=bare("Seed of the sampling. [default: 0]"), rich_help_panel=SAMPLING)
-    ] = None,
+    sampling: dict[str, Any] | None = None,
     state_in: StateInOption = None,
     append: AppendOption = None,
     append_file: AppendFileOption = None,
@@ -166,9 +143,10 @@ def generate(
     settings = Settings.make(**asked)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
-    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
+    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
+    own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
-    check_generation(max_new_tokens, temperature, top_p, top_k, seed)
+    check_generation(sampling or {}, own, printed=json_output or jsonl)
     with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
         streams = not (json_output or a_line_each)
@@ -185,11 +163,7 @@ def generate(
             generation = engine.generate(
                 **given,
                 **start,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
+                sampling=[{**(sampling or {}), **row} for row in own] if any(own) else sampling or {},
                 last=state_out is None,
                 on_progress=report.tile,
                 should_stop=stop,
@@ -220,7 +194,6 @@ def generate(
             raise interrupted_error(result, saved, stop)
         state_out, digest = saved.asked, saved.digest
         if streams:
-            reasons, stops = generation.finish_reasons, generation.stop_tokens
             show("")
             summary = summary_of(engine, result, state_out, digest)
             made = len(generation.tokens[0])
@@ -228,7 +201,7 @@ def generate(
                 f"prefill {summary['prompt_tokens'] - summary['resumed_tokens']} tokens"
                 f"{resumed_text(summary)} in {summary['prefill_s']:.3f} s{speed_text(summary['prefill_tok_s'])}; "
                 f"decode {made} tokens in {generation.decode_s:.3f} s{speed_text(generation.decode_tok_s)}; "
-                f"ended by {ending_text(reasons[0], stops[0])}; "
+                f"ended by {ending_text(generation, 0)}; "
                 f"load {summary['load_s']:.1f} s; compile {summary['compile_s'] + generation.compile_s:.1f} s; "
                 f"whole command {first_token_text(summary)}{summary['total_s']:.1f} s in all"
             )

@@ -35,15 +35,17 @@ def require_places(
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
 
 
-def check_generation(
-    max_new_tokens: int, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
-) -> None:
-    """Find out before a model is read that it cannot be asked this."""
+def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, printed: bool) -> None:
+    """Find out before a model is read that it cannot be asked this. own: fields of each line of --jsonl.
+
+    printed: as JSON, which log-probabilities are a part of.
+    """
     from xlstm_ray.sampling import Sampling
 
-    Sampling.make(temperature, top_p, seed, top_k)
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens is {max_new_tokens}; allowed: 1 or more")
+    for fields in [{}, *own]:
+        Sampling.make({**sampling, **fields})
+    if "logprobs" in sampling and not printed:
+        raise UsageError("`logprobs` are printed with --json and --jsonl; add one, or leave it out")
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import CheckpointError
 from xlstm_ray.runtime.executor import Executor
-from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.logprobs import logprobs
+from xlstm_ray.sampling.sampler import Sampler
+from xlstm_ray.text.answer import Answer
 
 
 def require_finite(logits: Tensor, model: Path) -> None:
@@ -35,12 +37,21 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A token's log-probability, and ids and those of the likeliest at its place."""
+
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Start:
     """What a prefill leaves to decode from. seen: how many tokens the state has seen, a row."""
 
     state: dict[str, Tensor]  # the executor has it where there is one row
     logits: Tensor  # (B, vocabulary)
     seen: Sequence[int]
+    prompts: Sequence[Sequence[int]]  # of the repetition penalty, as far as they are known
 
 
 class Decoder:
@@ -50,61 +61,61 @@ class Decoder:
     Which row stands where in a call hangs on its group and on which of its rows go on, and on nothing before: so a run
     that is stopped and resumed makes the same calls.
 
-    eos: end tokens. warm_up: compiles decoding for so many rows, and returns the seconds it took.
-    After the iteration `tokens` holds what was made, a row, without the end token, `ended_by` that end token or None,
-    and `logits` those after each row's last token that the state has seen, a tensor (vocabulary,) a row.
+    answers: of the rows, which say how tokens are chosen and when there are enough. ends: end tokens. warm_up: compiles
+    decoding for so many rows, and returns the seconds it took.
+    After the iteration `logits` are those after each row's last token that the state has seen, a tensor (vocabulary,) a
+    row, and `made` has the log-probabilities of the tokens of rows that ask for them.
     """
 
     def __init__(
         self,
         executor: Executor,
         start: Start,
-        sampling: Sampling,
-        eos: tuple[int, ...],
+        answers: Sequence[Answer],
+        ends: tuple[int, ...],
         *,
         model: Path,
         warm_up: Callable[[int], float],
     ):
         self._model, self._warm_up = model, warm_up
-        self._executor, self._sample, self._eos = executor, sampling.sampler(), eos
+        self._executor, self._answers, self._ends, self._prompts = executor, answers, ends, start.prompts
+        self._sampler: Sampler | None = None  # of the rows that are decoded now
         logits = start.logits
         batch = len(logits)
         self.logits = list(logits)
         self._call = list(range(batch)), logits  # the rows of the last call that were active, and their logits
-        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.made: list[list[Made]] = [[] for _ in range(batch)]
         self._behind = [False] * batch  # rows whose last token the state has not seen
         self._seen = start.seen
-        self.ended_by: list[int | None] = [None] * batch
         self.groups = [Together(range(n, min(n + GROUP_SIZES[-1], batch))) for n in range(0, batch, GROUP_SIZES[-1])]
         self.now = self.groups[0]  # the one that the last step was of
         self.compile_s = 0.0
         self._whole = Whole(Snapshot([0] * batch, logits.new_empty(batch, 0), start.state))  # logits are kept beside
         self._places = [0] if batch == 1 else []  # the rows that the executor has, in its order
 
-    def run(self, max_new_tokens: int, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[int | None]]:
-        """Yield a token for each row, None for rows that have ended or wait, until all have ended or have so many.
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
+        """Yield what each row's text gains by a token more, until all have ended.
 
-        A group's end is a step without tokens, where another follows. Called again, it goes on where it was left, to
-        the same limit.
+        A group's end is a step without text, where another follows. Called again, it goes on where it was left.
         """
         for group in self.groups:
             if group.done:
                 continue
-            self.now = group
-            while group.steps < max_new_tokens and any(self.ended_by[b] is None for b in group.rows):
+            self.now, self._sampler = group, self._sampler_of(group.rows)
+            while going := [b for b in group.rows if self._answers[b].finish is None]:
                 if should_stop():
                     return
                 began, compiled = perf_counter(), self.compile_s
                 self._catch_up(group.rows)
-                step = self._step(group.rows)
+                pieces = self._step(going, self._sampler)
                 group.seconds += perf_counter() - began - (self.compile_s - compiled)
-                if all(self.ended_by[b] is not None for b in group.rows):
-                    break
-                group.steps += 1
-                yield step
+                made = any(self._behind[b] for b in going)
+                group.steps += made
+                if made or any(pieces):
+                    yield pieces
             group.done = True
             if group is not self.groups[-1]:
-                yield [None] * len(self.tokens)
+                yield [""] * len(self._answers)
 
     def of_row(self, b: int) -> Together:
         return self.groups[b // GROUP_SIZES[-1]]
@@ -118,21 +129,39 @@ class Decoder:
         return self._whole.now.tensors
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _step(self, group: Sequence[int]) -> list[int | None]:
-        """Choose the next token of the rows that go on."""
-        step: list[int | None] = [None] * len(self.tokens)
-        going = [b for b in group if self.ended_by[b] is None]
-        positions = [self._seen[b] + len(self.tokens[b]) for b in going]
-        chosen = self._sample(self._logits_of(going), positions)
-        for b, token in zip(going, chosen, strict=True):
-            if token in self._eos:
-                self.ended_by[b] = token
+    def _sampler_of(self, group: Sequence[int]) -> Sampler:
+        sampler = Sampler(len(group), self._call[1].shape[-1], ends=self._ends)
+        for slot, b in enumerate(group):
+            answer = self._answers[b]
+            sampler.put(
+                slot,
+                answer.sampling,
+                position=self._seen[b] + len(answer.tokens),
+                prompt=self._prompts[b],
+                made=answer.tokens,
+            )
+        return sampler
+
+    def _step(self, going: list[int], sampler: Sampler) -> list[str]:
+        """Choose the next token of these rows."""
+        pieces = [""] * len(self._answers)
+        logits = self._logits_of(going)
+        chosen = sampler.choose(logits, torch.tensor(going) - self.now.rows.start)
+        counts = [self._answers[b].sampling.logprobs for b in going]
+        asked = [count for count in counts if count is not None]
+        found = [part.tolist() for part in logprobs(logits, chosen, max(asked))] if asked else None
+        for n, (b, token) in enumerate(zip(going, chosen.tolist(), strict=True)):
+            answer = self._answers[b]
+            before = len(answer.tokens)
+            pieces[b] = answer.step(token)
+            self._behind[b] = len(answer.tokens) > before  # an end token is not among them
+            if answer.finish is not None and not self._behind[b]:
                 self.logits[b] = self.logits[b].clone()  # a part would keep the whole call's
-            else:
-                step[b] = token
-                self.tokens[b].append(token)
-                self._behind[b] = True
-        return step
+            count = counts[n]
+            if self._behind[b] and found is not None and count is not None:
+                of_row = found[0][n], found[1][n][:count], found[2][n][:count]
+                self.made[b].append(Made(of_row[0], list(zip(*of_row[1:], strict=True))))
+        return pieces
 
     def _logits_of(self, rows: list[int]) -> Tensor:
         """The logits (rows, vocabulary) of these rows, without a copy where they are those of the last call."""
@@ -149,7 +178,7 @@ class Decoder:
         mask = torch.zeros(group_size(rows), dtype=torch.bool)
         mask[:rows] = torch.tensor([self._behind[b] for b in self._places])
         last = torch.zeros(len(mask), dtype=torch.long)
-        last[:rows] = torch.tensor([self.tokens[b][-1] if self.tokens[b] else 0 for b in self._places])
+        last[:rows] = torch.tensor([(self._answers[b].tokens or [0])[-1] for b in self._places])
         logits = self._executor.decode(last, mask)
         # A copy of the logits of 16 rows takes longer than choosing their tokens.
         logits = logits[:rows] if active == self._places else logits[mask]

@@ -1,10 +1,13 @@
 """Engine: a loaded model on its device; prefill and generate."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from xlstm_ray.engine.prefill import Asked, Prefill
 from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.resume import appended, prompts
 from xlstm_ray.engine.turn import Turn, in_turn
+from xlstm_ray.engine.wanted import Wanted
 from xlstm_ray.engine.windows import group_size
 from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.generation_config import GenerationConfig
@@ -29,6 +33,7 @@ from xlstm_ray.memory.room import base_bytes
 from xlstm_ray.plan import choose_plan
 from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.params import DRAWING
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.records import Head
 from xlstm_ray.text.prompt import Prompt, as_batch
@@ -211,11 +216,12 @@ class Engine:
         *,
         append: Prompt | Sequence[Prompt] | None = None,
         state: RecurrentState | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]] = MappingProxyType({}),
         last: bool = True,
         any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
@@ -225,18 +231,15 @@ class Engine:
         """Prefill (see there for prompt, append and state), then an iterator of pieces of text.
 
         How tokens are chosen, where it is not given, is taken from the state's last answer, else from the model's
-        generation_config.json; else it is greedy unless temperature, top_p, top_k or a seed is given. last: nothing
+        generation_config.json; else it is greedy unless temperature, top_p, top_k, min_p or a seed is given. sampling:
+        fields of `Sampling`, of all rows or one set a row, before which those given by name stand back. last: nothing
         goes on from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
         """
-        before = state.sampling if state else None
-        sampling = Sampling.make(temperature, top_p, seed, top_k, before=before, published=self.published)
-        if self.published:
-            self._tell_published(sampling, asked=any(x is not None for x in (temperature, top_p, top_k, seed, before)))
-        if max_new_tokens < 1:
-            raise UsageError(f"`max_new_tokens` is {max_new_tokens}; allowed: 1 or more")
         _ = self.executor  # it may have been closed
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
+        named = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        wanted = self._wanted({"max_new_tokens": max_new_tokens, **named}, sampling, state, batch)
         # Of decoding, beside which the prompts' state is kept; the prefill sees to its own.
         self.plan.room.require(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
         prefill = self.prefill(
@@ -248,9 +251,35 @@ class Engine:
             should_stop=should_stop,
             on_snapshot=on_snapshot,
         )
-        return Generation(
-            self._core, prefill, sampling, max_new_tokens, should_stop, end_tokens=self.end_tokens, last=last
-        )
+        wanted = self._with_prompts(wanted, prompt, append, state)
+        return Generation(self._core, prefill, wanted, should_stop, end_tokens=self.end_tokens, last=last)
+
+    def _wanted(self, named: Mapping[str, Any], sampling: Any, state: RecurrentState | None, batch: int) -> Wanted:
+        own = [{}] * batch if isinstance(sampling, Mapping) else list(sampling)
+        if len(own) != batch:
+            raise UsageError(f"`sampling` is of {len(own)} rows, and there are {batch}")
+        common = {**named, **sampling} if isinstance(sampling, Mapping) else named
+        before, vocabulary = state.sampling if state else None, self.config.vocab_size
+        wanted = Wanted.of(common, own, before=before, published=self.published, vocabulary=vocabulary)
+        if self.published:
+            asked = [fields.get(name) for fields in (common, *own) for name in DRAWING]
+            self._tell_published(wanted.usual, asked=any(value is not None for value in (before, *asked)))
+        return wanted
+
+    def _with_prompts(self, wanted: Wanted, prompt: Any, append: Any, state: RecurrentState | None) -> Wanted:
+        """With the rows' tokens, where the repetition penalty wants them."""
+        if not wanted.needs_prompts:
+            return wanted
+        if prompt is not None:
+            known = [self.encode(text) for text in as_batch(prompt)]
+        else:
+            self.on_note("`repetition_penalty` knows what is given here: a state does not hold the tokens before it")
+            ends = [row.end.tokens for row in state.rows] if state else [[]]
+            texts = as_batch(append) if append is not None else [()] * len(ends)
+            many = max(len(texts), len(ends))
+            both = zip(*(each * many if len(each) == 1 else each for each in (texts, ends)), strict=True)
+            known = [self.encode_more(text, end) if text else [] for text, end in both]
+        return replace(wanted, prompts=known)
 
     def _tell_published(self, sampling: Sampling, *, asked: bool) -> None:
         """Say once what of generation_config.json changes an answer, and what cannot."""
@@ -260,10 +289,14 @@ class Engine:
             return
         if published.not_served:
             self.on_note(f"generation_config.json asks for {', '.join(published.not_served)}, which is not served here")
+        repetition = sampling.repetition_penalty
+        if repetition not in (1, None) and repetition == published.repetition_penalty:
+            self.on_note(f"generation_config.json asks for repetition_penalty {repetition:g}, which is in effect")
         if sampling.temperature and not asked:
             self.on_note(
                 f"sampling as generation_config.json says: temperature {sampling.temperature:g}, "
-                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}; `temperature=0` is greedy"
+                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}, min_p {sampling.min_p or 'off'}; "
+                "`temperature=0` is greedy"
             )
 
     @in_turn

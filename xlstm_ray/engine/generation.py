@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.decode import Decoder, Start
+from xlstm_ray.engine.decode import Decoder, Made, Start
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.result import PrefillResult
+from xlstm_ray.engine.wanted import Wanted
 from xlstm_ray.engine.windows import group_size
 from xlstm_ray.errors import UsageError
-from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
+from xlstm_ray.text.tokenizer import NextToken
 
 
 class Generation:
@@ -22,34 +24,35 @@ class Generation:
         self,
         core: Core,
         prefill: PrefillResult,
-        sampling: Sampling,
-        max_new_tokens: int,
+        wanted: Wanted,
         should_stop: Callable[[], bool],
         *,
         end_tokens: tuple[int, ...],
         last: bool,
     ):
         self.prefill = prefill
-        self.sampling = sampling
-        self._core = core
-        self._limit, self._should_stop, self._last = max_new_tokens, should_stop, last
+        self.sampling = wanted.usual
+        self._core, self._should_stop = core, should_stop
         before = prefill.state
+        streams = [core.text.stream(row.end) for row in before.rows]
+        asked = zip(wanted.rows, streams, strict=True)
+        self._answers = [Answer(sampling, end_tokens, stream, last=last) for sampling, stream in asked]
         self._decoder = Decoder(
             core.running.executor,
             Start(
                 {name: tensor for name, tensor in before.tensors.items() if name != "logits"},
                 prefill.logits,
                 before.tokens,
+                wanted.prompts,
             ),
-            sampling,
+            self._answers,
             end_tokens,
             model=core.plan.model,
             warm_up=self._warm_up,
         )
-        self._streams = [core.text.stream(row.end) for row in before.rows]
-        self._pieces: list[list[str]] = [[] for _ in before.rows]
-        self._finished: set[int] = set()  # rows whose text is at its end
-        if prefill.complete and max_new_tokens > 1:  # before text is shown; smaller calls when they are wanted
+        if prefill.complete and any(
+            sampling.max_new_tokens > 1 for sampling in wanted.rows
+        ):  # before text is shown; smaller calls when they are wanted
             self._decoder.compile_s = core.warm_up(group_size(before.batch), [1])
         self._run = core.runs
         if prefill.complete:
@@ -65,63 +68,69 @@ class Generation:
         """A piece of text for each row, step by step. Of more than 16 rows, 16 get theirs at a time; others' are ''."""
         if not self.prefill.complete:
             return  # stopped on the way: there is nothing to decode from yet
-        steps = self._decoder.run(self._limit, self._should_stop)
+        steps = self._decoder.run(self._should_stop)
         try:
             while True:
                 with self._core.turn.of("step", self):
                     self._require_own_state()
-                    step = next(steps, None)
-                pieces = self._pieces_of(step)
-                if step is not None or any(pieces):
-                    yield pieces
-                if step is None:
-                    return
+                    pieces = next(steps, None)
+                if pieces is None:
+                    break
+                yield pieces
+            pieces = [answer.end("cancelled") for answer in self._answers]  # those that have not ended by themselves
+            if any(pieces):
+                yield pieces
         finally:
             self._core.turn.end(self)
 
-    def _pieces_of(self, step: list[int | None] | None) -> list[str]:
-        """What this step, or the end, adds to each row's text."""
-        pieces = [""] * len(self._streams)
-        for b in self._decoder.now.rows:
-            stream, token = self._streams[b], None if step is None else step[b]
-            piece = "" if token is None else stream.step(token)
-            ends = self._decoder.ended_by[b] is not None or (self._last and (step is None or self._decoder.now.done))
-            if ends and b not in self._finished:
-                piece += stream.finish()
-                self._finished.add(b)
-            self._pieces[b].append(piece)
-            pieces[b] = piece
-        return pieces
-
     @property
     def texts(self) -> list[str]:
-        """The text so far, a row."""
-        return ["".join(pieces) for pieces in self._pieces]
+        """The text so far, a row: without a stop text that ended it."""
+        return [answer.text for answer in self._answers]
+
+    @property
+    def finishes(self) -> list[Finish | None]:
+        """Why each row's answer ended, and by what; None for one that goes on."""
+        return [answer.finish for answer in self._answers]
 
     @property
     def finish_reasons(self) -> list[str]:
-        """Why each row's answer ended: stop (an end token, see `stop_tokens`), length (the limit) or cancelled."""
-        reasons = []
-        for b, token in enumerate(self._decoder.ended_by):
-            limit = "length" if self._decoder.of_row(b).steps >= self._limit else "cancelled"
-            reasons.append(limit if token is None else "stop")
-        return reasons
+        """Why each row's answer ended: stop (an end token or a stop text), length (the limit) or cancelled."""
+        return ["cancelled" if finish is None else finish.reason for finish in self.finishes]
 
     @property
     def stop_tokens(self) -> list[tuple[int, str] | None]:
         """The end token that ended each row and its text; None for a row that none has ended."""
-        text = self._core.text
-        return [None if token is None else (token, text.text_of(token)) for token in self._decoder.ended_by]
+        by = [None if finish is None else finish.by for finish in self.finishes]
+        return [(token, self._core.text.text_of(token)) if isinstance(token, int) else None for token in by]
+
+    @property
+    def stop_texts(self) -> list[str | None]:
+        """The stop text that ended each row; None for a row that none has ended."""
+        by = [None if finish is None else finish.by for finish in self.finishes]
+        return [text if isinstance(text, str) else None for text in by]
+
+    def logprobs(self, b: int) -> list[tuple[NextToken, list[NextToken]]] | None:
+        """Row b's tokens, each with its log-probability, and the likeliest at its place; None where none were asked."""
+        if self._answers[b].sampling.logprobs is None:
+            return None
+
+        def known(token: int, logprob: float) -> NextToken:
+            return NextToken(token, self._core.text.text_of(token), logprob)
+
+        made: list[Made] = self._decoder.made[b]
+        both = zip(self.tokens[b], made, strict=True)
+        return [(known(token, m.logprob), [known(*best) for best in m.likeliest]) for token, m in both]
 
     def __iter__(self) -> Iterator[str]:
-        if len(self._streams) != 1:
+        if len(self._answers) != 1:
             raise UsageError("a batch has no single text to iterate over; use rows()")
         return (pieces[0] for pieces in self.rows())
 
     @property
     def tokens(self) -> list[list[int]]:
         """The tokens made so far, a row, without the end token."""
-        return self._decoder.tokens
+        return [answer.tokens for answer in self._answers]
 
     @property
     def ready(self) -> list[int]:
@@ -168,9 +177,9 @@ class Generation:
         self._require_own_state()
         tensors = self._decoder.state()
         rows = []
-        for row, made, text, stream in zip(before.rows, self.tokens, self.texts, self._streams, strict=True):
-            seen = None if row.text is None else row.text.extend(text.encode())
-            rows.append(Row(tokens=row.tokens.extend(made), text=seen, end=stream.end()))
+        for row, answer in zip(before.rows, self._answers, strict=True):
+            seen = None if row.text is None else row.text.extend(answer.said.encode())
+            rows.append(Row(tokens=row.tokens.extend(answer.tokens), text=seen, end=answer.stream.end()))
         tokens = [row.tokens.length for row in rows]
         snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), tensors)
         return self._core.state(snapshot, rows, before.grid, self.sampling, complete=True)

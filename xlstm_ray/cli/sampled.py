@@ -1,0 +1,75 @@
+"""The fields of Sampling as options of `generate` and as keys of a line of `--jsonl`."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from xlstm_ray.cli.options import SAMPLING, bare
+from xlstm_ray.errors import UsageError
+from xlstm_ray.sampling import Sampling
+
+SHORT = {"max_new_tokens": "-n"}
+NONE = {"n"}  # of requests to a service; here a prompt has one answer
+MORE = {  # what the help says beside the field's own words
+    "max_new_tokens": "[default: 64]",
+    "temperature": "[default: the state's, then the model's, else 0; 1 with --top-p, --top-k, --min-p or --seed]",
+    "top_k": "[default: all]",
+    "top_p": "[default: 1.0]",
+    "min_p": "[default: 0.0]",
+    "seed": "[default: 0]",
+    "repetition_penalty": "[default: 1.0]",
+    "presence_penalty": "[default: 0.0]",
+    "frequency_penalty": "[default: 0.0]",
+    "logit_bias": "Again for more tokens.",
+    "stop": "Again for more texts.",
+    "logprobs": "Of --json and --jsonl.",
+}
+KINDS: dict[str, Any] = {"logit_bias": list[str], "stop": list[str]}
+METAVAR = {"logit_bias": "ID=NUMBER", "stop": "TEXT"}
+KEYS = tuple(name for name in Sampling.model_fields if name not in NONE)
+
+
+def samples(command: Callable) -> Callable:
+    """A command with an option for each field, where it has the parameter `sampling`: of what was given, by name."""
+
+    def run(**given: Any) -> None:
+        values = {name: given.pop(name) for name in KEYS}
+        asked = {name: value for name, value in values.items() if value is not None and value is not False}
+        if "logit_bias" in asked:
+            asked["logit_bias"] = dict(map(_bias, asked["logit_bias"]))
+        command(**given, sampling=asked)
+
+    own = inspect.signature(command)
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        kind = parameter.kind
+        new = [inspect.Parameter(name, kind, default=_unset(name), annotation=_option(name)) for name in KEYS]
+        parameters += new if parameter.name == "sampling" else [parameter]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _option(name: str) -> Any:
+    field = Sampling.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    kind: Any = KINDS.get(name, field.annotation)
+    words = " ".join(filter(None, [field.description, MORE.get(name)]))
+    flags = [flag, *filter(None, [SHORT.get(name)])]
+    option = typer.Option(*flags, help=bare(words), metavar=METAVAR.get(name), rich_help_panel=SAMPLING)
+    return Annotated[kind if kind is bool else kind | None, option]
+
+
+def _unset(name: str) -> Any:
+    """What stands for an option that was not given."""
+    return False if Sampling.model_fields[name].annotation is bool else None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UsageError(f"`logit_bias` is {text!r}; allowed: ID=NUMBER, a token and what its logit gains") from None

@@ -1,0 +1,47 @@
+"""How a call's rows are to be answered: by what was given, the state's last answer and the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xlstm_ray.errors import UsageError
+from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.params import Published
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row's sampling each. usual: what is of all rows, which a state keeps for its next answer.
+
+    prompts: a row's tokens before its answer, for the repetition penalty; () where it is off or they are not known.
+    """
+
+    rows: Sequence[Sampling]
+    usual: Sampling
+    prompts: Sequence[Sequence[int]]
+
+    @classmethod
+    def of(
+        cls,
+        common: Mapping[str, Any],
+        own: Sequence[Mapping[str, Any]],
+        *,
+        before: Sampling | None,
+        published: Published | None,
+        vocabulary: int,
+    ) -> "Wanted":
+        """common: fields of all rows; own: a row's own, which win. Raises UsageError for what cannot be asked for."""
+        usual, *rows = [
+            Sampling.make({**common, **fields}, before=before, published=published) for fields in ({}, *own)
+        ]
+        for row in rows:
+            row.require_vocabulary(vocabulary)
+            if row.n > 1:
+                raise UsageError(
+                    f"`n` is {row.n}; allowed here: 1, a row has one answer; give its prompt {row.n} times"
+                )
+        return cls(rows, usual, [()] * len(rows))
+
+    @property
+    def needs_prompts(self) -> bool:
+        return any(row.repetition_penalty != 1 for row in self.rows)

@@ -1,0 +1,53 @@
+"""Log-probabilities of tokens, and of the likeliest ones, reduced where the logits are."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.sampling.order import best
+
+PIECE = 1 << 22  # logits at once: 16 MiB of float32
+
+
+class Logprobs(NamedTuple):
+    """What is left of logits (..., vocabulary), on their device. A token's number is the same in `chosen` and `top`."""
+
+    chosen: Tensor  # (...) float32; NaN where no token was named
+    ids: Tensor  # (..., count) int64, the likeliest first, of equals the lowest id
+    top: Tensor  # (..., count) float32: theirs
+
+
+def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """logits (..., vocabulary) float32 as the model gives them, tokens (...) int64 (-1: none) -> log-probabilities.
+
+    Of the model's own distribution, before temperature, penalties and all else, as vLLM's `raw_logprobs`. A row's
+    numbers do not depend on the other rows.
+    """
+    count = min(count, logits.shape[-1])
+    ids = best(logits, count)
+    of_all = torch.log_softmax(logits, -1)
+    chosen = of_all.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return Logprobs(torch.where(tokens < 0, torch.nan, chosen), ids, of_all.gather(-1, ids))
+
+
+def score(hidden: Tensor, tokens: Tensor, count: int, *, head: Callable[[Tensor], Tensor], vocabulary: int) -> Logprobs:
+    """As `logprobs`, from the residual stream (..., D) after the last block, without holding all its logits.
+
+    head: (rows, D) -> (rows, vocabulary) float32, asked for some rows at a time: PIECE logits, or one row's. tokens
+    (...): which token came after each. Where hidden is the padding of a batch, the numbers mean nothing.
+    """
+    rows, named = hidden.reshape(-1, hidden.shape[-1]), tokens.to(hidden.device).flatten()
+    size, count = max(1, PIECE // vocabulary), min(count, vocabulary)
+    # Made before the first piece: small results between large ones that are freed would leave holes of a piece's size.
+    found = Logprobs(
+        torch.empty(len(rows), device=rows.device),
+        torch.empty(len(rows), count, dtype=torch.int64, device=rows.device),
+        torch.empty(len(rows), count, device=rows.device),
+    )
+    for start in range(0, len(rows), size):
+        piece = slice(start, start + size)
+        for whole, part in zip(found, logprobs(head(rows[piece]), named[piece], count), strict=True):
+            whole[piece] = part
+    return Logprobs(*(part.view((*tokens.shape, *part.shape[1:])) for part in found))
