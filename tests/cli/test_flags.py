@@ -165,6 +165,7 @@ def test_every_field_that_a_text_marks_is_known_to_the_command_line():
     for name in marked:
         assert re.match("--[a-z]", in_flags(f"`{name}`")), name
     assert in_flags("`git` and `lfs pull`") == "`git` and `lfs pull`"  # words of others stay
+    assert in_flags("`autoscale_again=True` or `mem_watchdog=False`") == "--autoscale again or --no-mem-watchdog"
     assert FIELD.findall("`a=b c` `d`") == [("a", "b c"), ("d", "")]
 
 
