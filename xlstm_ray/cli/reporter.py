@@ -30,7 +30,7 @@ class Reporter:
     def __init__(self, kind: ProgressKind):
         terminal = sys.stderr.isatty()
         self._kind = kind if kind != "auto" else "bar" if terminal else "lines"
-        self._phase, self._began = "", perf_counter()
+        self._phase, self._began = "starting", perf_counter()
         self._tile: Progress | None = None
         self._closed = threading.Event()
         self._bar: Any = None
@@ -97,7 +97,7 @@ class Reporter:
             TextColumn("{task.fields[numbers]}"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task("starting", total=None, numbers="")
+        self._task = self._bar.add_task(self._phase, total=None, numbers="")
         self._bar.start()
 
     def _remind(self) -> None:
