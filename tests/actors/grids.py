@@ -54,6 +54,7 @@ class InProcess(dict[int, dict[str, Any]]):
         self.models = models
 
     def __missing__(self, heads: int) -> dict[str, Any]:
+        torch.set_num_threads(1)  # this thread's too: it computes the logits
         sizes = {"threads": 1, "workers": 1, "tile_size": TILE, "chunk_size": CHUNK}
         lm = xlstm_ray.load(self.models[heads], device="cpu", heads_per_band=heads, **sizes)
         result = lm.prefill(PROMPT)
