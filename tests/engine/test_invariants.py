@@ -42,9 +42,9 @@ IDS: list[int] = torch.randint(0, 256, (200,), generator=torch.Generator().manua
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four heads, two blocks, sizes small enough for hundreds of runs."""
+    """Two blocks, sizes small enough for hundreds of runs: those of test_parity.py, which compiles the same kernels."""
     directory = tmp_path_factory.mktemp("model")
-    make_model(directory, seed=3, hidden_size=64, num_hidden_layers=2)
+    make_model(directory, seed=3, num_hidden_layers=2)
     return directory
 
 
@@ -346,19 +346,20 @@ def test_two_window_sizes_and_one_for_decoding_are_compiled_and_never_again(mode
 
 
 @pytest.mark.parametrize(
-    ("options", "graphs"),
+    ("options", "sizes", "graphs"),
     [
         # Tiles of one chunk: one window size. A band of three heads and one of one: mix and feed of each.
-        ({"heads_per_band": 3, "tile_size": CHUNK}, 4),
+        ({"heads_per_band": 3, "tile_size": CHUNK}, {"v_dim_factor": 2.0, "use_bias": True}, 4),
         # Before the steps, the steps, after them, the feed-forward.
-        ({"chunkwise_backend": "queued_compiled_steps", "tile_size": CHUNK}, 4),
+        ({"chunkwise_backend": "queued_compiled_steps", "tile_size": CHUNK}, {"use_bias": True}, 4),
     ],
     ids=["bands", "steps"],
 )
-def test_compiled_splits_equal_the_reference(options, graphs, model):
-    lm, before = load(model, **options), compiled_graphs()
+def test_compiled_splits_equal_the_reference(options, sizes, graphs, tmp_path):
+    make_model(tmp_path, num_hidden_layers=2, **sizes)
+    lm, before = load(tmp_path, **options), compiled_graphs()
     for length in (1, 77):
-        assert_same(lm.prefill(IDS[:length]), reference(model, length))
+        assert_same(lm.prefill(IDS[:length]), reference(tmp_path, length))
     stopped = lm.prefill(IDS[:77], **stop_after(3)).state
     assert stopped.tokens == [3 * CHUNK]
     assert lm.prefill(IDS[:77], state=stopped).state.digest() == lm.prefill(IDS[:77]).state.digest()
