@@ -15,6 +15,7 @@ import torch
 
 NATIVE = Path(__file__).parent / "native"
 CACHE = Path(__file__).parents[2] / "build" / "metal-simulator"
+COMPILE = "g++ -std=c++20 -O1 -fPIC -shared".split()
 
 
 class BuildError(Exception):
@@ -34,6 +35,20 @@ def _fixed_inputs() -> str:
     return "\0".join([compiler, torch.__version__, *headers])
 
 
+@functools.cache
+def precompiled(header: str, *flags: str) -> Path:
+    """A folder in which g++ finds this header of native/ compiled: the half of what a shader takes."""
+    key = hashlib.sha256("\0".join([_fixed_inputs(), header, *flags]).encode()).hexdigest()[:24]
+    built = CACHE / f"headers-{key}" / f"{header}.gch"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            made = Path(scratch, built.name)
+            subprocess.run([*COMPILE, "-x", "c++-header", str(NATIVE / header), "-o", str(made), *flags], check=True)
+            os.replace(made, built)
+    return built.parent
+
+
 def shared_library(name: str, source: str, flags: Sequence[str]) -> Path:
     """Path of the shared library made of this C++ source; `name` only makes the cached file recognisable.
 
@@ -48,7 +63,7 @@ def shared_library(name: str, source: str, flags: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         text, built = Path(scratch, f"{name}.cpp"), Path(scratch, f"{name}.so")
         text.write_text(source)
-        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{NATIVE}", str(text), "-o", str(built), *flags]
+        command = [*COMPILE, str(text), "-o", str(built), *flags, f"-I{NATIVE}"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise BuildError(result.stderr)

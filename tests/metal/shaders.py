@@ -286,7 +286,8 @@ class Library:
 
     def _build(self) -> Path:
         try:
-            return build.shared_library("shader", self.cpp, [*SHADER_FLAGS, str(self.engine.library)])
+            header = f"-I{build.precompiled('msl.h', *SHADER_FLAGS)}"
+            return build.shared_library("shader", self.cpp, [header, *SHADER_FLAGS, str(self.engine.library)])
         except build.BuildError as error:
             names = ", ".join(self.kernels)
             raise MetalError(f"kernels {names}: not understood by the simulator\n{error}") from error
