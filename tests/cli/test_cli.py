@@ -17,7 +17,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -75,23 +75,46 @@ def finish(process: subprocess.Popen[str], **how: Any) -> Ran:
 
 
 # -- help and usage ----------------------------------------------------------------------------------------------------
-def modules_after(*words: str, code: int = 0) -> set[str]:
-    """The modules that a process has imported when the program has run with these words."""
-    script = (
-        "import sys\n"
-        f"sys.argv = {['xlstm-ray', *words]!r}\n"
-        "from xlstm_ray.cli.app import main\n"
-        "try:\n    main()\n"
-        "finally:\n    print(*sys.modules, sep='\\n')\n"
+# One process imports the program, once; each command line is run in a fork of it, which tells what it has imported.
+EACH = """
+import json, os, sys
+from xlstm_ray.cli.app import main
+for line in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        sys.argv = ["xlstm-ray", *line.split()]
+        try:
+            main()
+        finally:
+            print(json.dumps(["\\n", *sys.modules]))
+    print(json.dumps([line, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]))
+"""
+
+
+def modules_after(lines: Sequence[str], folder: Path) -> dict[str, tuple[int, set[str], str]]:
+    """By command line: exit code, the modules that are imported when the program has run, and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(lines)], cwd=folder, capture_output=True, text=True, timeout=120
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
-    return set(done.stdout.splitlines())
+    found, printed = {}, ""
+    modules: set[str] = set()
+    for line in done.stdout.splitlines(keepends=True):
+        if line.startswith('["\\n", "'):
+            modules = set(json.loads(line))
+        elif line.startswith("["):
+            name, code = json.loads(line)
+            found[name], printed, modules = (code, modules, printed), "", set()
+        else:
+            printed += line
+    assert list(found) == list(lines), done.stderr
+    return found
 
 
-def test_help_answers_without_torch():
-    found = modules_after("--help")
-    assert any("prefill   Compute a prompt's state and the likeliest next tokens." in line for line in found)
+def test_help_answers_without_torch(tmp_path):
+    code, found, printed = modules_after(["--help"], tmp_path)["--help"]
+    assert code == 0
+    assert "prefill   Compute a prompt's state and the likeliest next tokens." in printed
     assert {"typer", "rich"} <= found  # rich draws the panels
     assert not found & {"torch", "tokenizers", "safetensors", "ray", "numpy", "huggingface_hub"}
 
@@ -165,35 +188,40 @@ def test_a_command_to_go_on_is_given_for_the_way_that_the_program_was_started(mo
     assert resume_command(["--state-in", "s"]) == f"{sys.executable} -m xlstm_ray prefill --state-in s"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "prefill",
-        "prefill --no-such",
-        "prefill --prompt-file none",
-        "prefill --prompt a --model none",
-        "prefill --prompt a --model .",
-        "prefill --prompt a --chunkwise-backend eager",
-        "prefill --prompt a --tile-size 100",
-        "prefill --prompt a --heads-per-band 99",
-        "prefill --prompt a --chunk-size 3 --tile-size 4 --device cuda",
-        "prefill --prompt a --stages 2",
-        "prefill --prompt a --stages 99 --chunkwise-backend ray_compiled_chunks --no-ray-local-mode",
-        "prefill --prompt a --journal-every 2",
-        "prefill --prompt a --resume . --journal .",
-        "prefill --resume .",
-        "prefill --state-in none",
-        "generate --prompt a --top-p 2",
-        "generate --prompt a --temperature 0 --seed 1",
-        "generate --prompt a --max-new-tokens 0",
-        "config --tile-size 100",
-        "config --chunkwise-backend eager",
-        "bench --backends eager",
-    ],
-)
-def test_mistakes_are_answered_without_torch(words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = modules_after(*words.split(), code=2 if "--no-such" in words else 1)
+WITHOUT_TORCH = [
+    "prefill",
+    "prefill --no-such",
+    "prefill --prompt-file none",
+    "prefill --prompt a --model none",
+    "prefill --prompt a --model .",
+    "prefill --prompt a --chunkwise-backend eager",
+    "prefill --prompt a --tile-size 100",
+    "prefill --prompt a --heads-per-band 99",
+    "prefill --prompt a --chunk-size 3 --tile-size 4 --device cuda",
+    "prefill --prompt a --stages 2",
+    "prefill --prompt a --stages 99 --chunkwise-backend ray_compiled_chunks --no-ray-local-mode",
+    "prefill --prompt a --journal-every 2",
+    "prefill --prompt a --resume . --journal .",
+    "prefill --resume .",
+    "prefill --state-in none",
+    "generate --prompt a --top-p 2",
+    "generate --prompt a --temperature 0 --seed 1",
+    "generate --prompt a --max-new-tokens 0",
+    "config --tile-size 100",
+    "config --chunkwise-backend eager",
+    "bench --backends eager",
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, set[str], str]]:
+    return modules_after(WITHOUT_TORCH, tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize("words", WITHOUT_TORCH)
+def test_mistakes_are_answered_without_torch(words, answered):
+    code, found, _ = answered[words]
+    assert code == (2 if "--no-such" in words else 1)
     assert "xlstm_ray.cli.app" in found
     assert "torch" not in found
 
@@ -357,14 +385,30 @@ def test_a_text_of_another_encoding_is_refused_by_its_line(data, said, run, opti
             assert part in error
 
 
+@pytest.fixture
+def standard_input(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts an open file, or a pipe's end, in the place of this process's standard input."""
+    kept = os.dup(0)
+
+    def put(file: Any) -> None:
+        os.dup2(file.fileno(), 0)
+        monkeypatch.setattr(sys, "stdin", open(0, closefd=False))
+
+    yield put
+    os.dup2(kept, 0)
+    os.close(kept)
+
+
 @pytest.mark.parametrize("words", [("--prompt", "-"), ("--prompt-file", "-"), ()], ids=["prompt", "file", "neither"])
 @pytest.mark.parametrize("kind", ["pipe", "file"])
-def test_a_text_on_standard_input(words, kind, options, tmp_path):
+def test_a_text_on_standard_input(words, kind, run, options, standard_input, tmp_path):
     (tmp_path / "prompt").write_text(PROMPT + "\n")
-    with open(tmp_path / "prompt") as file:
-        piped = kind == "pipe"
-        with start("prefill", *options, "--json", *words, stdin=subprocess.PIPE if piped else file) as process:
-            ran = finish(process, input=PROMPT + "\n") if piped else finish(process)
+    end, other = os.pipe()
+    os.write(other, (PROMPT + "\n").encode())
+    os.close(other)
+    with open(end) as pipe, open(tmp_path / "prompt") as file:
+        standard_input(pipe if kind == "pipe" else file)
+        ran = run("prefill", *options, "--json", *words)
     assert ran.row["prompt_tokens"] == len(PROMPT)
     assert ran.err == ("" if words else "note: the prompt is read from standard input\n")
 
