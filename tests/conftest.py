@@ -12,6 +12,9 @@ import pytest
 
 # Threads that wait by spinning make every small test five times as slow where the cores are shared. Read with torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor tries in every process what the compiler makes of the vectors of this CPU, for a second. Wrong is an error.
+if sys.platform == "linux":
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import hypothesis
 import torch
@@ -76,7 +79,6 @@ MARKED = {
         test_xlstm_ray_and_transformers_compute_what_was_trained
         test_evaluation_again_gives_the_same_figures
         test_a_row_longer_than_the_text_is_one_line
-        test_a_text_on_standard_input
         test_a_text_on_standard_input_beside_a_prompt_is_told_and_left
         test_a_stopped_prefill_goes_on_by_the_command_that_it_prints
         test_standard_files_that_are_closed_or_full
@@ -127,6 +129,7 @@ MARKED = {
         test_config_prints_values_and_where_they_came_from
         test_a_switch_of_a_file_can_be_undone_by_a_flag
         test_a_variable_that_is_not_ours_is_told_once
+        test_a_python_program_is_told_of_each_variable_once
         test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_grid
         test_what_is_advised_makes_that_smaller_which_is_too_large
         test_a_save_that_fails_leaves_the_file_that_was_there_and_nothing_else
@@ -134,9 +137,16 @@ MARKED = {
 }
 
 
+# The longest files, those that wait between those that compute. What test_grid compiles, test_slstm finds later.
+LONGEST = """
+    test_grid test_supervisor test_kernels test_grid_on_a_head test_launches test_lost_nodes test_check_on_mac
+    test_parity test_container test_invariants test_slstm test_program test_memory test_readme test_cli
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: where files run side by side, none of them is still at work when the others are done."""
-    longest = ["test_grid", "test_grid_on_a_head", "test_supervisor", "test_lost_nodes"]
+    longest = LONGEST.split()
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     markers = {name: marker for marker, names in MARKED.items() for name in names.split()}
     for item in items:
