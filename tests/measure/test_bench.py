@@ -122,6 +122,16 @@ def test_matplotlib_is_missed_only_where_a_picture_is_asked_for(model: Path, tmp
     assert line.split()[:2] == ["8", "native"]
 
 
+def test_notes_of_a_child_are_told(model: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"XLSTM_MEM_SOFT_MB": "1", "XLSTM_MEM_POLL_MS": "1", "XLSTM_SHRINK_ON_SOFT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = ("--model", model, "--device", "cpu", "--lengths", 512, "--rounds", 1, "--backends", "native", "--json")
+    ran = run("bench", *words, "--tile-size", 16)
+    assert len(ran.row["rows"]) == 1
+    assert ran.err.startswith("note: memory: this process uses ")
+    assert all(line.startswith("note: memory: ") for line in ran.err.splitlines())
+
+
 def test_ctrl_c_leaves_no_child(model: Path) -> None:
     words = ["--model", model, "--device", "cpu", "--lengths", "200000", "--backends", "native", "--rounds", "1"]
     process = subprocess.Popen([PROGRAM, "bench", *map(str, words)], stderr=subprocess.PIPE, text=True)

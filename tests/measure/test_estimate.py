@@ -158,7 +158,7 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
     assert found.device.bandwidth > 1e8
     monkeypatch.setattr(estimate, "FACTOR", 1.0)  # which no run is within
     with pytest.raises(EstimateError, match="beyond a factor of 1.0") as refused:
-        estimate.check(found)
+        estimate.check(found, print)
     ((measured, ratio),) = re.findall(r"measured +([\d,]+) tokens/s.*; estimated ([\d.]+) of it", str(refused.value))
     assert 1 / 8 < found.tok_s / int(measured.replace(",", "")) < 8
     assert 1 / 8 < float(ratio) < 8

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray.cli.flags import in_flags, know
-from xlstm_ray.cli.output import tell
+from xlstm_ray.cli.output import note
 from xlstm_ray.cli.reporter import ProgressKind
 from xlstm_ray.settings import Setting, table, unknown_variables
 
@@ -99,8 +99,8 @@ def takes(names: str = "") -> Callable[[Callable], Callable]:
 
     def decorate(command: Callable) -> Callable:
         def run(**given: Any) -> None:
-            for note in unknown_variables():
-                tell(f"note: {note}")
+            for line in unknown_variables():
+                note(line)
             command(**{name: v for name, v in given.items() if name not in options}, asked=_only(options, given))
 
         own = inspect.signature(command)

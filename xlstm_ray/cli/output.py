@@ -50,6 +50,11 @@ def tell(text: str) -> None:
     print(in_flags(text), file=sys.stderr, flush=True)
 
 
+def note(text: str) -> None:
+    """What a person should know of a run that goes on."""
+    tell(f"note: {text}")
+
+
 def show(text: str, *, end: str = "\n") -> None:
     """Write to standard output at once, with escapes for what its encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlstm_ray import files
 from xlstm_ray.cli import keeper
-from xlstm_ray.cli.output import tell
+from xlstm_ray.cli.output import note, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
 from xlstm_ray.errors import StateError, UsageError
@@ -100,10 +100,10 @@ def open_engine(
         # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
         leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
         with leaving():
-            engine = Engine(setup, on_phase=report.phase, on_note=lambda text: tell(f"note: {text}"))
+            engine = Engine(setup, on_phase=report.phase, on_note=note)
         try:
             if engine.note:
-                tell(f"note: {engine.note}")
+                note(engine.note)
             if settings.resume is not None:
                 start["any_grid"] = True
                 if not start["state"].grid.goes_on_as(engine.grid):

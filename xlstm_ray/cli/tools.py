@@ -8,7 +8,7 @@ import typer
 
 from xlstm_ray.cli.flags import in_flags
 from xlstm_ray.cli.options import MACHINE, JsonOption, bare, examples, takes
-from xlstm_ray.cli.output import json_line, show, tell
+from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
 from xlstm_ray.errors import ParityError, UsageError
 from xlstm_ray.settings import Settings, table
@@ -129,7 +129,7 @@ def bench(
 
     rows: list[Any] = []
     with stop_on_signals():
-        for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked):
+        for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked, note):
             if not rows and not json_output:
                 show(HEADER)
             rows.append(row)
@@ -174,5 +174,5 @@ def plan(
         show(in_flags("\n".join(found.lines)))
     if check:
         with stop_on_signals():
-            line = estimate.check(found)
+            line = estimate.check(found, note)
         (tell if json_output else show)(line)

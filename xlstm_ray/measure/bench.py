@@ -6,7 +6,7 @@ drifts treats all alike.
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -76,14 +76,21 @@ def parse(
     return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
 
 
-def measure(lengths: Sequence[int], backends: Sequence[str], rounds: int, asked: dict[str, Any]) -> Iterator[Row]:
+def measure(
+    lengths: Sequence[int],
+    backends: Sequence[str],
+    rounds: int,
+    asked: dict[str, Any],
+    on_note: Callable[[str], object],
+) -> Iterator[Row]:
     """Each pair's figures, as they come. asked: settings by their names, those that were not asked for as None.
+    on_note: as of `Child`.
 
     Raises what the engine of a child raised, and XlstmRayError where a child ended without a word.
     """
     for tokens in lengths:
         with ExitStack() as children:
-            pairs = [children.enter_context(Child(tokens, name, asked)) for name in backends]
+            pairs = [children.enter_context(Child(tokens, name, asked, on_note)) for name in backends]
             for pair in pairs:
                 pair.figures()  # warm-up, of caches too; they come one after the other
             runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from xlstm_ray.errors import XlstmRayError, one_line
 
 
 class Child:
-    """A process that has loaded the model for one backend and length, and prefills when it is asked to."""
+    """A process that has loaded the model for one backend and length, and prefills when it is asked to.
 
-    def __init__(self, tokens: int, backend: str, asked: dict[str, Any]):
-        self.name = f"{backend} at {tokens} tokens"
+    on_note: told what the engine says of a run that goes on.
+    """
+
+    def __init__(self, tokens: int, backend: str, asked: dict[str, Any], on_note: Callable[[str], object]):
+        self.name, self._on_note = f"{backend} at {tokens} tokens", on_note
         self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": backend})}
 
     def __enter__(self) -> "Child":
@@ -37,13 +41,14 @@ class Child:
         """One prefill's."""
         self._say("run")
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}")
-        found = json.loads(line)
-        if "error" in found:
-            raise getattr(errors, found["kind"])(f"{self.name}: {found['error']}")
-        return found
+        for line in self._process.stdout:
+            found = json.loads(line)
+            if "error" in found:
+                raise getattr(errors, found["kind"])(f"{self.name}: {found['error']}")
+            if "note" not in found:
+                return found
+            self._on_note(found["note"])
+        raise XlstmRayError(f"bench: {self.name} ended with exit code {self._process.wait()}")
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -69,8 +74,7 @@ def _serve() -> None:
         from xlstm_ray.choose import setup_of
         from xlstm_ray.engine.engine import Engine
 
-        with Engine(setup_of(**asked)) as engine:
-            engine.on_note = lambda text: print(f"note: {text}", file=sys.stderr)
+        with Engine(setup_of(**asked), on_note=lambda text: _answer({"note": text})) as engine:
             prompt = [n * 7919 % engine.config.vocab_size for n in range(order["tokens"])]
             for _ in sys.stdin:
                 stats = engine.prefill(prompt).stats
@@ -84,9 +88,13 @@ def _serve() -> None:
                     "peak_process_bytes": stats.peak_process_bytes,
                     "peak_device_bytes": stats.peak_device_bytes,
                 }
-                print(json.dumps(figures), flush=True)
+                _answer(figures)
     except XlstmRayError as err:
-        print(json.dumps({"error": one_line(err), "kind": type(err).__name__}), flush=True)
+        _answer({"error": one_line(err), "kind": type(err).__name__})
+
+
+def _answer(row: dict[str, Any]) -> None:
+    print(json.dumps(row) + "\n", end="", flush=True)  # in one piece: notes come from other threads too
 
 
 if __name__ == "__main__":

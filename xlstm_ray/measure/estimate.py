@@ -323,7 +323,7 @@ def probe(model: Model, tile: int, seconds: float = PROBE_S) -> Device:
     return Device("this", "cpu", memory, bandwidth, **rates, source=what)
 
 
-def check(estimate: Plan) -> str:
+def check(estimate: Plan, on_note: Callable[[str], object]) -> str:
     """Run what was estimated, in a process of its own, and compare: a line, or EstimateError beyond FACTOR.
 
     The probe is repeated between the runs, so that other work on the machine slows both down; medians of both.
@@ -331,7 +331,7 @@ def check(estimate: Plan) -> str:
     model, tile, chunk = estimate.model, estimate.tile_size, estimate.chunk_size
     asked = {"model": model.path, "device": "cpu", **estimate.asked}
     estimated, measured = [], []
-    with Child(estimate.tokens, estimate.backend, asked) as child:
+    with Child(estimate.tokens, estimate.backend, asked, on_note) as child:
         child.figures()  # warm-up
         for _ in range(CHECK_ROUNDS):
             device = probe(model, tile, PROBE_S / CHECK_ROUNDS)
