@@ -78,6 +78,14 @@ def test_a_mistake_in_a_line_names_the_line(run, words, tmp_path, line, said):
     assert said in run(*words[:-2], "--prompt-file", tmp_path / "lines", "--jsonl").error
 
 
+def test_a_greedy_line_among_sampled_ones(run, words, tmp_path):
+    lines = [{"prompt": PROMPT}, {"prompt": PROMPT, "temperature": 0}]
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, lines)))
+    ran = run(*words[:-2], "--prompt-file", tmp_path / "lines", "--jsonl", "-n", 6, "--seed", 2, "--top-p", 0.9)
+    hot, greedy = map(json.loads, ran.out.splitlines())
+    assert greedy["text"] == run(*words, "-n", 6, "--json").row["text"] != hot["text"]
+
+
 def test_a_prefill_chooses_no_tokens(run, words, tmp_path):
     (tmp_path / "lines").write_text('{"prompt": "a", "temperature": 1}')
     ran = run("prefill", *words[1:-2], "--prompt-file", tmp_path / "lines", "--jsonl")

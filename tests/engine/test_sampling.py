@@ -99,7 +99,7 @@ ROWS = [
 
 def test_rows_with_their_own_sampling_answer_as_alone(lm):
     prompts = [PROMPT + "!" * n for n in range(len(ROWS))]
-    together = lm.generate(prompts, max_new_tokens=8, sampling=ROWS)
+    together = lm.generate(prompts, max_new_tokens=8, own_sampling=ROWS)
     list(together.rows())
     for b, (prompt, fields) in enumerate(zip(prompts, ROWS, strict=True)):
         alone = lm.generate(prompt, sampling={"max_new_tokens": 8, **fields})
@@ -139,15 +139,15 @@ def test_a_state_does_not_know_the_tokens_of_its_prompt_and_it_is_told(lm):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "said"),
+    ("options", "said"),
     [
-        ({"logit_bias": {259: 1.0}}, "`logit_bias` has token 259, .*vocabulary of 259"),
-        ({"n": 2}, "`n` is 2; allowed here: 1"),
-        ([{}, {}], "`sampling` is of 2 rows, and there are 1"),
-        ([{"top_p": 2.0}], "`top_p` is 2.0"),
-        ({"topp": 2.0}, "'topp' is not a field"),
+        ({"sampling": {"logit_bias": {259: 1.0}}}, "`logit_bias` has token 259, .*vocabulary of 259"),
+        ({"sampling": {"n": 2}}, "`n` is 2; allowed here: 1"),
+        ({"own_sampling": [{}, {}]}, "`own_sampling` is of 2 rows, and there are 1"),
+        ({"own_sampling": [{"top_p": 2.0}]}, "`top_p` is 2.0"),
+        ({"sampling": {"topp": 2.0}}, "'topp' is not a field"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_the_prefill(lm, sampling, said):
+def test_what_cannot_be_asked_is_refused_before_the_prefill(lm, options, said):
     with pytest.raises(UsageError, match=said):
-        lm.generate(PROMPT, sampling=sampling, on_progress=lambda p: pytest.fail("it was computed"))
+        lm.generate(PROMPT, **options, on_progress=lambda p: pytest.fail("it was computed"))

@@ -55,6 +55,7 @@ def test_what_is_not_given_is_as_before_but_where_an_answer_ends():
         temperature=0.5, top_k=9, seed=4, presence_penalty=1.0, stop=("y",)
     )
     assert Sampling.make({"temperature": 0.0}, before=before) == Sampling(presence_penalty=1.0)
+    assert before.lasting() == Sampling.make({}, before=before)
     penalised = Sampling(repetition_penalty=1.5)
     assert Sampling.make({"seed": 4}, before=penalised) == Sampling(temperature=1.0, seed=4, repetition_penalty=1.5)
 

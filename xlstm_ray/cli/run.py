@@ -163,7 +163,8 @@ def generate(
             generation = engine.generate(
                 **given,
                 **start,
-                sampling=[{**(sampling or {}), **row} for row in own] if any(own) else sampling or {},
+                sampling=sampling or {},
+                own_sampling=own if any(own) else (),
                 last=state_out is None,
                 on_progress=report.tile,
                 should_stop=stop,

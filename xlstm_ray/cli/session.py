@@ -40,10 +40,10 @@ def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, pri
 
     printed: as JSON, which log-probabilities are a part of.
     """
-    from xlstm_ray.sampling import Sampling
+    from xlstm_ray.sampling.params import Sampling, over
 
     for fields in [{}, *own]:
-        Sampling.make({**sampling, **fields})
+        Sampling.make(over(sampling, fields))
     if "logprobs" in sampling and not printed:
         raise UsageError("`logprobs` are printed with --json and --jsonl; add one, or leave it out")
 

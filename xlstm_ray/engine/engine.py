@@ -221,7 +221,8 @@ class Engine:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        sampling: Mapping[str, Any] | Sequence[Mapping[str, Any]] = MappingProxyType({}),
+        sampling: Mapping[str, Any] = MappingProxyType({}),
+        own_sampling: Sequence[Mapping[str, Any]] = (),
         last: bool = True,
         any_grid: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
@@ -232,14 +233,14 @@ class Engine:
 
         How tokens are chosen, where it is not given, is taken from the state's last answer, else from the model's
         generation_config.json; else it is greedy unless temperature, top_p, top_k, min_p or a seed is given. sampling:
-        fields of `Sampling`, of all rows or one set a row, before which those given by name stand back. last: nothing
-        goes on from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
+        more fields of `Sampling`; own_sampling: a row's own fields, which win, for every row. last: nothing goes on
+        from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
         """
         _ = self.executor  # it may have been closed
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
         named = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        wanted = self._wanted({"max_new_tokens": max_new_tokens, **named}, sampling, state, batch)
+        wanted = self._wanted({"max_new_tokens": max_new_tokens, **named, **sampling}, own_sampling, state, batch)
         # Of decoding, beside which the prompts' state is kept; the prefill sees to its own.
         self.plan.room.require(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
         prefill = self.prefill(
@@ -254,11 +255,12 @@ class Engine:
         wanted = self._with_prompts(wanted, prompt, append, state)
         return Generation(self._core, prefill, wanted, should_stop, end_tokens=self.end_tokens, last=last)
 
-    def _wanted(self, named: Mapping[str, Any], sampling: Any, state: RecurrentState | None, batch: int) -> Wanted:
-        own = [{}] * batch if isinstance(sampling, Mapping) else list(sampling)
+    def _wanted(
+        self, common: Mapping[str, Any], own: Sequence[Mapping[str, Any]], state: RecurrentState | None, batch: int
+    ) -> Wanted:
+        own = own or [{}] * batch
         if len(own) != batch:
-            raise UsageError(f"`sampling` is of {len(own)} rows, and there are {batch}")
-        common = {**named, **sampling} if isinstance(sampling, Mapping) else named
+            raise UsageError(f"`own_sampling` is of {len(own)} rows, and there are {batch}")
         before, vocabulary = state.sampling if state else None, self.config.vocab_size
         wanted = Wanted.of(common, own, before=before, published=self.published, vocabulary=vocabulary)
         if self.published:

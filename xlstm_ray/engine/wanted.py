@@ -6,7 +6,7 @@ from typing import Any
 
 from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.sampling.params import Published
+from xlstm_ray.sampling.params import Published, over
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,15 @@ class Wanted:
         vocabulary: int,
     ) -> "Wanted":
         """common: fields of all rows; own: a row's own, which win. Raises UsageError for what cannot be asked for."""
-        usual, *rows = [
-            Sampling.make({**common, **fields}, before=before, published=published) for fields in ({}, *own)
-        ]
+        given = [over(common, fields) for fields in ({}, *own)]
+        usual, *rows = [Sampling.make(fields, before=before, published=published) for fields in given]
         for row in rows:
             row.require_vocabulary(vocabulary)
             if row.n > 1:
                 raise UsageError(
                     f"`n` is {row.n}; allowed here: 1, a row has one answer; give its prompt {row.n} times"
                 )
-        return cls(rows, usual, [()] * len(rows))
+        return cls(rows, usual.lasting(), [()] * len(rows))
 
     @property
     def needs_prompts(self) -> bool:

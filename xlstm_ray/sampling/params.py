@@ -50,6 +50,13 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+def over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of all rows and a row's own, which win; a greedy row has nothing of what others are drawn by."""
+    own = {name: value for name, value in own.items() if value is not None}
+    left_out = DRAWING if own.get("temperature") == 0 else ()
+    return {**{name: value for name, value in common.items() if name not in left_out}, **own}
+
+
 class Sampling(BaseModel):
     """How the next token of a row is chosen, and where its answer ends. Raises UsageError, which names the field.
 
@@ -142,6 +149,10 @@ class Sampling(BaseModel):
         drawing = cls() if greedy else usual if asks and base.temperature == 0 else base
         values = {name: getattr(drawing, name) for name in DRAWING} | {name: getattr(base, name) for name in SHAPING}
         return cls(**(values | given))
+
+    def lasting(self) -> "Sampling":
+        """What a next answer takes over: how tokens are chosen, and not where this one ends."""
+        return Sampling(**{name: getattr(self, name) for name in (*DRAWING, *SHAPING)})
 
     def require_vocabulary(self, size: int) -> None:
         """Raise UsageError for a bias of a token that a vocabulary of this size lacks."""
