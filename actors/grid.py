@@ -1,19 +1,18 @@
-"""The executor of the grid: an actor per (stage, band), and tiles in flight between them.
+"""The executor of the grid: an actor per (stage, band), and steps in flight between them.
 
-A tile goes RayExecutor.stream -> Recovery.play -> Pipeline.submit -> BandActor.run (or mix, feed) -> Pipeline.result.
+A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> BandActor.run (or mix, feed) -> Pipeline.result.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
-from xlstm_ray.actors.pipeline import Pipeline, Step
+from xlstm_ray.actors.pipeline import Pipeline
 from xlstm_ray.actors.placement import Placement
 from xlstm_ray.actors.recovery import Recovery
 from xlstm_ray.actors.shard import WorkerSpec
@@ -21,9 +20,9 @@ from xlstm_ray.actors.watch import Watch
 from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, one_line
 from xlstm_ray.layout import Band
-from xlstm_ray.runtime.executor import Tile, TileResult
+from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
 
-DECODE_KEEP = 256  # tokens between two snapshots while decoding
+KEEP = 256  # steps that a fault may cost: then the state is brought here
 
 
 class RayExecutor:
@@ -32,6 +31,8 @@ class RayExecutor:
     Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
     """
 
+    local = on_host = False
+
     def __init__(self, ray: ModuleType, spec: WorkerSpec, bands: list[list[Band]], options: GridOptions):
         link = Link(ray)
         self.placement = Placement(link, spec, bands, options)
@@ -39,7 +40,7 @@ class RayExecutor:
         self._watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self._watch, options)
         self.metrics = self._watch.metrics
-        self._numbers = count()
+        self._names = Names(self.recovery.free)
         try:
             self.placement.open()
             self._watch.place()
@@ -49,32 +50,42 @@ class RayExecutor:
                 raise GridLost(f"the grid did not start: {one_line(error)}") from error
             raise
 
-    def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
-        self.recovery.warm_up(batch, list(sizes))
+    def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
+        self.recovery.warm_up(batch, list(sizes), chunk_size)
 
-    def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
-        self.recovery.set_state(tensors, batch)
+    def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
+        state = self._names.new(batch)
+        self.recovery.make(Made(state.number, batch, source=tensors))
+        return state
 
-    def get_state(self) -> dict[str, Tensor]:
-        def ask() -> list[Any]:
-            for _ in self.recovery.play(()):  # after a recovery: what is in the log, again
-                pass
-            return self._pipeline.state()
+    def take(self, rows: Sequence[RowRef | None]) -> StateRef:
+        state = self._names.new(len(rows))
+        places = [None if row is None else (row.state.number, row.row) for row in rows]
+        self.recovery.make(Made(state.number, len(rows), rows=places))
+        return state
 
-        return self._pipeline.join(self.recovery.ask(ask))
+    def save(self, state: StateRef) -> dict[str, Tensor]:
+        return self.recovery.save(state.number)
 
-    def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
-        return self.recovery.play(Step(next(self._numbers), tile, all_logits) for tile in tiles)
+    @property
+    def has_room(self) -> bool:
+        return self.recovery.has_room
+
+    def submit(self, state: StateRef, step: Step) -> StateRef:
+        src, state = state, state if step.in_place else self._names.new(state.batch)
+        keep = step.keep or self.recovery.depth(src.number) + 1 >= KEEP
+        self.recovery.make(Made(state.number, state.batch, step=step._replace(keep=keep), src=src.number))
+        return state
+
+    def result(self) -> StepResult:
+        return self.recovery.result()
+
+    def forget(self) -> None:
+        self.recovery.forget()
 
     def logits(self, hidden: Tensor) -> Tensor:
         (logits,) = self.recovery.ask(lambda: self._pipeline.logits(hidden))
         return from_wire(logits, torch.float32).clone()
-
-    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        keep = self.recovery.steps_since_snapshot + 1 >= DECODE_KEEP
-        tile = Tile(0, tokens.unsqueeze(1), torch.zeros_like(tokens), active.long(), keep)
-        (result,) = self.stream([tile])
-        return self.logits(result.hidden)
 
     def close(self) -> None:
         """End the watchdogs and the actors, and only then give their places back: device memory is free on return.

@@ -1,41 +1,36 @@
-"""A tile's way through the actors: which calls are made, with what, and what their results are.
+"""A step's way through the actors: which calls are made, with what, and what their results are.
 
-A tile's calls are a graph of object references: residual streams and partial sums pass between actors and never
-through here. Two kinds of order hold whatever happens: a call waits for what it reads, and a block's call for a tile
-waits for its call for the tile before.
+A step's calls are a graph of object references: residual streams and partial sums pass between actors and never
+through here. Two kinds of order hold whatever happens: a call waits for what it reads, and a block's call waits for
+the call of that block before it.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.placement import Placement, Seat
 from xlstm_ray.actors.shard import Call
 from xlstm_ray.actors.wire import from_wire, to_wire
 from xlstm_ray.layout import join_bands
-from xlstm_ray.runtime.executor import Tile, TileResult
-
-
-class Step(NamedTuple):
-    """A tile, and what is wanted of it. Numbers never come twice while an executor lives, as a tile's own do."""
-
-    number: int
-    tile: Tile
-    all_logits: bool
+from xlstm_ray.runtime.executor import Step, StepResult
 
 
 class Pending(NamedTuple):
     """A step on its way: references to the last stage's result, and to every seat's state where it is kept."""
 
+    made: Made
     step: Step
     result: Any
     states: list[Any]
 
 
 class Pipeline:
-    """Asks a placement's actors for all that a tile, a state or logits take, and joins what they answer.
+    """Asks a placement's actors for all that a step, a state or logits take, and joins what they answer.
 
     Nothing here waits: questions return references, which Link.get makes values of.
     """
@@ -43,36 +38,36 @@ class Pipeline:
     def __init__(self, link: Link, placement: Placement):
         self._link, self._placement, self._stages = link, placement, placement.stages
         self._alone = len(self._stages[0]) == 1
-        # One more than there are stages: while a result travels, its stage has the next tile to work on.
+        # One more than there are stages: while a result travels, its stage has the next step to work on.
         self.depth = max(2, len(self._stages) + 1) if self._alone else 2 * len(self._stages)  # steps to keep on the way
         self._epoch = 0
         self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call, which the next one waits for
 
-    def restore(self, tensors: dict[str, Tensor] | None, batch: int) -> list[Any]:
-        """All actors at this state of all heads (None: a fresh one), in a new epoch: what is on its way is void."""
+    def reset(self) -> list[Any]:
+        """All actors without any state, in a new epoch: what is on its way is void. A reference a seat."""
         self._epoch += 1
-        wires = None if tensors is None else {name: to_wire(tensor) for name, tensor in tensors.items()}
-        shared = self._link.ask(self._link.ray.put, wires)
         self._last.clear()
-        return self._placement.each(self._placement.seats, "restore", self._epoch, shared, batch)
+        return self._placement.each(self._placement.seats, "reset", self._epoch)
 
-    def submit(self, step: Step) -> Pending:
-        """Ask for all of a tile's calls."""
-        return self._link.ask(self._submit, step)
+    def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
+        """Ask for all that a state takes, and for others to be dropped first; None where it has no result."""
+        return self._link.ask(self._make, made, (*made.drop, *drop))
 
-    def state(self) -> list[Any]:
-        """The state after all that was submitted; a reference a seat, for `join`."""
-        return [seat.handle.state.options(concurrency_group="compute").remote() for seat in self._placement.seats]
+    def state(self, number: int) -> list[Any]:
+        """A state as it is after all that was asked for; a reference a seat, for `join`."""
+        return [
+            self._placement.call(seat, "save", "state")(self._epoch, number, *self._before(seat))
+            for seat in self._placement.seats
+        ]
 
     def logits(self, hidden: Tensor) -> list[Any]:
         """hidden (B, D) after the last block -> one reference, to (B, vocabulary) float32 on the wire."""
-        return [self._stages[-1][0].handle.logits.options(concurrency_group="compute").remote(to_wire(hidden))]
+        return [self._placement.call(self._stages[-1][0], "logits", "logits")(to_wire(hidden))]
 
-    def result(self, pending: Pending, values: list[Any]) -> TileResult:
+    def result(self, pending: Pending, values: list[Any]) -> StepResult:
         """From the values of a step's result and states; its seconds are not known here."""
         (hidden, *logits), *states = values
-        return TileResult(
-            pending.step.tile.number,
+        return StepResult(
             from_wire(hidden, self._placement.spec.dtype).clone(),
             from_wire(logits[0], torch.float32) if logits else None,
             0.0,
@@ -92,19 +87,50 @@ class Pipeline:
         """Hold no reference any more: one that is freed after Ray has disconnected may end this process."""
         self._last.clear()
 
-    def _submit(self, step: Step) -> Pending:
-        number, tile = step.number, step.tile
-        call = Call(self._epoch, number, tile.first.tolist(), tile.last.tolist(), tile.keep, step.all_logits)
-        x: Any = to_wire(tile.tokens)
+    def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
+        if made.step is not None:
+            return self._submit(made, made.step, drop)
+        if made.rows:
+            self._every_seat("take", made.state, list(made.rows), drop)
+            return None
+        wires = None if made.source is None else {name: to_wire(tensor) for name, tensor in made.source.items()}
+        self._every_seat("load_state", made.state, self._link.ray.put(wires), made.batch, drop)
+        return None
+
+    def _every_seat(self, method: str, *args: Any) -> None:
+        """Ask all seats for what takes all of their blocks' calls before, and all after wait for."""
+        for seat in self._placement.seats:
+            done = self._placement.call(seat, method, method.replace("_", " "))
+            ref = done(self._epoch, *args, *self._before(seat))
+            self._last |= {(seat.index, n): ref for n in range(1 if self._alone else len(seat.band.blocks))}
+
+    def _before(self, seat: Seat) -> list[Any]:
+        blocks = range(1 if self._alone else len(seat.band.blocks))
+        return list(dict.fromkeys(self._last[seat.index, n] for n in blocks if (seat.index, n) in self._last))
+
+    def _submit(self, made: Made, step: Step, drop: tuple[int, ...]) -> Pending:
+        x: Any = to_wire(step.tokens)
+        call = Call(
+            self._epoch,
+            made.order,
+            made.src,
+            made.state,
+            step.first.tolist(),
+            step.last.tolist(),
+            step.chunk_size,
+            step.keep,
+            step.logits,
+            drop,
+        )
         states = []
         for s, seats in enumerate(self._stages):
             x = self._through_stage(seats[0], s, call, x) if self._alone else self._through_bands(seats, s, call, x)
-            if tile.keep:
+            if step.keep:
                 for seat in seats:
-                    kept = self._placement.call(seat, "kept", f"state after {_tile(number)}", "snapshot")
+                    kept = self._placement.call(seat, "kept", f"state after {_tile(made.order)}", "snapshot")
                     last_block = 0 if self._alone else len(seat.band.blocks) - 1
                     states.append(kept(call, self._last[seat.index, last_block]))
-        return Pending(step, x, states)
+        return Pending(made, step, x, states)
 
     def _through_stage(self, seat: Seat, s: int, call: Call, x: Any) -> Any:
         ask, tile = self._placement.call, _tile(call.number)

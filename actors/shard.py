@@ -35,7 +35,8 @@ from xlstm_ray.layout import Band
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.worker import build_worker
+from xlstm_ray.runtime.executor import Wanted
+from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
 
 GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
@@ -51,21 +52,24 @@ class WorkerSpec:
     backend: str
     device: str
     dtype: torch.dtype
-    chunk_size: int
     t_inner: int
     fusion_limit: int | None
     threads: int
 
 
 class Call(NamedTuple):
-    """One tile on its way. Calls of an epoch that is over are left undone: the state has been set back since."""
+    """One step on its way. Calls of an epoch that is over are left undone: the states are others since."""
 
     epoch: int
     number: int
+    src: int
+    dst: int
     first: list[int]
     last: list[int]
+    chunk_size: int
     keep: bool
-    all_logits: bool
+    logits: Wanted
+    drop: tuple[int, ...]  # states that nobody has any more
 
 
 Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
@@ -81,12 +85,12 @@ class Done(NamedTuple):
 class Kept(NamedTuple):
     """The blocks' states after a tile, on the device."""
 
-    blocks: list[AnyState]
+    blocks: list[AnyState | None]
     fence: Fence
 
 
 class BandActor:
-    """Owns the weights and the state of one (stage, band).
+    """Owns the weights and the states of one (stage, band).
 
     With one band a tile takes two calls: `run`, and `output` which hands its result on. With several, `embed` or the
     stage before gives every band the residual stream; `mix` and `feed` return this band's partial sums, and each band
@@ -123,28 +127,50 @@ class BandActor:
         torch._inductor.config.compile_threads = 1
         kernels = Kernels(
             chunkwise_backend(spec.backend),
-            chunk_size=spec.chunk_size,
             t_inner=spec.t_inner,
             compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
         )
         self.worker = build_worker(checkpoint, kernels, self.band, dtype=spec.dtype, device=self.device)
         self.last = self.band.blocks.stop == config.num_blocks
 
-    def warm_up(self, batch: int, sizes: list[int]) -> None:
+    def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
         """Compile what windows of these sizes need."""
         for size in sizes:
-            self._compute(self.worker.warm_up, batch, size, alone=self.alone)
+            self._compute(self.worker.warm_up, batch, size, chunk_size, alone=self.alone)
         self._compute(self.worker.warm_up_logits, batch)
         gc.collect()  # the compiler's graphs are cycles, of which there are none in the work that follows
         empty_cache(self.device)
 
-    def restore(self, epoch: int, tensors: dict[str, Wire] | None, batch: int) -> None:
-        """Begin an epoch: the state is this one of all heads (or a fresh one), and nothing is under way."""
+    def reset(self, epoch: int) -> None:
+        """Begin an epoch, without a state; nothing is under way."""
         self.epoch = epoch
-        for tiles in (self._x, self._done, self._kept):
+        for tiles in (self._x, self._done, self._kept, self.worker.states):
             tiles.clear()
-        state = None if tensors is None else {name: from_wire(array, torch.float32) for name, array in tensors.items()}
-        self._compute(self.worker.set_state, state, batch)
+
+    def load_state(
+        self, epoch: int, number: int, tensors: dict[str, Wire] | None, batch: int, drop: tuple[int, ...], *_after: None
+    ) -> None:
+        """A state of these tensors of all heads, or a fresh one."""
+        if epoch == self.epoch:
+            self._drop(drop)
+            state = None
+            if tensors is not None:
+                state = {name: from_wire(array, torch.float32) for name, array in tensors.items()}
+            self._compute(self.worker.load, number, state, batch)
+
+    def take(
+        self, epoch: int, number: int, rows: list[tuple[int, int] | None], drop: tuple[int, ...], *_after: None
+    ) -> None:
+        """A state of copies of these rows."""
+        if epoch == self.epoch:
+            self._drop(drop)
+            self._compute(self.worker.take, number, rows)
+
+    def save(self, epoch: int, number: int, *_after: None) -> dict[str, Wire] | None:
+        """This band's tensors of a state."""
+        if epoch != self.epoch:
+            return None
+        return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.save(number).items()})
 
     def run(self, call: Call, x: Wire, _after: None) -> None:
         """The whole stage over a tile, where one band has all heads; x are tokens (B, T) in the first stage."""
@@ -179,14 +205,10 @@ class BandActor:
         """hidden (B, D) after the last block -> logits (B, vocabulary) float32."""
         return self._compute(lambda: to_wire(self.worker.logits(from_wire(hidden, self.spec.dtype))))
 
-    def state(self) -> dict[str, Wire]:
-        """This band's state after all tiles so far."""
-        return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.get_state().items()})
-
     # -- transfer, snapshot --------------------------------------------------------------------------------------------
     def output(self, call: Call, _after: None) -> Any:
         """What `run` made of a tile: the residual stream (B, T, D); after the last stage (each row's last hidden
-        (B, D),), or that and all logits (B, T, vocabulary) where they were asked for."""
+        (B, D),), or that and the logits that were asked for."""
         done = self._done.pop(call.number, None)
         if call.epoch != self.epoch or done is None:
             return None
@@ -199,7 +221,7 @@ class BandActor:
         if call.epoch != self.epoch or kept is None:
             return None
         with self._beside(kept.fence, "state"):
-            return {name: to_wire(part) for name, part in self.worker.get_state(kept.blocks).items()}
+            return {name: to_wire(part) for name, part in self.worker.named(kept.blocks).items()}
 
     # -- control -------------------------------------------------------------------------------------------------------
     def sample(self) -> ActorSample:
@@ -223,28 +245,30 @@ class BandActor:
 
     # ------------------------------------------------------------------------------------------------------------------
     def _run(self, call: Call, x: Wire) -> None:
+        self._drop(call.drop)
         hidden = self._enter(x)
-        first, last = self._rows(call)
+        move = self._move(call)
         for n in range(len(self.band.blocks)):
-            hidden = self.worker.run_block(n, hidden, first, last)
-        if call.keep:  # blocks replace their states and never write into them, so that holding one is keeping it
-            self._kept[call.number] = Kept(list(self.worker.state), self._fence())
+            hidden = self.worker.run_block(n, hidden, move)
+        if call.keep:  # blocks make new states and never write into one, so that holding it is keeping it
+            self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._fence())
         self._done[call.number] = Done(self._result(call, hidden), self._fence())
 
     def _mix(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
+        self._drop(call.drop, n)
         if n == 0:
             (x,) = parts
             self._x[call.number] = self._enter(x)
         else:
             self._x[call.number] = self._add(self._x[call.number], parts)
-        part = self.worker.mix(n, self._x[call.number], *self._rows(call))
+        part = self.worker.mix(n, self._x[call.number], self._move(call))
         if call.keep:
-            self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.state[n])
+            self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.states[call.dst][n])
         return to_wire(part)
 
     def _feed(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         x = self._x[call.number] = self._add(self._x[call.number], parts)
-        part = self.worker.feed(n, x)
+        part = self.worker.feed(n, x, self._move(call))
         if n + 1 == len(self.band.blocks) and self.band.heads.start > 0:
             del self._x[call.number]  # the first band goes on with it
         return to_wire(part)
@@ -274,15 +298,22 @@ class BandActor:
             x = x + self._upload(from_wire(part, self.spec.dtype))
         return x
 
-    def _rows(self, call: Call) -> tuple[Tensor, Tensor]:
-        return self._upload(torch.tensor(call.first)), self._upload(torch.tensor(call.last))
+    def _drop(self, states: tuple[int, ...], n: int | None = None) -> None:
+        for number in states:
+            self.worker.free(number, n)
+
+    def _move(self, call: Call) -> Move:
+        first, last = (self._upload(torch.tensor(each)) for each in (call.first, call.last))
+        return Move(call.src, call.dst, first, last, call.chunk_size)
 
     def _result(self, call: Call, x: Tensor) -> tuple[Tensor, ...]:
         if not self.last:
             return (x,)
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (self._rows(call)[1] - 1).clamp(min=0)]
-        return (hidden, self.worker.logits(x)) if call.all_logits else (hidden,)
+        hidden = x[rows, (self._upload(torch.tensor(call.last)) - 1).clamp(min=0)]
+        if call.logits == "none":
+            return (hidden,)
+        return hidden, self.worker.logits(hidden if call.logits == "last" else x)
 
     def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
         wires = tuple(to_wire(x) for x in result)

@@ -10,7 +10,7 @@ from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.placement import END_S, Seat
 from xlstm_ray.actors.watchdog import Watchdog
 from xlstm_ray.errors import GridLost
-from xlstm_ray.runtime.executor import Tile
+from xlstm_ray.runtime.executor import Step
 
 
 class Watch:
@@ -27,9 +27,9 @@ class Watch:
         """After actors have been started: each watchdog is told which are on its node now."""
         self._link.ask(self._place)
 
-    def tile(self, tile: Tile, seconds: float, under_way: int) -> None:
-        """Metrics after a tile, and what the watchdogs have had to say since the last one; never waits for them."""
-        self.metrics.tile(int((tile.last - tile.first).sum()), seconds, under_way)
+    def tile(self, step: Step, seconds: float, under_way: int) -> None:
+        """Metrics after a step, and what the watchdogs have had to say since the last one; never waits for them."""
+        self.metrics.tile(int((step.last - step.first).sum()), seconds, under_way)
         for node, ref in list(self._reports.items()):
             ready, _ = self._ray.wait([ref], timeout=0)
             if not ready:

@@ -25,7 +25,7 @@ from xlstm_ray.layout import Band, make_grid
 from xlstm_ray.model import EndWeights
 from xlstm_ray.plan import Picked, RunPlan, Search
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.executor import Tile
+from xlstm_ray.runtime.executor import Step, run
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
 
@@ -166,7 +166,7 @@ def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
     """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
     config, backend, chunk, device, dtype = plan.config, plan.backend, plan.grid.chunk_size, plan.device, plan.dtype
     n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
-    kernels = Kernels(backend, chunk_size=chunk, t_inner=1, compiler=lambda fn, name: fn)
+    kernels = Kernels(backend, t_inner=1, compiler=lambda fn, name: fn)
     grid = make_grid(config, heads_per_band=choice.heads_per_band)
     bands = [Band(range(n, n + 1), band.heads, band.ffn) for band in grid[0]]
     workers = [build_worker(checkpoint, kernels, band, dtype=dtype, device=device) for band in bands]
@@ -175,12 +175,11 @@ def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
     executor = InProcessExecutor([workers], threads=choice.workers)
     T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
     tokens = torch.zeros(1, T, dtype=torch.long)
-    none, all_of_it = torch.zeros(1, dtype=torch.long), torch.full((1,), T)
+    tile = Step(tokens, torch.zeros(1, dtype=torch.long), torch.full((1,), T), chunk)
     try:
-        executor.set_state(None, 1)
         # The first two warm up caches, pools and clocks; a tile's time on a device is known when it is done.
-        results = executor.stream(Tile(n, tokens, none, all_of_it) for n in range(4))
-        return T / min([result.seconds for result in results][2:])
+        results = run(executor, executor.load(None, 1), [tile] * 4)
+        return T / min([result.seconds for _, _, result in results][2:])
     finally:
         executor.close()
 

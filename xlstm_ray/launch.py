@@ -41,7 +41,6 @@ class Running:
         self._cluster = ExitStack()
         self._ray: ModuleType | None = None
         self._executor: Executor | None = None
-        self._kernels: Kernels | None = None  # of this process
         self._head: Head | None = None
         self._started: RunPlan | None = None
         self._lost: set[str] = set()  # helpers of the head that have been told of
@@ -52,7 +51,7 @@ class Running:
 
     @property
     def executor(self) -> Executor:
-        """Where the weights and the state are. Raises UsageError after `close`."""
+        """Where the weights and the states are. Raises UsageError after `close`."""
         if self._executor is None:
             raise UsageError("this engine has been closed; load the model again")
         return self._executor
@@ -62,16 +61,6 @@ class Running:
         """What was started."""
         assert self._started is not None
         return self._started
-
-    @property
-    def chunk_size(self) -> int:
-        """Tokens a chunk, in the calls from here on."""
-        return self._kernels.chunk_size if self._kernels else self.plan.grid.chunk_size
-
-    @chunk_size.setter
-    def chunk_size(self, size: int) -> None:
-        if self._kernels is not None:
-            self._kernels.chunk_size = size
 
     def attach(self, setup: Setup) -> Cluster | None:
         """Connect to somebody's head, where the run is to be there; what its cluster has."""
@@ -129,9 +118,8 @@ class Running:
         # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
         if plan.backend.compiled and plan.device.type == "mps":
             self.launches = LaunchCounter()
-        self._kernels = kernels = Kernels(
+        kernels = Kernels(
             plan.backend,
-            chunk_size=plan.grid.chunk_size,
             t_inner=plan.steps.t_inner,
             compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches),
         )
@@ -163,7 +151,6 @@ class Running:
             backend=plan.backend.name,
             device=plan.device.type,
             dtype=plan.dtype,
-            chunk_size=plan.grid.chunk_size,
             t_inner=plan.steps.t_inner,
             fusion_limit=plan.steps.fusion_limit,
             threads=plan.actors.threads,

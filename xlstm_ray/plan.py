@@ -48,7 +48,7 @@ class Watch(NamedTuple):
     limits: AskedLimits
     every_s: float
     actions: tuple[str, ...]
-    shrinks: bool  # actors' kernels are compiled for one grid
+    shrinks: bool
     least_chunk: int
 
 
@@ -187,7 +187,7 @@ def choose_plan(
     # On two H200 a snapshot costs 60 ms, and 64 tiles are played again in 3 s.
     every = settings.journal_every or (64 if device.type == "cuda" else 16)
     action = settings.mem_action
-    watch = Watch(limits, settings.mem_poll_ms / 1000, action, local and settings.shrink_on_soft, settings.min_chunk)
+    watch = Watch(limits, settings.mem_poll_ms / 1000, action, settings.shrink_on_soft, settings.min_chunk)
     return RunPlan(
         setup.model,
         config,
@@ -320,6 +320,4 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         used["journal_every"] = plan.journal_every, f"by device, {plan.device.type}"
     if plan.watch is None:
         used["shrink_on_soft"] = False, "there is no watchdog"
-    elif settings.shrink_on_soft and not plan.watch.shrinks:
-        used["shrink_on_soft"] = False, "actors' kernels are compiled for one grid"
     return used

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -66,6 +66,16 @@ class _Metadata(BaseModel):
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+class Elsewhere(Protocol):
+    """Where a state's tensors are while nobody has asked for them."""
+
+    def bring(self) -> dict[str, Tensor]:
+        """All but the logits, on the CPU. Raises GridLost."""
+
+    def pick(self, rows: Sequence[int]) -> "Elsewhere":
+        """Some of the rows."""
+
+
 class RecurrentState:
     """The state of B prompts after some of their tokens.
 
@@ -74,7 +84,8 @@ class RecurrentState:
     consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which (none yet: the
     row is all zeros), and `rows` what is known of their text. `complete` is false for a prefill that was stopped on the
     way; then `begun` tells, a row, after how many tokens it had begun, which decides what rows go together. `sampling`
-    is how the last answer was made, for the next one. `name` is what errors call it.
+    is how the last answer was made, for the next one. `name` is what errors call it. `elsewhere` is given where
+    `tensors` has only the logits yet.
     """
 
     def __init__(
@@ -90,8 +101,10 @@ class RecurrentState:
         rows: Sequence[Row] | None = None,
         sampling: Sampling | None = None,
         name: str = "the state",
+        elsewhere: Elsewhere | None = None,
     ):
-        self.tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
+        self._tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
+        self.elsewhere, self._brought = elsewhere, elsewhere is None
         if rows is None:  # of tokens alone
             known = zip(self.tokens, self.prompt_hash, strict=True)
             rows = [Row(tokens=TokenTrail(length=n, hash=h, step=max(n, 1))) for n, h in known]
@@ -104,8 +117,17 @@ class RecurrentState:
         return len(self.tokens)
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them; where they are with an engine's workers they come when they are first asked for."""
+        if not self._brought and self.elsewhere is not None:
+            self._tensors = {**self.elsewhere.bring(), **self._tensors}
+            self._brought = True
+        return self._tensors
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, vocabulary) float32, on the CPU: of each row's last token."""
+        return self._tensors["logits"]
 
     def digest(self) -> str:
         """sha256 of all tensors, token counts and prompt hashes: equal digests are equal states, to the bit."""
@@ -118,34 +140,30 @@ class RecurrentState:
 
     def row(self, b: int) -> "RecurrentState":
         """One prompt's state out of a batch."""
-        return RecurrentState(
-            {name: tensor[b : b + 1].clone() for name, tensor in self.tensors.items()},
-            tokens=self.tokens[b : b + 1],
-            prompt_hash=self.prompt_hash[b : b + 1],
-            model=self.model,
-            grid=self.grid,
-            complete=self.complete,
-            begun=None if self.begun is None else self.begun[b : b + 1],
-            rows=self.rows[b : b + 1],
-            sampling=self.sampling,
-            name=self.name,
-        )
+        return self._of_rows([b], {name: tensor[b : b + 1].clone() for name, tensor in self._tensors.items()})
 
     def spread(self, batch: int) -> "RecurrentState":
         """The state of one prompt as that of `batch` rows; the tensors are not copied."""
         assert self.batch == 1
-        return RecurrentState(
-            {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self.tensors.items()},
-            tokens=self.tokens * batch,
-            prompt_hash=self.prompt_hash * batch,
+        tensors = {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self._tensors.items()}
+        return self._of_rows([0] * batch, tensors)
+
+    def _of_rows(self, rows: list[int], tensors: dict[str, Tensor]) -> "RecurrentState":
+        state = RecurrentState(
+            tensors,
+            tokens=[self.tokens[b] for b in rows],
+            prompt_hash=[self.prompt_hash[b] for b in rows],
             model=self.model,
             grid=self.grid,
             complete=self.complete,
-            begun=None if self.begun is None else self.begun * batch,
-            rows=self.rows * batch,
+            begun=None if self.begun is None else [self.begun[b] for b in rows],
+            rows=[self.rows[b] for b in rows],
             sampling=self.sampling,
             name=self.name,
+            elsewhere=self.elsewhere and self.elsewhere.pick(rows),
         )
+        state._brought = self._brought
+        return state
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> str:
         """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
@@ -266,6 +284,8 @@ class RecurrentState:
                 f"{self.name} belongs to another model (fingerprint {self.model}, this model has {model}); "
                 "use the model directory that it was made with"
             )
+        if not self._brought:  # a worker of that model has it
+            return
         expected: dict[str, tuple[int, ...]] = {"logits": (self.batch, config.vocab_size)}
         for n in range(config.num_blocks):
             for name, shape in config.state_shapes(n, config.num_heads).items():

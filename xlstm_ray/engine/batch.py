@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xlstm_ray.engine import driver
 from xlstm_ray.engine.driver import NO_HOOKS, Hooks, Progress, Sizes, Snapshot, Tokens
+from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.windows import Group
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor
@@ -32,22 +33,27 @@ class BatchOutcome:
 
 def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
     """These rows of a snapshot, and empty ones up to `size`."""
-    if list(rows) == list(range(len(snapshot.consumed))) and size == len(rows):
-        return snapshot
     empty = size - len(rows)
-
-    def taken(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[list(rows)], tensor.new_zeros(empty, *tensor.shape[1:])])
-
-    tensors = {name: taken(tensor) for name, tensor in snapshot.tensors.items()}
-    return Snapshot([snapshot.consumed[b] for b in rows] + [0] * empty, taken(snapshot.logits), tensors)
+    logits = snapshot.logits[list(rows)] if list(rows) != list(range(len(snapshot.consumed))) else snapshot.logits
+    if empty:
+        logits = torch.cat([logits, logits.new_zeros(empty, logits.shape[1])])
+    return Snapshot(
+        [snapshot.consumed[b] for b in rows] + [0] * empty,
+        logits,
+        HeldRows([*snapshot.rows.pick(rows), *[None] * empty]),
+    )
 
 
 class Whole:
-    """The snapshot of all rows, which is brought up to date a group at a time. Never writes into what it began with."""
+    """The snapshot of all rows, which is brought up to date a group at a time. Never writes into what it began with,
+    nor into what it has handed out."""
 
     def __init__(self, start: Snapshot):
         self.now, self._own = start, False
+
+    def hand_out(self) -> Snapshot:
+        self._own = False
+        return self.now
 
     def put(self, rows: Sequence[int], part: Snapshot) -> Snapshot:
         """The snapshot with these rows as `part` has them first."""
@@ -55,21 +61,18 @@ class Whole:
         if list(rows) == list(range(batch)) and len(part.consumed) == batch:
             self.now = part
             return part
-        if not self._own:
-            tensors = {name: tensor.clone() for name, tensor in self.now.tensors.items()}
-            self.now, self._own = Snapshot(list(self.now.consumed), self.now.logits.clone(), tensors), True
-        for b, consumed in zip(rows, part.consumed, strict=False):
-            self.now.consumed[b] = consumed
-        self.now.logits[list(rows)] = part.logits[:n]
-        for name, tensor in part.tensors.items():
-            if name not in self.now.tensors:  # a fresh state is all zeros
-                self.now.tensors[name] = tensor.new_zeros(batch, *tensor.shape[1:])
-            self.now.tensors[name][list(rows)] = tensor[:n]
+        consumed, held = list(self.now.consumed), list(self.now.rows)
+        logits, self._own = self.now.logits if self._own else self.now.logits.clone(), True  # large
+        for b, seen, row in zip(rows, part.consumed, part.rows, strict=False):
+            consumed[b], held[b] = seen, row
+        logits[list(rows)] = part.logits[:n]
+        self.now = Snapshot(consumed, logits, HeldRows(held))
         return self.now
 
 
 def prefill_groups(
     executor: Executor,
+    states: States,
     rows: Sequence[Tokens],
     groups: Sequence[Group],
     *,
@@ -91,9 +94,9 @@ def prefill_groups(
 
     def snapshot(group: Group, part: Snapshot) -> None:
         nonlocal unsaved
-        now = whole.put(group.rows, part)
+        whole.put(group.rows, part)
         if hooks.on_snapshot is not None:
-            hooks.on_snapshot(now)
+            hooks.on_snapshot(whole.hand_out())
         unsaved = 0
 
     def report(p: Progress) -> None:
@@ -113,8 +116,7 @@ def prefill_groups(
             own = [rows[b] for b in group.rows]
             own += [rows[0][:0]] * (group.size - len(own))
             part = take(start, group.rows, group.size)
-            executor.set_state(part.tensors if any(part.consumed) else None, group.size)
-            tile_size, chunk_size = sizes()
+            states.evict(but=part.rows)  # those of the groups before
             own_hooks = replace(
                 hooks,
                 on_snapshot=hooks.on_snapshot and partial(snapshot, group),
@@ -123,14 +125,14 @@ def prefill_groups(
             )
             run = driver.prefill(
                 executor,
+                states,
                 own,
                 start=part,
-                tile_size=tile_size,
-                chunk_size=chunk_size,
+                sizes=sizes(),
                 all_logits=all_logits,
                 hooks=own_hooks,
             )
-            if run.lost is None or run.end.tensors:
+            if run.lost is None or any(run.end.rows):
                 outcome.end = whole.put(group.rows, run.end)
             outcome.lost = run.lost
             outcome.tile_seconds += run.tile_seconds
@@ -144,7 +146,7 @@ def prefill_groups(
             if run.lost or any(outcome.end.consumed[b] < end[b] for b in group.rows):
                 break
             if hooks.on_snapshot is not None and hooks.keep_every is not None and unsaved >= hooks.keep_every:
-                hooks.on_snapshot(whole.now)
+                hooks.on_snapshot(whole.hand_out())
                 unsaved = 0
         if hooks.on_group is not None:
             hooks.on_group(group, replace(outcome, end=whole.now))

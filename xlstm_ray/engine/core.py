@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.journal import Kept
 from xlstm_ray.engine.turn import Turn
 from xlstm_ray.launch import Running
@@ -35,19 +36,22 @@ class Core:
         self.text, self.turn, self.on_phase = text, turn, on_phase
         self.on_note: Callable[[str], None] = lambda text: None
         self.fingerprint = ""  # of the model; known when its weights have been read
-        self.runs = 0  # counts what the executor's one state has been given to
+        self.states = States(lambda: running.executor, lambda: turn.of("bring"))
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self.logs: set[str] = set()  # what has been written by an earlier run
 
-    def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
-        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
-        started, chunk = perf_counter(), self.running.chunk_size
+    def warm_up(self, batch: int, sizes: Sequence[int], chunk_size: int | None = None) -> float:
+        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took.
+
+        chunk_size: tokens a chunk (none given: the plan's).
+        """
+        started, chunk = perf_counter(), chunk_size or self.plan.grid.chunk_size
         missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
         if not missing or not self.plan.warms_up:
             return 0.0
         sizes_text = " and ".join(map(str, missing))
         self.on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s where that is new here)")
-        self.running.executor.warm_up(batch, missing)
+        self.running.executor.warm_up(batch, missing, chunk)
         self.warm |= {(batch, size, chunk) for size in missing}
         return perf_counter() - started
 
@@ -56,7 +60,7 @@ class Core:
     ) -> RecurrentState:
         """What a snapshot is to the outside."""
         return RecurrentState(
-            {**snapshot.tensors, "logits": snapshot.logits},
+            {"logits": snapshot.logits},
             tokens=snapshot.consumed,
             prompt_hash=[row.tokens.hash for row in rows],
             rows=rows,
@@ -64,7 +68,15 @@ class Core:
             model=self.fingerprint,
             grid=grid,
             complete=complete,
+            elsewhere=snapshot.rows,
         )
+
+    def rows_of(self, state: RecurrentState) -> HeldRows:
+        """Where a state's rows are: with the executor, where an earlier call has left them there."""
+        if isinstance(state.elsewhere, HeldRows) and self.states.has(state.elsewhere):
+            return state.elsewhere
+        tensors = {name: tensor for name, tensor in state.tensors.items() if name != "logits"}
+        return self.states.rows(None, state.batch, tensors)
 
     def between_pieces(self, done: int, characters: int) -> None:
         """Between two pieces of a long text: how far it is, and whether there is memory for more."""

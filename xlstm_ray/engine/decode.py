@@ -8,11 +8,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from xlstm_ray.engine.batch import Whole, take
-from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.held import HeldRow, HeldRows, States
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import CheckpointError
-from xlstm_ray.runtime.executor import Executor
+from xlstm_ray.runtime.executor import Executor, StateRef, Step, run
 from xlstm_ray.sampling.logprobs import logprobs
 from xlstm_ray.sampling.sampler import Sampler
 from xlstm_ray.text.answer import Answer
@@ -48,14 +47,14 @@ class Made:
 class Start:
     """What a prefill leaves to decode from. seen: how many tokens the state has seen, a row."""
 
-    state: dict[str, Tensor]  # the executor has it where there is one row
+    rows: HeldRows
     logits: Tensor  # (B, vocabulary)
     seen: Sequence[int]
     prompts: Sequence[Sequence[int]]  # of the repetition penalty, as far as they are known
 
 
 class Decoder:
-    """Decodes from an executor's state; counts tokens and time.
+    """Decodes from states of its rows; counts tokens and time. Other states of the executor stay as they are.
 
     Rows are decoded 16 at a time, in the smallest call, for 1, 4 or 16 rows, that holds those that have not ended.
     Which row stands where in a call hangs on its group and on which of its rows go on, and on nothing before: so a run
@@ -70,6 +69,7 @@ class Decoder:
     def __init__(
         self,
         executor: Executor,
+        states: States,
         start: Start,
         answers: Sequence[Answer],
         ends: tuple[int, ...],
@@ -78,7 +78,8 @@ class Decoder:
         warm_up: Callable[[int], float],
     ):
         self._model, self._warm_up = model, warm_up
-        self._executor, self._answers, self._ends, self._prompts = executor, answers, ends, start.prompts
+        self._executor, self._states = executor, states
+        self._answers, self._ends, self._prompts = answers, ends, start.prompts
         self._sampler: Sampler | None = None  # of the rows that are decoded now
         logits = start.logits
         batch = len(logits)
@@ -90,8 +91,9 @@ class Decoder:
         self.groups = [Together(range(n, min(n + GROUP_SIZES[-1], batch))) for n in range(0, batch, GROUP_SIZES[-1])]
         self.now = self.groups[0]  # the one that the last step was of
         self.compile_s = 0.0
-        self._whole = Whole(Snapshot([0] * batch, logits.new_empty(batch, 0), start.state))  # logits are kept beside
-        self._places = [0] if batch == 1 else []  # the rows that the executor has, in its order
+        self._rows: list[HeldRow | None] = list(start.rows)  # where each row's state is, but for those decoded now
+        self._resident: StateRef | None = None  # the state that is decoded now, in place
+        self._places: list[int] = []  # its rows
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
         """Yield what each row's text gains by a token more, until all have ended.
@@ -120,13 +122,12 @@ class Decoder:
     def of_row(self, b: int) -> Together:
         return self.groups[b // GROUP_SIZES[-1]]
 
-    def state(self) -> dict[str, Tensor]:
+    def rows(self) -> HeldRows:
         """The state of all rows, which has seen all tokens made."""
         for group in self.groups:
             self._catch_up(group.rows)
-        self._bring()
-        self._whole = Whole(self._whole.now)  # what is handed out is not written into again
-        return self._whole.now.tensors
+        self._settle()  # what is handed out is not written into again
+        return HeldRows(self._rows)
 
     # ------------------------------------------------------------------------------------------------------------------
     def _sampler_of(self, group: Sequence[int]) -> Sampler:
@@ -173,13 +174,19 @@ class Decoder:
         active = [b for b in group if self._behind[b]]
         if not active:
             return
-        self._arrange(group, active)
+        state = self._arrange(group, active)
         rows = len(self._places)
-        mask = torch.zeros(group_size(rows), dtype=torch.bool)
+        mask = torch.zeros(state.batch, dtype=torch.bool)
         mask[:rows] = torch.tensor([self._behind[b] for b in self._places])
-        last = torch.zeros(len(mask), dtype=torch.long)
-        last[:rows] = torch.tensor([(self._answers[b].tokens or [0])[-1] for b in self._places])
-        logits = self._executor.decode(last, mask)
+        last = torch.zeros(len(mask), 1, dtype=torch.long)
+        last[:rows, 0] = torch.tensor([(self._answers[b].tokens or [0])[-1] for b in self._places])
+        # The state of rows that are not active stays as it is, and their logits mean nothing.
+        none = torch.zeros(len(mask), dtype=torch.long)
+        step = Step(last, none, mask.long(), chunk_size=1, logits="last", in_place=True)
+        ((_, _, result),) = run(self._executor, state, [step])
+        logits = result.logits
+        assert logits is not None
+        logits = logits.cpu()
         # A copy of the logits of 16 rows takes longer than choosing their tokens.
         logits = logits[:rows] if active == self._places else logits[mask]
         require_finite(logits, self._model)
@@ -187,8 +194,8 @@ class Decoder:
         for b, row in zip(active, logits, strict=True):
             self.logits[b], self._behind[b] = row, False
 
-    def _arrange(self, group: Sequence[int], active: list[int]) -> None:
-        """Have the rows of this group that are active in the executor.
+    def _arrange(self, group: Sequence[int], active: list[int]) -> StateRef:
+        """A state of the rows of this group that are active, which nobody else goes on from.
 
         In a call of the group's own size each has its own place; in a smaller one they stand together, without those
         that have ended: so a resumed run has them in the same places.
@@ -196,14 +203,17 @@ class Decoder:
         size = group_size(len(active))
         places = list(group) if size == group_size(len(group)) else active
         self.compile_s += self._warm_up(size)
-        if places != self._places:
-            self._bring()
-            self._executor.set_state(take(self._whole.now, places, size).tensors, size)
-            self._places = places
+        if places != self._places or self._resident is None:
+            self._settle()
+            rows = HeldRows([*(self._rows[b] for b in places), *[None] * (size - len(places))])
+            self._resident, self._places = self._states.copy_of(rows), places
+            for b in places:
+                self._rows[b] = None
+        return self._resident
 
-    def _bring(self) -> None:
-        """Bring the state that the executor has here."""
-        if self._places:
-            size = group_size(len(self._places))
-            part = Snapshot([0] * size, torch.empty(size, 0), self._executor.get_state())
-            self._whole.put(self._places, part)
+    def _settle(self) -> None:
+        """Nothing is decoded in place any more: its rows are as others are."""
+        state, self._resident = self._resident, None
+        if state is not None:
+            for b, row in zip(self._places, self._states.rows(state, state.batch), strict=False):
+                self._rows[b] = row

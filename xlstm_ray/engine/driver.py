@@ -1,5 +1,6 @@
 """The driver: feeds windows to an executor, counts, and stops between windows. Everything it needs is an argument."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
-from xlstm_ray.runtime.executor import Executor, Tile
+from xlstm_ray.runtime.executor import Executor, Step, run
 
 
 class Sizes(NamedTuple):
@@ -68,7 +70,7 @@ class Snapshot:
 
     consumed: list[int]  # a row: how many tokens of its prompt are in the state
     logits: Tensor  # (B, vocabulary) float32: of each row's last consumed token
-    tensors: dict[str, Tensor]  # named as in RecurrentState, on the CPU
+    rows: HeldRows  # where the state after them is
 
 
 @dataclass
@@ -89,8 +91,8 @@ class Hooks:
     """What a run of the driver asks and tells on its way.
 
     Every keep_every windows the state is brought here, for on_snapshot and for the case that the grid is lost: then the
-    outcome is that of the last one. on_window is given, after a window whose state can be had cheaply, what brings the
-    snapshot of its end here. next is asked before every window for the sizes of the windows from there on, which lie on
+    outcome is that of the last one. on_window is given, after a window whose state can be had cheaply, what makes the
+    snapshot of its end. next is asked before every window for the sizes of the windows from there on, which lie on
     the absolute grid of these sizes; None: there is to be none, and what has been submitted by then is finished, so the
     state is that of a window's end. on_group is told of each group of a batch that is done.
     """
@@ -106,27 +108,35 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-def make_tile(window: Window, rows: Sequence[Tokens], begin: Sequence[int], *, keep: bool) -> Tile:
-    """The window's tokens; rows: int64 prompts, begin: a row's first token that is not in the state yet."""
+class Part(NamedTuple):
+    """A window's tokens for all rows."""
+
+    tokens: Tensor  # (B, T) int64; 0 where a row has none
+    first: Tensor  # (B,) int64: row b's are first[b] <= t < last[b]
+    last: Tensor
+
+
+def make_part(window: Window, rows: Sequence[Tokens], begin: Sequence[int]) -> Part:
+    """rows: int64 prompts, begin: a row's first token that is not in the state yet."""
     tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
     for b, (first, last) in enumerate(parts):
         tokens[b, first:last] = rows[b][window.start + first : window.start + last]
     firsts, lasts = zip(*parts, strict=True)
-    return Tile(window.number, tokens, torch.tensor(firsts), torch.tensor(lasts), keep)
+    return Part(tokens, torch.tensor(firsts), torch.tensor(lasts))
 
 
 def prefill(
     executor: Executor,
+    states: States,
     rows: Sequence[Tokens],
     *,
     start: Snapshot,
-    tile_size: int,
-    chunk_size: int,
+    sizes: Sizes,
     all_logits: bool = False,
     hooks: Hooks = NO_HOOKS,
 ) -> Outcome:
-    """Consume what is new of every row; the executor has been given the state of `start`, and moves on.
+    """Consume what is new of every row, from the state of `start` on.
 
     rows: prompts, 1-D int64 on the CPU.
     """
@@ -135,59 +145,60 @@ def prefill(
     outcome = Outcome(start)
     pieces: list[list[Tensor]] = [[] for _ in rows]
     hidden: Tensor | None = None
-    submitted: dict[int, tuple[Window, Tile]] = {}
-    whole: dict[int, bool] = {}
+    windows: deque[tuple[Window, bool]] = deque()  # that are under way, and whether each is a tile that some row fills
+    begins = after = states.state_of(start.rows)
 
-    def tiles() -> Iterator[Tile]:
-        sizes = Sizes(tile_size, chunk_size)
-        plan = plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size)
-        for number in count():
+    def steps() -> Iterator[Step]:
+        now = sizes
+        plan = plan_windows(begin, end, tile_size=now.tile, chunk_size=now.chunk)
+        for number in count(1):
             window = next(plan, None)
-            now = hooks.next() if window is not None and hooks.next is not None else sizes
-            if window is None or now is None:
+            asked = hooks.next() if window is not None and hooks.next is not None else now
+            if window is None or asked is None:
                 return
-            if now != sizes:
-                sizes = now
+            if asked != now:
+                now = asked
                 rest = [max(b, window.start) for b in begin]
-                plan = plan_windows(rest, end, tile_size=sizes.tile, chunk_size=sizes.chunk)
+                plan = plan_windows(rest, end, tile_size=now.tile, chunk_size=now.chunk)
                 window = next(plan)
-            window = window._replace(number=number)
-            keep = hooks.keep_every is not None and (window.number + 1) % hooks.keep_every == 0
-            tile = make_tile(window, rows, begin, keep=keep)
-            submitted[window.number] = window, tile
-            whole[window.number] = window.size == sizes.tile and bool(((tile.last - tile.first) == window.size).any())
-            yield tile
+            part = make_part(window, rows, begin)
+            filled = window.size == now.tile and bool(((part.last - part.first) == window.size).any())
+            windows.append((window, filled))
+            keep = hooks.keep_every is not None and number % hooks.keep_every == 0
+            yield Step(*part, now.chunk, "all" if all_logits else "none", keep)
+
+    def snapshot(hidden: Tensor | None, consumed: list[int], rows: HeldRows) -> Snapshot:
+        return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), rows)
 
     started = perf_counter()
     try:
-        for result in executor.stream(tiles(), all_logits=all_logits):
-            window, tile = submitted.pop(result.number)
-            has = (tile.last > tile.first).unsqueeze(-1).to(result.hidden.device)
+        for step, after, result in run(executor, begins, steps()):
+            window, filled = windows.popleft()
+            has = (step.last > step.first).unsqueeze(-1).to(result.hidden.device)
             hidden = result.hidden if hidden is None else torch.where(has, result.hidden, hidden)
-            for b, (first, end_of_row) in enumerate(zip(tile.first.tolist(), tile.last.tolist(), strict=True)):
+            for b, (first, end_of_row) in enumerate(zip(step.first.tolist(), step.last.tolist(), strict=True)):
                 if first < end_of_row:
                     consumed[b] = window.start + end_of_row
                     if result.logits is not None:
                         pieces[b].append(result.logits[b, first:end_of_row].cpu())
             if result.state is not None:
-                last = Snapshot(list(consumed), _last_logits(executor, hidden, start, consumed), result.state)
+                last = snapshot(hidden, list(consumed), states.rows(None, len(rows), result.state))
                 if hooks.on_snapshot is not None:
                     hooks.on_snapshot(last)
             if hooks.on_window is not None and result.state is not None:
                 hooks.on_window(partial(replace, last))
-            elif hooks.on_window is not None and result.held is not None:
-                hooks.on_window(partial(_snapshot, executor, hidden, start, list(consumed), result.held))
+            elif hooks.on_window is not None and executor.local:
+                hooks.on_window(partial(snapshot, hidden, list(consumed), states.rows(after, len(rows))))
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
-            outcome.tile_whole.append(whole.pop(result.number))
-            outcome.tile_tokens.append(int((tile.last - tile.first).clamp(min=0).sum()))
+            outcome.tile_whole.append(filled)
+            outcome.tile_tokens.append(int((step.last - step.first).clamp(min=0).sum()))
             if hooks.on_progress is not None:
                 done, number = sum(consumed), len(outcome.tile_seconds)
                 times = result.seconds, outcome.seconds
                 hooks.on_progress(Progress(done, sum(end), number, *times, sum(begin)))
-        logits = _last_logits(executor, hidden, start, consumed)
+        outcome.end = snapshot(hidden, consumed, states.rows(after, len(rows)))
         outcome.seconds = perf_counter() - started
-        outcome.end = Snapshot(consumed, logits, executor.get_state())
     except GridLost as lost:
         outcome.end, outcome.lost = last, lost
         outcome.seconds = perf_counter() - started
@@ -198,16 +209,6 @@ def prefill(
             torch.cat(p)[:n] if p else torch.empty(0, vocabulary) for p, n in zip(pieces, seen, strict=True)
         ]
     return outcome
-
-
-def _snapshot(
-    executor: Executor,
-    hidden: Tensor | None,
-    start: Snapshot,
-    consumed: list[int],
-    held: Callable[[], dict[str, Tensor]],
-) -> Snapshot:
-    return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), held())
 
 
 def _last_logits(executor: Executor, hidden: Tensor | None, start: Snapshot, consumed: Sequence[int]) -> Tensor:

@@ -43,8 +43,9 @@ from xlstm_ray.text.tokenizer import NextToken, Text
 class Engine:
     """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`.
 
-    It has one state, so it does one call at a time: a thread waits while another's runs, or has a generation that has
-    not ended. A call from inside another one (from `on_progress`) and one in a forked child raise UsageError.
+    It does one call at a time: a thread waits while another's runs. Prompts and generations do not disturb each other:
+    each goes on from its own state. A call from inside another one (from `on_progress`) and one in a forked child raise
+    UsageError.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Engine:
         try:
             self._open(setup, on_phase)
         except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
-            self.close()
+            self._let_go()
             raise
 
     def _open(self, setup: Setup, on_phase: Callable[[str], object]) -> None:
@@ -105,7 +106,7 @@ class Engine:
 
     @property
     def executor(self) -> Executor:
-        """Where the weights and the state are. Raises UsageError after `close`."""
+        """Where the weights and the states are. Raises UsageError after `close`."""
         return self._running.executor
 
     @property
@@ -183,10 +184,9 @@ class Engine:
                     f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
                     "give the same prompt to go on"
                 )
-            self.executor.set_state(state.tensors, state.batch)
-            core.runs += 1
+            _ = self.executor  # it may have been closed
             stats = Statistics.of(state.tokens, state.tokens, core.running)
-            return PrefillResult(state, state.tensors["logits"], stats)
+            return PrefillResult(state, state.logits, stats)
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
         if append is not None and state is not None:
@@ -307,6 +307,10 @@ class Engine:
 
         keep_journal: the journal's directory stays this engine's, for `discard_journal`.
         """
+        self._core.states.close()
+        self._let_go(keep_journal=keep_journal)
+
+    def _let_go(self, *, keep_journal: bool = False) -> None:
         if self._kept.journal is not None and not keep_journal:
             self._kept.journal.close()
         self._running.close()

@@ -1,6 +1,7 @@
 """Generation: the pieces of text of an answer, step by step, and the state after it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -39,49 +40,32 @@ class Generation:
         self._answers = [Answer(sampling, end_tokens, stream, last=last) for sampling, stream in asked]
         self._decoder = Decoder(
             core.running.executor,
-            Start(
-                {name: tensor for name, tensor in before.tensors.items() if name != "logits"},
-                prefill.logits,
-                before.tokens,
-                wanted.prompts,
-            ),
+            core.states,
+            Start(core.rows_of(before), prefill.logits, before.tokens, wanted.prompts),
             self._answers,
             end_tokens,
             model=core.plan.model,
-            warm_up=self._warm_up,
+            warm_up=partial(_warm_up, core),
         )
-        if prefill.complete and any(
-            sampling.max_new_tokens > 1 for sampling in wanted.rows
-        ):  # before text is shown; smaller calls when they are wanted
+        if prefill.complete and any(sampling.max_new_tokens > 1 for sampling in wanted.rows):
+            # Before text is shown; smaller calls when they are wanted.
             self._decoder.compile_s = core.warm_up(group_size(before.batch), [1])
-        self._run = core.runs
-        if prefill.complete:
-            core.turn.begin(self)
-
-    def _warm_up(self, rows: int) -> float:
-        seconds = self._core.warm_up(rows, [1])
-        if seconds:
-            self._core.on_phase("decoding")
-        return seconds
 
     def rows(self) -> Iterator[list[str]]:
         """A piece of text for each row, step by step. Of more than 16 rows, 16 get theirs at a time; others' are ''."""
         if not self.prefill.complete:
             return  # stopped on the way: there is nothing to decode from yet
         steps = self._decoder.run(self._should_stop)
-        try:
-            while True:
-                with self._core.turn.of("step", self):
-                    self._require_own_state()
-                    pieces = next(steps, None)
-                if pieces is None:
-                    break
-                yield pieces
-            pieces = [answer.end("cancelled") for answer in self._answers]  # those that have not ended by themselves
-            if any(pieces):
-                yield pieces
-        finally:
-            self._core.turn.end(self)
+        while True:
+            with self._core.turn.of("step"):
+                _ = self._core.running.executor  # it may have been closed
+                pieces = next(steps, None)
+            if pieces is None:
+                break
+            yield pieces
+        pieces = [answer.end("cancelled") for answer in self._answers]  # those that have not ended by themselves
+        if any(pieces):
+            yield pieces
 
     @property
     def texts(self) -> list[str]:
@@ -170,25 +154,20 @@ class Generation:
         before = self.prefill.state
         if not before.complete:
             return before
-        with self._core.turn.of("state", self):
-            return self._state_after(before)
-
-    def _state_after(self, before: RecurrentState) -> RecurrentState:
-        self._require_own_state()
-        tensors = self._decoder.state()
+        with self._core.turn.of("state"):
+            _ = self._core.running.executor  # it may have been closed
+            held = self._decoder.rows()
         rows = []
         for row, answer in zip(before.rows, self._answers, strict=True):
             seen = None if row.text is None else row.text.extend(answer.said.encode())
             rows.append(Row(tokens=row.tokens.extend(answer.tokens), text=seen, end=answer.stream.end()))
         tokens = [row.tokens.length for row in rows]
-        snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), tensors)
+        snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), held)
         return self._core.state(snapshot, rows, before.grid, self.sampling, complete=True)
 
-    def _require_own_state(self) -> None:
-        """An engine has one state at a time: after another prefill it is no longer this generation's."""
-        _ = self._core.running.executor  # it may have been closed
-        if self._run != self._core.runs:
-            raise UsageError(
-                "this generation's engine has begun another prompt since, so it cannot go on; "
-                "take its state() before that, and generate from it"
-            )
+
+def _warm_up(core: Core, rows: int) -> float:
+    seconds = core.warm_up(rows, [1])
+    if seconds:
+        core.on_phase("decoding")
+    return seconds

@@ -44,15 +44,17 @@ class MemoryGuard:
 
     def next(self, now: Sizes) -> Go | Stop:
         """The verdict, where the windows so far had these sizes."""
+        soft = False
         for event in self.events():
             if event.level == "hard":
                 return Stop(MemoryLimitError(f"{event.text}; {self._what_to_do_there(event, now)}"))
+            soft = True
             if "warn" in self.watch.actions:
                 self.note(event.text)
         level, sample = self.watchdog.check()
         if level == "hard":
             return Stop(MemoryLimitError(f"{self.watchdog.text(level, sample)}; {self._what_to_do(sample, now)}"))
-        return Go(self._smaller(now) if level == "soft" and self.watch.shrinks else now)
+        return Go(self._smaller(now) if (soft or level == "soft") and self.watch.shrinks else now)
 
     def _smaller(self, now: Sizes) -> Sizes:
         tile, chunk = now

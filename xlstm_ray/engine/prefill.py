@@ -12,6 +12,7 @@ from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
 from xlstm_ray.engine.driver import Hooks, Progress, Sizes, Snapshot
 from xlstm_ray.engine.guard import MemoryGuard, Stop
+from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.result import Beside, PrefillResult, Statistics
 from xlstm_ray.engine.resume import Going
@@ -42,9 +43,11 @@ class Prefill:
         plan = core.plan
         self._begun = list(state.begun or state.tokens) if state is not None else self._begin
         self._sampling = None if state is None else state.sampling
-        self._start = Snapshot(self._begin, torch.zeros(len(going), plan.config.vocab_size), {})
-        if state is not None:
-            self._start = Snapshot(self._begin, state.tensors["logits"], state.tensors)
+        if state is None:
+            nothing, fresh = torch.zeros(len(going), plan.config.vocab_size), HeldRows([None] * len(going))
+            self._start = Snapshot(self._begin, nothing, fresh)
+        else:
+            self._start = Snapshot(self._begin, state.logits, core.rows_of(state))
         mixed = state is not None and state.grid != plan.grid and any(self._begin)
         self._grid = plan.grid.model_copy(update={"mixed": mixed})  # of what comes next
         self._groups = plan_groups(
@@ -64,15 +67,15 @@ class Prefill:
         kept.begin(plan.config.state_file_bytes(len(self._rows)))
         with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
             guard = self._guard(logs, open_)
-            open_.callback(setattr, core.running, "chunk_size", plan.grid.chunk_size)
+            core.states.evict(but=self._start.rows)
             self._warm_up()
-            core.runs += 1
             if core.running.launches is not None:
                 core.running.launches.total = 0
             core.on_phase("prefill")
             snapshots = kept.journal is not None or asked.on_snapshot is not None
             outcome = prefill_groups(
                 core.running.executor,
+                core.states,
                 self._rows,
                 self._groups,
                 start=self._start,
@@ -87,7 +90,7 @@ class Prefill:
                     next=lambda: self._next(guard),
                 ),
             )
-        if outcome.lost and not outcome.end.tensors:
+        if outcome.lost and not any(outcome.end.rows):
             raise outcome.lost  # before the first snapshot: there is nothing to keep
         chosen = perf_counter()
         outcome.end.logits.argmax(-1).tolist()
@@ -145,7 +148,6 @@ class Prefill:
         begun = self._windows > 0 or any(self._begin)
         mixed = self._grid.mixed or begun
         self._grid = self._grid.model_copy(update={"tile_size": sizes.tile, "chunk_size": sizes.chunk, "mixed": mixed})
-        self._core.running.chunk_size = sizes.chunk
         self._core.on_note(
             f"memory: tiles of {sizes.tile} tokens and chunks of {sizes.chunk} from here on"
             + ("; the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
@@ -157,7 +159,8 @@ class Prefill:
         seconds, (tile, chunk) = 0.0, self._sizes
         for rows, size in self._left:
             begin, ends = [self._begin[b] for b in rows], [self._ends[b] for b in rows]
-            seconds += self._core.warm_up(size, window_sizes(begin, ends, tile_size=tile, chunk_size=chunk))
+            windows = window_sizes(begin, ends, tile_size=tile, chunk_size=chunk)
+            seconds += self._core.warm_up(size, windows, chunk)
         self._compile_s += seconds
         return seconds
 

@@ -120,13 +120,13 @@ def metal_kernels(
         if not blocks:
             continue
         probe = Probe()
-        kernels = Kernels(backend, chunk_size=grid.chunk_size, t_inner=t_inner, compiler=probe)
+        kernels = Kernels(backend, t_inner=t_inner, compiler=probe)
         band = replace(bands[0], blocks=range(blocks[0], blocks[0] + 1))
         with torch.no_grad(), FakeTensorMode():
             empty = _empty_slstm_weights if kind == "sLSTM" else _empty_weights
             weights = empty(config, len(band.heads), len(band.ffn), dtype)
             worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
-            worker.warm_up(batch, tokens, alone=len(bands) == 1)
+            worker.warm_up(batch, tokens, grid.chunk_size, alone=len(bands) == 1)
         yield WindowKernels(tokens, kind, len(blocks), probe.functions)
 
 

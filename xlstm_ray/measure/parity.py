@@ -33,7 +33,7 @@ from xlstm_ray.kernels.native import PAD_F, PAD_I, mlstm_sequence, slstm_sequenc
 from xlstm_ray.layout import make_grid
 from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.worker import build_worker
+from xlstm_ray.runtime.worker import Move, build_worker
 
 B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens a window, windows one after the other, tokens a chunk
 K, V, DH = 16, 32, 16
@@ -269,15 +269,15 @@ def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Ten
     """The model in float64 by the eager reference: logits (tokens, vocabulary), and the state after the last token."""
     cpu = torch.device("cpu")
     ((band,),) = make_grid(config, heads_per_band=config.num_heads)
-    kernels = Kernels(CHUNKWISE_BACKENDS["native"], chunk_size=CHUNK, t_inner=T_INNER)
+    kernels = Kernels(CHUNKWISE_BACKENDS["native"], t_inner=T_INNER)
     worker = build_worker(Checkpoint(directory, config), kernels, band, dtype=torch.float64, device=cpu)
     worker.blocks = [_widened(w) for w in worker.blocks]
-    worker.state = [_double(worker.fresh_state(n, 1)) for n in range(config.num_blocks)]
+    worker.states[0] = [_double(worker.fresh_state(n, 1)) for n in range(config.num_blocks)]
     first = torch.zeros(1, dtype=torch.long)
-    x = worker.embed(torch.tensor([ids]))
+    x, move = worker.embed(torch.tensor([ids])), Move(0, 1, first, first + len(ids), CHUNK)
     for n in range(config.num_blocks):
-        x = worker.run_block(n, x, first, first + len(ids))
-    return worker.logits(x)[0], worker.get_state()
+        x = worker.run_block(n, x, move)
+    return worker.logits(x)[0], worker.save(1)
 
 
 def _widened(w: Weights) -> Weights:

@@ -43,8 +43,8 @@ class Kernels:
     specialised again behind the caller's back.
     """
 
-    def __init__(self, backend: Backend, *, chunk_size: int, t_inner: int, compiler: Compiler = compile_strict):
-        self.backend, self.chunk_size, self.t_inner, self.compiler = backend, chunk_size, t_inner, compiler
+    def __init__(self, backend: Backend, *, t_inner: int, compiler: Compiler = compile_strict):
+        self.backend, self.t_inner, self.compiler = backend, t_inner, compiler
         self.built: dict[tuple, Calls] = {}
         self.heads: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
 
@@ -57,26 +57,20 @@ class Kernels:
             self.heads.setdefault(key, self.compiler(few_rows_product, f"head_{len(x)}"))
         return self.heads[key](x, head)
 
-    def calls(self, s: BandShape, w: Weights, B: int, T: int) -> Calls:
+    def calls(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> Calls:
         """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
-        key = (
-            s,
-            type(w),
-            B,
-            T,
-            self.chunk_size,
-            *(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w),
-        )
+        shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
+        key = (s, type(w), window, chunk_size, *shapes)
         if key not in self.built:
-            build = self._slstm if isinstance(w, SlstmWeights) else self._mlstm
-            self.built.setdefault(key, build(s, B, T))  # the same one for all threads
+            made = self._slstm(s, *window) if isinstance(w, SlstmWeights) else self._mlstm(s, *window, chunk_size)
+            self.built.setdefault(key, made)  # the same one for all threads
         return self.built[key]
 
     def _compile(self, name: str, fn: Callable, B: int, T: int) -> Callable:
         return self.compiler(fn, f"{name}_{B}x{T}") if self.backend.compiled else fn
 
-    def _mlstm(self, s: BandShape, B: int, T: int) -> Calls:
-        cell = self.backend.cell(T, chunk_size=self.chunk_size, t_inner=self.t_inner, compiler=self.compiler)
+    def _mlstm(self, s: BandShape, B: int, T: int, chunk_size: int) -> Calls:
+        cell = self.backend.cell(T, chunk_size=chunk_size, t_inner=self.t_inner, compiler=self.compiler)
 
         def build(name: str, fn: Callable) -> Callable:
             return self._compile(name, fn, B, T)

@@ -1,10 +1,11 @@
-"""Executor: the protocol that moves windows of tokens through workers, and the executor of this process."""
+"""The executor of this process."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,16 @@ from torch import Tensor
 from xlstm_ray.layout import join_bands
 from xlstm_ray.memory.sample import peak_device_bytes
 from xlstm_ray.model import AnyState
-from xlstm_ray.runtime.executor import Tile, TileResult
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
+from xlstm_ray.runtime.worker import Move, Worker
+
+
+class _Pending(NamedTuple):
+    """A step that has been asked of the device; kept: the blocks' states to bring with its result, of each worker."""
+
+    result: StepResult
+    kept: list[list[AnyState | None]] | None
+    wait: Callable[[], None]
 
 
 class InProcessExecutor:
@@ -24,6 +33,7 @@ class InProcessExecutor:
     shared out).
     """
 
+    local = True
     restarts = 0
 
     def __init__(
@@ -31,9 +41,15 @@ class InProcessExecutor:
     ):
         self.stages = stages
         self.device = stages[0][0].device
+        self.on_host = self.device.type == "cpu"
         self._bands = len(stages[0])
         self._pool: ThreadPoolExecutor | None = None
         self._streams: list[torch.cuda.Stream] = []
+        self._names = Names(self._free)
+        # A device works while the next window is prepared, so one is under way when another is submitted.
+        self._depth = 1 if self.device.type == "cpu" else 2
+        self._pending: deque[_Pending] = deque()
+        self._before = 0.0  # when the last result was handed out, or the first pending step submitted
         if self._bands == 1 and cores is not None:
             torch.set_num_threads(cores)
         if self._bands > 1:
@@ -43,54 +59,61 @@ class InProcessExecutor:
                 own = [torch.cuda.Stream(self.device) for _ in range(streams or threads)]
                 self._streams = [own[band % len(own)] for band in range(self._bands)]
 
-    def warm_up(self, batch: int, sizes: Iterable[int]) -> None:
+    def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         for size in sizes:
-            for bands in self.stages:
-                # One after the other, but in the pool: the number of threads is compiled in.
-                for worker in bands:
-                    self._call(worker.warm_up, batch, size, alone=self._bands == 1)
+            # One after the other, but in the pool: the number of threads is compiled in.
+            for worker in self._workers:
+                self._call(worker.warm_up, batch, size, chunk_size, alone=self._bands == 1)
         self.stages[-1][0].warm_up_logits(batch)  # in this thread, where they are computed
         self._synchronize()
 
-    def set_state(self, tensors: dict[str, Tensor] | None, batch: int) -> None:
-        for bands in self.stages:
-            for worker in bands:
-                worker.set_state(tensors, batch)
+    def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
+        state = self._names.new(batch)
+        for worker in self._workers:
+            worker.load(state.number, tensors, batch)
+        return state
 
-    def get_state(self) -> dict[str, Tensor]:
+    def take(self, rows: Sequence[RowRef | None]) -> StateRef:
+        state = self._names.new(len(rows))
+        places = [None if row is None else (row.state.number, row.row) for row in rows]
+        for worker in self._workers:
+            worker.take(state.number, places)
+        return state
+
+    def save(self, state: StateRef) -> dict[str, Tensor]:
         self._synchronize()
-        return self._state_of([[worker.state for worker in bands] for bands in self.stages])
+        return self._joined(self._blocks(state))
 
-    def stream(self, tiles: Iterable[Tile], *, all_logits: bool = False) -> Iterator[TileResult]:
-        # A device works while the next tile is prepared, so one tile is under way when another is submitted.
-        pending: deque[tuple[TileResult, bool, Callable[[], None]]] = deque()
-        before = perf_counter()
+    @property
+    def has_room(self) -> bool:
+        return len(self._pending) < self._depth
 
-        def finish() -> TileResult:
-            nonlocal before
-            result, keep, wait = pending.popleft()
-            wait()
-            now = perf_counter()
-            state = result.held() if keep and result.held is not None else None
-            result, before = result._replace(seconds=now - before, state=state), now
-            return result
+    def submit(self, state: StateRef, step: Step) -> StateRef:
+        if not self._pending:
+            self._before = perf_counter()
+        src, state = state, state if step.in_place else self._names.new(state.batch)
+        x = self._forward(src, state, step)
+        rows = torch.arange(x.shape[0], device=x.device)
+        hidden = x[rows, (step.last - 1).clamp(min=0).to(x.device)]
+        logits = None
+        if step.logits != "none":
+            logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
+        kept = self._blocks(state) if step.keep else None
+        self._pending.append(_Pending(StepResult(hidden, logits, 0.0), kept, self._fence()))
+        return state
 
-        for tile in tiles:
-            hidden, logits = self._run(tile, all_logits)
-            # Blocks replace their states and never write into them, so that holding one is keeping it.
-            held = partial(self._state_of, [[list(worker.state) for worker in bands] for bands in self.stages])
-            pending.append((TileResult(tile.number, hidden, logits, 0.0, held=held), tile.keep, self._fence()))
-            if len(pending) > 1 or self.device.type == "cpu":
-                yield finish()
-        while pending:
-            yield finish()
+    def result(self) -> StepResult:
+        result, kept, wait = self._pending.popleft()
+        wait()
+        now = perf_counter()
+        seconds, self._before = now - self._before, now
+        return result._replace(seconds=seconds, state=self._joined(kept) if kept is not None else None)
+
+    def forget(self) -> None:
+        self._pending.clear()
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.stages[-1][0].logits(hidden).cpu()
-
-    def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
-        x = self._forward(tokens.unsqueeze(1), torch.zeros_like(tokens), active.long())
-        return self.logits(x[:, 0])
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -99,33 +122,41 @@ class InProcessExecutor:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        self._pending.clear()
         self.stages = []
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _state_of(self, states: list[list[list[AnyState]]]) -> dict[str, Tensor]:
-        """[stage][band] blocks' states -> tensors of all heads."""
+    @property
+    def _workers(self) -> list[Worker]:
+        return [worker for bands in self.stages for worker in bands]
+
+    def _blocks(self, state: StateRef) -> list[list[AnyState | None]]:
+        return [list(worker.states[state.number]) for worker in self._workers]
+
+    def _joined(self, blocks: list[list[AnyState | None]]) -> dict[str, Tensor]:
+        """The blocks' states of each worker -> tensors of all heads, on the CPU."""
         tensors: dict[str, Tensor] = {}
-        for bands, of_bands in zip(self.stages, states, strict=True):
-            tensors |= join_bands(worker.get_state(state) for worker, state in zip(bands, of_bands, strict=True))
+        each = iter(blocks)
+        for bands in self.stages:
+            tensors |= join_bands(worker.named(next(each)) for worker in bands)
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def _run(self, tile: Tile, all_logits: bool) -> tuple[Tensor, Tensor | None]:
-        x = self._forward(tile.tokens, tile.first, tile.last)
-        rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (tile.last - 1).clamp(min=0).to(x.device)]
-        return hidden, self.stages[-1][0].logits(x) if all_logits else None
+    def _free(self, number: int) -> None:
+        for worker in self._workers:
+            worker.free(number)
 
-    def _forward(self, tokens: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """tokens (B, T) -> residual stream (B, T, D) after the last block; the state moves on."""
-        x = self.stages[0][0].embed(tokens)
-        first, last = first.to(self.device), last.to(self.device)
+    def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
+        """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""
+        x = self.stages[0][0].embed(step.tokens)
+        first, last = step.first.to(self.device), step.last.to(self.device)
+        move = Move(src.number, dst.number, first, last, step.chunk_size)
         for bands in self.stages:
             for n in range(len(bands[0].blocks)):
                 if self._bands == 1:
-                    x = bands[0].run_block(n, x, first, last)
+                    x = bands[0].run_block(n, x, move)
                 else:
-                    x = self._add(x, [partial(worker.mix, n, x, first, last) for worker in bands])
-                    x = self._add(x, [partial(worker.feed, n, x) for worker in bands])
+                    x = self._add(x, [partial(worker.mix, n, x, move) for worker in bands])
+                    x = self._add(x, [partial(worker.feed, n, x, move) for worker in bands])
         return x
 
     def _add(self, x: Tensor, calls: list[Callable[[], Tensor]]) -> Tensor:

@@ -1,6 +1,7 @@
-"""The worker of one (stage, band): its weights, its state, a block's two halves."""
+"""The worker of one (stage, band): its weights, its states, a block's two halves."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,29 @@ from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import Calls, Kernels
 
 
+class Move(NamedTuple):
+    """A step as a block sees it: of the state `src` it makes the state `dst`, which may be the same."""
+
+    src: int
+    dst: int
+    first: Tensor  # (B,) int64, on the worker's device, as in Step
+    last: Tensor
+    chunk_size: int
+
+
 class Worker:
-    """Weights and state of one (stage, band), blocks of either kind. Plain torch: knows neither threads nor Ray.
+    """Weights and states of one (stage, band), blocks of either kind. Plain torch: knows neither threads nor Ray.
 
     With all heads in one band, `run_block` does a whole block in one call; with several, `mix` and `feed` return this
-    band's partial sums of x (B, T, D), which the executor adds up.
+    band's partial sums of x (B, T, D), which the executor adds up. A block's call makes a new state of an old one and
+    never writes into that: holding a state is keeping it.
     """
 
     def __init__(self, config: ModelConfig, band: Band, blocks: Sequence[Weights], ends: EndWeights, kernels: Kernels):
         self.config, self.band, self.blocks, self.ends, self.kernels = config, band, blocks, ends, kernels
         self.shape = BandShape.of(config, len(band.heads))
         self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
-        self.state: list[AnyState] = []
+        self.states: dict[int, list[AnyState | None]] = {}  # by number: a state a block, None where it is not made yet
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
         """The state of this stage's n-th block before the first token: all zeros, m too. The order is that of names."""
@@ -34,32 +46,67 @@ class Worker:
     def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         return self.config.state_shapes(self.band.blocks[n], len(self.band.heads))
 
-    def set_state(self, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
-        """Go on from these tensors of all heads, named as in RecurrentState, or forget everything.
+    def load(self, number: int, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
+        """A state of these tensors of all heads, named as in RecurrentState, or a fresh one.
 
         Copied, with the strides that the kernels are compiled for.
         """
-        self.state = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
+        state: list[AnyState | None] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
         if tensors is not None:
             heads = slice(self.band.heads.start, self.band.heads.stop)
-            for name, part in self._named(self.state):
+            for name, part in self._named(state):
                 part.copy_(tensors[name][:, heads])
+        self.states[number] = state
 
-    def get_state(self, state: list[AnyState] | None = None) -> dict[str, Tensor]:
-        """This band's tensors, where they are, named as in RecurrentState: of now, or of an earlier `self.state`."""
-        return dict(self._named(state or self.state))
+    def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:
+        """A state of copies of these rows, each (state, row), or fresh where None is."""
+        made: list[AnyState | None] = []
+        for n in range(len(self.blocks)):
+            empty = self.fresh_state(n, 1) if None in rows else ()
+            parts = []
+            for i in range(len(self._shapes(n))):
+                each = [empty[i] if row is None else self._block(row[0], n)[i][row[1] : row[1] + 1] for row in rows]
+                parts.append(torch.cat(each))
+            made.append(tuple(parts))  # type: ignore[arg-type]
+        self.states[number] = made
 
-    def _named(self, state: list[AnyState]) -> Iterator[tuple[str, Tensor]]:
+    def save(self, number: int) -> dict[str, Tensor]:
+        """This band's tensors of a state, where they are, named as in RecurrentState."""
+        return self.named(self.states[number])
+
+    def named(self, state: Sequence[AnyState | None]) -> dict[str, Tensor]:
+        """The tensors of a state, a block each, by their names in RecurrentState."""
+        return dict(self._named(state))
+
+    def free(self, number: int, n: int | None = None) -> None:
+        """Let go of a state, where there is one; of its n-th block only, where n is given."""
+        if n is None or len(self.blocks) == 1:
+            self.states.pop(number, None)
+        elif number in self.states:
+            self.states[number][n] = None
+            if not any(self.states[number]):
+                del self.states[number]
+
+    def _named(self, state: Sequence[AnyState | None]) -> Iterator[tuple[str, Tensor]]:
         for n, parts in enumerate(state):
+            assert parts is not None
             for name, part in zip(self._shapes(n), parts, strict=True):
                 yield f"blocks.{self.band.blocks[n]}.{name}", part
 
-    def warm_up(self, batch: int, tokens: int, *, alone: bool) -> None:
-        """Compile for windows (batch, tokens) by running a block of each kind on zeros; the state stays as it is."""
+    def _block(self, number: int, n: int) -> AnyState:
+        state = self.states[number][n]
+        assert state is not None
+        return state
+
+    def _made(self, move: Move, n: int, state: AnyState) -> None:
+        self.states.setdefault(move.dst, [None] * len(self.blocks))[n] = state
+
+    def warm_up(self, batch: int, tokens: int, chunk_size: int, *, alone: bool) -> None:
+        """Compile for windows (batch, tokens) by running a block of each kind on zeros; the states stay as they are."""
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
         first = torch.zeros(batch, dtype=torch.long, device=self.device)
         for n in {type(w): n for n, w in enumerate(self.blocks)}.values():
-            w, calls = self.blocks[n], self._calls(n, x)
+            w, calls = self.blocks[n], self._calls(n, x, chunk_size)
             args = (x, w, self.fresh_state(n, batch), first, first + tokens)
             if alone:
                 calls.block(*args)
@@ -81,22 +128,26 @@ class Worker:
         """x (..., D) after the last block -> (..., vocabulary) float32."""
         return logits(x.to(self.device), self.ends, self.config, self.kernels.head)
 
-    def run_block(self, n: int, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """All of this stage's n-th block, where this band has all heads; its state moves on."""
-        x, self.state[n] = self._calls(n, x).block(x, self.blocks[n], self.state[n], first, last)
+    def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
+        """All of this stage's n-th block, where this band has all heads."""
+        state = self._block(move.src, n)
+        x, state = self._calls(n, x, move.chunk_size).block(x, self.blocks[n], state, move.first, move.last)
+        self._made(move, n, state)
         return x
 
-    def mix(self, n: int, x: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        """This band's share of the mLSTM or sLSTM half of block n; its state moves on."""
-        y, self.state[n] = self._calls(n, x).mix(x, self.blocks[n], self.state[n], first, last)
+    def mix(self, n: int, x: Tensor, move: Move) -> Tensor:
+        """This band's share of the mLSTM or sLSTM half of block n."""
+        state = self._block(move.src, n)
+        y, state = self._calls(n, x, move.chunk_size).mix(x, self.blocks[n], state, move.first, move.last)
+        self._made(move, n, state)
         return y
 
-    def feed(self, n: int, x: Tensor) -> Tensor:
+    def feed(self, n: int, x: Tensor, move: Move) -> Tensor:
         """This band's share of the feed-forward half of block n."""
-        return self._calls(n, x).feed(x, self.blocks[n])
+        return self._calls(n, x, move.chunk_size).feed(x, self.blocks[n])
 
-    def _calls(self, n: int, x: Tensor) -> Calls:
-        return self.kernels.calls(self.shape, self.blocks[n], x.shape[0], x.shape[1])
+    def _calls(self, n: int, x: Tensor, chunk_size: int) -> Calls:
+        return self.kernels.calls(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
 
 
 def build_worker(

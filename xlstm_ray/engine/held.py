@@ -1,0 +1,126 @@
+"""The states that an engine holds: with its executor for as long as they are of use there, or on the host."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.errors import GridLost
+from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, rows_of
+
+Tensors = dict[str, Tensor]
+
+
+class Held:
+    """A state: with the executor (`ref`), or on the host."""
+
+    def __init__(self, states: "States", ref: StateRef | None, tensors: Tensors | None):
+        self._states, self.ref, self._tensors = states, ref, tensors
+        self._lost: GridLost | None = None
+
+    def bring(self) -> Tensors:
+        """Its tensors on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
+        if self._lost is not None:
+            raise self._lost
+        if self._tensors is not None:
+            return self._tensors
+        with self._states.turn():
+            executor = self._states.executor()
+            assert self.ref is not None
+            tensors = executor.save(self.ref)
+        if not executor.on_host:  # once is enough
+            self._tensors = tensors
+        return tensors
+
+    def evict(self) -> None:
+        """Let the executor go, at the cost of a copy to the host. What a lost grid had is lost."""
+        if self.ref is None:
+            return
+        try:
+            self._tensors = self.bring()
+        except GridLost as lost:
+            self._lost = lost
+        self.ref = None
+
+
+class HeldRow(NamedTuple):
+    """A row of a state."""
+
+    held: Held
+    row: int
+
+
+class HeldRows(tuple[HeldRow | None, ...]):
+    """The rows of a batch, each of some state; None: a fresh row."""
+
+    def pick(self, rows: Sequence[int]) -> "HeldRows":
+        return HeldRows(self[b] for b in rows)
+
+    def bring(self) -> Tensors:
+        """The tensors of these rows on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
+        states = {id(row.held): row.held.bring() for row in dict.fromkeys(filter(None, self))}
+        parts = [None if row is None else (states[id(row.held)], row.row) for row in self]
+        tensors = next(iter(states.values()))
+        batch = len(next(iter(tensors.values())))
+        if len(states) == 1 and [part and part[1] for part in parts] == list(range(batch)):
+            return tensors
+        return {
+            name: torch.cat([torch.zeros_like(t[:1]) if p is None else p[0][name][p[1] : p[1] + 1] for p in parts])
+            for name, t in tensors.items()
+        }
+
+
+class States:
+    """All states that an engine holds. turn: what a thread is in while it uses the executor."""
+
+    def __init__(self, executor: Callable[[], Executor], turn: Callable[[], AbstractContextManager[object]]):
+        self.executor, self.turn = executor, turn
+        self._all: WeakSet[Held] = WeakSet()
+
+    def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
+        """The rows of a state that the executor has, or of one of these tensors."""
+        held = Held(self, ref, tensors)
+        self._all.add(held)
+        return HeldRows(HeldRow(held, b) for b in range(batch))
+
+    def has(self, rows: HeldRows) -> bool:
+        """Whether these rows are of states of this engine."""
+        return all(row is None or row.held in self._all for row in rows)
+
+    def state_of(self, rows: HeldRows) -> StateRef:
+        """These rows as one state of the executor: the very state that they are, or copies of them."""
+        refs = self._refs(rows)
+        first = next(filter(None, refs or ()), None)
+        return first.state if first is not None and refs == rows_of(first.state) else self.copy_of(rows)
+
+    def copy_of(self, rows: HeldRows) -> StateRef:
+        """Copies of these rows as a state that nobody else has."""
+        refs = self._refs(rows)
+        if refs is None:
+            return self.executor().load(rows.bring(), len(rows))
+        return self.executor().take(refs) if any(refs) else self.executor().load(None, len(rows))
+
+    def evict(self, but: HeldRows) -> None:
+        """All states but those of these rows leave the executor, unless its memory is the host's."""
+        if not self.executor().on_host:
+            stay = {id(row.held) for row in but if row is not None}
+            for held in [held for held in self._all if id(held) not in stay]:
+                held.evict()
+
+    def close(self) -> None:
+        """Before the executor is closed: what somebody still has stays whole."""
+        for held in list(self._all):
+            held.evict()
+
+    def _refs(self, rows: HeldRows) -> list[RowRef | None] | None:
+        """Where the rows are with the executor; None: at least one of them is not there."""
+        refs: list[RowRef | None] = []
+        for row in rows:
+            ref = None if row is None else row.held.ref
+            if row is not None and ref is None:
+                return None
+            refs.append(None if row is None or ref is None else RowRef(ref, row.row))
+        return refs
