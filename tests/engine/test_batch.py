@@ -18,6 +18,7 @@ from transformers import xLSTMForCausalLM
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.engine.windows import GROUP_SIZES, plan_groups, plan_windows
+from xlstm_ray.runtime.executor import StateRef, Step
 
 TILE, CHUNK = 128, 16
 
@@ -200,13 +201,14 @@ def test_rows_of_a_batch_answer_as_alone(lm, answers, batch, options):
 
 def test_rows_that_end_leave_and_those_left_go_on_in_a_smaller_call(lm, answers, ends, monkeypatch):
     calls: list[tuple[int, int]] = []  # the places of each call, and how many of them are of rows that go on
-    decode = lm.executor.decode
+    submit = lm.executor.submit
 
-    def counted(tokens: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
-        calls.append((len(active), int(active.sum())))
-        return decode(tokens, active)
+    def counted(state: StateRef, step: Step) -> StateRef:
+        if step.logits == "last":
+            calls.append((len(step.last), int(step.last.sum())))
+        return submit(state, step)
 
-    monkeypatch.setattr(lm.executor, "decode", counted)
+    monkeypatch.setattr(lm.executor, "submit", counted)
     generation = lm.generate(QUESTIONS, max_new_tokens=9)
     list(generation.rows())
     want = [before(made, ends) for made in answers]

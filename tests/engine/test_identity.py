@@ -104,7 +104,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def actor(model: Path, at: Path, heads: range) -> BandActor:
     config = ModelConfig.from_file(model / "config.json")
     stored = Checkpoint(model, config).stored()
-    spec = WorkerSpec(at, config, stored, "ray_compiled_chunks", "cpu", torch.float32, 16, 8, None, 1)
+    spec = WorkerSpec(at, config, stored, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
     (band,) = [band for band in make_grid(config, heads_per_band=2)[0] if band.heads == heads]
     return BandActor(spec, Band(range(2), heads, band.ffn), "a", alone=False)
 

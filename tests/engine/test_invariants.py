@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from xlstm_ray import Engine, PrefillResult, RecurrentState
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine import driver
+from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.windows import plan_groups, plan_windows
 from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.layout import make_grid
@@ -132,17 +134,18 @@ def test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow(model, lengths
 def by_hand(lm: Engine, heads_per_band: int, stages: int, ids: list[int]) -> dict[str, Tensor]:
     """A prefill on a grid with several stages, which no engine makes yet."""
     checkpoint, cpu = Checkpoint(lm.model_path, lm.config), torch.device("cpu")
-    kernels = Kernels(lm.backend, chunk_size=CHUNK, t_inner=8)
+    kernels = Kernels(lm.backend, t_inner=8)
     grid = make_grid(lm.config, heads_per_band=heads_per_band, stages=stages)
     workers = [
         [Worker(lm.config, band, *checkpoint.load(band, dtype=lm.dtype, device=cpu), kernels) for band in bands]
         for bands in grid
     ]
     executor = InProcessExecutor(workers, threads=1)
-    executor.set_state(None, 1)
-    start = driver.Snapshot([0], torch.zeros(1, lm.config.vocab_size), {})
-    outcome = driver.prefill(executor, [torch.tensor(ids)], start=start, tile_size=TILE, chunk_size=CHUNK)
-    tensors = {**outcome.end.tensors, "logits": outcome.end.logits}
+    states = States(lambda: executor, nullcontext)
+    start = driver.Snapshot([0], torch.zeros(1, lm.config.vocab_size), HeldRows([None]))
+    sizes = driver.Sizes(TILE, CHUNK)
+    outcome = driver.prefill(executor, states, [torch.tensor(ids)], start=start, sizes=sizes)
+    tensors = {**outcome.end.rows.bring(), "logits": outcome.end.logits}
     executor.close()
     return tensors
 
@@ -281,17 +284,6 @@ def test_rows_that_have_ended_stay_as_they_are_while_others_are_decoded(model, t
     for b, (row, new) in enumerate(zip(GROWN, expected, strict=True)):
         alone = lm.prefill(row + new)
         assert_same(PrefillResult(state.row(b), logits[b : b + 1], alone.stats), alone)
-
-
-def test_a_generation_whose_engine_has_begun_another_prompt_is_refused(model, eager):
-    lm = load(model)
-    pieces = iter(first := lm.generate(IDS[:20], max_new_tokens=5))
-    next(pieces)
-    lm.prefill(IDS[:30])
-    with pytest.raises(UsageError, match="begun another prompt"):
-        next(pieces)
-    with pytest.raises(UsageError, match="begun another prompt"):
-        first.state()
 
 
 def test_a_callers_state_is_not_changed_by_what_follows(model, eager):

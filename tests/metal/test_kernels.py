@@ -14,7 +14,7 @@ from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence, slstm_s
 from xlstm_ray.layout import Band
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights, few_rows_product
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.worker import Move, Worker
 
 from . import shaders
 from .simulator import Simulator
@@ -223,19 +223,20 @@ def run_block(
     """
     slstm = isinstance(weights, SlstmWeights)
     config = CONFIG.model_copy(update={"slstm_at": (0,)}) if slstm else CONFIG
-    kernels = Kernels(CHUNKWISE_BACKENDS[backend], chunk_size=CONFIG.chunk_size, t_inner=4)
+    kernels = Kernels(CHUNKWISE_BACKENDS[backend], t_inner=4)
     heads = range(NH) if head is None else range(head, head + 1)
     band = Band(range(1), heads, range(CONFIG.ffn_dim))
     worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
     names = "hcnm" if slstm else "Cnm"
-    worker.set_state({f"blocks.0.{name}": part for name, part in zip(names, state, strict=True)}, x.shape[0])
+    worker.load(0, {f"blocks.0.{name}": part for name, part in zip(names, state, strict=True)}, x.shape[0])
     parts = [torch.tensor(ends, device=x.device) for ends in ([r.start for r in rows], [r.stop for r in rows])]
+    move = Move(0, 1, *parts, CONFIG.chunk_size)
     if alone:
-        x = worker.run_block(0, x, *parts)
+        x = worker.run_block(0, x, move)
     else:
-        x = x + worker.mix(0, x, *parts)
-        x = x + worker.feed(0, x)
-    return [y.cpu().double() for y in (x, *worker.state[0])]
+        x = x + worker.mix(0, x, move)
+        x = x + worker.feed(0, x, move)
+    return [y.cpu().double() for y in (x, *worker.save(1).values())]
 
 
 @both_dtypes

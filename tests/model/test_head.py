@@ -27,7 +27,7 @@ def demo() -> xlstm_ray.Engine:
 def test_the_product_of_bfloat16_operands_is_not_rounded_to_bfloat16(backend: str, rows: int) -> None:
     g = torch.Generator().manual_seed(rows)
     x, head = (torch.randn(n, D, generator=g).bfloat16() for n in (rows, VOCABULARY))
-    kernels = Kernels(CHUNKWISE_BACKENDS[backend], chunk_size=16, t_inner=8)
+    kernels = Kernels(CHUNKWISE_BACKENDS[backend], t_inner=8)
     y, want = kernels.head(x, head), x.double() @ head.double().T
     assert (y.dtype, y.shape) == (torch.float32, want.shape)
     assert (y - want).norm() / want.norm() < 1e-6  # rounded to bfloat16: 2e-3

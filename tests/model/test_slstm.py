@@ -6,6 +6,7 @@ where it can be, on a model without them. Relative error means ||out - reference
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from xlstm_ray import Engine, PrefillResult, RecurrentState
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine import driver
+from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.errors import CheckpointError, ConfigError, StateError, UsageError
 from xlstm_ray.kernels import slstm_kernel
 from xlstm_ray.layout import make_grid
@@ -428,16 +430,17 @@ def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
     directory = model_of("fused, one head" if heads_per_band == 1 else "hybrid")
     lm = load(directory, heads_per_band=heads_per_band, workers=1)
     checkpoint, cpu = Checkpoint(directory, lm.config), torch.device("cpu")
-    kernels = Kernels(lm.backend, chunk_size=CHUNK, t_inner=8)
+    kernels = Kernels(lm.backend, t_inner=8)
     workers = [
         [Worker(lm.config, band, *checkpoint.load(band, dtype=lm.dtype, device=cpu), kernels) for band in bands]
         for bands in make_grid(lm.config, heads_per_band=heads_per_band, stages=2)
     ]
     executor = InProcessExecutor(workers, threads=1)
-    executor.set_state(None, 1)
-    start = driver.Snapshot([0], torch.zeros(1, VOCABULARY), {})
-    end = driver.prefill(executor, [torch.tensor(IDS[:77])], start=start, tile_size=TILE, chunk_size=CHUNK).end
-    staged = {**end.tensors, "logits": end.logits}
+    states = States(lambda: executor, nullcontext)
+    start = driver.Snapshot([0], torch.zeros(1, VOCABULARY), HeldRows([None]))
+    sizes = driver.Sizes(TILE, CHUNK)
+    end = driver.prefill(executor, states, [torch.tensor(IDS[:77])], start=start, sizes=sizes).end
+    staged = {**end.rows.bring(), "logits": end.logits}
     executor.close()
     plain = lm.prefill(IDS[:77]).state.tensors
     assert staged.keys() == plain.keys()

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from xlstm_ray.errors import GridLost
+from xlstm_ray.memory.need import HELD_ROWS
 from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, rows_of
 
 Tensors = dict[str, Tensor]
@@ -23,17 +24,17 @@ class Held:
 
     def bring(self) -> Tensors:
         """Its tensors on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
-        if self._lost is not None:
-            raise self._lost
-        if self._tensors is not None:
-            return self._tensors
-        with self._states.turn():
-            executor = self._states.executor()
+        with self._states.turn():  # another thread may evict it
+            if self._lost is not None:
+                raise self._lost
+            if self._tensors is not None:
+                return self._tensors
             assert self.ref is not None
+            executor = self._states.executor()
             tensors = executor.save(self.ref)
-        if not executor.on_host:  # once is enough
-            self._tensors = tensors
-        return tensors
+            if not executor.on_host:  # once is enough
+                self._tensors = tensors
+            return tensors
 
     def evict(self) -> None:
         """Let the executor go, at the cost of a copy to the host. What a lost grid had is lost."""
@@ -78,17 +79,17 @@ class States:
 
     def __init__(self, executor: Callable[[], Executor], turn: Callable[[], AbstractContextManager[object]]):
         self.executor, self.turn = executor, turn
-        self._all: WeakSet[Held] = WeakSet()
+        self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
         """The rows of a state that the executor has, or of one of these tensors."""
         held = Held(self, ref, tensors)
-        self._all.add(held)
+        self._all[id(held)] = held
         return HeldRows(HeldRow(held, b) for b in range(batch))
 
     def has(self, rows: HeldRows) -> bool:
         """Whether these rows are of states of this engine."""
-        return all(row is None or row.held in self._all for row in rows)
+        return all(row is None or id(row.held) in self._all for row in rows)
 
     def state_of(self, rows: HeldRows) -> StateRef:
         """These rows as one state of the executor: the very state that they are, or copies of them."""
@@ -104,15 +105,19 @@ class States:
         return self.executor().take(refs) if any(refs) else self.executor().load(None, len(rows))
 
     def evict(self, but: HeldRows) -> None:
-        """All states but those of these rows leave the executor, unless its memory is the host's."""
-        if not self.executor().on_host:
-            stay = {id(row.held) for row in but if row is not None}
-            for held in [held for held in self._all if id(held) not in stay]:
-                held.evict()
+        """The oldest states leave the executor, unless its memory is the host's: HELD_ROWS rows may stay, and `but`."""
+        if self.executor().on_host:
+            return
+        stay, room = {id(row.held) for row in but if row is not None}, HELD_ROWS
+        for name, held in reversed(list(self._all.items())):
+            if held.ref is not None and name not in stay:
+                room -= held.ref.batch
+                if room < 0:
+                    held.evict()
 
     def close(self) -> None:
         """Before the executor is closed: what somebody still has stays whole."""
-        for held in list(self._all):
+        for held in list(self._all.values()):
             held.evict()
 
     def _refs(self, rows: HeldRows) -> list[RowRef | None] | None:

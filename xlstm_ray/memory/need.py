@@ -13,6 +13,7 @@ from xlstm_ray.files import MIB
 KEPT_BY_THREADS = 2.2
 WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while it is multiplied
 PROGRAM = 400 * MIB  # interpreter, torch and compiler, as measured on Linux: where no run is there to ask
+HELD_ROWS = 4  # rows of states that an engine leaves on a device for calls to come, beside those that it works on
 COMPILED_CODE = 60 * MIB  # what compiling leaves behind, beyond the compiler's own modules
 
 # What Ray takes beside the work, in proportional set sizes of Ray 2.60 on Linux, rounded up: RUNBOOK
@@ -118,7 +119,9 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     """The need of a run in this process. On cuda it is the device's memory that is meant."""
     on_host = loaded.device != "cuda"
     row = state_bytes(loaded.config) + loaded.config.vocab_size * 4  # with its logits
-    state = 2 * call.rows * row  # of now, and as it is handed over
+    state = 2 * call.rows * row  # before a window and after it
+    if loaded.device != "cpu":  # which works on a window while the one before is looked at
+        state += (call.rows + HELD_ROWS) * row
     if call.batch > call.rows and on_host:  # else they are the host's
         state += call.batch * row
     tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)

@@ -12,6 +12,7 @@ from xlstm_ray.errors import MemoryLimitError
 from xlstm_ray.files import MIB
 from xlstm_ray.memory.need import (
     ACTOR,
+    HELD_ROWS,
     RAY_IN_DRIVER,
     Call,
     GridNeed,
@@ -59,7 +60,7 @@ class Room:
         """The memory that a grid takes on this machine, for `batch` prompts in windows of so many tokens (a tile's)."""
         loaded, tokens = self.loaded, tokens or self.loaded.tile
         actors, on_host = loaded.stages * loaded.bands, loaded.device != "cuda"
-        state = 2 * batch * state_bytes(loaded.config)
+        state = (2 * batch + HELD_ROWS) * state_bytes(loaded.config)
         return GridNeed(
             head=self.head,
             driver=process_bytes() + RAY_IN_DRIVER + state,

@@ -60,7 +60,7 @@ class Kernels:
     def calls(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> Calls:
         """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
         shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
-        key = (s, type(w), window, chunk_size, *shapes)
+        key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token has no chunks
         if key not in self.built:
             made = self._slstm(s, *window) if isinstance(w, SlstmWeights) else self._mlstm(s, *window, chunk_size)
             self.built.setdefault(key, made)  # the same one for all threads
