@@ -105,7 +105,7 @@ def test_what_has_no_effect_is_refused(options, said, model, monkeypatch):
 
 def test_an_actor_refuses_another_model_than_the_drivers(model):
     config = ModelConfig.from_file(model / "config.json")
-    spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, CHUNK, 8, None, 1)
+    spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
     with pytest.raises(CheckpointError, match="has another model there than the driver"):
         BandActor(spec, Band(range(3), range(4), range(10)), "a", alone=True).load()
 
