@@ -128,9 +128,9 @@ def test_stages_of_several_machines(of_7b: Path) -> None:
 def test_the_tile_is_halved_until_it_fits(of_7b: Path) -> None:
     roomy = planned(of_7b, "m4-max", tile_size=65536)
     assert roomy.need.tile > planned(of_7b, "m4-max").need.tile
-    small = planned(of_7b, "h100", mem_hard_pct=0.185)  # of 80 GB: 14,114 MiB, and tiles of 4096 need 14,023
+    small = planned(of_7b, "h100", mem_hard_pct=0.194)  # of 80 GB: 14,801 MiB, and tiles of 4096 need 14,666
     assert (small.fits, small.tile_size) == (True, 4096)
-    small = planned(of_7b, "h100", mem_hard_pct=0.18)
+    small = planned(of_7b, "h100", mem_hard_pct=0.19)
     assert (small.fits, small.tile_size) == (True, 2048)
     assert not planned(of_7b, "h100", mem_hard_pct=0.18, tile_size=4096).fits
 
