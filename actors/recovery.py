@@ -218,9 +218,11 @@ class Recovery:
                 ) from error
             self._failures += 1
             if self._failures > self.options.retries:
+                steps = (made.step for made in self._lineage.needed(self._states, self._next_result))
+                first = next(filter(None, steps), None)
+                where = f"tile {first.number}" if first else "a state"
                 raise GridLost(
-                    f"the grid failed {self._failures} times in a row at the same place; the last time: "
-                    f"{one_line(error)}"
+                    f"the grid failed {self._failures} times in a row from {where} on; the last time: {one_line(error)}"
                 ) from error
             try:
                 self._replace(error)

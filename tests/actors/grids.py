@@ -62,6 +62,9 @@ class InProcess(dict[int, dict[str, Any]]):
         generation = lm.generate(PROMPT[:96], max_new_tokens=9)
         found |= {"text": "".join(generation), "after": generation.state().digest()}
         found["all"] = torch.cat(lm.prefill(PROMPT[:96], all_logits=True).all_logits).double().sum().item()
+        other = lm.generate(PROMPT[3:64], max_new_tokens=9)
+        found |= {"other": "".join(other), "other_after": other.state().digest()}
+        found["kept"] = lm.prefill(PROMPT[:96]).state.digest()
         if heads == 4:
             found["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
         torch.set_num_threads(os.cpu_count() or 1)

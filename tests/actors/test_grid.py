@@ -127,6 +127,17 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     say(text="".join(generation), after=generation.state().digest(), rate=generation.decode_tok_s)
     say(all=torch.cat(lm.prefill(prompt[:96], all_logits=True).all_logits).double().sum().item())
 
+    # Two states are worked on in turn, a third one is kept, and a fourth is given up on the way.
+    kept = lm.prefill(prompt[:96])
+    turns = [lm.generate(prompt[:96], max_new_tokens=9), lm.generate(prompt[3:64], max_new_tokens=9)]
+    pieces = [list(pair) for pair in zip(*turns)]
+    say(turns=["".join(texts) for texts in zip(*pieces)], turns_after=[turn.state().digest() for turn in turns])
+    lm.prefill(prompt, should_stop=lambda: True)
+    say(answers=["".join(lm.generate(state=kept.state, max_new_tokens=9)) for _ in range(2)])
+    list(lm.generate(state=kept.state, max_new_tokens=50))
+    say(kept=kept.state.digest())
+    del kept, turns
+
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(2) as pool:
         say(threads=[result.state.digest() for result in pool.map(lm.prefill, [prompt, prompt])])
@@ -177,14 +188,17 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
             os.kill(pids.pop(), signal.SIGSTOP)
     say(hung=lm.prefill(prompt, on_progress=hang).state.digest(), hang_restarts=executor.restarts)
 
-    # One is killed between two tokens.
-    generation = lm.generate(prompt[:96], max_new_tokens=9)
+    # One is killed between two tokens of one of two answers, while a third state is kept.
+    kept = lm.prefill(prompt[:96])
+    turns = [lm.generate(prompt[:96], max_new_tokens=9), lm.generate(prompt[3:64], max_new_tokens=9)]
     pieces = []
-    for piece in generation:
-        pieces.append(piece)
+    for pair in zip(*turns):
+        pieces.append(pair)
         if len(pieces) == 4:
             os.kill(executor.placement.seats[0].process.pid, signal.SIGKILL)
-    say(text_again="".join(pieces), after_again=generation.state().digest())
+    again, other = ["".join(texts) for texts in zip(*pieces)]
+    say(text_again=again, after_again=turns[0].state().digest(), kept_again=kept.state.digest())
+    say(other_again=other, other_after_again=turns[1].state().digest())
 
     # One dies each time, before anything new is done.
     done = threading.Event()
@@ -229,6 +243,15 @@ def test_decoding_in_the_grid_gives_the_same_text_and_state(grid, in_process):
     assert found["rate"] > 0
 
 
+def test_states_that_are_worked_on_in_turn_equal_each_alone(grid, in_process):
+    heads, found = grid
+    expected = in_process[heads]
+    assert found["turns"] == [expected["text"], expected["other"]]
+    assert found["turns_after"] == [expected["after"], expected["other_after"]]
+    assert found["answers"] == [expected["text"]] * 2
+    assert found["kept"] == expected["kept"]  # 50 steps and an abandoned prefill later
+
+
 def test_all_logits_come_from_the_last_stage(grid, in_process):
     heads, found = grid
     assert found["all"] == in_process[heads]["all"]
@@ -264,7 +287,10 @@ def test_a_hung_actor_is_found_and_replaced(grid, in_process):
 @pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])
 def test_an_actor_killed_while_decoding_changes_no_token(grid, in_process):
     heads, found = grid
-    assert (found["text_again"], found["after_again"]) == (in_process[heads]["text"], in_process[heads]["after"])
+    expected = in_process[heads]
+    assert (found["text_again"], found["after_again"]) == (expected["text"], expected["after"])
+    assert (found["other_again"], found["other_after_again"]) == (expected["other"], expected["other_after"])
+    assert found["kept_again"] == expected["kept"]
 
 
 @pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])
@@ -296,3 +322,25 @@ def test_actors_are_gone_when_a_run_has_ended(grid, head):
 )
 def test_cpus_are_shared_where_there_are_fewer_than_actors(nodes, actors, share):
     assert share_of_cpus(nodes, actors) == share
+
+
+def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
+    """The actors are over it from the beginning; a watchdog says so, and the driver goes on with half a tile."""
+    text = (
+        GRID.replace("journal_every=3)", "journal_every=3, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20)")
+        + """
+    seen = []
+    lm.on_note = seen.append
+    result = lm.prefill(prompt * 4)
+    say(notes=seen, mixed=result.state.grid.mixed, tile=result.state.grid.tile_size, complete=result.complete,
+        logits=result.logits[0].tolist())
+    lm.close()
+    """
+    )
+    (said,) = script(home, text, model, head.address, 1, 4, PROMPT)
+    plain = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=TILE, chunk_size=CHUNK)
+    want = plain.prefill(PROMPT * 4).logits[0]
+    assert any("tiles of 16 tokens" in note for note in said["notes"])
+    assert (said["complete"], said["mixed"]) == (True, True)
+    assert said["tile"] < TILE
+    assert torch.tensor(said["logits"]) == pytest.approx(want, abs=1e-4 * want.abs().max().item())

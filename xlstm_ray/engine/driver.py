@@ -151,7 +151,7 @@ def prefill(
     def steps() -> Iterator[Step]:
         now = sizes
         plan = plan_windows(begin, end, tile_size=now.tile, chunk_size=now.chunk)
-        for number in count(1):
+        for number in count():
             window = next(plan, None)
             asked = hooks.next() if window is not None and hooks.next is not None else now
             if window is None or asked is None:
@@ -164,8 +164,8 @@ def prefill(
             part = make_part(window, rows, begin)
             filled = window.size == now.tile and bool(((part.last - part.first) == window.size).any())
             windows.append((window, filled))
-            keep = hooks.keep_every is not None and number % hooks.keep_every == 0
-            yield Step(*part, now.chunk, "all" if all_logits else "none", keep)
+            keep = hooks.keep_every is not None and (number + 1) % hooks.keep_every == 0
+            yield Step(*part, now.chunk, number, "all" if all_logits else "none", keep)
 
     def snapshot(hidden: Tensor | None, consumed: list[int], rows: HeldRows) -> Snapshot:
         return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), rows)

@@ -59,6 +59,7 @@ class Step(NamedTuple):
     first: Tensor  # (B,) int64: row b's tokens are first[b] <= t < last[b], the others are padding
     last: Tensor  # (B,) int64
     chunk_size: int  # tokens; of the closed form
+    number: int = 0  # of the window, for people: in names of tasks, and in errors
     logits: Wanted = "none"
     keep: bool = False  # whether the state after it is to come with the result
     in_place: bool = False  # the state after it takes the name of the one before: where nobody else goes on from that
