@@ -112,7 +112,7 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
     done = command(
         home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
         "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
-        "--mem-poll-ms", 50, "--state-out", tmp_path / "kept.state",
+        "--mem-poll-ms", 50, "--no-mem-shrink", "--state-out", tmp_path / "kept.state",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
