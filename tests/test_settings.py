@@ -144,7 +144,7 @@ def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
         "workers": None,
         "threads": 1,
         "journal_every": 16,
-        "shrink_on_soft": False,
+        "shrink_on_soft": True,
     }
 
 

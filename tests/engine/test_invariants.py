@@ -144,7 +144,7 @@ def by_hand(lm: Engine, heads_per_band: int, stages: int, ids: list[int]) -> dic
     states = States(lambda: executor, nullcontext)
     start = driver.Snapshot([0], torch.zeros(1, lm.config.vocab_size), HeldRows([None]))
     sizes = driver.Sizes(TILE, CHUNK)
-    outcome = driver.prefill(executor, states, [torch.tensor(ids)], start=start, sizes=sizes)
+    outcome = driver.prefill(states, [torch.tensor(ids)], start=start, sizes=sizes)
     tensors = {**outcome.end.rows.bring(), "logits": outcome.end.logits}
     executor.close()
     return tensors

@@ -439,7 +439,7 @@ def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
     states = States(lambda: executor, nullcontext)
     start = driver.Snapshot([0], torch.zeros(1, VOCABULARY), HeldRows([None]))
     sizes = driver.Sizes(TILE, CHUNK)
-    end = driver.prefill(executor, states, [torch.tensor(IDS[:77])], start=start, sizes=sizes).end
+    end = driver.prefill(states, [torch.tensor(IDS[:77])], start=start, sizes=sizes).end
     staged = {**end.rows.bring(), "logits": end.logits}
     executor.close()
     plain = lm.prefill(IDS[:77]).state.tensors

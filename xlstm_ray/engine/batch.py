@@ -13,7 +13,6 @@ from xlstm_ray.engine.driver import NO_HOOKS, Hooks, Progress, Sizes, Snapshot, 
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.windows import Group
 from xlstm_ray.errors import GridLost
-from xlstm_ray.runtime.executor import Executor
 
 
 @dataclass
@@ -71,7 +70,6 @@ class Whole:
 
 
 def prefill_groups(
-    executor: Executor,
     states: States,
     rows: Sequence[Tokens],
     groups: Sequence[Group],
@@ -124,7 +122,6 @@ def prefill_groups(
                 on_window=hooks.on_window and partial(window, group),
             )
             run = driver.prefill(
-                executor,
                 states,
                 own,
                 start=part,

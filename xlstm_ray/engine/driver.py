@@ -127,7 +127,6 @@ def make_part(window: Window, rows: Sequence[Tokens], begin: Sequence[int]) -> P
 
 
 def prefill(
-    executor: Executor,
     states: States,
     rows: Sequence[Tokens],
     *,
@@ -136,10 +135,11 @@ def prefill(
     all_logits: bool = False,
     hooks: Hooks = NO_HOOKS,
 ) -> Outcome:
-    """Consume what is new of every row, from the state of `start` on.
+    """Consume what is new of every row, from the state of `start` on, by the states' executor.
 
     rows: prompts, 1-D int64 on the CPU.
     """
+    executor = states.executor()
     begin, end = start.consumed, [len(row) for row in rows]
     consumed, last = list(begin), start
     outcome = Outcome(start)

@@ -74,7 +74,6 @@ class Prefill:
             core.on_phase("prefill")
             snapshots = kept.journal is not None or asked.on_snapshot is not None
             outcome = prefill_groups(
-                core.running.executor,
                 core.states,
                 self._rows,
                 self._groups,
