@@ -1,5 +1,6 @@
 """A caller from Python reads the names of fields, a person at a terminal the flags, of the same mistake."""
 
+import inspect
 import json
 import re
 import shutil
@@ -16,10 +17,10 @@ import xlstm_ray
 from xlstm_ray.cli.flags import in_flags
 from xlstm_ray.errors import FIELD, XlstmRayError
 from xlstm_ray.files import JOURNAL_FILE
+from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import table
 
 PLAIN: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 16, "chunk_size": 16}
-NO_OPTIONS = {"sampling", "n"}  # arguments of Python, and keys of a row in a file of prompts
 RAY = {"chunkwise_backend": "ray_compiled_chunks"}
 
 
@@ -158,12 +159,13 @@ def test_a_setting_without_a_flag_is_told_by_its_variable(model):
     assert in_flags(str(refused.value)).startswith("XLSTM_MPS_STREAMS is 3")
 
 
-def test_every_field_that_a_text_marks_is_known_to_the_command_line():
+def test_every_field_that_a_text_marks_is_an_option_or_an_argument():
     marked = {
         name for tree in trees(ROOT).values() for text in strings(tree) for name in re.findall(r"`([a-z_]+)[`=]", text)
     }
     assert len(marked) > 30
-    assert {name for name in marked if not re.match("--[a-z]", in_flags(f"`{name}`"))} == NO_OPTIONS
+    of_python = {*inspect.signature(xlstm_ray.Engine.generate).parameters, *Sampling.model_fields}
+    assert {name for name in marked if not re.match("--[a-z]", in_flags(f"`{name}`"))} <= of_python
     assert in_flags("`git` and `lfs pull`") == "`git` and `lfs pull`"  # words of others stay
     assert in_flags("`autoscale_again=True` or `mem_watchdog=False`") == "--autoscale again or --no-mem-watchdog"
     assert FIELD.findall("`a=b c` `d`") == [("a", "b c"), ("d", "")]
