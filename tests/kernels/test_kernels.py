@@ -133,7 +133,7 @@ def compiled(name: str) -> Callable:
     if name == "step metal":
         return by_steps(step_kernel("metal"))
     if name == "sequence metal":
-        return sequence_kernel("native_sequence__metal", t_inner=8)  # does not divide 20: a kernel of 8, one of 4
+        return sequence_kernel("native_sequence__metal", t_inner=3)  # does not divide 20: a kernel of 3, one of 2
     if name == "backend steps":
         return backend_cell("chunkwise--queued_compiled_steps", 20, 10)
     assert name == "closed form compiled"

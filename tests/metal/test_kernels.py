@@ -94,7 +94,7 @@ def test_unrolled_steps(simulator: Simulator, dtype: torch.dtype, batch: int) ->
     inputs, state = draw(dtype, batch, 7)
     want = reference(inputs, state)
     x, on_mps = to_mps(inputs, state)
-    kernel = sequence_kernel("native_sequence__metal", t_inner=4)  # 4 and 3: a part shorter than T_inner too
+    kernel = sequence_kernel("native_sequence__metal", t_inner=2)  # the last part is shorter than T_inner
     for order in shaders.ORDERS:
         with simulator.order(order):
             got = kernel(x["q"], x["k"], x["v"], i=x["i"], f=x["f"], state=on_mps, eps=1e-6)
@@ -129,7 +129,7 @@ def test_slstm(simulator: Simulator, batch: int) -> None:
     for state in ((torch.tanh(h), c, 1 + n.abs(), m), tuple(torch.zeros_like(part) for part in (h, c, n, m))):
         wide = [part.double() for part in state]
         want_h, want = slstm_sequence(x.double(), recurrent=recurrent.double(), token=token, state=tuple(wide))  # type: ignore[arg-type]
-        kernel = slstm_kernel("native_compiled", t_inner=4)  # 4 and 3
+        kernel = slstm_kernel("native_compiled", t_inner=2)  # 2, 2, 2 and 1
         for order in shaders.ORDERS:
             simulator.clear_counts()
             with simulator.order(order):
