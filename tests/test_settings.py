@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_model
 
 from xlstm_ray import load
 from xlstm_ray.choose import DEMO_MODEL, setup_of
@@ -361,9 +362,10 @@ def test_doctor_refuses_what_only_its_table_of_kernels_uses():
     assert done.stderr.startswith("error: --tile-size is of the table of kernels: add --kernels")
 
 
-def test_without_warm_up_kernels_compile_on_first_use():
-    cold = load(device="cpu", dtype="float32", heads_per_band=2, tile_size=64, warmup=False).prefill("Once upon a time")
-    warm = load(device="cpu", dtype="float32", heads_per_band=2, tile_size=64).prefill("Once upon a time")
+def test_without_warm_up_kernels_compile_on_first_use(tmp_path):
+    make_model(tmp_path, v_dim_factor=2.0, use_bias=True)  # of sizes that test_parity.py compiles too
+    cold = load(tmp_path, device="cpu", heads_per_band=3, tile_size=16, warmup=False).prefill("Once upon a time")
+    warm = load(tmp_path, device="cpu", heads_per_band=3, tile_size=16).prefill("Once upon a time")
     assert cold.stats.compile_s == 0
     assert warm.stats.compile_s > 0
     assert cold.state.digest() == warm.state.digest()

@@ -153,7 +153,7 @@ def test_a_small_model_on_a_large_gpu_waits_for_its_calls() -> None:
 
 # No timing is asserted but for nonsense: other work on this machine may well cost a factor of 1.5. --check asserts it.
 def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = planned(DEMO_MODEL, "this", 4096)
+    found = planned(DEMO_MODEL, "this", 4096, tile_size=64)  # which the README's example compiles too
     assert found.device.rate(torch.bfloat16) > 1e9
     assert found.device.bandwidth > 1e8
     monkeypatch.setattr(estimate, "FACTOR", 1.0)  # which no run is within
