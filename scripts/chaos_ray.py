@@ -145,7 +145,8 @@ def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Pa
                 (head,) = all_heads(records)
                 folder, ran = head.folder, len(processes_in(home))
                 hit = strike(head, fault, rng)
-                struck = time.monotonic()
+                if hit or not fault.parts:  # else again after the next tile: a title may just have been changing
+                    struck = time.monotonic()
         out = process.stdout.read()
         code = process.wait()
     took = time.monotonic() - struck if struck else 0.0
