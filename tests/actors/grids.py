@@ -20,7 +20,7 @@ from xlstm_ray.supervisor.start import HeadOptions, start_head
 from xlstm_ray.supervisor.stop import stop_head
 
 ROOT = Path(xlstm_ray.__file__).parents[1]
-TILE, CHUNK = 32, 16
+TILE, CHUNK = 16, 16  # those of tests/model/test_slstm.py: what is compiled there is found here, or the other way round
 SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", str(CHUNK)]
 PROMPT = "".join(chr(97 + i * i % 26) for i in range(47 * TILE))  # a byte is a token; whole tiles: one shape to compile
 
@@ -74,9 +74,9 @@ class InProcess(dict[int, dict[str, Any]]):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four heads, three blocks: two stages leave unequal parts."""
+    """Four heads, three blocks: two stages leave unequal parts. Blocks of the sizes that the hybrid's have."""
     directory = tmp_path_factory.mktemp("model")
-    make_model(directory, seed=5, hidden_size=64, num_hidden_layers=3)
+    make_model(directory, seed=5, hidden_size=64, ffn_proj_factor=2.0, ffn_round_up_to_multiple_of=8)
     return directory
 
 

@@ -41,7 +41,7 @@ GRID = """
     model, address, stages, heads, prompt = sys.argv[1:6]
     all_faults = heads == "4"
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=int(stages),
-        heads_per_band=int(heads), device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+        heads_per_band=int(heads), device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
     executor = lm.executor
     def options(**changes):
         for part in (executor.placement, executor.recovery):
@@ -63,7 +63,7 @@ def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model
         import xlstm_ray
         model, heads, prompt = sys.argv[1:]
         lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", stages=2, heads_per_band=int(heads),
-            device="cpu", threads=1, workers=1, tile_size=32, chunk_size=16)
+            device="cpu", threads=1, workers=1, tile_size=16, chunk_size=16)
         print(json.dumps({"digest": lm.prefill(prompt).state.digest(), "text": "".join(lm.generate(prompt[:96],
             max_new_tokens=9))}))
         """,
@@ -327,7 +327,9 @@ def test_cpus_are_shared_where_there_are_fewer_than_actors(nodes, actors, share)
 def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
     """The actors are over it from the beginning; a watchdog says so, and the driver goes on with half a tile."""
     text = (
-        GRID.replace("journal_every=3)", "journal_every=3, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20)")
+        GRID.replace("tile_size=16", "tile_size=32").replace(
+            "journal_every=3)", "journal_every=3, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20)"
+        )
         + """
     seen = []
     lm.on_note = seen.append
@@ -338,9 +340,9 @@ def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
     """
     )
     (said,) = script(home, text, model, head.address, 1, 4, PROMPT)
-    plain = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=TILE, chunk_size=CHUNK)
+    plain = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=32, chunk_size=CHUNK)
     want = plain.prefill(PROMPT * 4).logits[0]
     assert any("tiles of 16 tokens" in note for note in said["notes"])
     assert (said["complete"], said["mixed"]) == (True, True)
-    assert said["tile"] < TILE
+    assert said["tile"] < 32
     assert torch.tensor(said["logits"]) == pytest.approx(want, abs=1e-4 * want.abs().max().item())

@@ -50,7 +50,7 @@ def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home,
         model, address, prompt, kept = sys.argv[1:]
         def load():
             return xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=2,
-                device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+                device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
         try:
             load()
         except GridLost as error:
@@ -140,12 +140,12 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
     program = tmp_path / "beside" / "program.py"
     program.write_text(
         "import sys, xlstm_ray\n"
-        "lm = xlstm_ray.load(sys.argv[1], ray_address=sys.argv[2], chunkwise_backend='ray_compiled_chunks', stages=2,\n"
-        "    device='cpu', threads=1, tile_size=32, chunk_size=16)\n"
+        "lm = xlstm_ray.load(sys.argv[1], ray_address=sys.argv[2], chunkwise_backend='ray_compiled_chunks',\n"
+        "    device='cpu', threads=1, tile_size=16, chunk_size=16)\n"
         "print(lm.prefill(sys.argv[3]).state.digest())\n"
     )
     by_command = [
-        "-P", "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model, *SIZES, "--stages", 2,
+        "-P", "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model, *SIZES,
         "--ray-address", head.address, "--chunkwise-backend", "ray_compiled_chunks", "--prompt", PROMPT, "--json",
     ]  # fmt: skip
     for words in (by_command, [program, model, head.address, PROMPT]):
@@ -189,7 +189,7 @@ def test_a_programs_own_connection_is_used_and_two_engines_share_one(home, head,
         from xlstm_ray.supervisor.records import all_heads, session_of
         from xlstm_ray.supervisor.start import start_head
         from xlstm_ray.errors import RayError
-        options = {"chunkwise_backend": "ray_compiled_chunks", "device": "cpu", "threads": 1, "tile_size": 32,
+        options = {"chunkwise_backend": "ray_compiled_chunks", "device": "cpu", "threads": 1, "tile_size": 16,
             "chunk_size": 16}
         def refused(**where):
             try:
@@ -197,13 +197,13 @@ def test_a_programs_own_connection_is_used_and_two_engines_share_one(home, head,
             except RayError as error:
                 print(json.dumps({"said": str(error), "head_started": child_guards != {}}), flush=True)
         with xlstm_ray.load(model, ray_address=address, **options) as first:
-            with xlstm_ray.load(model, ray_address=address, stages=2, **options) as second:
+            with xlstm_ray.load(model, ray_address=address, **options) as second:
                 pass
             digests = [first.prefill(prompt).state.digest()]
             refused(ray_local_mode=False)
         assert not ray.is_initialized()
         ray.init(address=address, log_to_driver=False)
-        with xlstm_ray.load(model, ray_address=address, stages=2, **options) as lm:
+        with xlstm_ray.load(model, ray_address=address, **options) as lm:
             digests.append(lm.prefill(prompt).state.digest())
         assert ray.is_initialized()
         print(json.dumps({"digests": digests}), flush=True)
@@ -250,11 +250,11 @@ def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model,
     other.mkdir()
     (other / "prefill.state").write_bytes((journal / "prefill.state").read_bytes())
     elsewhere = command(
-        home, "prefill", "--model", model, "--device", "cpu", "--chunkwise-backend", "queued_compiled_chunks",
-        "--tile-size", 64, "--resume", other, "--prompt", PROMPT, "--state-out", tmp_path / "other.state",
+        home, "prefill", "--model", model, *SIZES[:4], "--chunkwise-backend", "queued_compiled_chunks",
+        "--tile-size", 32, "--resume", other, "--prompt", PROMPT, "--state-out", tmp_path / "other.state",
     )  # fmt: skip
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert "the journal is of another grid (tile_size 32, not 64)" in elsewhere.stderr
+    assert "the journal is of another grid (tile_size 16, not 32)" in elsewhere.stderr
     for name, tensor in load_file(tmp_path / "other.state").items():
         expected = in_process[4]["tensors"][name]
         assert (tensor - expected).norm() / expected.norm() < 1e-4, name

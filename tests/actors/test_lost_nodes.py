@@ -41,7 +41,7 @@ LOSS = """
     cluster = Cluster(initialize_head=True, head_node_args=node)
     other = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=cluster.address, stages=2,
-        ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+        ray_token_path=token, device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
     spare = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 
     def prefill(without):
@@ -98,7 +98,7 @@ FAR = """
     subprocess.run(start, stdout=subprocess.DEVNULL, check=True)
     import xlstm_ray
     lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address="10.231.77.1:6379", stages=2,
-        ray_token_path=token, device="cpu", threads=1, tile_size=32, chunk_size=16, journal_every=3)
+        ray_token_path=token, device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
     seats = lm.executor.placement.seats
     assert len({s.node for s in seats}) == 2
     pids = [s.process and s.process.pid for s in seats]
