@@ -215,7 +215,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     result = lm.prefill(prompt, on_progress=begin)
     done.set()
     result.state.save(sys.argv[6])
-    say(lost=str(result.ended_by), code=result.ended_by.exit_code, complete=result.complete, kept=result.state.tokens)
+    say(lost=str(result.ended_by), code=result.ended_by.exit_code, complete=result.complete, left=result.state.tokens)
     lm.close()
     """
     )
@@ -298,7 +298,7 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
     heads, found = grid
     assert found["code"] == 4
     assert not found["complete"]
-    (kept,) = found["kept"]
+    (kept,) = found["left"]
     assert f"failed 2 times in a row from tile {kept // TILE} on" in found["lost"]
     assert 6 * TILE <= kept < len(PROMPT)
     lm = xlstm_ray.load(
