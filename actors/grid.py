@@ -40,6 +40,7 @@ class RayExecutor:
         self._watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self._watch, options)
         self.metrics = self._watch.metrics
+        self.parallel = len(bands)  # a stage each
         self._names = Names(self.recovery.free)
         try:
             self.placement.open()

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.engine.request import Request
     from xlstm_ray.engine.result import PrefillResult
+    from xlstm_ray.sampling import Sampling
     from xlstm_ray.state import RecurrentState
 
-__all__ = ["Engine", "PrefillResult", "RecurrentState", "load"]
+__all__ = ["Engine", "PrefillResult", "RecurrentState", "Request", "Sampling", "load"]
 __version__ = "0.1.0"
 
 calm_threads()  # here, since the package comes before its modules, and so before torch, in every process
@@ -29,6 +31,8 @@ _HOME = {
     "Engine": "engine.engine",
     "PrefillResult": "engine.result",
     "RecurrentState": "state",
+    "Request": "engine.request",
+    "Sampling": "sampling",
 }
 
 

@@ -200,6 +200,18 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     say(text_again=again, after_again=turns[0].state().digest(), kept_again=kept.state.digest())
     say(other_again=other, other_after_again=turns[1].state().digest())
 
+    # One is killed while many requests are served.
+    from xlstm_ray.engine.request import Request
+    from xlstm_ray.sampling import Sampling
+    lm.serve(slots=4, buckets=(4,))
+    def ask(n):
+        return lm.submit(Request(prompt[n:90 + 7 * n], sampling=Sampling(max_new_tokens=5 + n)))
+    say(requests=[ask(n).result(120).text for n in range(8)])
+    handles, before = [ask(n) for n in range(8)], executor.restarts
+    handles[1].result(120)
+    os.kill(executor.placement.seats[1].process.pid, signal.SIGKILL)
+    say(requests_again=[handle.result(120).text for handle in handles], requests_lost=executor.restarts - before)
+
     # One dies each time, before anything new is done.
     done = threading.Event()
     def always():
@@ -291,6 +303,13 @@ def test_an_actor_killed_while_decoding_changes_no_token(grid, in_process):
     assert (found["text_again"], found["after_again"]) == (expected["text"], expected["after"])
     assert (found["other_again"], found["other_after_again"]) == (expected["other"], expected["other_after"])
     assert found["kept_again"] == expected["kept"]
+
+
+@pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])
+def test_an_actor_killed_while_requests_are_served_changes_no_token_of_any(grid):
+    _, found = grid
+    assert found["requests_lost"] > 0
+    assert found["requests_again"] == found["requests"]
 
 
 @pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])

@@ -6,13 +6,16 @@ from time import perf_counter
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.journal import Kept
+from xlstm_ray.engine.resume import Going, appended, prompts
 from xlstm_ray.engine.turn import Turn
+from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import take_sample
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import Grid, RecurrentState
 from xlstm_ray.text.history import Row
+from xlstm_ray.text.prompt import Prompt, as_batch
 from xlstm_ray.text.tokenizer import Text
 
 
@@ -70,6 +73,46 @@ class Core:
             complete=complete,
             elsewhere=snapshot.rows,
         )
+
+    def check(self, state: RecurrentState, *, any_grid: bool = False) -> None:
+        """Raise StateError where this model, or its grid unless any will do, cannot go on from a state."""
+        state.check(self.plan.config, self.fingerprint)
+        if not state.grid.goes_on_as(self.plan.grid) and not any_grid:
+            raise StateError(
+                f"{state.name} was made on another grid ({state.grid.differences(self.plan.grid)}); "
+                "use the same settings, or leave them out to take the state's"
+            )
+
+    def going_on(
+        self,
+        prompt: Prompt | Sequence[Prompt] | None,
+        append: Prompt | Sequence[Prompt] | None,
+        state: RecurrentState | None,
+        *,
+        any_grid: bool = False,
+    ) -> tuple[list[Going], RecurrentState | None]:
+        """What each row has to go through, and the state that it goes on from, of as many rows.
+
+        Raises UsageError and StateError where it cannot; see Engine.prefill for prompt, append and state.
+        """
+        if state is not None:
+            self.check(state, any_grid=any_grid)
+        if append is None:
+            if prompt is None:
+                raise UsageError("neither a prompt nor a state was given")
+            given = as_batch(prompt)
+            texts = [p if isinstance(p, str) else None for p in given]
+            return prompts([self.text.tokens(p) for p in given], texts, state), state
+        if prompt is not None:
+            raise UsageError("a prompt and what to append were both given; give one")
+        if state is None:
+            raise UsageError("there is no state to append to; give `state`, or a `prompt`")
+        more = as_batch(append)
+        if state.batch == 1:
+            state = state.spread(len(more))
+        elif len(more) == 1:
+            more *= state.batch
+        return appended(more, state, lambda new, row: self.text.more(new, row.end.tokens)), state
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
         """Where a state's rows are: with the executor, where an earlier call has left them there."""

@@ -19,8 +19,9 @@ from xlstm_ray.engine.driver import Progress
 from xlstm_ray.engine.generation import Generation
 from xlstm_ray.engine.journal import Journal, Kept
 from xlstm_ray.engine.prefill import Asked, Prefill
+from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.result import PrefillResult, Statistics
-from xlstm_ray.engine.resume import appended, prompts
+from xlstm_ray.engine.service import BUCKETS, Service
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.wanted import Wanted
 from xlstm_ray.engine.windows import group_size
@@ -56,6 +57,7 @@ class Engine:
         on_note: Callable[[str], None] | None = None,
     ):
         self._turn = Turn()
+        self._service: Service | None = None
         self.on_note = on_note or _warn  # told what a person should know of a run that goes on
         self._told_published = False
         self._kept = Kept(None)
@@ -164,21 +166,8 @@ class Engine:
         the state of its last snapshot and the reason in `ended_by`.
         """
         core = self._core
-        if state is not None:
-            state.check(self.config, core.fingerprint)
-            if not state.grid.goes_on_as(self.grid) and not any_grid:
-                raise StateError(
-                    f"{state.name} was made on another grid ({state.grid.differences(self.grid)}); "
-                    "use the same settings, or leave them out to take the state's"
-                )
-        if append is not None:
-            if prompt is not None:
-                raise UsageError("a prompt and what to append were both given; give one")
-            if state is None:
-                raise UsageError("there is no state to append to; give `state`, or a `prompt`")
-        elif prompt is None:
-            if state is None:
-                raise UsageError("neither a prompt nor a state was given")
+        if prompt is None and append is None and state is not None:
+            core.check(state, any_grid=any_grid)
             if not state.complete:
                 raise StateError(
                     f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
@@ -189,19 +178,36 @@ class Engine:
             return PrefillResult(state, state.logits, stats)
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
-        if append is not None and state is not None:
-            more = as_batch(append)
-            if state.batch == 1:
-                state = state.spread(len(more))
-            elif len(more) == 1:
-                more *= state.batch
-            going = appended(more, state, lambda new, row: core.text.more(new, row.end.tokens))
-        else:
-            given = as_batch(prompt)  # type: ignore[arg-type]
-            texts = [p if isinstance(p, str) else None for p in given]
-            going = prompts([core.text.tokens(p) for p in given], texts, state)
+        going, state = core.going_on(prompt, append, state, any_grid=any_grid)
         asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> Handle:
+        """Begin a request beside others; from any thread. The first one begins the service: see `serve`.
+
+        Raises UsageError or StateError for what cannot be asked for.
+        """
+        if self._service is None:
+            self.serve()
+        assert self._service is not None
+        return self._service.submit(request)
+
+    def serve(self, *, slots: int | None = None, buckets: Sequence[int] = BUCKETS, fills_per_decode: int = 1) -> int:
+        """Begin to serve requests; returns how many states there are at once at most.
+
+        slots: states on the device (none given: 16, or as many as the memory has room for). buckets: rows that decode
+        in one call; with one alone, an answer's bits do not depend on how many others there are. fills_per_decode:
+        windows of prompts that are read between two tokens of those that decode, at most.
+        """
+        if self._service is not None:
+            raise UsageError("this engine serves requests already")
+        _ = self.executor  # it may have been closed
+        room = slots or self.plan.room.slots(max(buckets))
+        self._service = Service(
+            self._core, ends=self.end_tokens, slots=room, buckets=buckets, fills_per_decode=fills_per_decode
+        )
+        return room
 
     @in_turn
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
@@ -301,14 +307,18 @@ class Engine:
                 "`temperature=0` is greedy"
             )
 
-    @in_turn
     def close(self, *, keep_journal: bool = False) -> None:
         """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays.
 
         keep_journal: the journal's directory stays this engine's, for `discard_journal`.
         """
-        self._core.states.close()
-        self._let_go(keep_journal=keep_journal)
+        with self._turn.of("close"):  # not from inside another call: it would wait for that
+            service, self._service = self._service, None
+        if service is not None:
+            service.close()
+        with self._turn.of("close"):
+            self._core.states.close()
+            self._let_go(keep_journal=keep_journal)
 
     def _let_go(self, *, keep_journal: bool = False) -> None:
         if self._kept.journal is not None and not keep_journal:

@@ -39,6 +39,12 @@ class Going:
         return Row(tokens=self.row.tokens, text=self.text, end=text.end_of(self.given, before))
 
 
+def unchanged(state: RecurrentState) -> Going:
+    """A state of one row to which nothing is added."""
+    (row,) = state.rows
+    return Going(Tail(torch.empty(0, dtype=torch.int32), row.tokens.length), row, memoryview(b""), row.text)
+
+
 def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: RecurrentState | None) -> list[Going]:
     """rows: whole prompts, and the texts that they were made of, where they were texts. Raises StateError."""
     if state is not None and state.batch != len(rows):

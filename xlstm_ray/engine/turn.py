@@ -13,7 +13,7 @@ from xlstm_ray.errors import UsageError
 WITHIN = {
     "prefill": ("generate",),
     "warm_up": ("generate", "prefill", "state", "step"),
-    "bring": ("generate", "prefill", "state", "step", "close", "bring"),
+    "bring": ("generate", "prefill", "state", "step", "serve", "close", "bring"),
 }
 
 
@@ -28,6 +28,7 @@ class Turn:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._calls: list[str] = []  # that run: the outermost first
+        self.wanted = 0  # how many threads wait
 
     @contextmanager
     def of(self, call: str) -> Iterator[None]:
@@ -37,7 +38,10 @@ class Turn:
                 f"this engine was loaded by process {self._pid}, of which this one is a fork: load the model in this "
                 "process, or start it by multiprocessing's spawn or forkserver"
             )
-        with self._lock:
+        self.wanted += 1
+        self._lock.acquire()
+        self.wanted -= 1
+        try:
             if self._calls and self._calls[-1] not in WITHIN.get(call, ()):
                 raise UsageError(
                     f"{call} was called from inside this engine's {self._calls[-1]}, which would wait for itself; "
@@ -48,6 +52,8 @@ class Turn:
                 yield
             finally:
                 self._calls.pop()
+        finally:
+            self._lock.release()
 
 
 class HasTurn(Protocol):

@@ -73,6 +73,14 @@ class Room:
             store=store_bytes(loaded, rows=batch, tokens=tokens),
         )
 
+    def slots(self, most: int) -> int:
+        """How many requests can be worked on at once, `most` at most: one is read, the others decode together."""
+        if self.where != "process" or self.force:
+            return most
+        room, _ = self._room()
+        calls = {n: [(n, 1), (1, self.loaded.tile)] for n in range(1, most + 1)}
+        return max((n for n in calls if self.need(2 * n, calls[n]).total <= room), default=1)
+
     def require_start(self) -> None:
         """Raise MemoryLimitError where a tile of one prompt cannot fit, with the arithmetic."""
         if self.where == "process":

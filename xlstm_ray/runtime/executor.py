@@ -83,6 +83,8 @@ class Executor(Protocol):
     local: bool  # whether the states are in this process, so that saving one is a copy
     on_host: bool  # whether they are in this process's own memory, so that one is as well there as anywhere
 
+    parallel: int  # how many steps of different states its workers can do at once
+
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         """Compile what windows of these sizes need, for `batch` rows; size 1 is decoding."""
 

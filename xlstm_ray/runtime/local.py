@@ -34,6 +34,7 @@ class InProcessExecutor:
     """
 
     local = True
+    parallel = 1
     restarts = 0
 
     def __init__(

@@ -1,0 +1,239 @@
+"""Many requests in one engine: each gets what it would have got alone, whoever else is served."""
+
+import asyncio
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_model
+
+import xlstm_ray
+from xlstm_ray import Engine
+from xlstm_ray.engine.request import End, Handle, Piece, Queued, Reading, Request
+from xlstm_ray.errors import GridLost, StateError, UsageError
+from xlstm_ray.sampling import Sampling
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
+TEXTS = [bytes(range(33 + n, 120 - n)).decode() * (1 + n % 3) for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
+    return directory
+
+
+@pytest.fixture
+def lm(model: Path):
+    with xlstm_ray.load(model, **OPTIONS) as engine:
+        yield engine
+
+
+def sampling_of(n: int) -> Sampling:
+    """Greedy and drawn, short and long, with penalties and stop texts."""
+    drawn = {"temperature": 0.8, "seed": n, "top_p": 0.9} if n % 2 else {}
+    shaped = {"repetition_penalty": 1.2} if n % 3 == 0 else {}
+    return Sampling(max_new_tokens=3 + n % 7, **drawn, **shaped)
+
+
+def ask(lm: Engine, n: int, **more: Any) -> Handle:
+    return lm.submit(Request(TEXTS[n % len(TEXTS)], sampling=sampling_of(n), **more))
+
+
+def what(end: End) -> tuple[str, list[int], str, str]:
+    assert end.state is not None
+    return end.text, end.tokens, end.finish.reason, end.state.digest()
+
+
+def test_requests_together_get_what_each_gets_alone_to_the_bit(lm):
+    lm.serve(slots=4, buckets=(4,))
+    alone = [what(ask(lm, n, keep=True).result(60)) for n in range(9)]
+    for seed in range(3):
+        order = list(range(9))
+        random.Random(seed).shuffle(order)
+        handles = {n: ask(lm, n, keep=True) for n in order}
+        assert [what(handles[n].result(60)) for n in range(9)] == alone
+
+
+def test_a_request_is_answered_as_generate_answers(lm):
+    lm.serve(buckets=(1,))
+    for n in range(4):
+        s = sampling_of(n)
+        generation = lm.generate(TEXTS[n], sampling=s.model_dump(exclude_defaults=True), last=False)
+        text = "".join(generation)
+        end = ask(lm, n, keep=True).result(60)
+        assert (end.text, end.tokens) == (text, generation.tokens[0])
+        assert end.state.digest() == generation.state().digest()
+
+
+def test_calls_of_other_threads_go_on_beside_requests(lm):
+    lm.serve(slots=4, buckets=(4,))
+    alone = lm.prefill(TEXTS[0] * 3).state.digest(), "".join(lm.generate(TEXTS[1], max_new_tokens=6))
+    ends = [ask(lm, n).result(60).text for n in range(6)]
+    handles = [ask(lm, n) for n in range(6)]
+    with ThreadPoolExecutor(2) as pool:
+        states = [pool.submit(lambda: lm.prefill(TEXTS[0] * 3).state.digest()) for _ in range(3)]
+        texts = [pool.submit(lambda: "".join(lm.generate(TEXTS[1], max_new_tokens=6))) for _ in range(3)]
+        assert {f.result(60) for f in states} == {alone[0]}
+        assert {f.result(60) for f in texts} == {alone[1]}
+    assert [handle.result(60).text for handle in handles] == ends
+
+
+def test_cancelled_requests_leave_the_others_bits_alone_and_nothing_behind(lm):
+    lm.serve(slots=4, buckets=(4,))
+    alone = [what(ask(lm, n, keep=True).result(60)) for n in range(5)]
+    rng = random.Random(5)
+    for _ in range(6):
+        handles = [ask(lm, n, keep=True) for n in range(5)]
+        others = [lm.submit(Request(TEXTS[8] * 4, sampling=Sampling(max_new_tokens=400))) for _ in range(3)]
+        for other in others:
+            events = iter(other)
+            for _ in range(rng.randrange(1, 12)):
+                next(events)
+            other.cancel()
+            *_, last = events
+            assert last.finish.reason == "cancelled"
+        assert [what(handle.result(60)) for handle in handles] == alone
+        del handles, others
+    (worker, *_), *_ = lm.executor.stages
+    lm.submit(Request("a")).result(60)  # what has been given up is gone by the next one's end
+    assert len(worker.states) <= 1
+
+
+def test_a_prompt_that_is_cancelled_leaves_a_state_to_go_on_from(lm):
+    text = TEXTS[0] * 12
+    handle = lm.submit(Request(text, keep=True))
+    for event in handle:
+        if isinstance(event, Reading) and event.tokens_done > 100:
+            handle.cancel()
+            break
+    end = handle.result(60)
+    assert end.finish.reason == "cancelled"
+    assert not end.state.complete
+    assert 0 < end.state.tokens[0] < len(text)
+    assert lm.prefill(text, state=end.state).state.digest() == lm.prefill(text).state.digest()
+
+
+def test_events_come_in_order_and_say_what_happens(lm):
+    events = list(ask(lm, 4))
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Queued
+    assert kinds[-1] is End
+    assert kinds == sorted(kinds, key=[Queued, Reading, Piece, End].index)
+    assert [e.tokens_done for e in events if isinstance(e, Reading)][-1] == events[-1].usage.prompt_tokens
+    assert "".join(e.text for e in events if isinstance(e, Piece)) == events[-1].text
+    usage = events[-1].usage
+    assert 0 <= usage.queued_s <= usage.first_token_s <= usage.total_s
+    assert usage.answer_tokens == len(events[-1].tokens) == sampling_of(4).max_new_tokens
+
+
+def test_a_state_is_gone_on_from_and_asked_many_times(lm):
+    lm.serve(slots=4, buckets=(4,))
+    book = lm.submit(Request(TEXTS[0], keep=True)).result(60)
+    assert book.state.digest() == lm.prefill(TEXTS[0]).state.digest()
+    again = [lm.submit(Request(state=book.state, sampling=sampling_of(2), keep=True)) for _ in range(3)]
+    assert len({what(handle.result(60))[0] for handle in again}) == 1
+    asked = lm.submit(Request(append="why?", state=book.state, sampling=sampling_of(2))).result(60)
+    assert asked.usage.resumed_tokens == len(TEXTS[0])
+    assert asked.usage.prompt_tokens == len(TEXTS[0]) + 4
+    whole = lm.submit(Request(TEXTS[0] + "why?", state=book.state, sampling=sampling_of(2))).result(60)
+    assert whole.text == asked.text
+    assert book.state.digest() == lm.prefill(TEXTS[0]).state.digest()
+
+
+def test_a_more_important_request_goes_first_and_who_made_room_loses_no_bit(lm):
+    lm.serve(slots=2, buckets=(2,))
+    long = [
+        Request(t, sampling=Sampling(max_new_tokens=60, seed=n, temperature=0.7), keep=True)
+        for n, t in enumerate(TEXTS[:2])
+    ]
+    alone = [what(lm.submit(request).result(60)) for request in long]
+    handles = [lm.submit(request) for request in long]
+    for handle in handles:
+        while not isinstance(next(iter(handle)), Piece):
+            pass
+    urgent = lm.submit(Request(TEXTS[5], sampling=Sampling(max_new_tokens=3), priority=1))
+    urgent.result(60)
+    assert not any(handle.done for handle in handles)
+    assert [what(handle.result(60)) for handle in handles] == alone
+
+
+def test_asyncio_callers_wait_for_many_at_once(lm):
+    lm.serve(slots=4, buckets=(4,))
+    alone = [ask(lm, n).result(60).text for n in range(6)]
+
+    async def stream(n: int) -> str:
+        return "".join([event.text async for event in ask(lm, n) if isinstance(event, Piece)])
+
+    async def all_of_them() -> tuple[list[str], list[End]]:
+        streams = asyncio.gather(*map(stream, range(6)))
+        ends = asyncio.gather(*(ask(lm, n) for n in range(6)))
+        return await streams, await ends
+
+    texts, ends = asyncio.run(all_of_them())
+    assert texts == alone
+    assert [end.text for end in ends] == alone
+
+
+def test_log_probabilities_come_with_their_tokens(lm):
+    sampling = Sampling(max_new_tokens=4, logprobs=3)
+    generation = lm.generate(TEXTS[0], sampling={"max_new_tokens": 4, "logprobs": 3})
+    list(generation)
+    pieces = [
+        e for e in lm.submit(Request(TEXTS[0], sampling=sampling)) if isinstance(e, Piece) and e.token is not None
+    ]
+    found = [(piece.token, piece.made.logprob, piece.made.likeliest) for piece in pieces]
+    assert found == [(own.id, own.logprob, [(t.id, t.logprob) for t in top]) for own, top in generation.logprobs(0)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "says"),
+    [
+        (Request(), UsageError, "neither a prompt nor a state"),
+        (Request(""), UsageError, "the prompt is empty"),
+        (Request([1, 999]), UsageError, "outside the model's vocabulary"),
+        (Request("a", append="b"), UsageError, "both given"),
+        (Request(append="b"), UsageError, "no state to append to"),
+        (Request("a", sampling=Sampling(logit_bias={999: 1})), UsageError, "999"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_at_once(lm, request_, error, says):
+    with pytest.raises(error, match=says):
+        lm.submit(request_)
+
+
+def test_a_state_of_another_prompt_is_refused(lm):
+    state = lm.prefill(TEXTS[0]).state
+    with pytest.raises(StateError, match="another prompt"):
+        lm.submit(Request(TEXTS[1], state=state))
+
+
+def test_a_fault_under_the_engine_ends_every_request_with_its_reason(lm, monkeypatch):
+    plain, calls = lm.executor.result, []
+
+    def result():
+        calls.append(1)
+        if len(calls) == 7:
+            raise GridLost("the grid is gone")
+        return plain()
+
+    monkeypatch.setattr(lm.executor, "result", result)
+    handles = [lm.submit(Request(t * 3, sampling=Sampling(max_new_tokens=50))) for t in TEXTS[:5]]
+    for handle in handles:
+        with pytest.raises(GridLost, match="the grid is gone"):
+            handle.result(60)
+    with pytest.raises(GridLost, match="the grid is gone"):
+        lm.submit(Request("a"))
+
+
+def test_closing_ends_what_there_is(model):
+    lm = xlstm_ray.load(model, **OPTIONS)
+    handles = [lm.submit(Request(t, sampling=Sampling(max_new_tokens=5000))) for t in TEXTS]
+    next(iter(handles[0]))
+    lm.close()
+    assert {handle.result(60).finish.reason for handle in handles} == {"cancelled"}
+    with pytest.raises(UsageError, match="closed"):
+        lm.submit(Request("a"))

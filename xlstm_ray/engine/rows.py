@@ -1,0 +1,74 @@
+"""Rows of several requests that decode together, in states that are stepped in place."""
+
+from collections.abc import Sequence
+
+import torch
+
+from xlstm_ray.engine.task import Task
+from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, Step
+
+
+class Batch:
+    """Rows in one state. A place without a task is idle. buckets: how many rows a call may have."""
+
+    def __init__(self, executor: Executor, buckets: Sequence[int]):
+        self._executor, self._buckets = executor, sorted(buckets)
+        self.state: StateRef | None = None
+        self.places: list[Task | None] = []
+        self.joining: list[Task] = []
+        self.under_way = False  # a step of it has no result yet
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [task for task in (*self.places, *self.joining) if task is not None]
+
+    def size_for(self, rows: int) -> int:
+        """The smallest call that holds so many rows."""
+        return next((bucket for bucket in self._buckets if bucket >= rows), self._buckets[-1])
+
+    def has(self, task: Task) -> bool:
+        return any(there is task for there in self.tasks)
+
+    def arrange(self) -> int | None:
+        """Give rows that have come their places, in the smallest call that holds all; its size, where it changed."""
+        tasks = self.tasks
+        size = self.size_for(len(tasks))
+        if not self.joining and self.state is not None and size == len(self.places):
+            return None
+        rows = [self._row(task) for task in tasks]
+        idle: list[None] = [None] * (size - len(tasks))
+        self.state = self._executor.take([*rows, *idle])
+        self.places, self.joining = [*tasks, *idle], []
+        for task in tasks:
+            task.state = None
+        return size
+
+    def step(self, chunk_size: int) -> None:
+        """Submit the step that takes every row's last token in."""
+        tokens = torch.zeros(len(self.places), 1, dtype=torch.long)
+        active = torch.zeros(len(self.places), dtype=torch.long)
+        for n, task in enumerate(self.places):
+            if task is not None and task.answer is not None:
+                tokens[n, 0], active[n] = task.answer.tokens[-1], 1
+        assert self.state is not None
+        step = Step(tokens, torch.zeros_like(active), active, chunk_size, logits="last", in_place=True)
+        self._executor.submit(self.state, step)
+        self.under_way = True
+
+    def remove(self, task: Task, *, keep: bool) -> None:
+        """The row leaves; keep: with a state of its own."""
+        for n, there in enumerate(self.places):
+            if there is task:
+                if keep:
+                    task.state = self._executor.take([self._row(task)])
+                self.places[n] = None
+        self.joining = [other for other in self.joining if other is not task]
+        if not self.tasks:
+            self.state, self.places = None, []
+
+    def _row(self, task: Task) -> RowRef:
+        place = next((n for n, there in enumerate(self.places) if there is task), None)
+        if place is not None and self.state is not None:
+            return RowRef(self.state, place)
+        assert task.state is not None
+        return RowRef(task.state, 0)

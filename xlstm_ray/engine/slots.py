@@ -1,0 +1,61 @@
+"""The sampler's slots, of which each request that makes an answer has one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.engine.decode import Made
+from xlstm_ray.engine.driver import Tail
+from xlstm_ray.engine.task import Task
+from xlstm_ray.sampling.logprobs import logprobs
+from xlstm_ray.sampling.sampler import Sampler
+
+
+class Slots:
+    """Chooses tokens for up to `count` tasks, each by its own parameters. ends: the end tokens."""
+
+    def __init__(self, count: int, vocabulary: int, ends: Sequence[int]):
+        self._vocabulary, self._ends = vocabulary, ends
+        self._tasks: list[Task | None] = [None] * count
+        self._sampler: Sampler | None = None  # on the device of the first logits
+
+    def take(self, task: Task) -> None:
+        """A free slot is the task's."""
+        task.slot = self._tasks.index(None)
+        self._tasks[task.slot] = task
+        if self._sampler is not None:
+            self._put(self._sampler, task)
+
+    def give_back(self, task: Task) -> None:
+        """The task's slot is free, if it had one."""
+        if task.slot is not None:
+            if self._sampler is not None:
+                self._sampler.clear(task.slot)
+            self._tasks[task.slot] = None
+            task.slot = None
+
+    def choose(self, logits: Tensor, tasks: Sequence[Task]) -> tuple[list[int], list[Made | None]]:
+        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities where they are wanted."""
+        if self._sampler is None:
+            self._sampler = Sampler(len(self._tasks), self._vocabulary, ends=self._ends, device=logits.device)
+            for task in filter(None, self._tasks):
+                self._put(self._sampler, task)
+        slots = torch.tensor([task.slot for task in tasks], device=logits.device)
+        chosen = self._sampler.choose(logits, slots)
+        counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
+        asked = [count for count in counts if count is not None]
+        if not asked:
+            return chosen.tolist(), [None] * len(tasks)
+        rows = zip(*(part.tolist() for part in logprobs(logits, chosen, max(asked))), counts, strict=True)
+        return chosen.tolist(), [
+            None if n is None else Made(own, list(zip(ids[:n], top[:n], strict=True))) for own, ids, top, n in rows
+        ]
+
+    @staticmethod
+    def _put(sampler: Sampler, task: Task) -> None:
+        assert task.slot is not None
+        assert task.answer is not None
+        tokens, made = task.going.tokens, task.answer.tokens
+        prompt = tokens.tokens if isinstance(tokens, Tail) else tokens
+        sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)
