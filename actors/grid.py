@@ -1,6 +1,7 @@
 """The executor of the grid: an actor per (stage, band), and steps in flight between them.
 
-A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> BandActor.run (or mix, feed) -> Pipeline.result.
+A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> ShardActor.run (with several bands run_mixer and
+run_ffn) -> Pipeline.result.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,28 +20,28 @@ from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.watch import Watch
 from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, one_line
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
 
 KEEP = 256  # steps that a fault may cost: then the state is brought here
 
 
 class RayExecutor:
-    """`Executor` over actors. `ray` is the connected module; bands [stage][band] is the grid.
+    """`Executor` over actors. `ray` is the connected module; layout: [stage][band].
 
     Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
     """
 
     local = on_host = False
 
-    def __init__(self, ray: ModuleType, spec: WorkerSpec, bands: list[list[Band]], options: GridOptions):
+    def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         link = Link(ray)
-        self.placement = Placement(link, spec, bands, options)
+        self.placement = Placement(link, spec, layout, options)
         self._pipeline = Pipeline(link, self.placement)
         self._watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self._watch, options)
         self.metrics = self._watch.metrics
-        self.parallel = len(bands)  # a stage each
+        self.parallel = len(layout)  # a stage each
         self._names = Names(self.recovery.free)
         try:
             self.placement.open()

@@ -37,9 +37,9 @@ class Pipeline:
 
     def __init__(self, link: Link, placement: Placement):
         self._link, self._placement, self._stages = link, placement, placement.stages
-        self._alone = len(self._stages[0]) == 1
-        # One more than there are stages: while a result travels, its stage has the next step to work on.
-        self.depth = max(2, len(self._stages) + 1) if self._alone else 2 * len(self._stages)  # steps to keep on the way
+        self._one_band = len(self._stages[0]) == 1
+        # Steps in flight. One more than there are stages: while a result travels, its stage works on the next step.
+        self.depth = max(2, len(self._stages) + 1) if self._one_band else 2 * len(self._stages)
         self._epoch = 0
         self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call, which the next one waits for
 
@@ -102,10 +102,10 @@ class Pipeline:
         for seat in self._placement.seats:
             done = self._placement.call(seat, method, method.replace("_", " "))
             ref = done(self._epoch, *args, *self._before(seat))
-            self._last |= {(seat.index, n): ref for n in range(1 if self._alone else len(seat.band.blocks))}
+            self._last |= {(seat.index, n): ref for n in range(1 if self._one_band else len(seat.shard.blocks))}
 
     def _before(self, seat: Seat) -> list[Any]:
-        blocks = range(1 if self._alone else len(seat.band.blocks))
+        blocks = range(1 if self._one_band else len(seat.shard.blocks))
         return list(dict.fromkeys(self._last[seat.index, n] for n in blocks if (seat.index, n) in self._last))
 
     def _submit(self, made: Made, step: Step, drop: tuple[int, ...]) -> Pending:
@@ -115,8 +115,8 @@ class Pipeline:
             made.order,
             made.src,
             made.state,
-            step.first.tolist(),
-            step.last.tolist(),
+            step.start.tolist(),
+            step.end.tolist(),
             step.chunk_size,
             step.keep,
             step.logits,
@@ -124,11 +124,11 @@ class Pipeline:
         )
         states = []
         for s, seats in enumerate(self._stages):
-            x = self._through_stage(seats[0], s, call, x) if self._alone else self._through_bands(seats, s, call, x)
+            x = self._through_stage(seats[0], s, call, x) if self._one_band else self._through_bands(seats, s, call, x)
             if step.keep:
                 for seat in seats:
                     kept = self._placement.call(seat, "kept", f"state after {_tile(made.order)}", "snapshot")
-                    last_block = 0 if self._alone else len(seat.band.blocks) - 1
+                    last_block = 0 if self._one_band else len(seat.shard.blocks) - 1
                     states.append(kept(call, self._last[seat.index, last_block]))
         return Pending(made, step, x, states)
 
@@ -143,14 +143,14 @@ class Pipeline:
         if s == 0:
             x = ask(seats[0], "embed", f"embed {tile}")(call, x)
         parts = [x]
-        for n, block in enumerate(seats[0].band.blocks):
-            mixed = []
+        for n, block in enumerate(seats[0].shard.blocks):
+            sums = []
             for b, seat in enumerate(seats):
-                mix = ask(seat, "mix", f"mix {tile} block {block} band {b}", results=2)
-                part, self._last[seat.index, n] = mix(call, n, self._last.get((seat.index, n)), *parts)
-                mixed.append(part)
+                mixer = ask(seat, "run_mixer", f"mixer {tile} block {block} band {b}", results=2)
+                part, self._last[seat.index, n] = mixer(call, n, self._last.get((seat.index, n)), *parts)
+                sums.append(part)
             parts = [
-                ask(seat, "feed", f"feed {tile} block {block} band {b}")(call, n, *mixed)
+                ask(seat, "run_ffn", f"ffn {tile} block {block} band {b}")(call, n, *sums)
                 for b, seat in enumerate(seats)
             ]
         return ask(seats[0], "leave", f"output of {tile} stage {s}")(call, *parts)

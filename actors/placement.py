@@ -13,11 +13,11 @@ import torch
 
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
-from xlstm_ray.actors.shard import GROUPS, BandActor, WorkerSpec
+from xlstm_ray.actors.shard import GROUPS, ShardActor, WorkerSpec
 from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.checkpoint import DTYPES
 from xlstm_ray.errors import GridLost, UsageError
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.supervisor.processes import find, this_machine, wait_for_end
 
 END_S = 5.0  # what a call to Ray may take at the end
@@ -34,26 +34,26 @@ class Seat:
 
     index: int  # of its bundle
     name: str
-    band: Band
+    shard: Shard
     handle: Any = None
     node: str = ""  # Ray's id of the node that it is on
     process: psutil.Process | None = None  # the actor's, where this process sees the same ones
 
 
 class Placement:
-    """A seat for each (stage, band), and its actor. bands: [stage][band].
+    """A seat for each (stage, band), and its actor. layout: [stage][band].
 
     `open` comes before anything else; `close` may come at any time.
     """
 
-    def __init__(self, link: Link, spec: WorkerSpec, bands: list[list[Band]], options: GridOptions):
+    def __init__(self, link: Link, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         self._link, self._ray, self.spec, self.options = link, link.ray, spec, options
-        self._alone = len(bands[0]) == 1
-        self._actor_class = self._ray.remote(concurrency_groups=GROUPS)(BandActor)
+        self._one_band = len(layout[0]) == 1
+        self._actor_class = self._ray.remote(concurrency_groups=GROUPS)(ShardActor)
         indices = count()
         self.stages = [
-            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, band)}", band) for band in stage]
-            for s, stage in enumerate(bands)
+            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, shard)}", shard) for shard in shards]
+            for s, shards in enumerate(layout)
         ]
         self.restarts = 0  # how many actors took another's place
         self._group: Any = None
@@ -211,7 +211,7 @@ class Placement:
                 max_restarts=0,
                 allow_out_of_order_execution=True,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, seat.index),
-            ).remote(self.spec, seat.band, seat.name, alone=self._alone)
+            ).remote(self.spec, seat.shard, seat.name, one_band=self._one_band)
 
     def _end(self, seats: list[Seat]) -> None:
         """The actors are gone when this returns, also those that do not answer, where their processes are seen here.
@@ -234,6 +234,6 @@ class Placement:
             seat.handle = seat.process = None
 
 
-def _where(stage: int, band: Band) -> str:
-    blocks, heads = band.blocks, band.heads
+def _where(stage: int, shard: Shard) -> str:
+    blocks, heads = shard.blocks, shard.heads
     return f"stage {stage}, blocks {blocks.start}-{blocks.stop - 1}, heads {heads.start}-{heads.stop - 1}"

@@ -31,7 +31,7 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
@@ -64,8 +64,8 @@ class Call(NamedTuple):
     number: int
     src: int
     dst: int
-    first: list[int]
-    last: list[int]
+    start: list[int]
+    end: list[int]
     chunk_size: int
     keep: bool
     logits: Wanted
@@ -89,16 +89,17 @@ class Kept(NamedTuple):
     fence: Fence
 
 
-class BandActor:
+class ShardActor:
     """Owns the weights and the states of one (stage, band).
 
-    With one band a tile takes two calls: `run`, and `output` which hands its result on. With several, `embed` or the
-    stage before gives every band the residual stream; `mix` and `feed` return this band's partial sums, and each band
-    adds up all bands' sums itself, always in the order of the bands; the first band's `leave` hands the result on.
+    With one band a tile takes two calls: `run`, and `output`, which passes its result on. With several bands, `embed`
+    or the stage before sends every band the residual stream. `run_mixer` and `run_ffn` return this band's partial
+    sums, and each band adds up the sums of all bands, always in the order of the bands. The first band's `leave` passes
+    the result on.
     """
 
-    def __init__(self, spec: WorkerSpec, band: Band, name: str, *, alone: bool):
-        self.spec, self.band, self.name, self.alone = spec, band, name, alone
+    def __init__(self, spec: WorkerSpec, shard: Shard, name: str, *, one_band: bool):
+        self.spec, self.shard, self.name, self.one_band = spec, shard, name, one_band
         self.epoch = 0
         self.busy_since: float | None = None
         self._x: dict[int, Tensor] = {}  # a tile's residual stream between two of its calls
@@ -108,7 +109,7 @@ class BandActor:
         self._set_up = False
 
     def __repr__(self) -> str:
-        return f"BandActor({self.name})"
+        return f"ShardActor({self.name})"
 
     # -- compute -------------------------------------------------------------------------------------------------------
     def load(self) -> None:
@@ -130,13 +131,13 @@ class BandActor:
             t_inner=spec.t_inner,
             compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
         )
-        self.worker = build_worker(checkpoint, kernels, self.band, dtype=spec.dtype, device=self.device)
-        self.last = self.band.blocks.stop == config.num_blocks
+        self.worker = build_worker(checkpoint, kernels, self.shard, dtype=spec.dtype, device=self.device)
+        self.is_last = self.shard.blocks.stop == config.num_blocks
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
         """Compile what windows of these sizes need."""
         for size in sizes:
-            self._compute(self.worker.warm_up, batch, size, chunk_size, alone=self.alone)
+            self._compute(self.worker.warm_up, batch, size, chunk_size, one_band=self.one_band)
         self._compute(self.worker.warm_up_logits, batch)
         gc.collect()  # the compiler's graphs are cycles, of which there are none in the work that follows
         empty_cache(self.device)
@@ -183,17 +184,17 @@ class BandActor:
             return None
         return self._compute(lambda: to_wire(self._enter(tokens)))
 
-    def mix(self, call: Call, n: int, _after: None, *parts: Wire) -> tuple[Wire | None, None]:
-        """This band's share of the mLSTM half of block n; parts: the stage's input, or all bands' `feed` of n - 1."""
+    def run_mixer(self, call: Call, n: int, _after: None, *parts: Wire) -> tuple[Wire | None, None]:
+        """This band's share of the mixer of block n; parts: the stage's input, or all bands' `run_ffn` of n - 1."""
         if call.epoch != self.epoch:
             return None, None
-        return self._compute(self._mix, call, n, parts), None
+        return self._compute(self._run_mixer, call, n, parts), None
 
-    def feed(self, call: Call, n: int, *parts: Wire) -> Wire | None:
-        """This band's share of the feed-forward half of block n; parts: all bands' `mix` of n."""
+    def run_ffn(self, call: Call, n: int, *parts: Wire) -> Wire | None:
+        """This band's share of the feed-forward of block n; parts: all bands' `run_mixer` of n."""
         if call.epoch != self.epoch:
             return None
-        return self._compute(self._feed, call, n, parts)
+        return self._compute(self._run_ffn, call, n, parts)
 
     def leave(self, call: Call, *parts: Wire) -> Any:
         """The residual stream after this stage, for the next one; what `output` returns after the last one."""
@@ -248,28 +249,28 @@ class BandActor:
         self._drop(call.drop)
         hidden = self._enter(x)
         move = self._move(call)
-        for n in range(len(self.band.blocks)):
+        for n in range(len(self.shard.blocks)):
             hidden = self.worker.run_block(n, hidden, move)
         if call.keep:  # blocks make new states and never write into one, so that holding it is keeping it
             self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._fence())
         self._done[call.number] = Done(self._result(call, hidden), self._fence())
 
-    def _mix(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
+    def _run_mixer(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         self._drop(call.drop, n)
         if n == 0:
             (x,) = parts
             self._x[call.number] = self._enter(x)
         else:
             self._x[call.number] = self._add(self._x[call.number], parts)
-        part = self.worker.mix(n, self._x[call.number], self._move(call))
+        part = self.worker.run_mixer(n, self._x[call.number], self._move(call))
         if call.keep:
             self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.states[call.dst][n])
         return to_wire(part)
 
-    def _feed(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
+    def _run_ffn(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         x = self._x[call.number] = self._add(self._x[call.number], parts)
-        part = self.worker.feed(n, x, self._move(call))
-        if n + 1 == len(self.band.blocks) and self.band.heads.start > 0:
+        part = self.worker.run_ffn(n, x, self._move(call))
+        if n + 1 == len(self.shard.blocks) and self.shard.heads.start > 0:
             del self._x[call.number]  # the first band goes on with it
         return to_wire(part)
 
@@ -303,21 +304,21 @@ class BandActor:
             self.worker.free(number, n)
 
     def _move(self, call: Call) -> Move:
-        first, last = (self._upload(torch.tensor(each)) for each in (call.first, call.last))
-        return Move(call.src, call.dst, first, last, call.chunk_size)
+        start, end = (self._upload(torch.tensor(each)) for each in (call.start, call.end))
+        return Move(call.src, call.dst, start, end, call.chunk_size)
 
     def _result(self, call: Call, x: Tensor) -> tuple[Tensor, ...]:
-        if not self.last:
+        if not self.is_last:
             return (x,)
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (self._upload(torch.tensor(call.last)) - 1).clamp(min=0)]
+        hidden = x[rows, (self._upload(torch.tensor(call.end)) - 1).clamp(min=0)]
         if call.logits == "none":
             return (hidden,)
         return hidden, self.worker.logits(hidden if call.logits == "last" else x)
 
     def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
         wires = tuple(to_wire(x) for x in result)
-        return wires if self.last else wires[0]
+        return wires if self.is_last else wires[0]
 
     def _compute(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._threads()

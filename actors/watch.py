@@ -8,7 +8,7 @@ from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.metrics import GridMetrics
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.placement import END_S, Seat
-from xlstm_ray.actors.watchdog import Watchdog
+from xlstm_ray.actors.watchdog import NodeWatchdog
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Step
 
@@ -29,7 +29,7 @@ class Watch:
 
     def tile(self, step: Step, seconds: float, under_way: int) -> None:
         """Metrics after a step, and what the watchdogs have had to say since the last one; never waits for them."""
-        self.metrics.tile(int((step.last - step.first).sum()), seconds, under_way)
+        self.metrics.tile(int((step.end - step.start).sum()), seconds, under_way)
         for node, ref in list(self._reports.items()):
             ready, _ = self._ray.wait([ref], timeout=0)
             if not ready:
@@ -72,7 +72,7 @@ class Watch:
         for node in sorted(nodes):
             if node not in self._watchdogs:
                 self._watchdogs[node] = (
-                    self._ray.remote(num_cpus=0)(Watchdog)
+                    self._ray.remote(num_cpus=0)(NodeWatchdog)
                     .options(
                         name=f"xlstm-ray {o.run} watchdog {node[:8]}",
                         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),

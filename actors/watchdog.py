@@ -37,7 +37,7 @@ class Report(NamedTuple):
     events: list[Event]
 
 
-class Watchdog:
+class NodeWatchdog:
     """Looks every poll_s seconds until it is ended.
 
     limits: from the node's memory and an actor's device's (None without one of its own), in bytes. They bound each
@@ -54,7 +54,7 @@ class Watchdog:
         threading.Thread(target=self._loop, name="watchdog", daemon=True).start()
 
     def __repr__(self) -> str:
-        return f"Watchdog({self.node})"
+        return f"NodeWatchdog({self.node})"
 
     def watch(self, actors: dict[str, Any]) -> None:
         """The actors to look at from now on, by name, instead of those before."""

@@ -69,10 +69,10 @@ FAULTS = {
     "all killed as by ray stop --force": Fault(ALL, KILL, (4,)),
     "node's agent killed": Fault(("ray::DashboardAgent",), KILL, (0, 4)),  # the raylet goes with it
     "runtime environment's agent killed": Fault(("ray::RuntimeEnvAgent",), KILL, (0, 4)),
-    "an actor killed": Fault(("ray::BandActor",), KILL, (0,), once=True),
-    "an actor frozen": Fault(("ray::BandActor",), STOP, (0,), once=True),
-    "all actors killed": Fault(("ray::BandActor",), KILL, (0,)),
-    "watchdog killed": Fault(("ray::Watchdog",), KILL, (0,)),
+    "an actor killed": Fault(("ray::ShardActor",), KILL, (0,), once=True),
+    "an actor frozen": Fault(("ray::ShardActor",), STOP, (0,), once=True),
+    "all actors killed": Fault(("ray::ShardActor",), KILL, (0,)),
+    "watchdog killed": Fault(("ray::NodeWatchdog",), KILL, (0,)),
     "log monitor killed": Fault(("/log_monitor.py",), KILL, (0,), DASHBOARD),  # which a run without one does not have
     "client server killed": Fault(("ray.util.client.server",), KILL, (0,)),
     "autoscaler's monitor killed": Fault(("/_private/monitor.py",), KILL, (0,), DASHBOARD),

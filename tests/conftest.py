@@ -116,7 +116,7 @@ MARKED = {
         test_a_run_that_cannot_fit_is_refused_with_the_arithmetic_unless_forced
         test_the_computed_need_is_the_measured_peak_within_15_percent
         test_20_000_tokens_with_extreme_gates_equal_float64
-        test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same
+        test_any_numerics_and_rows_that_grow_from_state_to_state_give_the_same
         test_sampling_follows_the_probabilities_and_keeps_to_its_limits
         test_scoring_8k_tokens_of_a_50k_vocabulary_holds_a_piece
         test_each_option_reaches_the_answer
@@ -131,7 +131,7 @@ MARKED = {
         test_a_switch_of_a_file_can_be_undone_by_a_flag
         test_a_variable_that_is_not_ours_is_told_once
         test_a_python_program_is_told_of_each_variable_once
-        test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_grid
+        test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_sizes
         test_what_is_advised_makes_that_smaller_which_is_too_large
         test_a_save_that_fails_leaves_the_file_that_was_there_and_nothing_else
     """,

@@ -130,8 +130,8 @@ def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
         shown = explain(setup_of(**asked, **more))
         with load(**asked, **more) as lm:
             used = {name: shown[name][0] for name in ("workers", "tile_size", "chunk_size", "heads_per_band", "dtype")}
-            sizes = lm.grid.tile_size, lm.grid.chunk_size, lm.grid.heads_per_band
-            assert tuple(used.values()) == (lm.workers, *sizes, lm.grid.dtype)
+            sizes = lm.numerics.tile_size, lm.numerics.chunk_size, lm.numerics.heads_per_band
+            assert tuple(used.values()) == (lm.workers, *sizes, lm.numerics.dtype)
             assert shown["threads"][0] == max(1, torch.get_num_threads() // lm.workers)
     value, source = explain(setup_of(**asked))["workers"]
     assert (value, source) == (1, ("default", "one a band at most: 6, but 1 band(s)"))

@@ -21,7 +21,7 @@ from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
-from xlstm_ray.layout import Band, make_grid
+from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.model import EndWeights
 from xlstm_ray.plan import Picked, RunPlan, Search
 from xlstm_ray.runtime.blocks import Kernels
@@ -61,7 +61,7 @@ _FILE = TypeAdapter(dict[str, Remembered])
 
 def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Picked | None, str]:
     """What was not asked for, picked by measurement or from memory, and a line that says so. None: it is as planned."""
-    config, backend, grid, device = plan.config, plan.backend, plan.grid, plan.device
+    config, backend, numerics, device = plan.config, plan.backend, plan.numerics, plan.device
     loaded = plan.room.loaded
 
     def fits(choice: Choice) -> bool:
@@ -73,7 +73,7 @@ def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Pi
         return None, f"autoscale: {', '.join(names)} are all given, so there is nothing to pick"
     if len(config.slstm_at) == config.num_blocks:
         return None, "autoscale: all blocks are sLSTM, which run the same however they are cut; nothing was picked"
-    usual = Choice(tile_size=grid.tile_size, heads_per_band=grid.heads_per_band, workers=plan.workers)
+    usual = Choice(tile_size=numerics.tile_size, heads_per_band=numerics.heads_per_band, workers=plan.workers)
     fixed = {name: getattr(usual, name) for name in names if name not in free}
     key = "|".join(
         [
@@ -81,7 +81,7 @@ def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Pi
             _device_name(device),
             f"torch {torch.__version__}",
             f"xlstm-ray {__version__}",
-            f"{backend.kernel} {grid.dtype} chunks of {grid.chunk_size}",
+            f"{backend.kernel} {numerics.dtype} chunks of {numerics.chunk_size}",
             json.dumps(fixed),
         ]
     )
@@ -142,7 +142,7 @@ def _search(
     time_it(usual)
     # Steps are taken one after the other however long the tile is, and are slow uncompiled.
     if "tile_size" in free and plan.backend.kernel == "compiled_chunks":
-        chunk = plan.grid.chunk_size
+        chunk = plan.numerics.chunk_size
         chunks = usual.tile_size // chunk
         for n in (max(1, chunks // 2), chunks * 2):
             time_it(usual.model_copy(update={"tile_size": n * chunk}))
@@ -164,15 +164,15 @@ def _bands(best: Choice, free: Collection[str], config: ModelConfig) -> Iterator
 
 def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
     """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
-    config, backend, chunk, device, dtype = plan.config, plan.backend, plan.grid.chunk_size, plan.device, plan.dtype
+    config, backend, chunk, device, dtype = plan.config, plan.backend, plan.numerics.chunk_size, plan.device, plan.dtype
     n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
     kernels = Kernels(backend, t_inner=1, compiler=lambda fn, name: fn)
-    grid = make_grid(config, heads_per_band=choice.heads_per_band)
-    bands = [Band(range(n, n + 1), band.heads, band.ffn) for band in grid[0]]
-    workers = [build_worker(checkpoint, kernels, band, dtype=dtype, device=device) for band in bands]
+    layout = make_layout(config, heads_per_band=choice.heads_per_band)
+    shards = [Shard(range(n, n + 1), shard.heads, shard.ffn) for shard in layout[0]]
+    workers = [build_worker(checkpoint, kernels, shard, dtype=dtype, device=device) for shard in shards]
     for worker in workers:  # one token is enough
         worker.ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
-    executor = InProcessExecutor([workers], threads=choice.workers)
+    executor = InProcessExecutor([workers], band_threads=choice.workers)
     T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
     tokens = torch.zeros(1, T, dtype=torch.long)
     tile = Step(tokens, torch.zeros(1, dtype=torch.long), torch.full((1,), T), chunk)

@@ -23,7 +23,7 @@ from xlstm_ray import digests
 from xlstm_ray.config import ModelConfig, parse_json, read_json
 from xlstm_ray.errors import CheckpointError, one_line
 from xlstm_ray.files import MIB, is_lfs_pointer, lfs_advice
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SLSTM_GATES, expected_tensors, itemsize_of, projections
 
@@ -153,7 +153,7 @@ class Checkpoint:
             for name, (shape, dtype) in self._header.items()
         }
 
-    def load(self, band: Band, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
+    def load(self, shard: Shard, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
 
         Each file is opened for one tensor at a time, so that no more of it than that tensor is ever mapped. Digests are
@@ -161,30 +161,30 @@ class Checkpoint:
         """
         with ThreadPoolExecutor(1, "digests") as self._beside:
             try:
-                loaded = self._load(band, dtype, device)
+                loaded = self._load(shard, dtype, device)
                 self._settle()
             finally:
                 self._beside = None
         return loaded
 
-    def _load(self, band: Band, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
-        leads = band.heads.start == 0  # the first band adds what is not split: biases of sums, embedding, head
-        blocks = [self._block(n, band, dtype, device, leads) for n in band.blocks]
+    def _load(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
+        leads = shard.heads.start == 0  # the first band adds what is not split: biases of sums, embedding, head
+        blocks = [self._block(n, shard, dtype, device, leads) for n in shard.blocks]
         embedding = out_norm = head = None
-        last = leads and band.blocks.stop == self.config.num_blocks
+        last = leads and shard.blocks.stop == self.config.num_blocks
         tied = HEAD not in self._header
-        if leads and band.blocks.start == 0 or last and tied:
+        if leads and shard.blocks.start == 0 or last and tied:
             embedding = self._tensor(EMBEDDING, dtype, device)
         if last:
             head = embedding if tied else self._tensor(HEAD, dtype, device)
             out_norm = self._tensor(OUT_NORM, dtype, device) if OUT_NORM in self._header else None
         return blocks, EndWeights(embedding, out_norm, head)
 
-    def _block(self, n: int, band: Band, dtype: torch.dtype, device: torch.device, leads: bool) -> Weights:
+    def _block(self, n: int, shard: Shard, dtype: torch.dtype, device: torch.device, leads: bool) -> Weights:
         config, at, table = self.config, f"backbone.blocks.{n}.", projections(self.config)
-        qk = slice(band.heads.start * config.dhqk, band.heads.stop * config.dhqk)
-        v = slice(band.heads.start * config.dhhv, band.heads.stop * config.dhhv)
-        nh, ffn = slice(band.heads.start, band.heads.stop), slice(band.ffn.start, band.ffn.stop)
+        qk = slice(shard.heads.start * config.dhqk, shard.heads.stop * config.dhqk)
+        v = slice(shard.heads.start * config.dhhv, shard.heads.stop * config.dhhv)
+        nh, ffn = slice(shard.heads.start, shard.heads.stop), slice(shard.ffn.start, shard.ffn.stop)
         band_rows = {"q": qk, "k": qk, "v": v, "o": v, "i": nh, "f": nh, "gate": ffn, "up": ffn}
 
         def stack(parts: str, kind: str, to: torch.dtype) -> Tensor:
@@ -212,9 +212,9 @@ class Checkpoint:
             return one(name, *where) if config.use_bias and when else None
 
         everything = slice(None)
-        feed: dict[str, Any] = {
-            "feed_norm": one("norm_ffn.weight"),
-            "feed_norm_bias": maybe("norm_ffn.bias"),
+        ffn_weights: dict[str, Any] = {
+            "ffn_norm": one("norm_ffn.weight"),
+            "ffn_norm_bias": maybe("norm_ffn.bias"),
             "up": stack("gate up", "weight", dtype),
             "up_bias": bias("gate up"),
             "down": one("ffn.proj_down.weight", everything, ffn),
@@ -226,22 +226,22 @@ class Checkpoint:
             def exact(name: str, *where: slice) -> Tensor:
                 return self._tensor(f"{at}slstm_layer.{name}", torch.float32, device, *where)
 
-            gates = torch.empty(len(band.heads), 4, dh, dh, device=device)
+            gates = torch.empty(len(shard.heads), 4, dh, dh, device=device)
             for gate, name in enumerate(SLSTM_GATES):
                 gates[:, gate] = exact(f"{name}.weight", nh)
             return SlstmWeights(
-                mix_norm=one("norm_slstm.weight"),
-                mix_norm_bias=maybe("norm_slstm.bias"),
+                mixer_norm=one("norm_slstm.weight"),
+                mixer_norm_bias=maybe("norm_slstm.bias"),
                 gates=gates.flatten(1, 2),
                 recurrent=exact("slstm_cell._recurrent_kernel_", nh),
                 gates_bias=exact("slstm_cell._bias_", slice(4 * dh * nh.start, 4 * dh * nh.stop)).view(-1, 4 * dh),
                 head_norm=1 + exact("group_norm.weight", slice(dh * nh.start, dh * nh.stop)),
                 channel=torch.tensor(dh * nh.start, device=device),
-                **feed,
+                **ffn_weights,
             )
         return BlockWeights(
-            mix_norm=one("norm_mlstm.weight"),
-            mix_norm_bias=maybe("norm_mlstm.bias"),
+            mixer_norm=one("norm_mlstm.weight"),
+            mixer_norm_bias=maybe("norm_mlstm.bias"),
             qkvo=stack("q k v o", "weight", dtype),
             qkvo_bias=bias("q k v o"),
             gates=stack("i f", "weight", torch.float32),
@@ -250,7 +250,7 @@ class Checkpoint:
             head_norm_bias=maybe("mlstm_layer.multihead_norm.bias", v),
             out=one("mlstm_layer.out_proj.weight", everything, v),
             out_bias=maybe("mlstm_layer.out_proj.bias", when=leads),
-            **feed,
+            **ffn_weights,
         )
 
     def _tensor(self, name: str, dtype: torch.dtype, device: torch.device, *where: slice) -> Tensor:

@@ -226,7 +226,7 @@ def _refuse_folders(settings: Settings, mode: Mode) -> None:
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
-class GridSizes(NamedTuple):
+class RunSizes(NamedTuple):
     """Tokens a tile and a chunk, heads a band."""
 
     tile: int
@@ -234,7 +234,7 @@ class GridSizes(NamedTuple):
     heads: int
 
 
-def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> GridSizes:
+def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> RunSizes:
     """What was asked, else the defaults of that kind of device."""
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and kind == "cuda" and settings.dtype != "float32":
@@ -258,7 +258,7 @@ def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> GridSize
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
-    return GridSizes(tile, chunk, heads)
+    return RunSizes(tile, chunk, heads)
 
 
 WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory

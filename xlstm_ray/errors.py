@@ -33,7 +33,7 @@ class DownloadError(XlstmRayError):
 
 
 class StateError(XlstmRayError):
-    """A saved state is damaged, or belongs to another model, grid or prompt."""
+    """A saved state is damaged, or belongs to another model or prompt, or was made with other numerics."""
 
 
 class OutputError(XlstmRayError):

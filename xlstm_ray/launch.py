@@ -124,8 +124,8 @@ class Running:
             compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches),
         )
         build = partial(build_worker, checkpoint, kernels, dtype=plan.dtype, device=plan.device)
-        stages = [[build(shard) for shard in bands] for bands in plan.layout]
-        return InProcessExecutor(stages, threads=plan.workers, streams=plan.streams, cores=plan.threads)
+        stages = [[build(shard) for shard in shards] for shards in plan.layout]
+        return InProcessExecutor(stages, band_threads=plan.workers, streams=plan.streams, torch_threads=plan.threads)
 
     def _start_head(self, plan: RunPlan) -> ModuleType:
         """A head of ours, connected."""

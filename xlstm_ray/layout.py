@@ -10,8 +10,8 @@ from xlstm_ray.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Band:
-    """Where a worker stands in the grid: its blocks, its heads, its share of the feed-forward's columns."""
+class Shard:
+    """What one worker has of the model: blocks, heads, and columns of the feed-forward."""
 
     blocks: range
     heads: range
@@ -24,7 +24,7 @@ def partition(count: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def make_grid(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Band]]:
+def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Shard]]:
     """[stage][band]: every block and head once. The last band may have fewer heads."""
     starts = range(0, config.num_heads, heads_per_band)
     heads = [range(a, min(a + heads_per_band, config.num_heads)) for a in starts]
@@ -32,7 +32,8 @@ def make_grid(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> l
         range(config.ffn_dim * r.start // config.num_heads, config.ffn_dim * r.stop // config.num_heads) for r in heads
     ]
     return [
-        [Band(blocks, h, f) for h, f in zip(heads, ffn, strict=True)] for blocks in partition(config.num_blocks, stages)
+        [Shard(blocks, h, f) for h, f in zip(heads, ffn, strict=True)]
+        for blocks in partition(config.num_blocks, stages)
     ]
 
 

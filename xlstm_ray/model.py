@@ -1,6 +1,6 @@
-"""xLSTM-Large, top to bottom: norms, mLSTM and sLSTM layers, the feed-forward, and the Worker of one (stage, band).
+"""xLSTM-Large, top to bottom: norms, mLSTM and sLSTM layers, the feed-forward, logits.
 
-A block: x += mLSTM(norm(x)), or sLSTM; x += feed_forward(norm(x)). A head band holds a contiguous range of heads, with
+A block: x += mixer(norm(x)), an mLSTM or sLSTM; x += ffn(norm(x)). A head band holds a contiguous range of heads, with
 their rows of q, k, v, gates and output gate and their columns of the output projection, and a share of the
 feed-forward's columns; its two halves of a block return partial sums, which add up over the bands.
 
@@ -28,8 +28,8 @@ FEW_ROWS = 8  # up to so many rows the compiled product is the faster one
 class BlockWeights(NamedTuple):
     """An mLSTM block's weights, sliced to a band. Biases are None where the model has none."""
 
-    mix_norm: Tensor  # (D,)
-    mix_norm_bias: Tensor | None
+    mixer_norm: Tensor  # (D,)
+    mixer_norm_bias: Tensor | None
     qkvo: Tensor  # (2 nh K + 2 nh V, D): the rows of q, k, v and the output gate, one matrix product
     qkvo_bias: Tensor | None
     gates: Tensor  # (2 nh, D) float32: the rows of i and f; small, and exp() follows, so kept exact
@@ -38,8 +38,8 @@ class BlockWeights(NamedTuple):
     head_norm_bias: Tensor | None
     out: Tensor  # (D, nh V)
     out_bias: Tensor | None  # only in the first band: partial sums add up
-    feed_norm: Tensor  # (D,)
-    feed_norm_bias: Tensor | None
+    ffn_norm: Tensor  # (D,)
+    ffn_norm_bias: Tensor | None
     up: Tensor  # (2 F, D): the rows of the gate, then of the up projection
     up_bias: Tensor | None
     down: Tensor  # (D, F)
@@ -49,15 +49,15 @@ class BlockWeights(NamedTuple):
 class SlstmWeights(NamedTuple):
     """An sLSTM block's weights, sliced to a band. There is no output projection: a head's output is its channels'."""
 
-    mix_norm: Tensor  # (D,)
-    mix_norm_bias: Tensor | None
+    mixer_norm: Tensor  # (D,)
+    mixer_norm_bias: Tensor | None
     gates: Tensor  # (nh, 4 DH, DH) float32: the rows of i, f, z and o of each head, which sees its own channels only
     recurrent: Tensor  # (nh, DH, 4 DH) float32: what a head's last output adds to its gates
     gates_bias: Tensor  # (nh, 4 DH) float32
     head_norm: Tensor  # (nh DH,) float32
     channel: Tensor  # () int64: where the band's channels begin; a tensor, so that bands of one size share their code
-    feed_norm: Tensor  # (D,) from here on as in BlockWeights
-    feed_norm_bias: Tensor | None
+    ffn_norm: Tensor  # (D,) from here on as in BlockWeights
+    ffn_norm_bias: Tensor | None
     up: Tensor  # (2 F, D)
     up_bias: Tensor | None
     down: Tensor  # (D, F)
@@ -98,7 +98,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32; in float64 where a reference is computed in that."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -127,40 +127,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square; statistics in float32, result in float32."""
-    x = wide(x)
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * wide(weight)
-    return x if bias is None else x + wide(bias)
+    x = upcast(x)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * upcast(weight)
+    return x if bias is None else x + upcast(bias)
 
 
 def head_norm(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each head on its own: h (B, T, nh, V) -> (B, T, nh V), float32."""
     # Not F.layer_norm: of its variance Inductor on Metal makes a kernel in which each thread reads the whole row.
-    h = wide(h)
+    h = upcast(h)
     h = h - h.mean(-1, keepdim=True)
-    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * wide(weight)
-    return h if bias is None else h + wide(bias)
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * upcast(weight)
+    return h if bias is None else h + upcast(bias)
 
 
-def is_token(T: int, first: Tensor, last: Tensor) -> Tensor:
-    """(B, 1, T) bool: row b's tokens are those with first <= t < last; the others are padding."""
-    t = torch.arange(T, device=first.device)
-    return ((t >= first.unsqueeze(-1)) & (t < last.unsqueeze(-1))).unsqueeze(1)
+def is_token(T: int, start: Tensor, end: Tensor) -> Tensor:
+    """(B, 1, T) bool: row b's tokens are those with start <= t < end; the others are padding."""
+    t = torch.arange(T, device=start.device)
+    return ((t >= start.unsqueeze(-1)) & (t < end.unsqueeze(-1))).unsqueeze(1)
 
 
-def mix_in(
-    x: Tensor, w: BlockWeights, first: Tensor, last: Tensor, s: BandShape
+def mlstm_in(
+    x: Tensor, w: BlockWeights, start: Tensor, end: Tensor, s: BandShape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Norm and projections: x (B, T, D) -> q, k (B, nh, T, K), v (B, nh, T, V), o (B, T, nh V), i, f (B, nh, T).
 
-    first, last (B,) int64: row b's tokens are those with first <= t < last; the others are padding, which must leave
+    start, end (B,) int64: row b's tokens are those with start <= t < end; the others are padding, which must leave
     the state untouched.
     """
     B, T, _ = x.shape
-    y = rms_norm(x, w.mix_norm, w.mix_norm_bias, s.norm_eps)
+    y = rms_norm(x, w.mixer_norm, w.mixer_norm_bias, s.norm_eps)
     qkvo = linear(y.to(x.dtype), w.qkvo, w.qkvo_bias)
     q, k, v, o = qkvo.split([s.heads * s.dhqk, s.heads * s.dhqk, s.heads * s.dhhv, s.heads * s.dhhv], -1)
     i, f = soft_cap(F.linear(y, w.gates, w.gates_bias), s.gate_soft_cap).transpose(1, 2).split(s.heads, 1)
-    token = is_token(T, first, last)
+    token = is_token(T, start, end)
     i, f = torch.where(token, i, PAD_I), torch.where(token, f, PAD_F)
     q = q.view(B, T, s.heads, s.dhqk).transpose(1, 2)
     k = k.view(B, T, s.heads, s.dhqk).transpose(1, 2)
@@ -168,21 +168,21 @@ def mix_in(
     return q, k, v, o, i, f
 
 
-def mix_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
+def mlstm_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
     """h (B, nh, T, V), output gate o (B, T, nh V) -> this band's share of the layer's output (B, T, D)."""
     y = head_norm(h.transpose(1, 2), w.head_norm, w.head_norm_bias, s.norm_eps)
-    return linear((y * torch.sigmoid(wide(o))).to(o.dtype), w.out, w.out_bias)
+    return linear((y * torch.sigmoid(upcast(o))).to(o.dtype), w.out, w.out_bias)
 
 
-def slstm_in(x: Tensor, w: SlstmWeights, first: Tensor, last: Tensor, s: BandShape) -> tuple[Tensor, Tensor]:
+def slstm_in(x: Tensor, w: SlstmWeights, start: Tensor, end: Tensor, s: BandShape) -> tuple[Tensor, Tensor]:
     """Norm and gate projections: x (B, T, D) -> gates (B, nh, T, 4, DH) float32, which of them are tokens (B, 1, T)."""
     B, T, D = x.shape
-    y = rms_norm(x, w.mix_norm, w.mix_norm_bias, s.norm_eps)
+    y = rms_norm(x, w.mixer_norm, w.mixer_norm_bias, s.norm_eps)
     if s.heads * s.dh < D:
         y = y.index_select(-1, w.channel + torch.arange(s.heads * s.dh, device=x.device))
     y = y.view(B * T, s.heads, s.dh).transpose(0, 1)
     gates = torch.bmm(y, w.gates.transpose(1, 2)) + w.gates_bias.unsqueeze(1)
-    return gates.view(s.heads, B, T, 4, s.dh).transpose(0, 1), is_token(T, first, last)
+    return gates.view(s.heads, B, T, 4, s.dh).transpose(0, 1), is_token(T, start, end)
 
 
 def slstm_out(h: Tensor, w: SlstmWeights, like: Tensor, s: BandShape) -> Tensor:
@@ -195,39 +195,39 @@ def slstm_out(h: Tensor, w: SlstmWeights, like: Tensor, s: BandShape) -> Tensor:
     return y
 
 
-def feed(x: Tensor, w: Weights, s: BandShape) -> Tensor:
+def ffn(x: Tensor, w: Weights, s: BandShape) -> Tensor:
     """Gated feed-forward of x (B, T, D): this band's share of its output (B, T, D)."""
-    y = rms_norm(x, w.feed_norm, w.feed_norm_bias, s.norm_eps).to(x.dtype)
+    y = rms_norm(x, w.ffn_norm, w.ffn_norm_bias, s.norm_eps).to(x.dtype)
     gate, up = linear(y, w.up, w.up_bias).chunk(2, -1)
-    return linear((F.silu(wide(gate)) * wide(up)).to(x.dtype), w.down, w.down_bias)
+    return linear((F.silu(upcast(gate)) * upcast(up)).to(x.dtype), w.down, w.down_bias)
 
 
-def mix(
-    x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor, s: BandShape, cell: Cell
+def mlstm_mixer(
+    x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor, s: BandShape, cell: Cell
 ) -> tuple[Tensor, State]:
-    """The mLSTM half of a block: this band's share of its output (B, T, D), and its heads' new state."""
-    q, k, v, o, i, f = mix_in(x, w, first, last, s)
+    """The mLSTM half of a block: this band's share of its output (B, T, D), and the new state of its heads."""
+    q, k, v, o, i, f = mlstm_in(x, w, start, end, s)
     h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
-    return mix_out(h, o, w, s), state
+    return mlstm_out(h, o, w, s), state
 
 
-def slstm_mix(
-    x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor, s: BandShape, cell: SlstmCell
+def slstm_mixer(
+    x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor, s: BandShape, cell: SlstmCell
 ) -> tuple[Tensor, SlstmState]:
-    """The sLSTM half of a block: this band's share of its output (B, T, D), and its heads' new state."""
-    gates, token = slstm_in(x, w, first, last, s)
+    """The sLSTM half of a block: this band's share of its output (B, T, D), and the new state of its heads."""
+    gates, token = slstm_in(x, w, start, end, s)
     h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
     return slstm_out(h, w, x, s), state
 
 
-def whole_block(mix: Callable[..., tuple[Tensor, AnyState]], feed: Callable[..., Tensor]) -> Callable:
-    """A block's two halves one after the other, where one band has all heads: (x, w, state, first, last) -> the new
-    residual stream (B, T, D) and state. mix: takes the same; feed: (x, w)."""
+def whole_block(mixer: Callable[..., tuple[Tensor, AnyState]], ffn: Callable[..., Tensor]) -> Callable:
+    """A block's two halves one after the other, where one band has all heads: (x, w, state, start, end) -> the new
+    residual stream (B, T, D) and state. mixer: takes the same arguments; ffn: (x, w)."""
 
-    def block(x: Tensor, w: Weights, state: AnyState, first: Tensor, last: Tensor) -> tuple[Tensor, AnyState]:
-        y, state = mix(x, w, state, first, last)
+    def block(x: Tensor, w: Weights, state: AnyState, start: Tensor, end: Tensor) -> tuple[Tensor, AnyState]:
+        y, state = mixer(x, w, state, start, end)
         x = x + y
-        return x + feed(x, w), state
+        return x + ffn(x, w), state
 
     return block
 

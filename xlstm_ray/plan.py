@@ -13,7 +13,7 @@ from xlstm_ray.choose import (
     AskedLimits,
     Cluster,
     Dtype,
-    GridSizes,
+    RunSizes,
     Setup,
     choose_actors,
     choose_device,
@@ -30,13 +30,13 @@ from xlstm_ray.choose import (
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import Fit
-from xlstm_ray.layout import Band, make_grid
+from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
 from xlstm_ray.memory.room import Room
 from xlstm_ray.memory.sample import device_total_bytes, take_sample
 from xlstm_ray.memory.watchdog import Limits
 from xlstm_ray.settings import Settings, Source, table
-from xlstm_ray.state import Grid
+from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
@@ -85,8 +85,8 @@ class RunPlan:
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str | None  # where it was measured
-    grid: Grid
-    layout: list[list[Band]]  # [stage][band]
+    numerics: Numerics
+    layout: list[list[Shard]]  # [stage][band]
     workers: int  # threads that work on bands
     streams: int  # on cuda, that they share
     threads: int | None  # of torch's own, a worker; None: what there is, shared out
@@ -143,7 +143,7 @@ def choose_plan(
         settings = settings.model_copy(update={**picked.values, "sources": sources})
     device = choose_device(settings, cluster)
     sizes = choose_sizes(settings, config, device.type)
-    layout = make_grid(config, heads_per_band=sizes.heads, stages=settings.stages)
+    layout = make_layout(config, heads_per_band=sizes.heads, stages=settings.stages)
     workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)
     actors = len(layout) * len(layout[0])
     head, local = choose_head(settings, mode, actors, device), mode is Mode.LOCAL
@@ -196,7 +196,7 @@ def choose_plan(
         device,
         dtype=found.dtype,
         dtype_reason=found.reason,
-        grid=Grid(
+        numerics=Numerics(
             kernel=backend.kernel,
             tile_size=sizes.tile,
             chunk_size=sizes.chunk,
@@ -232,7 +232,7 @@ class OnPaper(NamedTuple):
     checkpoint: Checkpoint | None  # None: only config.json is there
     stored: torch.dtype  # of the weights, or what it would be
     dtype: torch.dtype
-    sizes: GridSizes
+    sizes: RunSizes
     tile_asked: bool  # so that no other one is tried
     workers: int
     share: float  # of the device's memory, that may be used
@@ -274,7 +274,7 @@ def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
     plan = choose_plan(setup, checkpoint, cluster=cluster)
     values = {name: (getattr(settings, name), settings.source(name)) for name in table()}
     values["model"] = plan.model, settings.source("model")
-    chosen = plan.grid.model_dump() | {"chunkwise_backend": plan.backend.name}
+    chosen = plan.numerics.model_dump() | {"chunkwise_backend": plan.backend.name}
     from_model = {"chunkwise_backend": plan.backend.name == own_backend(plan.config), "chunk_size": True}
     for name in ("chunkwise_backend", "tile_size", "chunk_size", "heads_per_band"):
         source = values[name][1]
@@ -289,7 +289,7 @@ def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
         values["device"] = plan.device.type, values["device"][1]
     if settings.dtype == "auto" and not setup.head:
         source = Source("measured", plan.dtype_reason) if plan.dtype_reason else values["dtype"][1]
-        values["dtype"] = plan.grid.dtype, source
+        values["dtype"] = plan.numerics.dtype, source
     for name, (value, reason) in _used(settings, plan, known=setup.head is None).items():
         kind, where = settings.source(name)
         values[name] = value, Source(kind, f"{where}; {reason}" if where else reason)

@@ -19,16 +19,16 @@ from xlstm_ray.files import STATE, require_replaceable, write_whole
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.text.history import EMPTY_PROMPT, Row, TokenTrail, extend_prompt_hash
 
-__all__ = ["EMPTY_PROMPT", "FORMAT", "Grid", "RecurrentState", "extend_prompt_hash"]
+__all__ = ["EMPTY_PROMPT", "FORMAT", "Numerics", "RecurrentState", "extend_prompt_hash"]
 
 SAMPLED = "xlstm-ray state 1"  # told models apart by a sample of their weights
 
-FORMAT = "xlstm-ray state 4"
+FORMAT = "xlstm-ray state 5"
 KEPT = 4  # states of interrupted runs, one a model
 
 
-class Grid(BaseModel):
-    """What decides the bits of a result, beside model and prompt: on the same grid the same prompt gives the same."""
+class Numerics(BaseModel):
+    """What decides the bits of a result beside model and prompt: the same numerics give a prompt the same bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -37,14 +37,14 @@ class Grid(BaseModel):
     chunk_size: Annotated[int, Field(gt=0, le=1 << 16)]
     heads_per_band: Annotated[int, Field(gt=0)]
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")]
-    mixed: bool = False  # part of the prompt went through other sizes or another grid: the bits are this run's own
+    mixed: bool = False  # part of the prompt was computed with other sizes or numerics: the bits are this run's own
 
-    def goes_on_as(self, other: "Grid") -> bool:
-        """Whether a state of this grid goes on there as it was begun: the same grid, or sizes that are mixed anyway."""
+    def goes_on_as(self, other: "Numerics") -> bool:
+        """Whether a state of these numerics can go on with `other`: they are equal, or its sizes are mixed already."""
         sizes = {"tile_size": other.tile_size, "chunk_size": other.chunk_size, "mixed": other.mixed}
         return (self.model_copy(update=sizes) if self.mixed else self) == other
 
-    def differences(self, other: "Grid") -> str:
+    def differences(self, other: "Numerics") -> str:
         """`name mine, not theirs` for every field that differs."""
         names = [name for name in type(self).model_fields if name != "mixed"]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
@@ -56,7 +56,7 @@ class _Metadata(BaseModel):
 
     format: str
     model: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    grid: Grid
+    numerics: Numerics
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 16)]
     prompt_hash: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
     rows: list[Row]
@@ -95,7 +95,7 @@ class RecurrentState:
         tokens: Sequence[int],
         prompt_hash: Sequence[str],
         model: str,
-        grid: Grid,
+        numerics: Numerics,
         complete: bool,
         begun: Sequence[int] | None = None,
         rows: Sequence[Row] | None = None,
@@ -109,7 +109,7 @@ class RecurrentState:
             known = zip(self.tokens, self.prompt_hash, strict=True)
             rows = [Row(tokens=TokenTrail(length=n, hash=h, step=max(n, 1))) for n, h in known]
         self.rows, self.sampling = list(rows), sampling
-        self.model, self.grid, self.complete, self.name = model, grid, complete, name
+        self.model, self.numerics, self.complete, self.name = model, numerics, complete, name
         self.begun = None if begun is None else list(begun)
 
     @property
@@ -154,7 +154,7 @@ class RecurrentState:
             tokens=[self.tokens[b] for b in rows],
             prompt_hash=[self.prompt_hash[b] for b in rows],
             model=self.model,
-            grid=self.grid,
+            numerics=self.numerics,
             complete=self.complete,
             begun=None if self.begun is None else [self.begun[b] for b in rows],
             rows=[self.rows[b] for b in rows],
@@ -180,7 +180,7 @@ class RecurrentState:
         metadata = _Metadata(
             format=FORMAT,
             model=self.model,
-            grid=self.grid,
+            numerics=self.numerics,
             tokens=self.tokens,
             prompt_hash=self.prompt_hash,
             rows=self.rows,
@@ -266,7 +266,7 @@ class RecurrentState:
             tokens=metadata.tokens,
             prompt_hash=metadata.prompt_hash,
             model=metadata.model,
-            grid=metadata.grid,
+            numerics=metadata.numerics,
             complete=metadata.complete,
             begun=metadata.begun,
             rows=metadata.rows,

@@ -16,8 +16,8 @@ from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.native import State
-from xlstm_ray.layout import make_grid
-from xlstm_ray.model import BandShape, BlockWeights, EndWeights, feed, logits, mix, whole_block
+from xlstm_ray.layout import make_layout
+from xlstm_ray.model import BandShape, BlockWeights, EndWeights, ffn, logits, mlstm_mixer, whole_block
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM
 
 
@@ -38,8 +38,8 @@ class Model:
             at, layer = f"backbone.blocks.{n}.", "mlstm_layer."
             w = {name.removeprefix(at): tensor for name, tensor in stored.items() if name.startswith(at)}
             return BlockWeights(
-                mix_norm=w["norm_mlstm.weight"].to(dtype),
-                mix_norm_bias=None,
+                mixer_norm=w["norm_mlstm.weight"].to(dtype),
+                mixer_norm_bias=None,
                 qkvo=torch.cat([w[f"{layer}{part}.weight"] for part in ("q", "k", "v", "ogate_preact")]).to(dtype),
                 qkvo_bias=None,
                 gates=torch.cat([w[f"{layer}{part}gate_preact.weight"] for part in "if"]).float(),
@@ -48,8 +48,8 @@ class Model:
                 head_norm_bias=None,
                 out=w[f"{layer}out_proj.weight"].to(dtype),
                 out_bias=None,
-                feed_norm=w["norm_ffn.weight"].to(dtype),
-                feed_norm_bias=None,
+                ffn_norm=w["norm_ffn.weight"].to(dtype),
+                ffn_norm_bias=None,
                 up=torch.cat([w["ffn.proj_up_gate.weight"], w["ffn.proj_up.weight"]]).to(dtype),
                 up_bias=None,
                 down=w["ffn.proj_down.weight"].to(dtype),
@@ -62,8 +62,8 @@ class Model:
     @classmethod
     def read(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> "Model":
         config = ModelConfig.from_file(folder / "config.json")
-        [[band]] = make_grid(config, heads_per_band=config.num_heads)
-        return cls(config, *Checkpoint(folder, config).load(band, dtype=dtype, device=device))
+        [[shard]] = make_layout(config, heads_per_band=config.num_heads)
+        return cls(config, *Checkpoint(folder, config).load(shard, dtype=dtype, device=device))
 
     def fresh_state(self, batch: int) -> list[State]:
         c, device = self.config, self.blocks[0].qkvo.device
@@ -82,15 +82,15 @@ class Model:
         cell = partial(mlstm_chunkwise, chunk_size=chunk)
         shape = BandShape.of(self.config, self.config.num_heads)
         block = whole_block(
-            lambda x, w, state, first, last: mix(x, w, state, first, last, shape, cell),
-            lambda x, w: feed(x, w, shape),
+            lambda x, w, state, start, end: mlstm_mixer(x, w, state, start, end, shape, cell),
+            lambda x, w: ffn(x, w, shape),
         )
-        first = torch.zeros(B, dtype=torch.int64, device=tokens.device)
-        last = torch.full_like(first, T) if lengths is None else lengths
+        start = torch.zeros(B, dtype=torch.int64, device=tokens.device)
+        end = torch.full_like(start, T) if lengths is None else lengths
         x = F.embedding(F.pad(tokens, (0, -T % chunk)), self.ends.embedding)
         after = []
         for weights, before in zip(self.blocks, state or self.fresh_state(B), strict=True):
-            y, new = block(x, weights, before, first, last)
+            y, new = block(x, weights, before, start, end)
             x = x + F.dropout(y - x, drop) if drop else y
             after.append(new)
         return x[:, :T], after

@@ -17,11 +17,11 @@ from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, sc
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
-from xlstm_ray.actors.shard import BandActor, WorkerSpec
+from xlstm_ray.actors.shard import ShardActor, WorkerSpec
 from xlstm_ray.choose import share_of_cpus
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.supervisor.records import Head
 
 __all__ = ["head", "home", "in_process", "model", "models"]
@@ -107,7 +107,7 @@ def test_an_actor_refuses_another_model_than_the_drivers(model):
     config = ModelConfig.from_file(model / "config.json")
     spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
     with pytest.raises(CheckpointError, match="has another model there than the driver"):
-        BandActor(spec, Band(range(3), range(4), range(10)), "a", alone=True).load()
+        ShardActor(spec, Shard(range(3), range(4), range(10)), "a", one_band=True).load()
 
 
 # -- on a head ---------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
 def test_actors_are_gone_when_a_run_has_ended(grid, head):
     titles = [" ".join(p.cmdline()) for p in psutil.process_iter() if os.getsid(p.pid) == head.pid]
     assert titles
-    assert not [title for title in titles if "BandActor" in title or "Watchdog" in title]
+    assert not [title for title in titles if "ShardActor" in title or "Watchdog" in title]
 
 
 @pytest.mark.parametrize(

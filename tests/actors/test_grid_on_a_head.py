@@ -37,9 +37,9 @@ def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home,
 
         class Stopped(grid.Placement):
             stop = True
-            def __init__(self, link, spec, bands, options):
+            def __init__(self, link, spec, layout, options):
                 options = dataclasses.replace(options, load_timeout_s=4.0, answer_timeout_s=2.0)
-                super().__init__(link, spec, bands, options)
+                super().__init__(link, spec, layout, options)
             def each(self, seats, method, *args):
                 if method == "load" and self.stop:
                     stopped.append(seats[-1].process)

@@ -33,7 +33,7 @@ from xlstm_ray import RecurrentState
 from xlstm_ray.checkpoint import INDEX_FILE, SINGLE_FILE
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, ConfigError, StateError, UsageError, XlstmRayError
-from xlstm_ray.state import Grid
+from xlstm_ray.state import Numerics
 
 CONFIG, TOKENIZER, STATE = "config.json", "tokenizer.json", "prompt.state"
 PROMPT = "Of cabbages and kings: \u00e9\u8a9e."
@@ -971,7 +971,7 @@ def test_a_flipped_bit_anywhere_in_a_state_is_found(region, saved, state):
 
 def assert_same_state(found: RecurrentState, state: RecurrentState) -> None:
     assert found.digest() == state.digest()
-    for name in ("tokens", "prompt_hash", "model", "grid", "complete"):
+    for name in ("tokens", "prompt_hash", "model", "numerics", "complete"):
         assert getattr(found, name) == getattr(state, name)
     assert found.tensors.keys() == state.tensors.keys()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in state.tensors.items())
@@ -1017,7 +1017,7 @@ def forge(path: Path, tensors: dict[str, Tensor], text: str) -> None:
 METADATA: dict[str, Any] = {
     "format": ["xlstm-ray state 2", "", None, 1],
     "model": ["", "0" * 31, "x" * 32, "0" * 32 + "\n", None, 7],
-    "grid": [None, {}, [], "native", {"kernel": "native"}],
+    "numerics": [None, {}, [], "native", {"kernel": "native"}],
     "tokens": [None, [], 5, ["5"], [5.0], [-1], [True], [5, 5], [10**30], "5"],
     "prompt_hash": [None, [], "0" * 32, ["0" * 31], [0], ["0" * 32], ["0" * 32] * 2],
     "complete": [None, 0, 1, "true"],
@@ -1035,7 +1035,7 @@ def test_a_states_metadata_is_checked_though_its_check_sum_is_right(key, n, save
     check_message(caught.value, str(saved))
 
 
-GRIDS: dict[str, Any] = {
+NUMERICS: dict[str, Any] = {
     "kernel": ["metal", "", None, "native\n"],
     "tile_size": [0, -1, 1 << 40, "32", 32.0, None, True],
     "chunk_size": [0, 1 << 40, "16"],
@@ -1045,14 +1045,14 @@ GRIDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("key", "n"), [(key, n) for key, values in GRIDS.items() for n in range(len(values))])
-def test_a_states_grid_is_checked_though_its_check_sum_is_right(key, n, saved, state):
+@pytest.mark.parametrize(("key", "n"), [(key, n) for key, values in NUMERICS.items() for n in range(len(values))])
+def test_a_states_numerics_are_checked_though_their_check_sum_is_right(key, n, saved, state):
     data = metadata_of(saved)
-    data["grid"][key] = GRIDS[key][n]
+    data["numerics"][key] = NUMERICS[key][n]
     forge(saved, state.tensors, json.dumps(data))
     with pytest.raises(StateError) as caught:
         RecurrentState.load(saved)
-    check_message(caught.value, str(saved), "grid")
+    check_message(caught.value, str(saved), "numerics")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "NaN", "[" * 100_000, '{"format": 1e999}', "\ud800"])
@@ -1101,7 +1101,7 @@ def test_a_states_tensors_are_checked_though_its_digest_is_right(name, saved, st
     TENSORS[name](tensors)
     digest = ""
     if all(t.ndim for t in tensors.values()):
-        fields = {key: getattr(state, key) for key in ("tokens", "prompt_hash", "model", "grid", "complete")}
+        fields = {key: getattr(state, key) for key in ("tokens", "prompt_hash", "model", "numerics", "complete")}
         digest = RecurrentState(tensors, **fields).digest()
     forge(saved, tensors, json.dumps({**metadata_of(saved), "digest": digest or "0" * 64}))
     with pytest.raises(StateError) as caught:
@@ -1119,13 +1119,13 @@ def test_a_state_of_another_model_is_refused(saved, models):
 
 
 @pytest.mark.parametrize("option", [{"tile_size": 32}, {"chunk_size": 8}, {"heads_per_band": 1}, {"dtype": "bfloat16"}])
-def test_a_state_of_another_grid_is_refused(option, saved, models):
+def test_a_state_of_other_numerics_is_refused(option, saved, models):
     options = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 64, **option}
     other = xlstm_ray.load(models["single"], **options)
     with pytest.raises(StateError) as caught:
         other.prefill(PROMPT + " More.", state=RecurrentState.load(saved))
     (name, value), *_ = option.items()
-    check_message(caught.value, str(saved), "another grid", name, str(value))
+    check_message(caught.value, str(saved), "other numerics", name, str(value))
 
 
 @pytest.mark.parametrize(
@@ -1209,7 +1209,7 @@ def test_prompts_that_are_none(prompt, lm):
     check_message(caught.value)
 
 
-def test_a_grid_of_odd_values_is_named():
-    mine = Grid(kernel="native", tile_size=32, chunk_size=16, heads_per_band=2, dtype="float32")
+def test_numerics_of_odd_values_are_named():
+    mine = Numerics(kernel="native", tile_size=32, chunk_size=16, heads_per_band=2, dtype="float32")
     other = mine.model_copy(update={"tile_size": 64, "dtype": "bfloat16"})
     assert mine.differences(other) == "tile_size 32, not 64; dtype float32, not bfloat16"

@@ -737,9 +737,9 @@ def test_generate_goes_on_from_its_own_state(run, options, tmp_path):
 # -- states ------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def state(run: Callable[..., Ran], options: tuple[str, ...], tmp_path: Path) -> Path:
-    """Of PROMPT, on a grid of its own."""
-    grid = ("--tile-size", 32, "--heads-per-band", 1)
-    run("prefill", *options, *grid, "--json", "--prompt", PROMPT, "--state-out", tmp_path / "state").row  # noqa: B018
+    """Of PROMPT, with numerics of its own."""
+    numerics = ("--tile-size", 32, "--heads-per-band", 1)
+    run("prefill", *options, *numerics, "--json", "--prompt", PROMPT, "--state-out", tmp_path / "state").row  # noqa: B018
     return tmp_path / "state"
 
 
@@ -756,8 +756,8 @@ def test_only_what_is_new_is_computed(run, options, model, state):
     longer = PROMPT + ", to talk of many things"
     row = run("prefill", "--model", model, "--json", "--state-in", state, "--prompt", longer).row
     assert (row["prompt_tokens"], row["resumed_tokens"]) == (len(longer), len(PROMPT))
-    grid = ("--tile-size", 32, "--heads-per-band", 1)
-    whole = run("prefill", *options, *grid, "--json", "--prompt", longer).row
+    numerics = ("--tile-size", 32, "--heads-per-band", 1)
+    whole = run("prefill", *options, *numerics, "--json", "--prompt", longer).row
     assert [t["id"] for t in row["next_tokens"]] == [t["id"] for t in whole["next_tokens"]]
     assert [t["logprob"] for t in row["next_tokens"]] == pytest.approx(
         [t["logprob"] for t in whole["next_tokens"]], abs=1e-3
@@ -771,11 +771,11 @@ def test_only_what_is_new_is_computed(run, options, model, state):
     [
         (("--prompt", "The time has gone, the walrus said"), ("another prompt", "34")),
         (("--prompt", PROMPT[:-1]), ("33 tokens", "34", "longer one")),
-        (("--prompt", PROMPT, "--tile-size", 64), ("another grid", "tile_size 32, not 64", "leave them out")),
-        (("--prompt", PROMPT, "--chunk-size", 8), ("another grid", "chunk_size 16, not 8")),
-        (("--prompt", PROMPT, "--heads-per-band", 2), ("another grid", "heads_per_band 1, not 2")),
-        (("--prompt", PROMPT, "--dtype", "bfloat16"), ("another grid", "dtype float32, not bfloat16")),
-        (("--tile-size", 64), ("another grid", "tile_size 32, not 64")),
+        (("--prompt", PROMPT, "--tile-size", 64), ("other numerics", "tile_size 32, not 64", "leave them out")),
+        (("--prompt", PROMPT, "--chunk-size", 8), ("other numerics", "chunk_size 16, not 8")),
+        (("--prompt", PROMPT, "--heads-per-band", 2), ("other numerics", "heads_per_band 1, not 2")),
+        (("--prompt", PROMPT, "--dtype", "bfloat16"), ("other numerics", "dtype float32, not bfloat16")),
+        (("--tile-size", 64), ("other numerics", "tile_size 32, not 64")),
     ],
 )
 @pytest.mark.parametrize("command", ["prefill", "generate"])

@@ -12,8 +12,8 @@ PROMPT = "The capital of France is"
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     directory = tmp_path_factory.mktemp("model")
     make_model(directory, seed=9, hidden_size=128, num_hidden_layers=1, eos_token_id=None)
-    grid = "--chunkwise-backend native --tile-size 8 --chunk-size 8 --dtype float32 --device cpu".split()
-    return ["generate", "--model", directory, *grid, "--prompt", PROMPT]
+    numerics = "--chunkwise-backend native --tile-size 8 --chunk-size 8 --dtype float32 --device cpu".split()
+    return ["generate", "--model", directory, *numerics, "--prompt", PROMPT]
 
 
 def test_each_option_reaches_the_answer(run, words):

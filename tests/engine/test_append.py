@@ -14,7 +14,7 @@ from xlstm_ray.sampling import Sampling
 from xlstm_ray.sampling.sampler import Sampler
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2, "eos_token_id": None, "vocab_size": 320}
-GRID = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32"}
+NUMERICS = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32"}
 OPTIONS = "--chunkwise-backend native --tile-size 8 --chunk-size 8 --dtype float32".split()
 BOOK = "The heir is Anne, says the will.\n"
 
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lm(model: Path):
-    with load(model, **GRID) as engine:
+    with load(model, **NUMERICS) as engine:
         yield engine
 
 
@@ -170,7 +170,7 @@ def test_text_with_a_space_of_its_own_is_appended_as_it_is(tmp_path):
     tokenizer.decoder = decoders.Sequence(steps)
     make_model(tmp_path, seed=7, **SIZES)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with load(tmp_path, **GRID) as lm:
+    with load(tmp_path, **NUMERICS) as lm:
         whole = lm.encode("Paris is hot")
         for cut in (2, 5, 6, 9):
             state = lm.prefill("Paris is hot"[:cut]).state

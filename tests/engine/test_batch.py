@@ -205,7 +205,7 @@ def test_rows_that_end_leave_and_those_left_go_on_in_a_smaller_call(lm, answers,
 
     def counted(state: StateRef, step: Step) -> StateRef:
         if step.logits == "last":
-            calls.append((len(step.last), int(step.last.sum())))
+            calls.append((len(step.end), int(step.end.sum())))
         return submit(state, step)
 
     monkeypatch.setattr(lm.executor, "submit", counted)

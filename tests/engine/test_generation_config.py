@@ -15,7 +15,7 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling import Sampling
 
-GRID = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32"}
+NUMERICS = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32"}
 OPTIONS = "--chunkwise-backend native --tile-size 8 --chunk-size 8 --dtype float32".split()
 PROMPT = "The capital of France is"
 
@@ -31,7 +31,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(plain: Path) -> list[int]:
     """What the model says, greedily, where nothing ends it."""
-    with load(plain, **GRID) as lm:
+    with load(plain, **NUMERICS) as lm:
         made = lm.generate(PROMPT, max_new_tokens=10)
         list(made)
     return made.tokens[0]
@@ -53,7 +53,7 @@ def test_end_tokens_are_those_of_transformers(plain, said, tmp_path, written, in
     ends = {"a number": said[6], "a list": [258, said[6]], "null": None}[written]
     of_config = said[3] if in_config else None
     model = with_config(plain, tmp_path / "m", {"eos_token_id": ends}, eos_token_id=of_config)
-    with load(model, **GRID) as lm:
+    with load(model, **NUMERICS) as lm:
         ids = lm.encode(PROMPT)
         made = lm.generate(PROMPT, max_new_tokens=10)
         list(made)
@@ -68,7 +68,7 @@ def test_end_tokens_are_those_of_transformers(plain, said, tmp_path, written, in
 
 def test_without_the_key_config_json_names_the_end_tokens(plain, said, tmp_path):
     model = with_config(plain, tmp_path / "m", {"temperature": 0.5}, eos_token_id=said[4])
-    with load(model, **GRID) as lm:
+    with load(model, **NUMERICS) as lm:
         list(made := lm.generate(PROMPT, max_new_tokens=10))
     assert made.tokens == [said[: said.index(said[4])]]
     assert GenerationConfig(eos_token_id=-1).end_tokens((7,)) == ()
@@ -130,7 +130,7 @@ def test_an_answer_says_why_it_ended(run, plain, said, tmp_path):
     cut = said.index(said[5])
     row = run(*words, "--json", "-n", 10).row
     assert (row["finish_reason"], row["new_tokens"]) == ("stop", cut)
-    with load(model, **GRID) as lm:
+    with load(model, **NUMERICS) as lm:
         text = lm.tokenizer.decode([said[5]])
     assert row["stop_token"] == {"id": said[5], "text": text}
     row = run(*words, "--json", "-n", cut).row
@@ -146,7 +146,7 @@ def test_an_answer_says_why_it_ended(run, plain, said, tmp_path):
 
 def test_a_cancelled_answer_says_so(plain):
     asked = iter([False] * 5)
-    with load(plain, **GRID) as lm:
+    with load(plain, **NUMERICS) as lm:
         list(made := lm.generate(PROMPT, max_new_tokens=50, should_stop=lambda: next(asked, True)))
         assert made.finish_reasons == ["cancelled"]
         assert made.stop_tokens == [None]

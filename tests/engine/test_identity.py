@@ -12,11 +12,11 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import checkpoint, digests
-from xlstm_ray.actors.shard import BandActor, WorkerSpec
+from xlstm_ray.actors.shard import ShardActor, WorkerSpec
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, StateError
-from xlstm_ray.layout import Band, make_grid
+from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.state import RecurrentState
 
 PLAIN = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 16, "chunk_size": 16}
@@ -77,9 +77,9 @@ def test_what_was_read_on_the_way_is_what_a_reading_for_it_alone_finds(model, st
     config = ModelConfig.from_file(model / "config.json")
     for heads in (1, 3, 4):
         loaded = Checkpoint(model, config)
-        for stage in make_grid(config, heads_per_band=heads, stages=2):
-            for band in stage:
-                loaded.load(band, dtype=torch.float32, device=torch.device("cpu"))
+        for stage in make_layout(config, heads_per_band=heads, stages=2):
+            for shard in stage:
+                loaded.load(shard, dtype=torch.float32, device=torch.device("cpu"))
         assert not any(None in units for units in loaded._units.values())
         assert loaded.fingerprint() == state.model
     assert Checkpoint(model, config).fingerprint() == state.model
@@ -101,12 +101,12 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "UNIT", 1024)
 
 
-def actor(model: Path, at: Path, heads: range) -> BandActor:
+def actor(model: Path, at: Path, heads: range) -> ShardActor:
     config = ModelConfig.from_file(model / "config.json")
     stored = Checkpoint(model, config).stored()
     spec = WorkerSpec(at, config, stored, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
-    (band,) = [band for band in make_grid(config, heads_per_band=2)[0] if band.heads == heads]
-    return BandActor(spec, Band(range(2), heads, band.ffn), "a", alone=False)
+    (shard,) = [shard for shard in make_layout(config, heads_per_band=2)[0] if shard.heads == heads]
+    return ShardActor(spec, Shard(range(2), heads, shard.ffn), "a", one_band=False)
 
 
 @pytest.mark.usefixtures("small_units")

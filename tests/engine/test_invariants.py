@@ -1,4 +1,4 @@
-"""The architecture's invariants 1 to 4: splits change nothing, the same grid gives the same bits, memory is flat,
+"""The architecture's invariants 1 to 4: splits change nothing, the same numerics give the same bits, memory is flat,
 what is written is whole.
 
 Breadth comes from the backends' functions run as plain torch (fixture `eager`); a few runs with fixed shapes compile.
@@ -32,7 +32,7 @@ from xlstm_ray.engine import driver
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.windows import plan_groups, plan_windows
 from xlstm_ray.errors import StateError, UsageError
-from xlstm_ray.layout import make_grid
+from xlstm_ray.layout import make_layout
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import Worker
@@ -80,36 +80,36 @@ def reference(directory: Path, length: int) -> PrefillResult:
 # -- 1. any split gives the same ---------------------------------------------------------------------------------------
 LENGTHS = st.integers(1, 90)
 BACKENDS = st.sampled_from(["native", "queued_compiled_chunks", "queued_compiled_steps"])
-GRIDS = st.fixed_dictionaries(
+NUMERICS = st.fixed_dictionaries(
     {"chunk_size": st.integers(1, 40), "chunks": st.integers(1, 5), "heads_per_band": st.integers(1, 4)}
 )
 
 
-def engine_of(directory: Path, backend: str, grid: dict[str, int]) -> Engine:
-    tile = grid["chunk_size"] * grid["chunks"]
+def engine_of(directory: Path, backend: str, numerics: dict[str, int]) -> Engine:
+    tile = numerics["chunk_size"] * numerics["chunks"]
     return xlstm_ray.load(
         directory,
         device="cpu",
         chunkwise_backend=backend,
         tile_size=tile,
-        chunk_size=grid["chunk_size"],
-        heads_per_band=grid["heads_per_band"],
+        chunk_size=numerics["chunk_size"],
+        heads_per_band=numerics["heads_per_band"],
     )
 
 
-@given(length=LENGTHS, backend=BACKENDS, grid=GRIDS)
+@given(length=LENGTHS, backend=BACKENDS, numerics=NUMERICS)
 @settings(max_examples=40, deadline=None)
-def test_any_tiles_and_bands_give_the_same(model, length, backend, grid):
+def test_any_tiles_and_bands_give_the_same(model, length, backend, numerics):
     with torch.compiler.set_stance("force_eager"):
-        assert_same(engine_of(model, backend, grid).prefill(IDS[:length]), reference(model, length))
+        assert_same(engine_of(model, backend, numerics).prefill(IDS[:length]), reference(model, length))
 
 
-@given(cuts=st.lists(LENGTHS, min_size=1, max_size=4), backend=BACKENDS, grid=GRIDS)
+@given(cuts=st.lists(LENGTHS, min_size=1, max_size=4), backend=BACKENDS, numerics=NUMERICS)
 @settings(max_examples=30, deadline=None)
-def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, grid):
+def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, numerics):
     """A prompt that grows from state to state: the cuts lie anywhere, in the middle of tiles and chunks too."""
     with torch.compiler.set_stance("force_eager"):
-        lm, result, done = engine_of(model, backend, grid), None, 0
+        lm, result, done = engine_of(model, backend, numerics), None, 0
         for cut in sorted(cuts):
             result = lm.prefill(IDS[:cut], state=result and result.state)
             assert result.stats.resumed_tokens == done
@@ -117,11 +117,11 @@ def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, grid):
         assert_same(result, reference(model, done))
 
 
-@given(lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=4), backend=BACKENDS, grid=GRIDS)
+@given(lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=4), backend=BACKENDS, numerics=NUMERICS)
 @settings(max_examples=20, deadline=None)
-def test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow(model, lengths, backend, grid):
+def test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow(model, lengths, backend, numerics):
     with torch.compiler.set_stance("force_eager"):
-        lm = engine_of(model, backend, grid)
+        lm = engine_of(model, backend, numerics)
         result = lm.prefill([IDS[: min(pair)] for pair in lengths])
         for upto in (min, max):
             if upto is max:
@@ -135,12 +135,12 @@ def by_hand(lm: Engine, heads_per_band: int, stages: int, ids: list[int]) -> dic
     """A prefill on a grid with several stages, which no engine makes yet."""
     checkpoint, cpu = Checkpoint(lm.model_path, lm.config), torch.device("cpu")
     kernels = Kernels(lm.backend, t_inner=8)
-    grid = make_grid(lm.config, heads_per_band=heads_per_band, stages=stages)
+    layout = make_layout(lm.config, heads_per_band=heads_per_band, stages=stages)
     workers = [
-        [Worker(lm.config, band, *checkpoint.load(band, dtype=lm.dtype, device=cpu), kernels) for band in bands]
-        for bands in grid
+        [Worker(lm.config, shard, *checkpoint.load(shard, dtype=lm.dtype, device=cpu), kernels) for shard in shards]
+        for shards in layout
     ]
-    executor = InProcessExecutor(workers, threads=1)
+    executor = InProcessExecutor(workers, band_threads=1)
     states = States(lambda: executor, nullcontext)
     start = driver.Snapshot([0], torch.zeros(1, lm.config.vocab_size), HeldRows([None]))
     sizes = driver.Sizes(TILE, CHUNK)
@@ -171,7 +171,7 @@ def test_an_empty_prompt_is_an_error(empty, model):
         load(model, chunkwise_backend="native").prefill(empty)
 
 
-# -- 1. the same grid gives the same bits ------------------------------------------------------------------------------
+# -- 1. the same numerics give the same bits ---------------------------------------------------------------------------
 def stop_after(tiles: int) -> dict[str, Callable]:
     """Arguments for a prefill that is stopped when so many tiles are done."""
     seen: list[object] = []
@@ -297,7 +297,7 @@ def test_a_callers_state_is_not_changed_by_what_follows(model, eager):
     assert state.digest() == before
 
 
-def test_a_state_is_refused_on_another_grid_model_or_prompt(model, eager):
+def test_a_state_of_other_numerics_model_or_prompt_is_refused(model, eager):
     state = load(model).prefill(IDS[:40]).state
     with pytest.raises(StateError, match="tile_size 32, not 64"):
         load(model, tile_size=64).prefill(IDS[:50], state=state)
@@ -340,7 +340,7 @@ def test_two_window_sizes_and_one_for_decoding_are_compiled_and_never_again(mode
 @pytest.mark.parametrize(
     ("options", "sizes", "graphs"),
     [
-        # Tiles of one chunk: one window size. A band of three heads and one of one: mix and feed of each.
+        # Tiles of one chunk: one window size. A band of three heads and one of one: mixer and ffn of each.
         ({"heads_per_band": 3, "tile_size": CHUNK}, {"v_dim_factor": 2.0, "use_bias": True}, 4),
         # Before the steps, the steps, after them, the feed-forward.
         ({"chunkwise_backend": "queued_compiled_steps", "tile_size": CHUNK}, {"use_bias": True}, 4),
@@ -463,13 +463,13 @@ KILLED_WHILE_SAVING = """
     import torch
     from xlstm_ray import RecurrentState
     from xlstm_ray.text.history import EMPTY_PROMPT
-    from xlstm_ray.state import Grid
+    from xlstm_ray.state import Numerics
 
     path, whole, absent = Path(sys.argv[1]), 0, 0
-    grid = Grid(kernel="native", tile_size=32, chunk_size=16, heads_per_band=1, dtype="float32")
+    numerics = Numerics(kernel="native", tile_size=32, chunk_size=16, heads_per_band=1, dtype="float32")
     state = RecurrentState(
         {"blocks.0.C": torch.ones(1, 1, 1024, 1024)},
-        tokens=[3], prompt_hash=[EMPTY_PROMPT], model="0" * 32, grid=grid, complete=True,
+        tokens=[3], prompt_hash=[EMPTY_PROMPT], model="0" * 32, numerics=numerics, complete=True,
     )
     began = time.perf_counter()
     state.save(path)

@@ -20,9 +20,9 @@ def test_every_new_token_is_in_one_window_and_nothing_else_is(rows, sizes):
     seen = [[] for _ in rows]
     for window in plan_windows(begin, end, **sizes):
         for row, b, e in zip(seen, begin, end, strict=True):
-            first, last = window.part(b, e)
-            assert 0 <= first <= last <= window.size
-            row += range(window.start + first, window.start + last)
+            start, stop = window.part(b, e)
+            assert 0 <= start <= stop <= window.size
+            row += range(window.start + start, window.start + stop)
     assert seen == [list(range(b, e)) for b, e in zip(begin, end, strict=True)]
 
 
@@ -35,7 +35,7 @@ def test_windows_lie_on_the_grid_in_order_and_none_is_empty(rows, sizes):
         assert window.size in sizes.values()
         assert window.start % window.size == 0
         parts = [window.part(b, e) for b, e in zip(begin, end, strict=True)]
-        assert any(first < last for first, last in parts)
+        assert any(start < end for start, end in parts)
     for one, other in zip(windows, windows[1:], strict=False):
         assert one.start + one.size <= other.start
     assert window_sizes(begin, end, **sizes) == sorted({window.size for window in windows}, reverse=True)

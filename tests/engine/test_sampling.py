@@ -12,7 +12,7 @@ from xlstm_ray import Engine, load
 from xlstm_ray.errors import UsageError
 from xlstm_ray.state import RecurrentState
 
-GRID = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32", "device": "cpu"}
+NUMERICS = {"chunkwise_backend": "native", "tile_size": 8, "chunk_size": 8, "dtype": "float32", "device": "cpu"}
 PROMPT = "The capital of France is"
 
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, xLSTMForCausa
 
 @pytest.fixture(scope="module")
 def lm(model: tuple[Path, xLSTMForCausalLM]):
-    with load(model[0], **GRID) as engine:
+    with load(model[0], **NUMERICS) as engine:
         yield engine
 
 

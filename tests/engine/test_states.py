@@ -142,7 +142,7 @@ def test_a_state_outlives_its_engine(lm, model):
     lm.close()
     assert (result.state.digest(), state.digest()) == digests
     with xlstm_ray.load(
-        model, **OPTIONS, chunkwise_backend=lm.backend.name, heads_per_band=lm.grid.heads_per_band
+        model, **OPTIONS, chunkwise_backend=lm.backend.name, heads_per_band=lm.numerics.heads_per_band
     ) as new:
         assert "".join(new.generate(state=state, max_new_tokens=3))
 

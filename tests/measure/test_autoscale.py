@@ -29,22 +29,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def picked(engine: Engine) -> tuple[int, int, int]:
-    return engine.grid.tile_size, engine.grid.heads_per_band, engine.workers
+    return engine.numerics.tile_size, engine.numerics.heads_per_band, engine.workers
 
 
 def test_a_choice_is_measured_said_and_remembered(model, cache):
     options = {"device": "cpu", "dtype": "float32", "autoscale": True}
     first = xlstm_ray.load(model, **options)
-    assert first.note.startswith(f"autoscale: tiles of {first.grid.tile_size}, ")
+    assert first.note.startswith(f"autoscale: tiles of {first.numerics.tile_size}, ")
     assert "choices timed on one block" in first.note
-    assert first.grid.tile_size % first.grid.chunk_size == 0
+    assert first.numerics.tile_size % first.numerics.chunk_size == 0
     (key,) = json.loads(cache.read_text())
     for part in (first.fingerprint, "cpu", "torch 2.", "xlstm-ray", "compiled_chunks float32"):
         assert part in key
     again = xlstm_ray.load(model, **options)
     assert f"remembered in {cache}" in again.note
     assert picked(again) == picked(first)
-    assert (again.plan.picked.values["tile_size"], again.plan.picked.where) == (again.grid.tile_size, str(cache))
+    assert (again.plan.picked.values["tile_size"], again.plan.picked.where) == (again.numerics.tile_size, str(cache))
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
     # Bands and workers that were asked for stay; the choice of the rest is another one, and is remembered beside it.
     asked = xlstm_ray.load(model, **options, heads_per_band=1, workers=2)

@@ -93,11 +93,11 @@ def test_memory_of_a_head_that_is_the_embedding(tmp_path: Path) -> None:
 def assert_as_the_engine(model: Path, dtype: str) -> Plan:
     estimate = planned(model, "this", 1000, dtype=dtype)
     with xlstm_ray.load(model, device="cpu", dtype=dtype, chunkwise_backend="native") as lm:
-        want, grid = lm.need(1), lm.grid
+        want, numerics = lm.need(1), lm.numerics
     got = estimate.need
     assert (got.weights, got.state, got.tile) == (want.weights, want.state, want.tile)
-    assert (estimate.tile_size, estimate.chunk_size) == (grid.tile_size, grid.chunk_size)
-    assert str(estimate.model.dtype) == f"torch.{grid.dtype}"
+    assert (estimate.tile_size, estimate.chunk_size) == (numerics.tile_size, numerics.chunk_size)
+    assert str(estimate.model.dtype) == f"torch.{numerics.dtype}"
     return estimate
 
 

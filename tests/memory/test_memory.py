@@ -147,7 +147,7 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
     assert sorted(set(sizes), reverse=True) == [(64, 32), (32, 32), (16, 16)]
     assert sizes == sorted(sizes, reverse=True)
     assert [note.startswith("memory: this process uses") for note in notes] == [True, False, False, False]
-    assert "not to the bit" not in notes[1]  # before the first tile: all of it is of the smaller grid
+    assert "not to the bit" not in notes[1]  # before the first tile: all of it is of the smaller sizes
     assert "not to the bit" in notes[2]
     # Every window lies on the absolute grid of its size, and none is left out.
     done = 0
@@ -156,15 +156,15 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
         done += size
         assert int(row["tokens_done"]) == done
     assert done == 512
-    assert (state.grid.tile_size, state.grid.chunk_size, state.grid.mixed) == (16, 16, True)
-    # The reference: all of it on one grid.
+    assert (state.numerics.tile_size, state.numerics.chunk_size, state.numerics.mixed) == (16, 16, True)
+    # The reference: all of it with one choice of numerics.
     tokens = list(range(256)) * 2
     expected = plain(model).prefill(tokens)
     assert (state.tensors["logits"] - expected.logits).norm() / expected.logits.norm() < 1e-4
-    assert not expected.state.grid.mixed
+    assert not expected.state.numerics.mixed
     # It goes on at any size, and stays marked.
     further = plain(model).prefill([*tokens, *range(40)], state=state)
-    assert further.state.grid.mixed
+    assert further.state.numerics.mixed
     whole = plain(model).prefill([*tokens, *range(40)])
     assert (further.logits - whole.logits).norm() / whole.logits.norm() < 1e-4
     assert {"soft"} == {row["level"] for row in samples}
@@ -175,10 +175,10 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
     assert seconds == sorted(seconds)
 
 
-def test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_grid(model, soft):
+def test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_sizes(model, soft):
     same = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=32, chunk_size=32)
     expected = same.prefill(list(range(256)) * 2).state
-    assert soft["once"].state.grid == expected.grid
+    assert soft["once"].state.numerics == expected.numerics
     assert soft["once"].state.digest() == expected.digest()
 
 
@@ -188,7 +188,7 @@ def test_without_shrinking_a_soft_limit_only_warns(model, soft):
     assert "over the soft limit" in notes[0]
     assert {row["tile_size"] for row in tiles} == {"128"}
     expected = plain(model).prefill(list(range(256)) * 2).state
-    assert state.grid == expected.grid
+    assert state.numerics == expected.numerics
     assert state.digest() == expected.digest()
 
 

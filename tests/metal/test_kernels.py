@@ -11,7 +11,7 @@ from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, slstm_kernel,
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.compiled import compile_each
 from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence, slstm_sequence
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights, few_rows_product
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import Move, Worker
@@ -176,8 +176,8 @@ def random_weights(dtype: torch.dtype) -> BlockWeights:
     g = torch.Generator().manual_seed(1)
     D, F = CONFIG.hidden_size, CONFIG.ffn_dim
     shapes = {
-        "mix_norm": (D,), "qkvo": (2 * NH * (K + V), D), "gates": (2 * NH, D), "gates_bias": (2 * NH,),
-        "head_norm": (NH * V,), "out": (D, NH * V), "feed_norm": (D,), "up": (2 * F, D), "down": (D, F),
+        "mixer_norm": (D,), "qkvo": (2 * NH * (K + V), D), "gates": (2 * NH, D), "gates_bias": (2 * NH,),
+        "head_norm": (NH * V,), "out": (D, NH * V), "ffn_norm": (D,), "up": (2 * F, D), "down": (D, F),
     }  # fmt: skip
     weights = {}
     for name, shape in shapes.items():
@@ -196,14 +196,14 @@ def random_slstm_weights(dtype: torch.dtype, head: int | None = None) -> SlstmWe
     bias = torch.randn(NH, 4, DH, generator=g)
     bias[:, 1] += 3
     return SlstmWeights(
-        mix_norm=shared.mix_norm,
-        mix_norm_bias=None,
+        mixer_norm=shared.mixer_norm,
+        mixer_norm_bias=None,
         gates=(2 * torch.randn(NH, 4 * DH, DH, generator=g) * DH**-0.5)[heads],
         recurrent=(torch.randn(NH, DH, 4 * DH, generator=g) * DH**-0.5)[heads],
         gates_bias=bias.flatten(1)[heads],
         head_norm=(1 + 0.5 * torch.randn(NH, D // NH, generator=g))[heads].flatten(),
         channel=torch.tensor(0 if head is None else head * DH),
-        **{name: getattr(shared, name) for name in SlstmWeights._fields if name.startswith(("feed", "up", "down"))},
+        **{name: getattr(shared, name) for name in SlstmWeights._fields if name.startswith(("ffn", "up", "down"))},
     )
 
 
@@ -214,7 +214,7 @@ def cast(weights: Weights, to: torch.dtype | str) -> Weights:
 
 
 def run_block(
-    backend: str, weights: Weights, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, alone: bool,
+    backend: str, weights: Weights, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, one_band: bool,
     head: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The residual stream after a block and the state, on the CPU in float64; rows[b] of row b are no padding.
@@ -225,17 +225,17 @@ def run_block(
     config = CONFIG.model_copy(update={"slstm_at": (0,)}) if slstm else CONFIG
     kernels = Kernels(CHUNKWISE_BACKENDS[backend], t_inner=4)
     heads = range(NH) if head is None else range(head, head + 1)
-    band = Band(range(1), heads, range(CONFIG.ffn_dim))
-    worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
+    shard = Shard(range(1), heads, range(CONFIG.ffn_dim))
+    worker = Worker(config, shard, [weights], EndWeights(None, None, None), kernels)
     names = "hcnm" if slstm else "Cnm"
     worker.load(0, {f"blocks.0.{name}": part for name, part in zip(names, state, strict=True)}, x.shape[0])
     parts = [torch.tensor(ends, device=x.device) for ends in ([r.start for r in rows], [r.stop for r in rows])]
     move = Move(0, 1, *parts, CONFIG.chunk_size)
-    if alone:
+    if one_band:
         x = worker.run_block(0, x, move)
     else:
-        x = x + worker.mix(0, x, move)
-        x = x + worker.feed(0, x, move)
+        x = x + worker.run_mixer(0, x, move)
+        x = x + worker.run_ffn(0, x, move)
     return [y.cpu().double() for y in (x, *worker.save(1).values())]
 
 
@@ -251,11 +251,11 @@ def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: to
     _, state = draw(dtype, batch, 1)
     rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
     # The reference in float32: what is left is float32's own error, and that of the dtype under test.
-    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, alone=True)
+    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, one_band=True)
     on_mps = cast(weights, "mps")
     for order in shaders.ORDERS:
         with simulator.order(order):
-            got = run_block(backend, on_mps, x.to("mps"), state, rows, alone=batch == 1)
+            got = run_block(backend, on_mps, x.to("mps"), state, rows, one_band=batch == 1)
         for b, row in enumerate(rows):
             if row.start < row.stop:
                 assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
@@ -284,11 +284,12 @@ def test_slstm_block(simulator: Simulator, T: int, batch: int, head: int | None,
     h, c, n, m = torch.randn(4, batch, NH, CONFIG.dh, generator=g)
     state = torch.tanh(h), c, 1 + n.abs(), m
     rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
-    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, alone=head is None, head=head)
+    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, one_band=head is None, head=head)
     on_mps = cast(weights, "mps")
     for order in shaders.ORDERS:
         with simulator.order(order):
-            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, alone=head is None, head=head)
+            whole = head is None
+            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, one_band=whole, head=head)
         for b, row in enumerate(rows):
             if row.start < row.stop:
                 assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)

@@ -12,7 +12,7 @@ from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.metal import Fit, Generated, fit_t_inner, generate
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
 from xlstm_ray.measure.doctor import WindowKernels, kernel_lines, metal_kernels
-from xlstm_ray.state import Grid
+from xlstm_ray.state import Numerics
 
 from . import shaders
 from .simulator import Simulator
@@ -76,7 +76,7 @@ def whole(backend: str, tokens: int, config: ModelConfig = XLSTM_7B) -> WindowKe
     *_, window = metal_kernels(
         config,
         of := CHUNKWISE_BACKENDS[backend],
-        Grid(kernel=of.kernel, tile_size=tokens, chunk_size=64, heads_per_band=NH, dtype="bfloat16"),
+        Numerics(kernel=of.kernel, tile_size=tokens, chunk_size=64, heads_per_band=NH, dtype="bfloat16"),
         t_inner=8,
         windows=[tokens],
         batch=B,
@@ -112,7 +112,7 @@ def test_slstm_blocks_of_a_hybrid_of_that_size(simulator: Simulator, tokens: int
             (f"slstm_in_1x{tokens}", 1),
             ("slstm_steps_8", tokens // 8),
             (f"slstm_out_1x{tokens}", 1),
-            (f"slstm_feed_1x{tokens}", 1),
+            (f"slstm_ffn_1x{tokens}", 1),
         ]
     assert f"2 sLSTM blocks x 2 band(s): {4 * window.launches_per_token:.2f} launches" in kernel_lines(window, 2)[-1]
 

@@ -20,7 +20,7 @@ from transformers import xLSTMForCausalLM
 import xlstm_ray
 from xlstm_ray import Engine, PrefillResult
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.layout import make_grid
+from xlstm_ray.layout import make_layout
 
 TOKENS = 77  # four chunks of 16 and 13 more; two tiles of 32 and 13 more
 
@@ -249,8 +249,8 @@ def test_tied_embeddings_are_the_head_where_there_is_no_other(stages, reference,
     result = lm.prefill(ref.ids, all_logits=True)
     assert_logits_equal(result.all_logits[0], logits)
     # A last stage that is not the first needs the embedding for its head too.
-    bands = make_grid(lm.config, heads_per_band=4, stages=stages)[-1]
-    _, ends = Checkpoint(directory, lm.config).load(bands[0], dtype=torch.float32, device=torch.device("cpu"))
+    shards = make_layout(lm.config, heads_per_band=4, stages=stages)[-1]
+    _, ends = Checkpoint(directory, lm.config).load(shards[0], dtype=torch.float32, device=torch.device("cpu"))
     assert torch.equal(ends.head, tensors["backbone.embeddings.weight"])
 
 

@@ -29,7 +29,7 @@ from xlstm_ray.engine import driver
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.errors import CheckpointError, ConfigError, StateError, UsageError
 from xlstm_ray.kernels import slstm_kernel
-from xlstm_ray.layout import make_grid
+from xlstm_ray.layout import make_layout
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import Worker
@@ -395,7 +395,7 @@ def test_any_band_of_heads_equals_float64(case, heads_per_band, bands, model_of,
 
 LENGTHS = st.integers(1, 90)
 BACKENDS = st.sampled_from(["native", "queued_compiled_chunks", "queued_compiled_steps"])
-GRIDS = st.fixed_dictionaries(
+NUMERICS = st.fixed_dictionaries(
     {"chunk_size": st.integers(1, 40), "chunks": st.integers(1, 5), "heads_per_band": st.integers(1, 4)}
 )
 
@@ -403,19 +403,21 @@ GRIDS = st.fixed_dictionaries(
 @given(
     lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=3),
     backend=BACKENDS,
-    grid=GRIDS,
+    numerics=NUMERICS,
     t_inner=st.integers(1, 9),
 )
 @settings(max_examples=8, deadline=None)
-def test_any_grid_and_rows_that_grow_from_state_to_state_give_the_same(model_of, lengths, backend, grid, t_inner):
+def test_any_numerics_and_rows_that_grow_from_state_to_state_give_the_same(
+    model_of, lengths, backend, numerics, t_inner
+):
     with torch.compiler.set_stance("force_eager"):
         lm = xlstm_ray.load(
             model_of("hybrid"),
             device="cpu",
             chunkwise_backend=backend,
-            tile_size=grid["chunk_size"] * grid["chunks"],
-            chunk_size=grid["chunk_size"],
-            heads_per_band=grid["heads_per_band"],
+            tile_size=numerics["chunk_size"] * numerics["chunks"],
+            chunk_size=numerics["chunk_size"],
+            heads_per_band=numerics["heads_per_band"],
             t_inner=None if backend == "native" else t_inner,
         )
         result = lm.prefill([IDS[: min(pair)] for pair in lengths])
@@ -432,10 +434,10 @@ def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
     checkpoint, cpu = Checkpoint(directory, lm.config), torch.device("cpu")
     kernels = Kernels(lm.backend, t_inner=8)
     workers = [
-        [Worker(lm.config, band, *checkpoint.load(band, dtype=lm.dtype, device=cpu), kernels) for band in bands]
-        for bands in make_grid(lm.config, heads_per_band=heads_per_band, stages=2)
+        [Worker(lm.config, shard, *checkpoint.load(shard, dtype=lm.dtype, device=cpu), kernels) for shard in shards]
+        for shards in make_layout(lm.config, heads_per_band=heads_per_band, stages=2)
     ]
-    executor = InProcessExecutor(workers, threads=1)
+    executor = InProcessExecutor(workers, band_threads=1)
     states = States(lambda: executor, nullcontext)
     start = driver.Snapshot([0], torch.zeros(1, VOCABULARY), HeldRows([None]))
     sizes = driver.Sizes(TILE, CHUNK)
@@ -505,7 +507,7 @@ def compiled_graphs() -> int:
     [
         # The mLSTM block; before the sLSTM's steps, the steps, after them, its feed-forward. A block each for decoding.
         ({}, 1 + 4, 2),
-        # Of each of two bands: mix and feed of the mLSTM; in, steps, out, feed. For decoding mix and feed of both.
+        # Of each of two bands: mixer and ffn of the mLSTM; in, steps, out, ffn. For decoding mixer and ffn of both.
         # Sizes and threads are those of the grid's tests, which so find these kernels compiled.
         ({"heads_per_band": 3, "threads": 1}, 2 * (2 + 4), 2 * (2 + 2)),
     ],

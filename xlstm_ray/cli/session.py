@@ -59,8 +59,8 @@ def open_engine(
 ) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
     """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
 
-    What was not asked for is taken from the state, so that grids agree. At the end the model is let go of, actors and
-    head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
+    What was not asked for is taken from the state, so that the numerics agree. At the end the model is let go of,
+    actors and head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
     """
     from xlstm_ray.choose import choose_model, choose_setup, setup_of
     from xlstm_ray.config import ModelConfig
@@ -94,9 +94,9 @@ def open_engine(
 
             if state_in is not None:
                 state = start["state"] = RecurrentState.load(state_in)
-                grid = {**state.grid.model_dump(), "chunkwise_backend": _backend_of(state.grid.kernel)}
-                del grid["kernel"], grid["mixed"]
-                setup = setup_of(**asked, state=(str(state_in), grid))
+                numerics = {**state.numerics.model_dump(), "chunkwise_backend": _backend_of(state.numerics.kernel)}
+                del numerics["kernel"], numerics["mixed"]
+                setup = setup_of(**asked, state=(str(state_in), numerics))
         # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
         leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
         with leaving():
@@ -105,12 +105,12 @@ def open_engine(
             if engine.note:
                 note(engine.note)
             if settings.resume is not None:
-                start["any_grid"] = True
-                if not start["state"].grid.goes_on_as(engine.grid):
-                    differences = start["state"].grid.differences(engine.grid)
+                start["any_numerics"] = True
+                if not start["state"].numerics.goes_on_as(engine.numerics):
+                    differences = start["state"].numerics.differences(engine.numerics)
                     tell(
-                        f"note: the journal is of another grid ({differences}): the result will be that of an "
-                        "uninterrupted run within rounding, not to the bit"
+                        f"note: the journal was made with other numerics ({differences}): the result will be that of "
+                        "an uninterrupted run within rounding, not to the bit"
                     )
             yield start, engine, report
         finally:

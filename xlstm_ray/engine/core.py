@@ -13,7 +13,7 @@ from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import take_sample
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.state import Grid, RecurrentState
+from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import Row
 from xlstm_ray.text.prompt import Prompt, as_batch
 from xlstm_ray.text.tokenizer import Text
@@ -48,7 +48,7 @@ class Core:
 
         chunk_size: tokens a chunk (none given: the plan's).
         """
-        started, chunk = perf_counter(), chunk_size or self.plan.grid.chunk_size
+        started, chunk = perf_counter(), chunk_size or self.plan.numerics.chunk_size
         missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
         if not missing or not self.plan.warms_up:
             return 0.0
@@ -59,7 +59,7 @@ class Core:
         return perf_counter() - started
 
     def state(
-        self, snapshot: Snapshot, rows: list[Row], grid: Grid, sampling: Sampling | None, *, complete: bool
+        self, snapshot: Snapshot, rows: list[Row], numerics: Numerics, sampling: Sampling | None, *, complete: bool
     ) -> RecurrentState:
         """What a snapshot is to the outside."""
         return RecurrentState(
@@ -69,17 +69,17 @@ class Core:
             rows=rows,
             sampling=sampling,
             model=self.fingerprint,
-            grid=grid,
+            numerics=numerics,
             complete=complete,
             elsewhere=snapshot.rows,
         )
 
-    def check(self, state: RecurrentState, *, any_grid: bool = False) -> None:
-        """Raise StateError where this model, or its grid unless any will do, cannot go on from a state."""
+    def check(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
+        """Raise StateError where this model cannot go on from a state, or has other numerics and not any_numerics."""
         state.check(self.plan.config, self.fingerprint)
-        if not state.grid.goes_on_as(self.plan.grid) and not any_grid:
+        if not state.numerics.goes_on_as(self.plan.numerics) and not any_numerics:
             raise StateError(
-                f"{state.name} was made on another grid ({state.grid.differences(self.plan.grid)}); "
+                f"{state.name} was made with other numerics ({state.numerics.differences(self.plan.numerics)}); "
                 "use the same settings, or leave them out to take the state's"
             )
 
@@ -89,14 +89,14 @@ class Core:
         append: Prompt | Sequence[Prompt] | None,
         state: RecurrentState | None,
         *,
-        any_grid: bool = False,
+        any_numerics: bool = False,
     ) -> tuple[list[Going], RecurrentState | None]:
         """What each row has to go through, and the state that it goes on from, of as many rows.
 
         Raises UsageError and StateError where it cannot; see Engine.prefill for prompt, append and state.
         """
         if state is not None:
-            self.check(state, any_grid=any_grid)
+            self.check(state, any_numerics=any_numerics)
         if append is None:
             if prompt is None:
                 raise UsageError("neither a prompt nor a state was given")

@@ -112,18 +112,18 @@ class Part(NamedTuple):
     """A window's tokens for all rows."""
 
     tokens: Tensor  # (B, T) int64; 0 where a row has none
-    first: Tensor  # (B,) int64: row b's are first[b] <= t < last[b]
-    last: Tensor
+    start: Tensor  # (B,) int64: row b's are start[b] <= t < end[b]
+    end: Tensor
 
 
 def make_part(window: Window, rows: Sequence[Tokens], begin: Sequence[int]) -> Part:
     """rows: int64 prompts, begin: a row's first token that is not in the state yet."""
     tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
-    for b, (first, last) in enumerate(parts):
-        tokens[b, first:last] = rows[b][window.start + first : window.start + last]
-    firsts, lasts = zip(*parts, strict=True)
-    return Part(tokens, torch.tensor(firsts), torch.tensor(lasts))
+    for b, (start, end) in enumerate(parts):
+        tokens[b, start:end] = rows[b][window.start + start : window.start + end]
+    starts, ends = zip(*parts, strict=True)
+    return Part(tokens, torch.tensor(starts), torch.tensor(ends))
 
 
 def prefill(
@@ -162,7 +162,7 @@ def prefill(
                 plan = plan_windows(rest, end, tile_size=now.tile, chunk_size=now.chunk)
                 window = next(plan)
             part = make_part(window, rows, begin)
-            filled = window.size == now.tile and bool(((part.last - part.first) == window.size).any())
+            filled = window.size == now.tile and bool(((part.end - part.start) == window.size).any())
             windows.append((window, filled))
             keep = hooks.keep_every is not None and (number + 1) % hooks.keep_every == 0
             yield Step(*part, now.chunk, number, "all" if all_logits else "none", keep)
@@ -174,13 +174,13 @@ def prefill(
     try:
         for step, after, result in run(executor, begins, steps()):
             window, filled = windows.popleft()
-            has = (step.last > step.first).unsqueeze(-1).to(result.hidden.device)
+            has = (step.end > step.start).unsqueeze(-1).to(result.hidden.device)
             hidden = result.hidden if hidden is None else torch.where(has, result.hidden, hidden)
-            for b, (first, end_of_row) in enumerate(zip(step.first.tolist(), step.last.tolist(), strict=True)):
-                if first < end_of_row:
-                    consumed[b] = window.start + end_of_row
+            for b, (row_start, row_end) in enumerate(zip(step.start.tolist(), step.end.tolist(), strict=True)):
+                if row_start < row_end:
+                    consumed[b] = window.start + row_end
                     if result.logits is not None:
-                        pieces[b].append(result.logits[b, first:end_of_row].cpu())
+                        pieces[b].append(result.logits[b, row_start:row_end].cpu())
             if result.state is not None:
                 last = snapshot(hidden, list(consumed), states.rows(None, len(rows), result.state))
                 if hooks.on_snapshot is not None:
@@ -192,7 +192,7 @@ def prefill(
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
             outcome.tile_whole.append(filled)
-            outcome.tile_tokens.append(int((step.last - step.first).clamp(min=0).sum()))
+            outcome.tile_tokens.append(int((step.end - step.start).clamp(min=0).sum()))
             if hooks.on_progress is not None:
                 done, number = sum(consumed), len(outcome.tile_seconds)
                 times = result.seconds, outcome.seconds

@@ -102,7 +102,7 @@ class Engine:
         self._core.fingerprint = checkpoint.fingerprint()  # loading has read everything, or the digests are kept
         self.load_s = perf_counter() - started
         self.model_path, self.config, self.backend, self.device = plan.model, plan.config, plan.backend, plan.device
-        self.dtype, self.dtype_reason, self.grid = plan.dtype, plan.dtype_reason, plan.grid
+        self.dtype, self.dtype_reason, self.numerics = plan.dtype, plan.dtype_reason, plan.numerics
         self.workers, self.bands, self.stages, self.t_inner = plan.workers, plan.bands, plan.stages, plan.steps.t_inner
         self.tokenizer, self.fingerprint, self._warm = text.tokenizer, self._core.fingerprint, self._core.warm
 
@@ -144,7 +144,7 @@ class Engine:
         *,
         append: Prompt | Sequence[Prompt] | None = None,
         state: RecurrentState | None = None,
-        any_grid: bool = False,
+        any_numerics: bool = False,
         all_logits: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         on_ready: Callable[[int, PrefillResult], None] | None = None,
@@ -159,15 +159,15 @@ class Engine:
         With a state, only what is new is computed. The prompt is the whole of it; `append` is only what comes after
         the state, in its place: one for each of the state's rows, or several for a state of one, which then serves
         them all, or one for all rows. Without either the state is taken as it is. should_stop is asked between tiles;
-        a stopped run gives a state that resumes there. Raises StateError where the state belongs to another model,
-        grid or prompt, and UsageError for an empty prompt. any_grid takes a state of another grid: the
-        result is then the same within tolerance, not to the bit. on_snapshot is given every state that a grid keeps on
-        the way, before the grid is asked anything more. A run that actors or nodes failed for good ends with
-        the state of its last snapshot and the reason in `ended_by`.
+        a stopped run gives a state that resumes there. Raises StateError where the state belongs to another model
+        or prompt or was made with other numerics, and UsageError for an empty prompt. any_numerics takes a state of
+        other numerics: the result is then the same within tolerance, not to the bit. on_snapshot is given every state
+        that a grid keeps on the way, before the grid is asked anything more. A run that lost actors or nodes for good
+        ends with the state of its last snapshot and the reason in `ended_by`.
         """
         core = self._core
         if prompt is None and append is None and state is not None:
-            core.check(state, any_grid=any_grid)
+            core.check(state, any_numerics=any_numerics)
             if not state.complete:
                 raise StateError(
                     f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
@@ -178,7 +178,7 @@ class Engine:
             return PrefillResult(state, state.logits, stats)
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
-        going, state = core.going_on(prompt, append, state, any_grid=any_grid)
+        going, state = core.going_on(prompt, append, state, any_numerics=any_numerics)
         asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
 
@@ -230,7 +230,7 @@ class Engine:
         sampling: Mapping[str, Any] = MappingProxyType({}),
         own_sampling: Sequence[Mapping[str, Any]] = (),
         last: bool = True,
-        any_grid: bool = False,
+        any_numerics: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_snapshot: Callable[[RecurrentState], None] | None = None,
@@ -253,7 +253,7 @@ class Engine:
             prompt,
             append=append,
             state=state,
-            any_grid=any_grid,
+            any_numerics=any_numerics,
             on_progress=on_progress,
             should_stop=should_stop,
             on_snapshot=on_snapshot,
@@ -333,7 +333,7 @@ class Engine:
 
     def need(self, batch: int) -> Need:
         """The memory that a prefill of `batch` prompts of any length takes in this process (on cuda, on the device)."""
-        few, many = (1, self.grid.tile_size), (group_size(batch), self.grid.chunk_size)
+        few, many = (1, self.numerics.tile_size), (group_size(batch), self.numerics.chunk_size)
         return self.plan.room.need(batch, [few, many])
 
     @property

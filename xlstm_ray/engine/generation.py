@@ -163,7 +163,7 @@ class Generation:
             rows.append(Row(tokens=row.tokens.extend(answer.tokens), text=seen, end=answer.stream.end()))
         tokens = [row.tokens.length for row in rows]
         snapshot = Snapshot(tokens, torch.stack(self._decoder.logits), held)
-        return self._core.state(snapshot, rows, before.grid, self.sampling, complete=True)
+        return self._core.state(snapshot, rows, before.numerics, self.sampling, complete=True)
 
 
 def _warm_up(core: Core, rows: int) -> float:

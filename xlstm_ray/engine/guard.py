@@ -10,7 +10,7 @@ from xlstm_ray.files import MIB
 from xlstm_ray.memory.need import advice
 from xlstm_ray.memory.room import Room
 from xlstm_ray.memory.sample import Sample
-from xlstm_ray.memory.watchdog import Event, Watchdog
+from xlstm_ray.memory.watchdog import Event, MemoryWatchdog
 from xlstm_ray.plan import Watch
 
 
@@ -36,7 +36,7 @@ class MemoryGuard:
 
     room: Room
     watch: Watch
-    watchdog: Watchdog
+    watchdog: MemoryWatchdog
     batch: int
     events: Callable[[], list[Event]]
     left: Callable[[Sizes], list[tuple[int, int]]]

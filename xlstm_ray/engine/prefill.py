@@ -18,7 +18,7 @@ from xlstm_ray.engine.result import Beside, PrefillResult, Statistics
 from xlstm_ray.engine.resume import Going
 from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
 from xlstm_ray.errors import MemoryLimitError
-from xlstm_ray.memory.watchdog import Watchdog
+from xlstm_ray.memory.watchdog import MemoryWatchdog
 from xlstm_ray.state import RecurrentState
 
 
@@ -48,10 +48,10 @@ class Prefill:
             self._start = Snapshot(self._begin, nothing, fresh)
         else:
             self._start = Snapshot(self._begin, state.logits, core.rows_of(state))
-        mixed = state is not None and state.grid != plan.grid and any(self._begin)
-        self._grid = plan.grid.model_copy(update={"mixed": mixed})  # of what comes next
+        mixed = state is not None and state.numerics != plan.numerics and any(self._begin)
+        self._numerics = plan.numerics.model_copy(update={"mixed": mixed})  # of what comes next
         self._groups = plan_groups(
-            self._begun, self._ends, tile_size=plan.grid.tile_size, chunk_size=plan.grid.chunk_size
+            self._begun, self._ends, tile_size=plan.numerics.tile_size, chunk_size=plan.numerics.chunk_size
         )
         self._left = list(self._groups)  # that are not done
         self._ended_by: MemoryLimitError | None = None
@@ -103,13 +103,13 @@ class Prefill:
     # -- between windows -----------------------------------------------------------------------------------------------
     @property
     def _sizes(self) -> Sizes:
-        return Sizes(self._grid.tile_size, self._grid.chunk_size)
+        return Sizes(self._numerics.tile_size, self._numerics.chunk_size)
 
     def _guard(self, logs: RunLogs, open_: ExitStack) -> MemoryGuard | None:
         core, watch, limits = self._core, self._core.plan.watch, self._core.plan.room.limits
         if watch is None or limits is None:
             return None
-        watchdog = Watchdog(
+        watchdog = MemoryWatchdog(
             limits,
             device=core.plan.own_device,
             poll_s=watch.every_s,
@@ -145,11 +145,12 @@ class Prefill:
 
     def _resize(self, sizes: Sizes) -> None:
         begun = self._windows > 0 or any(self._begin)
-        mixed = self._grid.mixed or begun
-        self._grid = self._grid.model_copy(update={"tile_size": sizes.tile, "chunk_size": sizes.chunk, "mixed": mixed})
+        mixed = self._numerics.mixed or begun
+        update = {"tile_size": sizes.tile, "chunk_size": sizes.chunk, "mixed": mixed}
+        self._numerics = self._numerics.model_copy(update=update)
         self._core.on_note(
             f"memory: tiles of {sizes.tile} tokens and chunks of {sizes.chunk} from here on"
-            + ("; the result is no longer of one grid: right within rounding, but not to the bit" if begun else "")
+            + ("; the result has mixed numerics now: right within rounding, but not to the bit" if begun else "")
         )
         self._paused_s += self._warm_up()
 
@@ -208,6 +209,6 @@ class Prefill:
             self._going[b].advance(c)
         complete = snapshot.consumed == [self._ends[b] for b in places]
         known = [self._going[b].known(self._core.text, complete=complete) for b in places]
-        made = self._core.state(snapshot, known, self._grid, self._sampling, complete=complete)
+        made = self._core.state(snapshot, known, self._numerics, self._sampling, complete=complete)
         made.begun = None if complete else [self._begun[b] for b in places]
         return made

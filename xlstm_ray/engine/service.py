@@ -81,7 +81,7 @@ class Service:
             going = unchanged(state)
         else:
             (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
-        grid, seen, end = core.plan.grid, going.seen, len(going.tokens)
+        numerics, seen, end = core.plan.numerics, going.seen, len(going.tokens)
         rows = core.rows_of(state) if state is not None else HeldRows([None])
         task = Task(
             request,
@@ -89,7 +89,7 @@ class Service:
             going,
             rows,
             None if state is None else state.logits[0],
-            plan_windows([seen], [end], tile_size=grid.tile_size, chunk_size=grid.chunk_size),
+            plan_windows([seen], [end], tile_size=numerics.tile_size, chunk_size=numerics.chunk_size),
             resumed=seen,
             read=seen,
         )
@@ -207,7 +207,7 @@ class Service:
         task.read = min(window.start + window.size, task.total)
         task.last = task.read == task.total
         core.warm_up(1, [window.size])
-        step = Step(*part, core.plan.grid.chunk_size, window.number, "last" if task.last else "none")
+        step = Step(*part, core.plan.numerics.chunk_size, window.number, "last" if task.last else "none")
         task.state = executor.submit(task.state, step)
         task.under_way += 1
         read, last = task.read, task.last
@@ -254,7 +254,7 @@ class Service:
                 size = batch.arrange()
                 if size is not None:
                     self._core.warm_up(size, [1])
-                batch.step(self._core.plan.grid.chunk_size)
+                batch.step(self._core.plan.numerics.chunk_size)
                 self._under_way.append(partial(self._decoded, batch))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
@@ -344,7 +344,7 @@ class Service:
             if not (answer.finish is not None and isinstance(answer.finish.by, int)):  # its last token was not fed
                 one, none = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
                 core.warm_up(1, [1])
-                step = Step(torch.tensor([answer.tokens[-1:]]), none, one, core.plan.grid.chunk_size, logits="last")
+                step = Step(torch.tensor([answer.tokens[-1:]]), none, one, core.plan.numerics.chunk_size, logits="last")
                 task.state = executor.submit(task.state, step)
                 result = executor.result()
                 assert result.logits is not None
@@ -353,7 +353,7 @@ class Service:
             known = Row(tokens=known.tokens.extend(answer.tokens), text=seen, end=answer.stream.end())
         snapshot = Snapshot([known.tokens.length], task.logits.unsqueeze(0).cpu(), core.states.rows(task.state, 1))
         sampling = None if answer is None else answer.sampling.lasting()
-        made = core.state(snapshot, [known], core.plan.grid, sampling, complete=complete)
+        made = core.state(snapshot, [known], core.plan.numerics, sampling, complete=complete)
         if not complete:
             made.begun = [task.resumed]
         return made

@@ -20,9 +20,9 @@ class Window(NamedTuple):
     size: int
 
     def part(self, begin: int, end: int) -> tuple[int, int]:
-        """The part first <= t < last of this window that a row with new tokens begin..end has in it; may be empty."""
-        first = min(max(begin - self.start, 0), self.size)
-        return first, min(max(end - self.start, first), self.size)
+        """Which of this window's tokens start <= t < end are new in a row with new tokens begin..end; may be empty."""
+        start = min(max(begin - self.start, 0), self.size)
+        return start, min(max(end - self.start, start), self.size)
 
 
 def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> Iterator[Window]:

@@ -80,7 +80,7 @@ def _serve() -> None:
                 stats = engine.prefill(prompt).stats
                 figures = {
                     "device": str(engine.device),
-                    "dtype": engine.grid.dtype,
+                    "dtype": engine.numerics.dtype,
                     "model": engine.model_path.resolve().name,
                     "threads": get_num_threads(),
                     "prefill_s": stats.prefill_s,

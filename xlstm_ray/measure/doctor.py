@@ -16,12 +16,12 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import MAX_BUFFERS, Generated, Probe
-from xlstm_ray.layout import make_grid
+from xlstm_ray.layout import make_layout
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import Worker
-from xlstm_ray.state import Grid
+from xlstm_ray.state import Numerics
 
 PACKAGES = ("torch", "safetensors", "tokenizers")
 
@@ -49,14 +49,14 @@ def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
 
     Raises UsageError where the backend has no such table.
     """
-    config, backend, grid, steps, bands = plan.config, plan.backend, plan.grid, plan.steps, plan.bands
+    config, backend, numerics, steps, bands = plan.config, plan.backend, plan.numerics, plan.steps, plan.bands
     if not backend.compiled:
         raise UsageError(f"`chunkwise_backend` is {backend.name!r}, which compiles no kernels; leave it out")
-    sizes = sorted({grid.tile_size, grid.chunk_size, 1}, reverse=True)
-    windows = metal_kernels(config, backend, grid, t_inner=steps.t_inner, windows=sizes)
+    sizes = sorted({numerics.tile_size, numerics.chunk_size, 1}, reverse=True)
+    windows = metal_kernels(config, backend, numerics, t_inner=steps.t_inner, windows=sizes)
     figures: dict[str, Any] = {
         "backend": backend.name,
-        "dtype": grid.dtype,
+        "dtype": numerics.dtype,
         "blocks": config.num_blocks,
         "bands": bands,
         "t_inner": steps.t_inner,
@@ -105,7 +105,7 @@ class WindowKernels:
 
 
 def metal_kernels(
-    config: ModelConfig, backend: Backend, grid: Grid, *, t_inner: int, windows: list[int], batch: int = 1
+    config: ModelConfig, backend: Backend, numerics: Numerics, *, t_inner: int, windows: list[int], batch: int = 1
 ) -> Iterator[WindowKernels]:
     """For every window size and kind of block in turn: all compiled functions of such a block of the first band on mps.
 
@@ -113,7 +113,7 @@ def metal_kernels(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    bands, dtype = make_grid(config, heads_per_band=grid.heads_per_band)[0], getattr(torch, grid.dtype)
+    shards, dtype = make_layout(config, heads_per_band=numerics.heads_per_band)[0], getattr(torch, numerics.dtype)
     slstm = sorted(config.slstm_at)
     mlstm = [n for n in range(config.num_blocks) if n not in slstm]
     for tokens, (kind, blocks) in product(windows, (("mLSTM", mlstm), ("sLSTM", slstm))):
@@ -121,12 +121,12 @@ def metal_kernels(
             continue
         probe = Probe()
         kernels = Kernels(backend, t_inner=t_inner, compiler=probe)
-        band = replace(bands[0], blocks=range(blocks[0], blocks[0] + 1))
+        shard = replace(shards[0], blocks=range(blocks[0], blocks[0] + 1))
         with torch.no_grad(), FakeTensorMode():
             empty = _empty_slstm_weights if kind == "sLSTM" else _empty_weights
-            weights = empty(config, len(band.heads), len(band.ffn), dtype)
-            worker = Worker(config, band, [weights], EndWeights(None, None, None), kernels)
-            worker.warm_up(batch, tokens, grid.chunk_size, alone=len(bands) == 1)
+            weights = empty(config, len(shard.heads), len(shard.ffn), dtype)
+            worker = Worker(config, shard, [weights], EndWeights(None, None, None), kernels)
+            worker.warm_up(batch, tokens, numerics.chunk_size, one_band=len(shards) == 1)
         yield WindowKernels(tokens, kind, len(blocks), probe.functions)
 
 
@@ -156,8 +156,8 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
         return empty(size) if config.use_bias else None
 
     return BlockWeights(
-        mix_norm=empty(D),
-        mix_norm_bias=bias(D),
+        mixer_norm=empty(D),
+        mixer_norm_bias=bias(D),
         qkvo=empty(rows, D),
         qkvo_bias=bias(rows),
         gates=empty(2 * heads, D).float(),
@@ -166,8 +166,8 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
         head_norm_bias=bias(v),
         out=empty(D, v),
         out_bias=bias(D),
-        feed_norm=empty(D),
-        feed_norm_bias=bias(D),
+        ffn_norm=empty(D),
+        ffn_norm_bias=bias(D),
         up=empty(2 * ffn, D),
         up_bias=bias(2 * ffn),
         down=empty(D, ffn),

@@ -97,14 +97,14 @@ class Work:
         c, L, s = config, chunk, itemsize
         D, NH, K, V, F, qk, v = c.hidden_size, c.num_heads, c.dhqk, c.dhhv, c.ffn_dim, c.qk_dim, c.v_dim
         parts = BlockTensors.of(c, chunk=L, itemsize=s)
-        feed_flops = 2 * 3 * D * F
-        feed_traffic = 5 * parts.residual + 2 * parts.feed  # norm and residual; columns written and read
+        ffn_flops = 2 * 3 * D * F
+        ffn_traffic = 5 * parts.residual + 2 * parts.ffn  # norm and residual; columns written and read
         if block in c.slstm_at:
-            return cls(feed_flops + 2 * 8 * D * c.dh, feed_traffic + 5 * parts.residual + 2 * 5 * D * 4)
+            return cls(ffn_flops + 2 * 8 * D * c.dh, ffn_traffic + 5 * parts.residual + 2 * 5 * D * 4)
         products = 2 * (D * (2 * qk + 2 * v) + D * v + 2 * NH * D)
         cell = NH * (2 * L * K + 2 * L * V + 4 * K * V)  # scores, their products with v; with and into the state
-        mix = parts.columns + parts.states + parts.scores + parts.output + parts.output32
-        return cls(feed_flops + products + cell, feed_traffic + 5 * parts.residual + 2 * mix)
+        mixer = parts.columns + parts.states + parts.scores + parts.output + parts.output32
+        return cls(ffn_flops + products + cell, ffn_traffic + 5 * parts.residual + 2 * mixer)
 
 
 @dataclass(frozen=True)

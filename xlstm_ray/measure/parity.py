@@ -30,7 +30,7 @@ from xlstm_ray.kernels import (
 )
 from xlstm_ray.kernels.compiled import compile_each, compile_strict
 from xlstm_ray.kernels.native import PAD_F, PAD_I, mlstm_sequence, slstm_sequence
-from xlstm_ray.layout import make_grid
+from xlstm_ray.layout import make_layout
 from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import Move, build_worker
@@ -268,9 +268,9 @@ def model_rows(device: torch.device, directory: Path) -> Iterator[Row]:
 def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
     """The model in float64 by the eager reference: logits (tokens, vocabulary), and the state after the last token."""
     cpu = torch.device("cpu")
-    ((band,),) = make_grid(config, heads_per_band=config.num_heads)
+    ((shard,),) = make_layout(config, heads_per_band=config.num_heads)
     kernels = Kernels(CHUNKWISE_BACKENDS["native"], t_inner=T_INNER)
-    worker = build_worker(Checkpoint(directory, config), kernels, band, dtype=torch.float64, device=cpu)
+    worker = build_worker(Checkpoint(directory, config), kernels, shard, dtype=torch.float64, device=cpu)
     worker.blocks = [_widened(w) for w in worker.blocks]
     worker.states[0] = [_double(worker.fresh_state(n, 1)) for n in range(config.num_blocks)]
     first = torch.zeros(1, dtype=torch.long)

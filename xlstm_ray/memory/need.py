@@ -80,7 +80,7 @@ class BlockTensors:
     it; `xlstm-ray plan` counts all of it, written and read."""
 
     residual: int  # the stream
-    feed: int  # the feed-forward's gate, up and activated columns
+    ffn: int  # the feed-forward's gate, up and activated columns
     columns: int  # q, k, v, o; ordered copies of q, k, v and weighted k
     states: float  # the state's change in each chunk twice, and the state before it, float32
     scores: int  # float32, and in the model's dtype
@@ -93,7 +93,7 @@ class BlockTensors:
         c, qk, v = config, config.qk_dim, config.v_dim
         return cls(
             residual=c.hidden_size * itemsize,
-            feed=3 * c.ffn_dim * itemsize,
+            ffn=3 * c.ffn_dim * itemsize,
             columns=(2 * (qk + v) + 3 * qk + v) * itemsize,
             states=3 * c.num_heads * c.dhqk * c.dhhv * 4 / chunk,
             scores=c.num_heads * chunk * (4 + itemsize),
@@ -111,8 +111,8 @@ def activation_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
     bands = loaded.bands
     at_once = min(loaded.workers, bands) / bands  # this share of the columns
     residual = parts.residual * (2 + bands if bands > 1 else 2)  # beside it every band's share of the sum
-    mix = parts.columns + parts.states + parts.scores + 2 * parts.output32
-    return int(rows * tokens * (residual + at_once * max(parts.feed, mix)))
+    mixer = parts.columns + parts.states + parts.scores + 2 * parts.output32
+    return int(rows * tokens * (residual + at_once * max(parts.ffn, mixer)))
 
 
 def computed_need(loaded: Loaded, call: Call) -> Need:

@@ -107,7 +107,7 @@ class Event(NamedTuple):
         )
 
 
-class Watchdog:
+class MemoryWatchdog:
     """Samples memory on a thread while a block runs. The run asks `check` at its tile boundaries, where it can act.
 
     actions: what a soft limit does here, "warn" (through `warn`) and "empty_cache". log: takes a row a
@@ -131,7 +131,7 @@ class Watchdog:
         self._worst: tuple[int, Sample] | None = None  # since the last check
         self._warned = False
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> "MemoryWatchdog":
         self._thread.start()
         return self
 

@@ -15,25 +15,25 @@ from xlstm_ray.model import (
     BlockWeights,
     SlstmWeights,
     Weights,
-    feed,
     few_rows_product,
+    ffn,
     head_product,
-    mix,
-    mix_in,
-    mix_out,
+    mlstm_in,
+    mlstm_mixer,
+    mlstm_out,
     slstm_in,
-    slstm_mix,
+    slstm_mixer,
     slstm_out,
     whole_block,
 )
 
 
-class Calls(NamedTuple):
+class BlockFunctions(NamedTuple):
     """The functions of a block for one window shape (B, T), compiled unless the backend is the reference."""
 
-    block: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> x, state; one band only
-    mix: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, first, last) -> partial sum, state
-    feed: Callable[..., Tensor]  # (x, w) -> partial sum
+    block: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, start, end) -> x, state; one band only
+    mixer: Callable[..., tuple[Tensor, AnyState]]  # (x, w, state, start, end) -> partial sum, state
+    ffn: Callable[..., Tensor]  # (x, w) -> partial sum
 
 
 class Kernels:
@@ -45,7 +45,7 @@ class Kernels:
 
     def __init__(self, backend: Backend, *, t_inner: int, compiler: Compiler = compile_strict):
         self.backend, self.t_inner, self.compiler = backend, t_inner, compiler
-        self.built: dict[tuple, Calls] = {}
+        self.built: dict[tuple, BlockFunctions] = {}
         self.heads: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
 
     def head(self, x: Tensor, head: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Kernels:
             self.heads.setdefault(key, self.compiler(few_rows_product, f"head_{len(x)}"))
         return self.heads[key](x, head)
 
-    def calls(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> Calls:
+    def functions(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> BlockFunctions:
         """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
         shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
         key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token has no chunks
@@ -69,57 +69,57 @@ class Kernels:
     def _compile(self, name: str, fn: Callable, B: int, T: int) -> Callable:
         return self.compiler(fn, f"{name}_{B}x{T}") if self.backend.compiled else fn
 
-    def _mlstm(self, s: BandShape, B: int, T: int, chunk_size: int) -> Calls:
+    def _mlstm(self, s: BandShape, B: int, T: int, chunk_size: int) -> BlockFunctions:
         cell = self.backend.cell(T, chunk_size=chunk_size, t_inner=self.t_inner, compiler=self.compiler)
 
         def build(name: str, fn: Callable) -> Callable:
             return self._compile(name, fn, B, T)
 
-        feed_call = build("feed", lambda x, w: feed(x, w, s))
+        ffn_call = build("ffn", lambda x, w: ffn(x, w, s))
         if self.backend.cell_inside(T):
 
-            def mix_whole(
-                x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor
+            def mixer_whole(
+                x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor
             ) -> tuple[Tensor, State]:
-                return mix(x, w, state, first, last, s, cell)
+                return mlstm_mixer(x, w, state, start, end, s, cell)
 
-            block = whole_block(mix_whole, lambda x, w: feed(x, w, s))
-            return Calls(build("block", block), build("mix", mix_whole), feed_call)
-        before = build("mix_in", lambda x, w, first, last: mix_in(x, w, first, last, s))
-        after = build("mix_out", lambda h, o, w: mix_out(h, o, w, s))
+            block = whole_block(mixer_whole, lambda x, w: ffn(x, w, s))
+            return BlockFunctions(build("block", block), build("mixer", mixer_whole), ffn_call)
+        before = build("mlstm_in", lambda x, w, start, end: mlstm_in(x, w, start, end, s))
+        after = build("mlstm_out", lambda h, o, w: mlstm_out(h, o, w, s))
 
-        def mix_call(x: Tensor, w: BlockWeights, state: State, first: Tensor, last: Tensor) -> tuple[Tensor, State]:
-            q, k, v, o, i, f = before(x, w, first, last)
+        def mixer_call(x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
+            q, k, v, o, i, f = before(x, w, start, end)
             h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
             return after(h, o, w), state
 
-        return Calls(whole_block(mix_call, feed_call), mix_call, feed_call)
+        return BlockFunctions(whole_block(mixer_call, ffn_call), mixer_call, ffn_call)
 
-    def _slstm(self, s: BandShape, B: int, T: int) -> Calls:
+    def _slstm(self, s: BandShape, B: int, T: int) -> BlockFunctions:
         cell = self.backend.slstm_cell(T, t_inner=self.t_inner, compiler=self.compiler)
 
         def build(name: str, fn: Callable) -> Callable:
             return self._compile(f"slstm_{name}", fn, B, T)
 
-        feed_call = build("feed", lambda x, w: feed(x, w, s))
+        ffn_call = build("ffn", lambda x, w: ffn(x, w, s))
         if T == 1:  # one step is compiled with the block around it
 
-            def mix_one(
-                x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor
+            def mixer_one(
+                x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor
             ) -> tuple[Tensor, SlstmState]:
-                return slstm_mix(x, w, state, first, last, s, cell)
+                return slstm_mixer(x, w, state, start, end, s, cell)
 
-            return Calls(
-                build("block", whole_block(mix_one, lambda x, w: feed(x, w, s))), build("mix", mix_one), feed_call
+            return BlockFunctions(
+                build("block", whole_block(mixer_one, lambda x, w: ffn(x, w, s))), build("mixer", mixer_one), ffn_call
             )
-        before = build("in", lambda x, w, first, last: slstm_in(x, w, first, last, s))
+        before = build("in", lambda x, w, start, end: slstm_in(x, w, start, end, s))
         after = build("out", lambda h, w, like: slstm_out(h, w, like, s))
 
-        def mix_call(
-            x: Tensor, w: SlstmWeights, state: SlstmState, first: Tensor, last: Tensor
+        def mixer_call(
+            x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor
         ) -> tuple[Tensor, SlstmState]:
-            gates, token = before(x, w, first, last)
+            gates, token = before(x, w, start, end)
             h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
             return after(h, w, x), state
 
-        return Calls(whole_block(mix_call, feed_call), mix_call, feed_call)
+        return BlockFunctions(whole_block(mixer_call, ffn_call), mixer_call, ffn_call)

@@ -56,8 +56,8 @@ class Step(NamedTuple):
     """A window of tokens for all rows of a state: a tile or a tail's window of prefill, or one token in decoding."""
 
     tokens: Tensor  # (B, T) int64, on the CPU; 0 where a row has none
-    first: Tensor  # (B,) int64: row b's tokens are first[b] <= t < last[b], the others are padding
-    last: Tensor  # (B,) int64
+    start: Tensor  # (B,) int64: row b's tokens are start[b] <= t < end[b], the others are padding
+    end: Tensor  # (B,) int64
     chunk_size: int  # tokens; of the closed form
     number: int = 0  # of the window, for people: in names of tasks, and in errors
     logits: Wanted = "none"

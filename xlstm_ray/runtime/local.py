@@ -28,9 +28,9 @@ class _Pending(NamedTuple):
 class InProcessExecutor:
     """All stages and bands in this process: direct calls with one band, a thread a band with several.
 
-    stages: [stage][band] workers on one device. threads: how many bands work at once. On cuda the bands share so many
-    streams (none given: one a thread). cores: how many threads of torch's own each has (none given: what there is,
-    shared out).
+    stages: [stage][band] workers on one device. band_threads: how many bands work at once. streams: on cuda, how many
+    streams the bands share (None: one a thread). torch_threads: torch's own threads for each band (None: an equal share
+    of what torch has).
     """
 
     local = True
@@ -38,7 +38,12 @@ class InProcessExecutor:
     restarts = 0
 
     def __init__(
-        self, stages: list[list[Worker]], *, threads: int, streams: int | None = None, cores: int | None = None
+        self,
+        stages: list[list[Worker]],
+        *,
+        band_threads: int,
+        streams: int | None = None,
+        torch_threads: int | None = None,
     ):
         self.stages = stages
         self.device = stages[0][0].device
@@ -51,20 +56,20 @@ class InProcessExecutor:
         self._depth = 1 if self.device.type == "cpu" else 2
         self._pending: deque[_Pending] = deque()
         self._before = 0.0  # when the last result was handed out, or the first pending step submitted
-        if self._bands == 1 and cores is not None:
-            torch.set_num_threads(cores)
+        if self._bands == 1 and torch_threads is not None:
+            torch.set_num_threads(torch_threads)
         if self._bands > 1:
-            cores = cores or max(1, torch.get_num_threads() // threads)
-            self._pool = ThreadPoolExecutor(threads, "band", initializer=torch.set_num_threads, initargs=(cores,))
+            torch_threads = torch_threads or max(1, torch.get_num_threads() // band_threads)
+            self._pool = ThreadPoolExecutor(band_threads, "band", torch.set_num_threads, (torch_threads,))
             if self.device.type == "cuda":
-                own = [torch.cuda.Stream(self.device) for _ in range(streams or threads)]
+                own = [torch.cuda.Stream(self.device) for _ in range(streams or band_threads)]
                 self._streams = [own[band % len(own)] for band in range(self._bands)]
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         for size in sizes:
             # One after the other, but in the pool: the number of threads is compiled in.
             for worker in self._workers:
-                self._call(worker.warm_up, batch, size, chunk_size, alone=self._bands == 1)
+                self._call(worker.warm_up, batch, size, chunk_size, one_band=self._bands == 1)
         self.stages[-1][0].warm_up_logits(batch)  # in this thread, where they are computed
         self._synchronize()
 
@@ -95,7 +100,7 @@ class InProcessExecutor:
         src, state = state, state if step.in_place else self._names.new(state.batch)
         x = self._forward(src, state, step)
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (step.last - 1).clamp(min=0).to(x.device)]
+        hidden = x[rows, (step.end - 1).clamp(min=0).to(x.device)]
         logits = None
         if step.logits != "none":
             logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
@@ -129,7 +134,7 @@ class InProcessExecutor:
     # ------------------------------------------------------------------------------------------------------------------
     @property
     def _workers(self) -> list[Worker]:
-        return [worker for bands in self.stages for worker in bands]
+        return [worker for workers in self.stages for worker in workers]
 
     def _blocks(self, state: StateRef) -> list[list[AnyState | None]]:
         return [list(worker.states[state.number]) for worker in self._workers]
@@ -138,8 +143,8 @@ class InProcessExecutor:
         """The blocks' states of each worker -> tensors of all heads, on the CPU."""
         tensors: dict[str, Tensor] = {}
         each = iter(blocks)
-        for bands in self.stages:
-            tensors |= join_bands(worker.named(next(each)) for worker in bands)
+        for workers in self.stages:
+            tensors |= join_bands(worker.named(next(each)) for worker in workers)
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _free(self, number: int) -> None:
@@ -149,15 +154,15 @@ class InProcessExecutor:
     def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
         """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""
         x = self.stages[0][0].embed(step.tokens)
-        first, last = step.first.to(self.device), step.last.to(self.device)
-        move = Move(src.number, dst.number, first, last, step.chunk_size)
-        for bands in self.stages:
-            for n in range(len(bands[0].blocks)):
+        start, end = step.start.to(self.device), step.end.to(self.device)
+        move = Move(src.number, dst.number, start, end, step.chunk_size)
+        for workers in self.stages:
+            for n in range(len(workers[0].blocks)):
                 if self._bands == 1:
-                    x = bands[0].run_block(n, x, move)
+                    x = workers[0].run_block(n, x, move)
                 else:
-                    x = self._add(x, [partial(worker.mix, n, x, move) for worker in bands])
-                    x = self._add(x, [partial(worker.feed, n, x, move) for worker in bands])
+                    x = self._add(x, [partial(worker.run_mixer, n, x, move) for worker in workers])
+                    x = self._add(x, [partial(worker.run_ffn, n, x, move) for worker in workers])
         return x
 
     def _add(self, x: Tensor, calls: list[Callable[[], Tensor]]) -> Tensor:

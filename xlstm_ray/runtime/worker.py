@@ -9,9 +9,9 @@ from torch import Tensor
 
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.layout import Band
+from xlstm_ray.layout import Shard
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
-from xlstm_ray.runtime.blocks import Calls, Kernels
+from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 
 
 class Move(NamedTuple):
@@ -19,22 +19,24 @@ class Move(NamedTuple):
 
     src: int
     dst: int
-    first: Tensor  # (B,) int64, on the worker's device, as in Step
-    last: Tensor
+    start: Tensor  # (B,) int64, on the worker's device, as in Step
+    end: Tensor
     chunk_size: int
 
 
 class Worker:
     """Weights and states of one (stage, band), blocks of either kind. Plain torch: knows neither threads nor Ray.
 
-    With all heads in one band, `run_block` does a whole block in one call; with several, `mix` and `feed` return this
-    band's partial sums of x (B, T, D), which the executor adds up. A block's call makes a new state of an old one and
-    never writes into that: holding a state is keeping it.
+    With all heads in one band, `run_block` does a whole block in one call. With several bands, `run_mixer` and
+    `run_ffn` return this band's partial sums of x (B, T, D), and the executor adds them up. A block makes a new state
+    from an old one and never writes into the old one: holding a state is keeping it.
     """
 
-    def __init__(self, config: ModelConfig, band: Band, blocks: Sequence[Weights], ends: EndWeights, kernels: Kernels):
-        self.config, self.band, self.blocks, self.ends, self.kernels = config, band, blocks, ends, kernels
-        self.shape = BandShape.of(config, len(band.heads))
+    def __init__(
+        self, config: ModelConfig, shard: Shard, blocks: Sequence[Weights], ends: EndWeights, kernels: Kernels
+    ):
+        self.config, self.shard, self.blocks, self.ends, self.kernels = config, shard, blocks, ends, kernels
+        self.shape = BandShape.of(config, len(shard.heads))
         self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
         self.states: dict[int, list[AnyState | None]] = {}  # by number: a state a block, None where it is not made yet
 
@@ -44,7 +46,7 @@ class Worker:
         return tuple(torch.zeros(batch, *shape, device=self.device) for shape in shapes)  # type: ignore[return-value]
 
     def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
-        return self.config.state_shapes(self.band.blocks[n], len(self.band.heads))
+        return self.config.state_shapes(self.shard.blocks[n], len(self.shard.heads))
 
     def load(self, number: int, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
         """A state of these tensors of all heads, named as in RecurrentState, or a fresh one.
@@ -53,7 +55,7 @@ class Worker:
         """
         state: list[AnyState | None] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
         if tensors is not None:
-            heads = slice(self.band.heads.start, self.band.heads.stop)
+            heads = slice(self.shard.heads.start, self.shard.heads.stop)
             for name, part in self._named(state):
                 part.copy_(tensors[name][:, heads])
         self.states[number] = state
@@ -91,7 +93,7 @@ class Worker:
         for n, parts in enumerate(state):
             assert parts is not None
             for name, part in zip(self._shapes(n), parts, strict=True):
-                yield f"blocks.{self.band.blocks[n]}.{name}", part
+                yield f"blocks.{self.shard.blocks[n]}.{name}", part
 
     def _block(self, number: int, n: int) -> AnyState:
         state = self.states[number][n]
@@ -101,18 +103,18 @@ class Worker:
     def _made(self, move: Move, n: int, state: AnyState) -> None:
         self.states.setdefault(move.dst, [None] * len(self.blocks))[n] = state
 
-    def warm_up(self, batch: int, tokens: int, chunk_size: int, *, alone: bool) -> None:
+    def warm_up(self, batch: int, tokens: int, chunk_size: int, *, one_band: bool) -> None:
         """Compile for windows (batch, tokens) by running a block of each kind on zeros; the states stay as they are."""
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        first = torch.zeros(batch, dtype=torch.long, device=self.device)
+        start = torch.zeros(batch, dtype=torch.long, device=self.device)
         for n in {type(w): n for n, w in enumerate(self.blocks)}.values():
-            w, calls = self.blocks[n], self._calls(n, x, chunk_size)
-            args = (x, w, self.fresh_state(n, batch), first, first + tokens)
-            if alone:
-                calls.block(*args)
+            w, functions = self.blocks[n], self._functions(n, x, chunk_size)
+            args = (x, w, self.fresh_state(n, batch), start, start + tokens)
+            if one_band:
+                functions.block(*args)
             else:
-                calls.mix(*args)
-                calls.feed(x, w)
+                functions.mixer(*args)
+                functions.ffn(x, w)
 
     def warm_up_logits(self, batch: int) -> None:
         """Compile what logits of `batch` rows need, where the head is here."""
@@ -131,27 +133,27 @@ class Worker:
     def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
         """All of this stage's n-th block, where this band has all heads."""
         state = self._block(move.src, n)
-        x, state = self._calls(n, x, move.chunk_size).block(x, self.blocks[n], state, move.first, move.last)
+        x, state = self._functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return x
 
-    def mix(self, n: int, x: Tensor, move: Move) -> Tensor:
-        """This band's share of the mLSTM or sLSTM half of block n."""
+    def run_mixer(self, n: int, x: Tensor, move: Move) -> Tensor:
+        """This band's share of the mixer of block n: of its mLSTM or sLSTM."""
         state = self._block(move.src, n)
-        y, state = self._calls(n, x, move.chunk_size).mix(x, self.blocks[n], state, move.first, move.last)
+        y, state = self._functions(n, x, move.chunk_size).mixer(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return y
 
-    def feed(self, n: int, x: Tensor, move: Move) -> Tensor:
-        """This band's share of the feed-forward half of block n."""
-        return self._calls(n, x, move.chunk_size).feed(x, self.blocks[n])
+    def run_ffn(self, n: int, x: Tensor, move: Move) -> Tensor:
+        """This band's share of the feed-forward of block n."""
+        return self._functions(n, x, move.chunk_size).ffn(x, self.blocks[n])
 
-    def _calls(self, n: int, x: Tensor, chunk_size: int) -> Calls:
-        return self.kernels.calls(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
+    def _functions(self, n: int, x: Tensor, chunk_size: int) -> BlockFunctions:
+        return self.kernels.functions(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
 
 
 def build_worker(
-    checkpoint: Checkpoint, kernels: Kernels, shard: Band, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, kernels: Kernels, shard: Shard, *, dtype: torch.dtype, device: torch.device
 ) -> Worker:
     """The worker of one (stage, band), with its slice of the checkpoint."""
     return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)
