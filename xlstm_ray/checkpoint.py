@@ -1,8 +1,8 @@
 """safetensors -> BlockWeights, tensor by tensor, sliced to a stage and a band while reading. Strict, never pickle.
 
 The layout is Hugging Face's, as NX-AI/xLSTM-7b is published and as transformers writes it, weight modes single and
-fused; sLSTM blocks as published models name theirs. One table renames; every tensor that the configuration asks for
-must be there with its shape, and no other.
+fused; sLSTM blocks have the names of published models. One table renames. Every tensor that the configuration asks for
+must be there with its shape, and no other tensor.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SLSTM_GATES, expected_t
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-UNIT = MIB  # of a tensor's bytes, whole rows, have a digest each, so that a band checks its rows alone
+UNIT = MIB  # bytes of a tensor (whole rows) that have one digest, so that a band checks only its own rows
 DIGEST = 16  # bytes
 
 
 class Stored(NamedTuple):
-    """What a tensor is in the files, to the bit: `units` are the digests of its rows, UNIT bytes or one row each."""
+    """A tensor as the files have it, to the bit: `units` are digests of its rows, each of UNIT bytes or one row."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -42,14 +42,14 @@ class Stored(NamedTuple):
 
 
 class Checkpoint:
-    """A model directory whose weights have been checked against the configuration; nothing but headers is read yet.
+    """A model directory. Its headers are read and checked against the configuration; its weights are read later.
 
-    The out norm is applied where the files have one, and must be there unless add_out_norm is false: transformers
-    applies it whatever that key says. Likewise a head of its own is used where there is one, and must be there unless
-    tie_word_embeddings is true.
+    If the files have an out norm, it is applied: transformers applies it whatever add_out_norm says. It may be missing
+    only if add_out_norm is false. If the files have a head, it is used. It may be missing only if tie_word_embeddings
+    is true.
 
-    Everything that is read has its digest taken on the way. expected: what another process, maybe on another machine,
-    has found (`stored`); reading what differs from it raises CheckpointError.
+    Digests are computed while weights are read. expected: the digests (`stored`) of another process, maybe on another
+    machine; reading a tensor that differs raises CheckpointError.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, expected: Mapping[str, Stored] | None = None):
@@ -99,9 +99,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype to run in: config.json's, or that of most bytes of the weights where it is wider or there is none.
+        """The dtype to run in: config.json's, or that of most weight bytes if it is wider or config.json has none.
 
-        One tensor that is stored in less than the others does not make all of them so.
+        Most bytes count, so one tensor that is stored in a narrower dtype does not narrow the others.
         """
         stored: Counter[torch.dtype] = Counter()
         for shape, name in self._header.values():
@@ -111,7 +111,7 @@ class Checkpoint:
         return max(asked, most, key=lambda dtype: dtype.itemsize)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights, matrices and norms in `dtype`: gates and all of an sLSTM layer are float32."""
+        """Bytes of all weights with matrices and norms in `dtype`. Gates and sLSTM layers are float32."""
         return sum(torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in self.shapes.items())
 
     @property
@@ -121,15 +121,15 @@ class Checkpoint:
 
     @property
     def largest_tensor_bytes(self) -> int:
-        """Of what is stored; so much of the files is mapped at once while they are read."""
+        """The size of the largest stored tensor: while files are read, at most this much of them is mapped."""
         return max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
 
     def fingerprint(self) -> str:
-        """Names this model: 32 hex digits of its configuration, all bytes of its weights, and its tokenizer's file.
+        """The model's identity: 32 hex digits over its configuration, all bytes of its weights and its tokenizer file.
 
-        How the weights are spread over files has no part in it. What has not been read yet is read now.
+        It does not depend on how the weights are spread over files. Weights that were not read yet are read now.
         """
-        # Left out where there are none, so that the key's absence names the same model.
+        # Left out if empty, so that a missing key and an empty one name the same model.
         without = None if self.config.slstm_at else {"slstm_at"}
         digest = hashlib.sha256(self.config.model_dump_json(exclude=without).encode())
         for name, tensor in sorted(self.stored().items()):
@@ -140,10 +140,10 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
     def stored(self) -> dict[str, Stored]:
-        """Every tensor as it is in the files. What has not been read yet is read now, and kept for the next time."""
+        """The digests of every stored tensor. Weights that were not read yet are read now; digests are kept on disk."""
         missing = [name for name, units in self._units.items() if None in units]
         if missing:
-            with ThreadPoolExecutor(4) as pool:  # a disk answers several at once, and hashing lets other threads run
+            with ThreadPoolExecutor(4) as pool:  # disks serve several reads at once, and hashing releases the GIL
                 list(pool.map(self._read, missing))
         if not self._kept_already:
             self._kept_already = True
@@ -156,8 +156,8 @@ class Checkpoint:
     def load(self, shard: Shard, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
 
-        Each file is opened for one tensor at a time, so that no more of it than that tensor is ever mapped. Digests are
-        taken in a thread beside the copies, which would take half as long again on a fast GPU.
+        A file is opened for one tensor at a time, so no more than that tensor is mapped. A second thread computes the
+        digests during the copies; without it, loading takes half as long again on a fast GPU.
         """
         with ThreadPoolExecutor(1, "digests") as self._beside:
             try:
@@ -168,7 +168,7 @@ class Checkpoint:
         return loaded
 
     def _load(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
-        leads = shard.heads.start == 0  # the first band adds what is not split: biases of sums, embedding, head
+        leads = shard.heads.start == 0  # the first band has what is not split: biases of sums, embedding, head
         blocks = [self._block(n, shard, dtype, device, leads) for n in shard.blocks]
         embedding = out_norm = head = None
         last = leads and shard.blocks.stop == self.config.num_blocks
@@ -188,7 +188,7 @@ class Checkpoint:
         band_rows = {"q": qk, "k": qk, "v": v, "o": v, "i": nh, "f": nh, "gate": ffn, "up": ffn}
 
         def stack(parts: str, kind: str, to: torch.dtype) -> Tensor:
-            """The band's rows of several projections, one under the other, read straight into their place."""
+            """The band's rows of several projections, stacked; each is read directly into its place."""
             rows = [band_rows[part] for part in parts.split()]
             count = sum(r.stop - r.start for r in rows)
             shape = (count, config.hidden_size) if kind == "weight" else (count,)
@@ -259,8 +259,8 @@ class Checkpoint:
         return self._finite(out.copy_(part), name)
 
     def _finite(self, tensor: Tensor, name: str) -> Tensor:
-        """The tensor, or CheckpointError where it holds a NaN or an infinity, which would spread to every result."""
-        # A sum is one pass without a temporary; it may overflow where every value is finite, hence the second look.
+        """Return the tensor. Raises CheckpointError for NaN or infinity: they would spread to every result."""
+        # A sum needs one pass and no temporary. It may overflow though all values are finite, hence the second check.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise CheckpointError(
                 f"{self._files[name]}: tensor {name} holds values that are not finite in {tensor.dtype}"
@@ -268,7 +268,7 @@ class Checkpoint:
         return tensor
 
     def _read(self, name: str, *where: slice) -> Tensor:
-        """A slice of a tensor: a view of its file's mapping, whose rows have their digests taken or checked."""
+        """A slice of a tensor, as a view of the mapped file. Digests of its rows are computed or checked."""
         path = self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -280,14 +280,14 @@ class Checkpoint:
         first, last, _ = (where[0] if where else slice(None)).indices(len(whole))
         missing = [n for n in range(first // rows, -(-last // rows)) if units[n] is None]
         if missing and self._beside is not None:
-            self._settle()  # one at a time, as its tensor stays mapped
+            self._settle()  # only one at a time: its tensor stays mapped
             self._under_way = self._beside.submit(self._digest, name, whole, missing)
         elif missing:
             self._digest(name, whole, missing)
         return part
 
     def _digest(self, name: str, whole: Tensor, missing: Sequence[int]) -> None:
-        """Take or check the digests of these units of a tensor."""
+        """Compute or check the digests of these units of a tensor."""
         rows, units = self._rows(name)[0], self._units[name]
         for n in missing:
             unit: Any = whole[n * rows : (n + 1) * rows].contiguous().view(torch.uint8).numpy()
@@ -301,7 +301,7 @@ class Checkpoint:
             under_way.result()
 
     def _rows(self, name: str) -> tuple[int, int]:
-        """Of a tensor: how many rows a unit has, and how many units there are."""
+        """For a tensor: rows per unit, and number of units."""
         shape, dtype = self._header[name]
         rows = max(1, UNIT // (torch.Size(shape[1:]).numel() * DTYPES[dtype].itemsize))
         return rows, -(-shape[0] // rows)
@@ -310,7 +310,7 @@ class Checkpoint:
         return CheckpointError(f"{self.directory}: node {os.uname().nodename} has another model there than the driver")
 
     def _recall(self) -> bool:
-        """Take what is kept of these files; returns whether that is all that can be kept."""
+        """Load the digests that were kept for these files; returns whether they are complete."""
         everything = True
         for path, now in self._stats.items():
             if now[0] < digests.KEPT_FROM:
@@ -355,10 +355,10 @@ def _locate(directory: Path) -> dict[str, Path]:
         raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
     files = {}
     for name, file in weight_map.items():
-        # A file name, never a path: an index from elsewhere must not make us read outside the model's directory.
+        # A file name, never a path: a foreign index must not make us read outside the model's directory.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: tensor {name!r} is said to be in {str(file)[:80]!r}, which is no .safetensors file name"
+                f"{index}: tensor {name!r} is said to be in {str(file)[:80]!r}, which is not a .safetensors file name"
             )
         files[name] = directory / file
     if single.is_file() and single not in files.values():

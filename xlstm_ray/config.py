@@ -29,7 +29,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON in UTF-8. ValueError or RecursionError where it is none, or an object has a key twice."""
+    """Parse JSON in UTF-8. Raises ValueError or RecursionError if it is not JSON or an object has a key twice."""
     return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
 
 
@@ -37,7 +37,7 @@ def read_json(path: Path, error: type[XlstmRayError]) -> Any:
     """The JSON value in a file; `error`, in one line, where it cannot be read."""
     try:
         if path.exists() and not path.is_file():
-            raise error(f"{path}: is not a file")  # a pipe would be waited for
+            raise error(f"{path}: is not a file")  # reading a pipe would wait
         return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise error(f"{path}: is missing; a model directory has config.json, tokenizer.json and weights") from None
@@ -52,12 +52,12 @@ def read_json(path: Path, error: type[XlstmRayError]) -> Any:
 
 
 def _shown(value: object) -> str:
-    """A value from a file, fit for an error's line."""
+    """A value from a file, short and printable for an error message."""
     return repr(value)[:80]
 
 
 def _one_edit_apart(a: str, b: str) -> bool:
-    """Whether one letter changed, added or left out makes one of the other."""
+    """Whether changing, adding or removing one letter turns one into the other."""
     a, b = sorted((a.lower(), b.lower()), key=len)
     n = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
     return a[n + (len(a) == len(b)) :] == b[n + 1 :]
@@ -79,7 +79,7 @@ def _id_list(value: Any) -> Any:
 
 
 def _dtype_name(value: Any) -> Any:
-    """The name of a dtype, which older writers put "torch." before."""
+    """The name of a dtype; older writers put "torch." before it."""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name is not None and name not in DTYPES:
         raise ValueError(f"allowed: {', '.join(DTYPES)}")
@@ -87,7 +87,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 def _block_indices(value: Any) -> Any:
-    """slstm_at is written as a list or null; "all" is left to the check that knows how many blocks there are."""
+    """slstm_at is written as a list or null; "all" is handled by the check that knows the number of blocks."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else value
@@ -124,7 +124,7 @@ class ModelConfig(BaseModel):
     bos_token_id: Annotated[TokenId | None, BeforeValidator(_id)] = None
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_id_list)] = ()
     force_bos_token_insert: Annotated[bool, Field(strict=True)] = False
-    # What the model is meant to run in. No part of what it computes: left out of the model's identity.
+    # The dtype that the model is meant for. It does not change what the model computes: not part of its identity.
     dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(None, exclude=True)
 
     @model_validator(mode="before")
@@ -136,9 +136,9 @@ class ModelConfig(BaseModel):
         data = dict(data)
         if data.get("model_type") != "xlstm":
             raise ValueError(f"model_type is {_shown(data.get('model_type'))}, only 'xlstm' is served")
-        # Configurations carry keys of other programs; but a misspelt one of ours would silently mean its default.
+        # Keys of other programs are ignored. A misspelt key of ours is refused: it would silently mean its default.
         for name in (name for name in data if name not in _KNOWN):
-            missing = sorted(_KNOWN - set(data))  # eod_token_id beside eos_token_id is a key of its own
+            missing = sorted(_KNOWN - set(data))  # eod_token_id is another key, not a misspelt eos_token_id
             meant = next((known for known in missing if _one_edit_apart(name, known)), None)
             if meant:
                 raise ValueError(f"{_shown(name)} is not a known key; is {meant} meant?")
@@ -213,7 +213,7 @@ class ModelConfig(BaseModel):
         return {"C": (heads, self.dhqk, self.dhhv), "n": (heads, self.dhqk), "m": (heads, 1)}
 
     def state_file_bytes(self, rows: int) -> int:
-        """The size of a saved state of so many prompts, or a little more: its tensors, float32, and what names them."""
+        """An upper bound for the file size of a saved state of `rows` prompts: float32 tensors and their header."""
         shapes = [shape for n in range(self.num_blocks) for shape in self.state_shapes(n, self.num_heads).values()]
         return rows * (4 * (sum(map(prod, shapes)) + self.vocab_size) + 256) + 128 * len(shapes) + 4096
 
@@ -240,7 +240,7 @@ class ModelConfig(BaseModel):
         return cls.from_dict(read_json(path, ConfigError), source=str(path))
 
 
-# Values other than these would change the function that the model computes into one that is not implemented.
+# Any other value would select a function that is not implemented.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "add_qk_norm": (False, None),
     "add_post_norm": (False, None),

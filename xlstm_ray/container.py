@@ -1,4 +1,4 @@
-"""What the machine, or the container around this process, leaves it: memory and CPUs."""
+"""The memory and CPUs that the machine, or a container, gives this process."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ ROOT = Path("/sys/fs/cgroup")
 
 
 def control_groups(controller: str) -> list[tuple[Path, bool]]:
-    """Folders of the control groups around this process, the innermost first, and whether they are of version 1.
+    """The control groups of this process, innermost first: folder, and whether it is version 1.
 
-    Not every one has the controller's files. Empty where a system has no control groups.
+    A group may lack the controller's files. Empty if the system has no control groups.
     """
     if sys.platform != "linux":
         return []
@@ -26,7 +26,7 @@ def control_groups(controller: str) -> list[tuple[Path, bool]]:
         if not first and controllers:
             continue
         base = ROOT / controller if first else ROOT
-        # In a container the path may be that of the host, which is not there: then what is at the root counts.
+        # In a container the path may be the host's and not exist here: then the root group counts.
         folder = base / path.lstrip("/")
         groups = [folder, *folder.parents] if folder.is_dir() else [base]
         found += [(group, first) for group in groups if group.is_relative_to(base)]
@@ -34,7 +34,7 @@ def control_groups(controller: str) -> list[tuple[Path, bool]]:
 
 
 def cores() -> int:
-    """The CPUs that this process may keep busy: of its affinity and its container, rounded up, so 1 at least."""
+    """The CPUs that this process may use, by its affinity and its container: rounded up, at least 1."""
     count = float(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
     for group, first in control_groups("cpu"):
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)
@@ -47,27 +47,27 @@ def cores() -> int:
 
 
 def machine_bytes() -> tuple[int, int]:
-    """Available and total memory of the machine, or of the container around this process where that is less."""
+    """Available and total memory in bytes: the machine's, or the container's if that is smaller."""
     machine = psutil.virtual_memory()
     available, total = machine.available, machine.total
     for limit, usage, statistics, cached in _containers(total):
         rows = dict(row.split() for row in statistics.read_text().splitlines())
-        used = int(usage.read_text()) - int(rows.get(cached, 0))  # the file cache goes when memory is needed
+        used = int(usage.read_text()) - int(rows.get(cached, 0))  # the file cache is dropped when memory is needed
         available, total = min(available, max(0, limit - used)), min(total, limit)
     return available, total
 
 
 @cache
 def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
-    """Control groups around this process with less than the machine: limit in bytes, files of usage and statistics,
-    and the statistic of what is only cached."""
+    """Control groups whose limit is below the machine's memory: limit in bytes, the files with usage and statistics,
+    and the name of the cache statistic."""
     found = []
     for group, first in control_groups("memory"):
         names, cached = (("max", "current"), "inactive_file")
         if first:
             names, cached = ("limit_in_bytes", "usage_in_bytes"), "total_inactive_file"
         limit, usage = (group / f"memory.{name}" for name in names)
-        text = limit.read_text().strip() if limit.is_file() else "max"  # not every group has the controller
+        text = limit.read_text().strip() if limit.is_file() else "max"  # a group may lack the controller
         if text != "max" and int(text) < machine_bytes:
             found.append((int(text), usage, group / "memory.stat", cached))
     return tuple(found)

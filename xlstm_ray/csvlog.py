@@ -1,4 +1,4 @@
-"""A CSV file that grows while a run goes on; where it cannot be written any more, the run goes on without it.
+"""A CSV file that grows during a run. If it can no longer be written, the run goes on without it.
 
 Its first column is the time in ISO 8601.
 """
@@ -13,9 +13,9 @@ from xlstm_ray.files import LOG, require_replaceable
 
 
 class CsvLog:
-    """Rows reach the file one by one; another log is replaced, any other file only where `overwrite` says so.
+    """Each row is written at once. An older log is replaced, any other file only with `overwrite`.
 
-    Raises OutputError where that forbids it, OSError where the file cannot be opened; `failure` is what came later.
+    Raises OutputError if the file may not be replaced, OSError if it cannot be opened. `failure`: a later error.
     """
 
     def __init__(self, path: Path, names: Iterable[str], *, append: bool = False, overwrite: bool = False):
@@ -27,7 +27,7 @@ class CsvLog:
             self._write("time", *names)
 
     def row(self, *values: object) -> None:
-        """One more row, of now."""
+        """Write one row with the current time."""
         self._write(now(), *values)
 
     def _write(self, *values: object) -> None:
@@ -40,7 +40,7 @@ class CsvLog:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # what could not be written before is tried once more
+        with suppress(OSError):  # closing tries once more to write what failed before
             self._file.close()
 
 

@@ -14,7 +14,7 @@ NAME = "xlstm-ray"
 
 
 def cache_dir() -> Path:
-    """Where this user's caches of the program live: XDG_CACHE_HOME, else where this system has caches."""
+    """The directory of this program's caches: XDG_CACHE_HOME, else the system's usual place."""
     try:
         return user_cache_path(NAME)
     except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
@@ -22,7 +22,7 @@ def cache_dir() -> Path:
 
 
 def compile_cache_dir() -> Path:
-    """Where torch keeps what it has compiled: its variable, else its default."""
+    """The directory of torch's compiled code: from its environment variable, else its default."""
     try:
         user = getuser()
     except (KeyError, ModuleNotFoundError, OSError):  # a user without a name, as in containers
@@ -32,10 +32,10 @@ def compile_cache_dir() -> Path:
 
 
 def default_state_dir() -> Path:
-    """Where records and the token live unless told otherwise: XDG_STATE_HOME, else .local/state in the home directory.
+    """The default directory of Ray's records and token: XDG_STATE_HOME, else .local/state in the home directory.
 
-    So on macOS too: all machines of a cluster have one documented place, and its path has no space for a shell to cut.
-    Raises RayError where this user has no home.
+    macOS has the same place: it is alike on all machines of a cluster, and its path has no space that a shell splits.
+    Raises RayError if this user has no home directory.
     """
     try:
         return Unix(NAME).user_state_path

@@ -29,7 +29,7 @@ class CheckpointError(XlstmRayError):
 
 
 class DownloadError(XlstmRayError):
-    """A model could not be had from the hub, or is not in the cache."""
+    """A model cannot be downloaded from the hub, or is not in the cache."""
 
 
 class StateError(XlstmRayError):
@@ -37,11 +37,11 @@ class StateError(XlstmRayError):
 
 
 class OutputError(XlstmRayError):
-    """A file that was asked for cannot be written, or its place is taken by what this program did not write."""
+    """A requested file cannot be written, or a file that this program did not write is in its place."""
 
 
 class KernelError(XlstmRayError):
-    """A kernel does not compile or is not to be had on this device. Compilation is strict: nothing falls back."""
+    """A kernel does not compile, or this device cannot run it. Compilation is strict: nothing falls back."""
 
 
 class ParityError(XlstmRayError):
@@ -49,7 +49,7 @@ class ParityError(XlstmRayError):
 
 
 class EstimateError(XlstmRayError):
-    """A measured run is further from its estimate than is allowed."""
+    """A measured run is further from its estimate than the tolerance allows."""
 
 
 class RayError(XlstmRayError):
@@ -69,7 +69,7 @@ class GridOutOfMemory(GridLost):
 
 
 class MemoryLimitError(XlstmRayError):
-    """A run cannot fit, or came over its hard limit of memory and was stopped at a tile boundary."""
+    """A run cannot fit, or went over its hard memory limit and was stopped at a tile boundary."""
 
     exit_code = 3
 
@@ -81,12 +81,12 @@ class Interrupted(XlstmRayError):
 
 
 def one_line(text: object) -> str:
-    """What a library says about a file in one printable line of moderate length: it may quote the file."""
+    """A library's message about a file as one printable line of moderate length: the message may quote the file."""
     return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:300]
 
 
 def pip_install(package: str) -> str:
-    """The command that puts a package into the environment of this very process, as the project asks for it."""
+    """The command that installs a package into this process's environment, with the project's version bounds."""
     try:
         asked = [requirement.partition(";")[0].strip() for requirement in metadata.requires("xlstm-ray") or []]
     except metadata.PackageNotFoundError:  # on the PYTHONPATH, not installed

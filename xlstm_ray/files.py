@@ -1,4 +1,4 @@
-"""Files that this program writes: whole or not at all, never in the place of what is not ours, and none left behind."""
+"""Files that this program writes: whole or not at all, never over another program's file, none left behind."""
 
 import os
 import re
@@ -17,13 +17,13 @@ MIB = 1 << 20
 JOURNAL_FILE = "prefill.state"  # in the directory of --journal
 
 TEMPORARY = re.compile(r"\.xlstm-ray\.[0-9a-f]{16}\.tmp")
-STALE_S = 3600.0  # a temporary file that nobody has written to for so long has lost its writer
+STALE_S = 3600.0  # a temporary file that is older than this has lost its writer
 HEAD_BYTES = 4096
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Kind(NamedTuple):
-    """What an output is: its name in errors, and whether a file that begins with these bytes is one of ours."""
+    """A kind of output: its name in errors, and a test of a file's first bytes: did this program write it?"""
 
     name: str
     ours: Callable[[bytes], bool]
@@ -41,7 +41,7 @@ PICTURE = Kind("a picture of this program", lambda head: head.startswith(b"\x89P
 
 
 class Output(NamedTuple):
-    """A file that a run was asked to write, and whether its directory is made where it is not there."""
+    """A file that a run was asked to write. makes_directory: a missing directory is made."""
 
     option: str
     path: Path
@@ -58,7 +58,7 @@ class Input(NamedTuple):
 
 
 def check_outputs(outputs: Sequence[Output], inputs: Sequence[Input], *, overwrite: bool) -> None:
-    """Find out before the work whether every output has a place that it may take. Raises OutputError, in one line."""
+    """Check before the work that every output may be written to its place. Raises OutputError."""
     for n, output in enumerate(outputs):
         for read in inputs:
             if _same(output.path, read.path) and read.kind is not output.kind:
@@ -76,9 +76,9 @@ def check_outputs(outputs: Sequence[Output], inputs: Sequence[Input], *, overwri
 
 
 def require_replaceable(path: Path, kind: Kind, *, overwrite: bool = False, option: str = "") -> None:
-    """Raise OutputError unless an output may take this place: nothing is there, or an empty file, or one of its kind.
+    """Raise OutputError unless an output may be written here: nothing is there, or an empty file, or one of its kind.
 
-    overwrite: any regular file may be replaced. A link is refused always, since what it leads to would be replaced.
+    overwrite: any regular file may be replaced. A link is always refused: its target would be replaced.
     """
     named = f"{option} {path}".lstrip()
     try:
@@ -102,9 +102,9 @@ def require_replaceable(path: Path, kind: Kind, *, overwrite: bool = False, opti
 
 
 def require_writable(path: Path, *, option: str = "", makes_directory: bool = False, size: int = 0) -> None:
-    """Raise OutputError where a file cannot be made beside `path`, or there is no room for `size` bytes.
+    """Raise OutputError if no file can be made in the directory of `path`, or `size` bytes do not fit on the disk.
 
-    Temporary files of killed writers are removed first, since they take room.
+    Temporary files of killed writers are removed first, because they take space.
     """
     named, directory = f"{option} {path}".lstrip(), path.absolute().parent
     while makes_directory and not directory.exists() and directory != directory.parent:
@@ -130,9 +130,9 @@ def require_writable(path: Path, *, option: str = "", makes_directory: bool = Fa
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """The file is there whole with this data, or as it was before. Raises OSError.
+    """Write all of the data, or leave the file as it was. Raises OSError.
 
-    A temporary file beside it, fsync, rename; what killed writers have left there goes too.
+    Temporary file, fsync, rename. Files that killed writers left in the directory are removed too.
     """
     sweep(path.parent)
     temporary = path.with_name(f".xlstm-ray.{token_hex(8)}.tmp")
@@ -149,7 +149,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove temporary files of ours that have lost their writer: this user's, and untouched for an hour."""
+    """Remove this program's temporary files that have lost their writer: this user's, and an hour old."""
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             if TEMPORARY.fullmatch(entry.name):
@@ -161,7 +161,7 @@ def sweep(directory: Path) -> None:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether git-lfs has left a few lines of text where the file itself should be."""
+    """Whether the file is a git-lfs pointer: a few lines of text in place of the content."""
     try:
         with open(path, "rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -185,7 +185,7 @@ def shown_bytes(size: int) -> str:
 def _same(a: Path, b: Path) -> bool:
     try:
         return os.path.samefile(a, b)
-    except (OSError, ValueError):  # at least one is not there: then names decide
+    except (OSError, ValueError):  # at least one does not exist: compare names
         return os.path.realpath(a) == os.path.realpath(b)
 
 

@@ -1,4 +1,4 @@
-"""GenerationConfig: what generation_config.json says of end tokens and sampling. No torch here."""
+"""GenerationConfig: end tokens and sampling from generation_config.json. No torch here."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from xlstm_ray.sampling import Sampling
 
 NAME = "generation_config.json"
 
-# Keys of generation that are not served, with the values that change nothing.
+# Keys of generation that are not supported, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -39,14 +39,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _ids(value: Any) -> Any:
-    """eos_token_id is written as a number, a list or null; -1 is how exporters write that there is none."""
+    """eos_token_id is written as a number, a list or null; some exporters write -1 for none."""
     if value is None:
         return ()
     return tuple(n for n in (value if isinstance(value, list) else [value]) if n != -1)
 
 
 class GenerationConfig(BaseModel):
-    """The keys that are served, with transformers' defaults; others that change what is generated are told of."""
+    """The supported keys, with transformers' defaults. `not_served` lists other keys that would change the text."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -57,11 +57,11 @@ class GenerationConfig(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100, strict=True)] | None = None
-    not_served: tuple[str, ...] = ()  # "key value" of what this program does not do
+    not_served: tuple[str, ...] = ()  # "key value" of keys that are not supported
 
     @classmethod
     def of(cls, model: Path) -> "GenerationConfig | None":
-        """What a model directory has; None without the file. Raises ConfigError where it cannot be read or honoured."""
+        """Read a model directory's file; None if it has none. Raises ConfigError if it cannot be read or honoured."""
         path = model / NAME
         if not path.exists():
             return None
@@ -81,7 +81,7 @@ class GenerationConfig(BaseModel):
             raise ConfigError(f"{path}: {first['loc'][0]}: {first['msg']} (given: {given})") from None
 
     def end_tokens(self, of_config: tuple[int, ...]) -> tuple[int, ...]:
-        """These where the key is there, be it null; else those of config.json."""
+        """This file's end tokens if it has the key, even null; else those of config.json."""
         return self.eos_token_id if "eos_token_id" in self.model_fields_set else of_config
 
     def sampling(self, asked: bool) -> Sampling:

@@ -1,4 +1,4 @@
-"""Models from a Hugging Face hub into its cache: nothing executable, and nothing that is there already."""
+"""Download models from a Hugging Face hub into its cache: no code, and no file that is already there."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from huggingface_hub import errors, snapshot_download
 
 from xlstm_ray.errors import DownloadError, one_line
 
-# What `--model` takes. Weights that are pickled, or code, are never fetched.
+# The files that `--model` reads. Pickled weights and code are never downloaded.
 FILES = [
     *("config.json", "generation_config.json", "tokenizer.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
@@ -14,11 +14,11 @@ FILES = [
 
 
 def download(repo: str, *, revision: str | None = None, cache: Path | None = None, offline: bool = False) -> Path:
-    """The local directory of a model repository ("owner/name"), fetched as far as it is not there yet.
+    """Download what is missing of a model repository ("owner/name"); returns its local directory.
 
-    revision: a branch, tag or commit. cache: instead of the hub's own (HF_HOME). offline: take what is there, ask
-    nobody. A bar shows the progress on standard error. A connection that breaks is taken up at the byte where it broke;
-    where that fails, DownloadError is raised, and the next call fetches the files that have not arrived whole.
+    revision: a branch, tag or commit. cache: a directory in place of the hub's own (HF_HOME). offline: use
+    only what is there. A bar shows the progress on standard error. A broken connection is resumed at the byte where it
+    broke. If that fails, DownloadError is raised, and the next call fetches the incomplete files.
     """
     try:
         path = snapshot_download(
@@ -32,7 +32,7 @@ def download(repo: str, *, revision: str | None = None, cache: Path | None = Non
         raise DownloadError(f"{repo} asks for consent: accept its terms on the hub, then `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise DownloadError(f"{repo} is not there, or not for all: check the name, or `hf auth login`") from None
-    except errors.LocalEntryNotFoundError as err:  # nobody answers, or nobody was to be asked
+    except errors.LocalEntryNotFoundError as err:  # the hub does not answer, or offline was asked for
         why = "it was to be taken from there"
         if not offline:
             why = f"the hub does not answer: {one_line(err.__cause__ or err)}"

@@ -5,8 +5,8 @@ import torch
 from xlstm_ray.config import ModelConfig
 
 EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
-# The rows of an sLSTM's gates i, f, z, o and whose tensor they are: the published cell calls the first input of its
-# four "i", and its layer hands it what the tensor named fgate makes; likewise the second, "f", gets igate's.
+# An sLSTM's gates i, f, z, o, and the published tensor of each. The names of the first two are swapped: the published
+# layer feeds the tensor named fgate into the cell's input i, and igate into f.
 SLSTM_GATES = "fgate", "igate", "zgate", "ogate"
 
 
@@ -37,7 +37,7 @@ def projections(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape, but for out norm and head, whose presence the files decide (see Checkpoint)."""
+    """Every tensor's name and shape, without out norm and head: the files decide about these (see Checkpoint)."""
     D, table = config.hidden_size, projections(config)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, D)}
     for n in range(config.num_blocks):
@@ -71,6 +71,6 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def itemsize_of(name: str, dtype: torch.dtype) -> int:
-    """Bytes of an element of that tensor once it is loaded in `dtype`: gates and an sLSTM layer are float32."""
+    """Bytes of one element of that tensor after loading in `dtype`: gates and sLSTM layers are float32."""
     exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
     return 4 if any(part in name for part in exact) else dtype.itemsize

@@ -1,6 +1,6 @@
-"""The registry: every kernel and backend by the name its users know. The one place where a name becomes code.
+"""The registry: every kernel and backend by name. Only here does a name become code.
 
-A chunkwise backend's name is `<executor>_<kernel>`; `chunkwise--` may stand before it, as in model configurations.
+A chunkwise backend's name is `<executor>_<kernel>`, with or without `chunkwise--` before it, as in config.json.
 """
 
 from collections.abc import Callable
@@ -37,10 +37,10 @@ class SlstmCell(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table of chunkwise backends: who moves the tiles, and which kernel works on them."""
+    """A chunkwise backend: the executor that moves the tiles, and the kernel that computes them."""
 
     name: str
-    executor: str  # queued (this process) or ray (actors; in local mode this process too)
+    executor: str  # queued (this process) or ray (actors; in local mode this process)
     kernel: str  # compiled_chunks, compiled_steps or native
 
     @property
@@ -48,7 +48,7 @@ class Backend:
         return self.kernel != "native"
 
     def unrolls(self, *, slstm: bool) -> bool:
-        """Whether T_inner has an effect; slstm: on a model with sLSTM blocks, which go step by step."""
+        """Whether T_inner has an effect. slstm: the model has sLSTM blocks, which always go step by step."""
         return self.kernel == "compiled_steps" or (self.compiled and slstm)
 
     def cell_inside(self, tokens: int) -> bool:
@@ -88,7 +88,7 @@ CHUNKWISE_BACKENDS = {
 
 
 def lookup(table: dict[str, Entry], kind: str, name: str) -> Entry:
-    """The entry of that name; UsageError lists the names there are."""
+    """The entry of that name. Raises UsageError, which lists the names."""
     if name not in table:
         raise UsageError(f"{kind} {name!r} is not known; there are: {', '.join(table)}")
     return table[name]
@@ -114,7 +114,7 @@ def slstm_kernel(name: str, *, t_inner: int = 8) -> SlstmCell:
     return lookup(SLSTM_KERNELS, "sLSTM kernel", name)(t_inner)
 
 
-# torch is imported only once a kernel is asked for.
+# These import torch only when a kernel is asked for.
 def _native_step() -> Callable[..., Any]:
     from xlstm_ray.kernels.native import mlstm_step
 

@@ -1,7 +1,7 @@
 """The mLSTM's closed form over a run of tokens, in two levels: chunks at once, and a small recurrence between them.
 
-Not an approximation: composing the steps of native.py gives exactly these sums (design page "math"; Tiled Flash Linear
-Attention, arXiv 2503.14376). Plain differentiable torch; compiled.py compiles it, training uses it as it is.
+Not an approximation: composing the steps of native.py gives exactly these sums (docs/math.md; Tiled Flash Linear
+Attention, arXiv 2503.14376). Plain differentiable torch: compiled.py compiles it, training uses it uncompiled.
 """
 
 import torch
@@ -42,21 +42,21 @@ def mlstm_chunkwise(
     dn = kw.to(acc).sum(-2)
 
     # 2. The state before every chunk and after the last: one small (NC + 1, NC) decay matrix a head.
-    # The decay between two chunks is summed over the chunks between them: a difference of sums since the tile's start
-    # would lose what a long tile has already decayed (4096 tokens: 2e-4 of every weight).
+    # The decay between two chunks is a sum over the chunks between them. A difference of two sums from the tile's start
+    # would lose precision in a long tile (4096 tokens: 2e-4 of every weight).
     G = F.pad(g.cumsum(-1), (1, 0))
     row = torch.arange(NC + 1, device=q.device).unsqueeze(-1)
     col = torch.arange(NC, device=q.device)
     between = F.pad(g, (1, 0)).unsqueeze(-1).masked_fill(row <= col + 1, 0).cumsum(-2)
     log_w = (between + a_max.unsqueeze(-2)).masked_fill(row <= col, -torch.inf)
     ms = torch.maximum(G + m, log_w.amax(-1))
-    # G + (m - ms), not G + m - ms: in windows of one chunk, m grows large over a long prompt, and G is small beside it.
+    # G + (m - ms), not G + m - ms: in windows of one chunk m grows large over a long prompt, and G + m would lose G.
     W, log_w0 = torch.exp(log_w - ms.unsqueeze(-1)), G + (m - ms)
     added = (W @ dC.view(B, NH, NC, K * V)).view(B, NH, NC + 1, K, V)
     n_added, w0 = W @ dn, torch.exp(log_w0[..., :-1])
     Cs = added[:, :, :-1] + w0[..., None, None] * C.unsqueeze(2)
     ns = n_added[:, :, :-1] + w0.unsqueeze(-1) * n.unsqueeze(2)
-    # Only what goes on from tile to tile can drift.
+    # `decayed` only here: errors add up only in the state that goes from tile to tile.
     C = decayed(C, log_w0[..., -1:, None], added[:, :, -1])
     n, m = decayed(n, log_w0[..., -1:], n_added[:, :, -1]), ms[..., -1:]
 
@@ -70,6 +70,6 @@ def mlstm_chunkwise(
     numerator = (q @ Cs.to(operand)).to(acc) * qw.unsqueeze(-1) + (S.to(operand) @ v).to(acc)
     denominator = (q.to(acc) * ns.unsqueeze(-2)).sum(-1) * qw + S.sum(-1)
     h = numerator / (torch.maximum(denominator.abs(), torch.exp(-mt)) + eps).unsqueeze(-1)
-    # Copies: a view would keep every chunk's state alive, and its strides would ask for another compilation.
+    # Copies: a view would keep every chunk's state alive, and its strides would cause another compilation.
     C, n, m = (x.clone(memory_format=torch.contiguous_format) for x in (C, n, m))
     return h.to(operand).reshape(B, NH, T, V), (C, n, m)

@@ -1,4 +1,4 @@
-"""Strict torch.compile: what is asked for is compiled as one graph for one shape, or a KernelError says why not.
+"""Strict torch.compile: one graph for one shape, or a KernelError that says why not.
 
 "metal" is the field's name for these kernels on Apple's GPU; the same functions compile for whatever device the
 tensors are on (Metal shaders on mps, Triton on cuda, C++ on cpu). Nothing falls back to eager or to another device.
@@ -28,7 +28,7 @@ Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the functi
 
 @cache
 def require_compile_cache() -> None:
-    """Raise KernelError where torch has no place to keep what it compiles; it would fail in many ways, later."""
+    """Raise KernelError if torch cannot write its compile cache; later this would fail in many ways."""
     directory = compile_cache_dir()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -43,40 +43,40 @@ def require_compile_cache() -> None:
 
 
 def require_compiler(backend: str, device: torch.device) -> None:
-    """Inductor needs its cache, and on the CPU builds C++; say so before anything is loaded where it cannot."""
+    """Raise KernelError, before anything is loaded, if Inductor lacks its cache or, on the CPU, a C++ compiler."""
     require_compile_cache()
     if device.type != "cpu":
         return
-    # As Inductor looks for it, which takes a second and 70 MiB to import: on Ray, this process does not compile.
+    # Inductor's own check would import it (a second, 70 MiB), and on Ray this process does not compile.
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name) is None:
         raise KernelError(
             f"`chunkwise_backend={backend}` compiles its kernels and needs a C++ compiler (g++ or clang++, or its "
-            "path in CXX), and there is none; install one, or use `chunkwise_backend=native`, the slow eager reference"
+            "path in CXX), but none was found; install one, or use `chunkwise_backend=native`, the slow eager reference"
         )
 
 
 def compile_strict(
     fn: Callable, name: str, *, fusion_limit: int | None = None, counter: LaunchCounter | None = None
 ) -> Callable:
-    """`fn` compiled on its first call, for the shapes, strides, dtypes and device of that call and no other.
+    """Compile `fn` on its first call, only for the shapes, strides, dtypes and device of that call.
 
-    The code object is copied: without a copy every shape in the process would share one list of variants, its guards
-    and its limit. fusion_limit: the buffers at which Inductor stops fusing. counter: is told of every call's launches.
-    Raises KernelError naming the kernel, the shapes and the device where the compilation fails, would have broken the
-    graph, or would happen a second time.
+    The code object is copied: otherwise all shapes in the process would share one list of variants, with its guards and
+    its limit. fusion_limit: the number of buffers at which Inductor stops fusing. counter: counts the launches of every
+    call. Raises KernelError with the kernel, the shapes and the device if the compilation fails, would break the graph,
+    or would happen a second time.
     """
     require_compile_cache()
     options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
     if torch.cuda.is_available():
-        # Inductor times several block sizes of a kernel and keeps the fastest, which changes the order of sums: without
-        # this, two processes give different bits where both begin with an empty cache.
+        # Without this, Inductor times several block sizes of a kernel and keeps the fastest. Block sizes change the
+        # order of sums, so two processes that begin with an empty cache would give different bits.
         options["deterministic"] = True
     compiled = torch.compile(  # type: ignore[call-overload] # recompile_limit is missing from the overloads
         own_code(fn, name), fullgraph=True, dynamic=False, options=options or None, recompile_limit=1
     )
 
-    # Two bands' threads that come here first would compile it twice, and the second time is over the limit.
+    # The lock: the threads of two bands would compile it twice, and the second compilation is over the limit.
     first: Lock | None = Lock()
     launches: int | None = None
 
@@ -88,20 +88,20 @@ def compile_strict(
             with first or nullcontext():
                 loaded = len(loaded_modules()) if first and counter else 0
                 result = compiled(*args, **kwargs)
-                if first and counter and launches is None:  # the first of those that waited for the lock
+                if first and counter and launches is None:  # only the first thread that had the lock
                     launches = launches_of(loaded_modules()[loaded:])
             first = None
             if counter:
                 counter.add(launches)
             return result
-        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as err:  # OSError: of the cache's files
+        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as err:  # OSError: from the cache's files
             cause = getattr(err, "inner_exception", err)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
             line = next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
-            reason = f"{type(cause).__name__}: {line}"  # a compiler's own error comes after the source it quotes
+            reason = f"{type(cause).__name__}: {line}"  # a compiler quotes the source before its error
             raise KernelError(
                 f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
-                "`chunkwise_backend=native` runs the eager reference instead. Where it has compiled before, its cache "
+                "`chunkwise_backend=native` runs the eager reference instead. If it compiled before, the cache "
                 f"may be damaged or full: remove {compile_cache_dir()}"
             ) from err
 
@@ -109,7 +109,7 @@ def compile_strict(
 
 
 def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -> Callable:
-    """`fn` compiled once for every combination of shapes, dtypes and device that it is called with."""
+    """Compile `fn` once for every combination of shapes, dtypes and device that it is called with."""
     variants: dict[tuple, Callable] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -165,7 +165,7 @@ class UnrolledSlstm:
 def _runs(x: Tensor, t_inner: int) -> list[Tensor]:
     """x (B, NH, T, ...) -> runs (B, NH, t_inner or fewer, ...), each contiguous.
 
-    A slice's strides are those of the whole and would be compiled into the kernel; all runs are copied at once.
+    A slice has the strides of the whole, and strides are compiled into the kernel. All runs are copied at once.
     """
     T = x.shape[2]
     whole = T - T % t_inner

@@ -1,4 +1,4 @@
-"""What Inductor has made: code objects of our own, its modules, and the launches in its code."""
+"""Inductor's internals that we use: separate code objects, its generated modules, and the launches in their code."""
 
 import re
 import types
@@ -14,8 +14,8 @@ _LIBRARY_CALL = re.compile(r"^\s*(?:\w+ = )?(?:extern_kernels|torch\.ops\.aten)\
 class LaunchCounter:
     """Counts what compiled code launches on Metal: kernels generated for it and calls of torch's own.
 
-    total becomes None, which is "not known", once code has run that no count was had of: Inductor loads a module of
-    Python for every graph, and where it finds that module loaded already, or none, there is nothing to read.
+    total is None (not known) after any graph that cannot be counted: Inductor loads a Python module for every graph,
+    and there is nothing to read if that module was loaded before or does not exist.
     """
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class LaunchCounter:
         self._lock = Lock()
 
     def add(self, launches: int | None) -> None:
-        """One call of code that launches so many."""
+        """Count one call of code that launches this many kernels."""
         with self._lock:
             self.total = None if self.total is None or launches is None else self.total + launches
 
 
 def loaded_modules() -> "list[types.ModuleType]":
-    """What Inductor has loaded so far, a module for every graph."""
+    """The modules that Inductor has loaded so far: one for every graph."""
     from torch._inductor.codecache import PyCodeCache
 
     return PyCodeCache.modules
@@ -44,7 +44,7 @@ def own_code(fn: Callable, name: str) -> Callable:
 
 
 def launches_of(modules: "list[types.ModuleType]") -> int | None:
-    """What a call of the one graph launches, read from its module; None where it is not one."""
+    """The launches of one call, read from the graph's module; None if there is not exactly one module."""
     files = {module.__file__ for module in modules if hasattr(module, "call")}
     if len(files) != 1 or None in files:
         return None
@@ -53,6 +53,6 @@ def launches_of(modules: "list[types.ModuleType]") -> int | None:
 
 
 def count_launches(code: str) -> tuple[int, dict[str, int]]:
-    """What one call of a graph's generated code launches on Metal: kernels made for it, and torch's own by name."""
+    """The launches of one call of a graph's generated Metal code: generated kernels, and torch's own by name."""
     body = code[code.index("def call(") :]
     return len(_LAUNCH.findall(body)), dict(Counter(_LIBRARY_CALL.findall(body)))

@@ -1,8 +1,8 @@
-"""What Inductor makes of a kernel on Metal, found out before anything is launched: code is generated, and only read.
+"""What Inductor generates for a kernel on Metal. The code is generated and read, never launched.
 
-Metal allows a kernel 31 buffers, and an unrolled step needs more of them for every token; Inductor does not know that.
-Uses three inner parts of torch (FakeTensorMode, GraphLowering.save_output_code, V.graph): the range of torch versions
-in pyproject.toml is narrow for their sake too.
+Metal allows a kernel 31 buffers, and unrolled steps need more of them for every token. Inductor does not know that.
+This module uses three internals of torch (FakeTensorMode, GraphLowering.save_output_code, V.graph): one more reason for
+the narrow range of torch versions in pyproject.toml.
 """
 
 import re
@@ -29,7 +29,7 @@ class Generated:
 
     name: str
     buffers: dict[str, int]  # Metal kernel -> entries of its argument table
-    launches: int  # of Metal kernels made here
+    launches: int  # of generated Metal kernels
     library_calls: dict[str, int]  # torch's own kernels: matrix products, cumsum
     bytes: int  # read and written
     calls: int = 1
@@ -40,7 +40,7 @@ class Generated:
 
     @property
     def all_launches(self) -> int:
-        """Of both kinds."""
+        """Launches of both kinds."""
         return self.launches + sum(self.library_calls.values())
 
 
@@ -49,9 +49,9 @@ class _CodeIsThere(BaseException):
 
 
 def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = None, **kwargs: Any) -> Generated:
-    """What torch.compile would make of fn(*args, **kwargs), whose tensors are fake ones on mps.
+    """What torch.compile generates for fn(*args, **kwargs), whose tensors are fake tensors on mps.
 
-    fusion_limit: the buffers at which Inductor itself stops fusing, or None.
+    fusion_limit: the number of buffers at which Inductor stops fusing, or None.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
@@ -64,7 +64,7 @@ def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = Non
         raise _CodeIsThere
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        # Without the caches: a hit would generate nothing.
+        # The caches are off: a hit would generate no code.
         with torch._inductor.config.patch(force_disable_caches=True, max_fusion_unique_io_buffers=fusion_limit):
             return compile_fx(graph, inputs)
 
@@ -84,7 +84,7 @@ def generate(fn: Callable, name: str, *args: Any, fusion_limit: int | None = Non
 
 
 class Probe:
-    """Stands in for compile_strict: functions on fake tensors, whose generated code is recorded instead of run."""
+    """Takes the place of compile_strict: records the code that is generated for fake tensors and does not run it."""
 
     def __init__(self) -> None:
         self.functions: list[Generated] = []
@@ -105,7 +105,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Fit:
-    """The T_inner to use, Inductor's fusion limit with it, and what to tell the user where it is not what was asked."""
+    """The T_inner to use, Inductor's fusion limit for it, and a note for the user if it is not the requested one."""
 
     t_inner: int
     fusion_limit: int | None = None
@@ -118,9 +118,9 @@ def fit_t_inner(
 ) -> Fit:
     """The largest T_inner up to `asked` whose kernels keep to Metal's limit of buffers, for these shapes.
 
-    The buffers grow by a constant number a token: two short lengths tell where the limit is, so that a long one, which
-    takes minutes to generate, is never tried. One token more, with Inductor told to stop fusing at the limit, is taken
-    instead where it needs fewer launches a token. Raises KernelError where not even one token fits.
+    The number of buffers grows by a constant for each token, so two short lengths tell where the limit is. A long
+    length is never tried: it takes minutes to generate. One token more, with Inductor's fusion stopped at the limit, is
+    used instead if it needs fewer launches a token. Raises KernelError if not even one token fits.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -154,6 +154,6 @@ def fit_t_inner(
     return Fit(
         best.t_inner,
         best.fusion_limit,
-        f"T_inner {asked} takes kernels of more than {MAX_BUFFERS} buffers, which Metal does not allow; "
+        f"T_inner {asked} needs kernels with more than {MAX_BUFFERS} buffers, which Metal does not allow; "
         f"{best.t_inner} is used ({rate:.2f} launches a token), the chunk size stays",
     )

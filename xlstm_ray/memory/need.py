@@ -1,4 +1,4 @@
-"""What memory a run will need, computed before it starts, and what makes it smaller."""
+"""The memory that a run needs, computed before it starts, and ways to make it smaller."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from typing import NamedTuple
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.files import MIB
 
-# glibc keeps freed blocks of up to 32 MiB, and where bands have threads, in a pool of each thread: measured on Linux,
-# peaks are then 1.9 to 2.7 times what is alive.
+# glibc keeps freed blocks of up to 32 MiB. If bands have threads, each thread has its own pool of them: on Linux, peaks
+# of 1.9 to 2.7 times the live bytes were measured.
 KEPT_BY_THREADS = 2.2
 WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while it is multiplied
-PROGRAM = 400 * MIB  # interpreter, torch and compiler, as measured on Linux: where no run is there to ask
-HELD_ROWS = 4  # rows of states that an engine leaves on a device for calls to come, beside those that it works on
-COMPILED_CODE = 60 * MIB  # what compiling leaves behind, beyond the compiler's own modules
+PROGRAM = 400 * MIB  # interpreter, torch and compiler, measured on Linux; for runs that are only planned
+HELD_ROWS = 4  # rows of states that an engine keeps on a device for later calls, besides the current call's
+COMPILED_CODE = 60 * MIB  # memory that stays after compiling, besides the compiler's own modules
 
-# What Ray takes beside the work, in proportional set sizes of Ray 2.60 on Linux, rounded up: RUNBOOK
-# has them by process. A program is interpreter, torch, Ray and the compiler with what it leaves behind.
+# The memory of Ray itself: proportional set sizes of Ray 2.60 on Linux, rounded up. The RUNBOOK lists them by process.
+# A program is interpreter, torch, Ray and the compiler with COMPILED_CODE.
 HEAD = 330 * MIB
 DASHBOARD = 300 * MIB
 WATCHDOG = 190 * MIB
@@ -27,7 +27,7 @@ ACTOR = 350 * MIB
 
 @dataclass(frozen=True)
 class Need:
-    """The most memory that a run takes, in bytes, computed before it starts. The prompt's length is no part of it."""
+    """The most memory that a run takes, in bytes, computed before it starts. The prompt's length does not matter."""
 
     base: int  # interpreter, torch and compiler
     weights: int
@@ -46,13 +46,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as a run holds it: all that its need of memory follows from. Sizes in bytes, if nothing else is said."""
+    """A loaded model: everything that its need of memory follows from. Sizes in bytes unless stated otherwise."""
 
     config: ModelConfig
     device: str  # its type
     itemsize: int  # of an element in the model's dtype
     compiled: bool
-    base: int  # what the process takes before anything is loaded; on cuda, its context on the device
+    base: int  # the process before anything is loaded; on cuda, its context on the device
     weights: int
     largest_tensor: int
     tile: int  # tokens
@@ -67,7 +67,7 @@ class Loaded:
 
 
 class Call(NamedTuple):
-    """The largest call of a run of `batch` prompts: so many rows of them, of so many tokens each."""
+    """The largest call of a run of `batch` prompts: rows, and tokens of each row."""
 
     batch: int
     rows: int
@@ -76,8 +76,8 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockTensors:
-    """What stands between the products of an mLSTM block, in bytes a token. The need counts what is alive at once of
-    it; `xlstm-ray plan` counts all of it, written and read."""
+    """The tensors between the products of an mLSTM block, in bytes a token. The need counts those that are alive at
+    once; `xlstm-ray plan` counts all of them, written and read."""
 
     residual: int  # the stream
     ffn: int  # the feed-forward's gate, up and activated columns
@@ -89,7 +89,7 @@ class BlockTensors:
 
     @classmethod
     def of(cls, config: ModelConfig, *, chunk: int, itemsize: int) -> "BlockTensors":
-        """Chunks in tokens."""
+        """chunk: tokens. itemsize: bytes."""
         c, qk, v = config, config.qk_dim, config.v_dim
         return cls(
             residual=c.hidden_size * itemsize,
@@ -103,26 +103,26 @@ class BlockTensors:
 
 
 def activation_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
-    """The most that is alive at once while a window of so many rows and tokens goes through a block.
+    """The most bytes that are alive at once while a window of (rows, tokens) goes through a block.
 
-    The residual stream twice, and the larger of two moments: the feed-forward, and the mLSTM with two outputs.
+    The residual stream twice, and the larger of two: the feed-forward, or the mLSTM with two outputs.
     """
     parts = BlockTensors.of(loaded.config, chunk=loaded.chunk, itemsize=loaded.itemsize)
     bands = loaded.bands
-    at_once = min(loaded.workers, bands) / bands  # this share of the columns
-    residual = parts.residual * (2 + bands if bands > 1 else 2)  # beside it every band's share of the sum
+    at_once = min(loaded.workers, bands) / bands  # the share of the columns that is computed at once
+    residual = parts.residual * (2 + bands if bands > 1 else 2)  # every band's partial sum too
     mixer = parts.columns + parts.states + parts.scores + 2 * parts.output32
     return int(rows * tokens * (residual + at_once * max(parts.ffn, mixer)))
 
 
 def computed_need(loaded: Loaded, call: Call) -> Need:
-    """The need of a run in this process. On cuda it is the device's memory that is meant."""
+    """The need of a run in this process; on cuda, on the device."""
     on_host = loaded.device != "cuda"
     row = state_bytes(loaded.config) + loaded.config.vocab_size * 4  # with its logits
     state = 2 * call.rows * row  # before a window and after it
-    if loaded.device != "cpu":  # which works on a window while the one before is looked at
+    if loaded.device != "cpu":  # a device works on a window while the host handles the one before
         state += (call.rows + HELD_ROWS) * row
-    if call.batch > call.rows and on_host:  # else they are the host's
+    if call.batch > call.rows and on_host:  # otherwise the other rows' states are on the host
         state += call.batch * row
     tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)
     if loaded.itemsize == 2 and on_host:
@@ -130,15 +130,15 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
     base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)
-    # A tensor is read through a mapping of its file, which counts until it is copied; no tile is alive then.
+    # A tensor is read from a mapping of its file, which counts until it is copied. No tile is alive at that time.
     return Need(base, loaded.weights, state, max(tile_bytes, loaded.largest_tensor if on_host else 0))
 
 
 def advice(ways: Mapping[str, int], excess: int) -> str:
-    """What to do about so many bytes too much.
+    """What to do about `excess` bytes too many.
 
-    ways: what can be done, and the bytes that it saves at most. Those are named that are enough, or else all together
-    where that is, or else that none is.
+    ways: what can be done, and the most bytes that it saves. The text names the ways that are enough alone, else all
+    together if they are enough, else it says that none is.
     """
     enough = [way for way, saved in ways.items() if saved >= excess]
     if enough:
@@ -151,17 +151,17 @@ def advice(ways: Mapping[str, int], excess: int) -> str:
 
 @dataclass(frozen=True)
 class GridNeed:
-    """The most memory that a grid takes on the one machine that has all of it, in bytes, computed before it starts."""
+    """The most memory that a grid takes if all of it is on one machine, in bytes, computed before it starts."""
 
-    head: int  # 0 where it is there already
+    head: int  # 0 if it runs already
     driver: int
-    actors: int  # how many
-    programs: int  # theirs
+    actors: int  # the number of actors
+    programs: int  # of the actors
     weights: int
     state: int
     tiles: int  # activations
     watchdog: int
-    store: int  # what of Ray's object store is used
+    store: int  # the used part of Ray's object store
 
     @property
     def total(self) -> int:
@@ -184,9 +184,9 @@ class GridNeed:
 
 
 def store_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
-    """What a grid has in the object store at once: states as they are handed over, and the tiles under way.
+    """The bytes that a grid has in the object store at once: states on their way, and tiles in flight.
 
-    A tile is a residual stream a stage; with several bands every band's partial sums of two halves of a block too.
+    A tile has a residual stream for each stage; with several bands also every band's partial sums of both block halves.
     """
     stream = rows * tokens * loaded.config.hidden_size * loaded.itemsize
     each = 2 if loaded.bands == 1 else 1 + 4 * loaded.bands
@@ -194,6 +194,6 @@ def store_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """A row's recurrent state of all blocks, float32."""
+    """The bytes of a row's recurrent state over all blocks, float32."""
     shapes = [config.state_shapes(n, config.num_heads) for n in range(config.num_blocks)]
     return sum(prod(shape) for block in shapes for shape in block.values()) * 4

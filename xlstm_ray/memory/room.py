@@ -1,4 +1,4 @@
-"""Whether a run has room in memory, said before it starts, and what makes it smaller where it has not."""
+"""Does a run fit in memory? Checked before it starts, with ways to make it smaller."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +32,8 @@ from xlstm_ray.memory.watchdog import Limits
 class Room:
     """The memory that a run needs and the memory that there is.
 
-    where: this process works; or all of a grid's actors do on this machine; or they do elsewhere, which is not looked
-    at. head, watchdog: the bytes of these, where this run starts them. hard_name: what set the hard limit, for errors.
+    where: "process": the run works in this process. "grid": all actors are on this machine. "elsewhere": they are not,
+    and nothing is checked. head, watchdog: their bytes, if this run starts them. hard_name: what set the hard limit.
     A call is (rows, tokens), the shape of a window.
     """
 
@@ -48,7 +48,7 @@ class Room:
 
     @property
     def fits(self) -> bool:
-        """Whether a tile of one prompt has room in this process."""
+        """Whether a tile of one prompt fits in this process."""
         return self.need(1, [(1, self.loaded.tile)]).total <= self._room()[0]
 
     def need(self, batch: int, calls: Sequence[tuple[int, int]]) -> Need:
@@ -57,7 +57,7 @@ class Room:
         return max(needs, key=lambda need: need.total)
 
     def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
-        """The memory that a grid takes on this machine, for `batch` prompts in windows of so many tokens (a tile's)."""
+        """The memory that a grid takes on this machine, for `batch` prompts in windows of `tokens` (None: a tile's)."""
         loaded, tokens = self.loaded, tokens or self.loaded.tile
         actors, on_host = loaded.stages * loaded.bands, loaded.device != "cuda"
         state = (2 * batch + HELD_ROWS) * state_bytes(loaded.config)
@@ -89,15 +89,15 @@ class Room:
             self._require_on_machine(self.grid_need(1), 1, process_bytes())
 
     def require(self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None) -> None:
-        """Raise MemoryLimitError where `batch` prompts in these calls cannot fit beside what a loaded model takes.
+        """Raise MemoryLimitError if `batch` prompts in these calls do not fit, with the loaded model.
 
-        kept: how many rows' states are held beside the call's own (none given: one a prompt).
+        kept: rows of states that are held besides the call's own (None: one a prompt).
         """
         if self.force:
             return
         if self.where == "grid":
             for rows, tokens in sorted(set(calls)):
-                if rows > 1:  # what one row takes is there by now
+                if rows > 1:  # the memory of one row was allocated before
                     one, all_ = self.grid_need(1, tokens), self.grid_need(rows, tokens)
                     more = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
                     self._require_on_machine(more, rows, 0)
@@ -115,7 +115,7 @@ class Room:
             )
 
     def ways(self, batch: int, calls: Sequence[tuple[int, int]]) -> dict[str, int]:
-        """What makes a run of these calls smaller, and the bytes that it saves at most."""
+        """Ways to make a run of these calls smaller, and the most bytes that each saves."""
         loaded, rows = self.loaded, max(rows for rows, _ in calls)
         if self.where == "process":
             need: Need | GridNeed = self.need(batch, calls)
@@ -137,7 +137,7 @@ class Room:
         return ways
 
     def require_under_limit(self, sample: Sample, doing: str) -> None:
-        """Raise MemoryLimitError where this process is over its hard limit."""
+        """Raise MemoryLimitError if this process is over its hard limit."""
         if self.limits is not None and self.limits.exceeded(sample) == "hard":
             raise MemoryLimitError(
                 f"memory: this process uses {sample.process_bytes / MIB:,.0f} MiB, over the hard limit of "
@@ -147,11 +147,11 @@ class Room:
 
     # ------------------------------------------------------------------------------------------------------------------
     def _require_on_machine(self, need: GridNeed, batch: int, own: int) -> None:
-        """As `require`, of a grid that is all here. own: bytes of this process that are part of the need."""
+        """As `require`, for a grid that is all on this machine. own: bytes of this process that the need includes."""
         loaded, (available, total) = self.loaded, machine_bytes()
         room, where = available + own, "can be had on this machine"
         if self.limits and total < psutil.virtual_memory().total:
-            # A container's memory is this run's: over the hard limit of it, the watchdog ends the run.
+            # All memory of a container counts as this run's: over its hard limit, the watchdog ends the run.
             room, where = room - (total - self.limits.hard), f"{where} below the hard limit ({self.hard_name})"
         if need.total > room:
             ways = {}
@@ -166,7 +166,7 @@ class Room:
             )
 
     def _room(self) -> tuple[int, str]:
-        """The bytes that a run here may take in all, and what sets them."""
+        """The bytes that a run here may take in all, and what bounds them."""
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             room, where = free + torch.cuda.memory_reserved(self.device), "are free on the device"
@@ -180,11 +180,11 @@ class Room:
         return room, where
 
     def _room_elsewhere(self, available: int, total: int, room: int) -> dict[str, int]:
-        """What gives a run more than `room` on this machine, and by how many bytes at most."""
+        """Ways to give a run more than `room` on this machine, and the most bytes that each gives."""
         used = process_bytes()
         ways, others = {}, max(0, total - available - used)
         hard = self.limits.hard if self.limits else total
-        if room < min(hard, total):  # what others use is what is missing
+        if room < min(hard, total):  # the memory of other programs is missing
             what = "container" if total < psutil.virtual_memory().total else "machine"
             text = f"end other programs, which use {others / MIB:,.0f} of this {what}'s {total / MIB:,.0f} MiB"
             ways[text] = min(others, hard - room)
@@ -194,7 +194,7 @@ class Room:
 
 
 def base_bytes(*, compiled: bool) -> int:
-    """What this process takes before a model is loaded, with the compiler that it will need."""
+    """The bytes of this process before a model is loaded, including the compiler if it is needed."""
     if compiled:
         import torch._dynamo
         import torch._inductor.compile_fx  # noqa: F401

@@ -1,4 +1,4 @@
-"""What memory is in use, as the operating system and the device count it."""
+"""Memory in use, as the operating system and the device count it."""
 
 import ctypes
 import os
@@ -22,10 +22,10 @@ _START = perf_counter()
 
 @dataclass(frozen=True)
 class Sample:
-    """What is in use at one moment, in bytes.
+    """Memory in use at one moment, in bytes.
 
     process_bytes: the process as the system counts it (`process_bytes`). device_allocated_bytes: its tensors on the
-    device; device_driver_bytes: what is held for them there, cache included; on the CPU both are 0. available_bytes,
+    device; device_driver_bytes: what the driver holds there, cache included; on the CPU both are 0. available_bytes,
     total_bytes: of the machine, or of the container that bounds it.
     """
 
@@ -38,9 +38,9 @@ class Sample:
 
 
 def take_sample(device: "torch.device | None" = None, pid: int | None = None) -> Sample:
-    """One sample of this process, or of process `pid`, of whose share of a device torch here knows nothing.
+    """One sample of this process, or of process `pid` (then without figures of a device).
 
-    Raises psutil.NoSuchProcess where there is no such process any more.
+    Raises psutil.NoSuchProcess if that process has ended.
     """
     allocated = driver = 0
     if pid in (None, os.getpid()) and device is not None:
@@ -50,11 +50,11 @@ def take_sample(device: "torch.device | None" = None, pid: int | None = None) ->
 
 
 def process_bytes(pid: int | None = None) -> int:
-    """What the process uses as its system counts it when memory runs out.
+    """The memory of a process as its system counts it when memory runs out.
 
-    macOS: the physical footprint, which has the GPU's share and compressed pages; the resident size has neither.
-    Linux: the resident size with its shared and file pages, which is what the out-of-memory killer counts and what the
-    peak is kept of; the proportional size would be fairer to sharers, but takes a walk over all pages.
+    macOS: the physical footprint, which includes the GPU's share and compressed pages; the resident size has neither.
+    Linux: the resident size with shared and file pages, as the out-of-memory killer and the peak count. The
+    proportional size would be fairer for shared pages, but needs a walk over all pages.
     """
     if sys.platform == "darwin":
         return _footprint(os.getpid() if pid is None else pid)
@@ -89,7 +89,7 @@ def _footprint(pid: int) -> int:
 
 
 def _device_bytes(device: "torch.device") -> tuple[int, int]:
-    """What this process's tensors take on the device, and what is held for them."""
+    """Bytes of this process's tensors on the device, and bytes that the driver holds for it."""
     import torch
 
     if device.type == "mps":
@@ -100,16 +100,16 @@ def _device_bytes(device: "torch.device") -> tuple[int, int]:
 
 
 def device_total_bytes(device: "torch.device") -> int | None:
-    """The memory that the device has of its own; None on the CPU and where memory is unified."""
+    """The device's own memory in bytes; None on the CPU and for unified memory."""
     import torch
 
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
 def peak_process_bytes() -> int:
-    """The largest resident size this process has had, in bytes."""
+    """The largest resident size of this process so far, in bytes."""
     if sys.platform == "linux":
-        # ru_maxrss survives exec: a small program started by a large one would report the large one's.
+        # ru_maxrss survives exec: a small program that a large one starts would report the large one's peak.
         with open("/proc/self/status") as status:
             (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
         return int(peak) * 1024
@@ -118,9 +118,9 @@ def peak_process_bytes() -> int:
 
 
 def peak_device_bytes(device: "torch.device") -> int:
-    """The largest use of memory of the kind that matters for `device`, in bytes.
+    """The peak of the memory that matters for `device`, in bytes.
 
-    cuda: the allocator's peak. mps: what the driver holds for this process, on unified memory beside the process's own.
+    cuda: the allocator's peak. mps: what the driver holds for this process, in addition to the process's own memory.
     cpu: the process's largest resident size.
     """
     import torch
@@ -133,7 +133,7 @@ def peak_device_bytes(device: "torch.device") -> int:
 
 
 def empty_cache(device: "torch.device | None") -> None:
-    """Give back what the device's allocator keeps for later; on the CPU, what the C library keeps."""
+    """Free what the device's allocator keeps for later; on the CPU, what the C library keeps."""
     import torch
 
     if device is not None and device.type == "mps":

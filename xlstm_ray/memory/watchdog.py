@@ -1,4 +1,4 @@
-"""Limits of memory, and a thread that samples while a run goes on."""
+"""Memory limits, and a thread that samples memory during a run."""
 
 import threading
 from collections.abc import Callable, Collection
@@ -21,7 +21,7 @@ LOG_COLUMNS = *(f.name for f in fields(Sample)), "level"
 
 
 class Limit(NamedTuple):
-    """A limit as it was asked for: MiB, else a share of the memory there is. name: what errors call it."""
+    """A requested limit: in MiB, else a share of the memory. name: its name in errors."""
 
     mb: int | None
     share: float
@@ -33,7 +33,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Soft and hard limits in bytes: of a process, and of a device that has memory of its own (else None)."""
+    """Soft and hard limits in bytes: for a process, and for a device with its own memory (else None)."""
 
     soft: int
     hard: int
@@ -44,9 +44,9 @@ class Limits:
     def make(
         cls, soft: Limit, hard: Limit, soft_asked: bool, total_bytes: int, device_total_bytes: int | None = None
     ) -> "Limits":
-        """From what was asked, for so much memory. Raises UsageError where soft is over hard.
+        """The limits for this much memory. Raises UsageError if the soft limit is over the hard one.
 
-        A soft limit that nobody asked for keeps its distance from a lower hard one.
+        A soft limit that was not given keeps its distance from a lower hard limit.
         """
 
         def both(total: int) -> tuple[int, int]:
@@ -75,23 +75,23 @@ class Limits:
 
 
 class Event(NamedTuple):
-    """An actor, or all of a node's together, has gone over a limit that it was under before."""
+    """An actor, or all actors of a node together, went over a limit."""
 
     who: str
     level: Level
     sample: Sample
     limits: Limits
-    container: bool = False  # it is the node's container, with all that runs there
+    container: bool = False  # the node's container went over it, with everything that runs there
 
     @property
     def excess(self) -> int:
-        """By how many bytes the hard limit is passed."""
+        """Bytes over the hard limit."""
         host = self.sample.process_bytes - self.limits.hard
         return max(host, self.sample.device_driver_bytes - (self.limits.device_hard or 0)) if host <= 0 else host
 
     @property
     def text(self) -> str:
-        """The numbers, for a person."""
+        """The numbers as a line for people."""
         own = self.limits.device_hard if self.level == "hard" else self.limits.device_soft
         used, limit, where = (
             self.sample.process_bytes,
@@ -108,7 +108,7 @@ class Event(NamedTuple):
 
 
 class MemoryWatchdog:
-    """Samples memory on a thread while a block runs. The run asks `check` at its tile boundaries, where it can act.
+    """Samples memory on a thread while a `with` block runs. The run calls `check` at tile boundaries.
 
     actions: what a soft limit does here, "warn" (through `warn`) and "empty_cache". log: takes a row a
     sample, LOG_COLUMNS.
@@ -140,7 +140,7 @@ class MemoryWatchdog:
         self._thread.join()
 
     def check(self) -> tuple[Level | None, Sample]:
-        """The worst level since the last check and its sample; what a soft limit does is done before it returns."""
+        """The worst level since the last check, and its sample. Does the actions of a soft limit before it returns."""
         self._sample()
         with self._lock:
             assert self._worst is not None
@@ -157,7 +157,7 @@ class MemoryWatchdog:
         return level, sample
 
     def text(self, level: Level, sample: Sample) -> str:
-        """The numbers of a sample that is over a limit."""
+        """A line for people with the numbers of a sample that is over a limit."""
         hard = level == "hard"
         limit, own = (
             (self.limits.hard, self.limits.device_hard) if hard else (self.limits.soft, self.limits.device_soft)
@@ -176,7 +176,7 @@ class MemoryWatchdog:
             self._sample()
 
     def _sample(self) -> None:
-        with self._lock:  # of both threads, rows of the log are in the order of time
+        with self._lock:  # both threads write the log: its rows stay in order of time
             sample = take_sample(self._device)
             level = self.limits.exceeded(sample)
             found = LEVELS.index(level), sample

@@ -1,6 +1,7 @@
-"""What bfloat16's matrix products cost beside float32's on this CPU: timed once a machine and torch version.
+"""The cost of bfloat16 matrix products relative to float32 on this CPU: timed once for a machine and torch version.
 
-The CPU's flags do not tell: without such instructions they take 8 to 26 times as long, with them a third to twice.
+The CPU's flags do not tell it: without bfloat16 instructions the products take 8 to 26 times as long as in float32,
+with them from a third to twice as long.
 """
 
 import hashlib
@@ -18,16 +19,16 @@ from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
 from xlstm_ray.model import linear
 
-SHAPES = (512, 256, 1024), (128, 1024, 1024)  # rows, in, out: of a small model's tile, and of a larger one's
-SECONDS, ROUNDS = 0.05, (3, 20)  # for so long in all, in so many rounds
+SHAPES = (512, 256, 1024), (128, 1024, 1024)  # rows, in, out: a tile of a small model, and of a larger one
+SECONDS, ROUNDS = 0.05, (3, 20)  # time in all, and the least and most rounds
 _FILE = TypeAdapter(dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]])
 
 
 def bfloat16_cost() -> float:
-    """Seconds of bfloat16 products over those of the same products in float32: below 1 where bfloat16 is faster.
+    """Time of bfloat16 products divided by the time of the same products in float32: below 1 if bfloat16 is faster.
 
-    Remembered in the cache directory, so that every run on this machine finds the same; a file there that is not ours
-    or cannot be written costs a fresh measurement.
+    Kept in the cache directory, so that every run on this machine uses the same figure. If its file is damaged or
+    cannot be written, the products are timed again.
     """
     path, key = cache_dir() / "products.json", f"{_machine()}, torch {torch.__version__}"
     remembered = _read(path)
@@ -40,9 +41,9 @@ def bfloat16_cost() -> float:
 
 
 def _measured() -> float:
-    """The quickest of several rounds of each, on one core.
+    """The ratio of the best rounds, on one core.
 
-    In the thread's own time, which does not pass while others have the core: a busy machine finds about the same.
+    Measured in the thread's CPU time, which stands still while others have the core: load hardly changes the result.
     """
     sides = {
         dtype: [(torch.ones(rows, n, dtype=dtype), torch.ones(out, n, dtype=dtype)) for rows, n, out in SHAPES]
@@ -67,7 +68,7 @@ def _measured() -> float:
 
 
 def _machine() -> str:
-    """The CPU's name, what it can do, and how many cores of it this process may use."""
+    """The CPU's name, its flags, and the number of cores that this process may use."""
     about = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
@@ -80,7 +81,7 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """What is remembered; nothing of a file that is not whole."""
+    """The kept figures; empty if the file is damaged."""
     try:
         return _FILE.validate_json(path.read_bytes())
     except (OSError, ValidationError):
