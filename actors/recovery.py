@@ -218,7 +218,7 @@ class Recovery:
                 ) from error
             self._failures += 1
             if self._failures > self.options.retries:
-                steps = (made.step for made in self._lineage.needed(self._states, self._next_result))
+                steps = (made.step for made in self._lineage.needed((), self._next_result))  # of what is waited for
                 first = next(filter(None, steps), None)
                 where = f"tile {first.number}" if first else "a state"
                 raise GridLost(

@@ -58,13 +58,13 @@ RAYLET, GCS = "/raylet/raylet", "/gcs/gcs_server"
 ALL = ("ray/", "ray::", "ray.util", "ray-dashboard")
 DASHBOARD = ("--ray-dashboard",)
 FAULTS = {
-    "raylet killed": Fault((RAYLET,), KILL, (4,)),
-    "raylet terminated": Fault((RAYLET,), TERM, (4,)),
+    "raylet killed": Fault((RAYLET,), KILL, (0, 4)),  # a run that is through before it is missed has its result
+    "raylet terminated": Fault((RAYLET,), TERM, (0, 4)),
     "raylet frozen": Fault((RAYLET,), STOP, (0, 4)),  # small tiles do not need it
     "GCS killed": Fault((GCS,), KILL, (0, 4)),  # the last tiles may come without it
     "GCS terminated": Fault((GCS,), TERM, (0, 4)),
     "GCS frozen": Fault((GCS,), STOP, (0, 4)),  # tiles do not need it
-    "raylet and GCS killed": Fault((RAYLET, GCS), KILL, (4,)),
+    "raylet and GCS killed": Fault((RAYLET, GCS), KILL, (0, 4)),
     "all terminated as by ray stop": Fault(ALL, TERM, (4,)),
     "all killed as by ray stop --force": Fault(ALL, KILL, (4,)),
     "node's agent killed": Fault(("ray::DashboardAgent",), KILL, (0, 4)),  # the raylet goes with it

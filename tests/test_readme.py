@@ -159,12 +159,17 @@ def test_the_benchmark_says_what_it_needs_first(fresh: dict[str, str], tmp_path:
     assert shell(f"python {ROOT}/scripts/bench_grid.py --help", tmp_path, fresh).returncode == 0
 
 
-def test_python_example_of_the_readme_runs(
+def test_python_examples_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, str(ROOT / "README.md"), "exec"), {})
+    said = []
+    for example in examples:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 10
+        exec(compile(example, str(ROOT / "README.md"), "exec"), {})
+        said.append(capsys.readouterr().out.splitlines()[-1])
     assert (tmp_path / "france.state").is_file()
-    assert " Paris" in capsys.readouterr().out.splitlines()[-1]
+    assert " Paris" in said[0]
+    assert len(eval(said[1])) == 2
