@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room is a package or a module of that name; it imports from lower floors and from itself.
 FLOORS = [
     "errors container",
-    "files directories sampling hub",
+    "files directories sampling hub profiles threads",
     "settings config csvlog digests kernels supervisor",
     "xlstm_ray generation_config layout tensors model memory text",
-    "checkpoint state",
+    "cachefiles checkpoint state",
     "runtime",
     "choose actors",
     "plan",
@@ -29,12 +29,13 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-MAY_READ_SETTINGS = r"settings|choose|plan|cli\..*|xlstm_ray"  # the package itself calms threads before torch is loaded
+MAY_READ_SETTINGS = r"settings|choose|plan|cli\..*|xlstm_ray"  # the package itself tells of variables that are none
 MAY_KNOW_ACTORS = r"actors\..*|launch"
 MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
 INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts
 MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
-    "settings": "the table of variables; OpenMP's, which must be set before torch is loaded",
+    "settings": "the table of variables",
+    "threads": "OpenMP's variables must be set before torch is loaded",
     "directories": "torch's own variable says where its cache is",
     "kernels.compiled": "Inductor's own variable says which compiler it takes",
     "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",

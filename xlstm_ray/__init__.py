@@ -11,7 +11,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xlstm_ray.settings import calm_threads, unknown_variables
+from xlstm_ray.settings import unknown_variables
+from xlstm_ray.threads import calm_threads
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,6 +28,7 @@ from xlstm_ray.choose import (
     own_backend,
 )
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import Fit
 from xlstm_ray.layout import Shard, make_layout
@@ -40,6 +41,8 @@ from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
+
+CACHE_MEMORY_MB = 256  # beside a directory, where nothing else is said
 
 
 class Watch(NamedTuple):
@@ -58,6 +61,16 @@ class LogFile(NamedTuple):
     path: Path
     named: str
     overwrite: bool
+
+
+class CachePlan(NamedTuple):
+    """Where states are kept for prompts to come, and how many. every: tiles between two; None: by the prompt."""
+
+    folder: Path | None
+    memory_bytes: int
+    disk_bytes: int
+    every: int | None
+    exact: bool
 
 
 class Search(NamedTuple):
@@ -100,6 +113,7 @@ class RunPlan:
     room: Room
     search: Search | None  # what a measurement may pick instead
     picked: Picked | None  # what it has picked
+    cache: CachePlan | None = None  # of states; None: there is none
 
     @property
     def bands(self) -> int:
@@ -122,6 +136,16 @@ def choose_search(settings: Settings) -> Search | None:
     names = "tile_size", "heads_per_band", "workers"
     free = tuple(name for name in names if settings.source(name).kind in ("default", "model"))
     return Search(free, settings.autoscale_again)
+
+
+def choose_cache(settings: Settings) -> CachePlan | None:
+    """Whether states are kept for prompts to come: where a directory or room in memory is given."""
+    if settings.cache_dir is None and settings.cache_memory_mb is None:
+        return None
+    memory, disk = settings.cache_memory_mb or CACHE_MEMORY_MB, settings.cache_disk_mb
+    return CachePlan(
+        settings.cache_dir, memory * MIB, disk * MIB, settings.cache_every, settings.cache_match == "exact"
+    )
 
 
 def choose_plan(
@@ -221,6 +245,7 @@ def choose_plan(
         room=room(found.dtype),
         search=choose_search(settings),
         picked=picked,
+        cache=choose_cache(settings),
     )
 
 

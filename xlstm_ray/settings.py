@@ -6,7 +6,6 @@ from the fields of Settings.
 """
 
 import os
-import sys
 from collections import ChainMap
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -37,6 +36,7 @@ from pydantic_settings import (
 
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import JOURNAL_FILE, LOG, STATE, Input, Output
+from xlstm_ray.profiles import PROFILES
 
 DEFAULT_BACKEND = "queued_compiled_chunks"
 MODEL_FILES = (
@@ -48,18 +48,6 @@ MODEL_FILES = (
     "model.safetensors.index.json",
 )
 
-PROFILES: dict[str, dict[str, Any]] = {
-    # A Mac with 256 GB: throughput first, a warning only near the limit, no shrinking.
-    "high-memory-256gb": {
-        "mem_action": ("warn",),
-        "mem_soft_mb": 215_000,
-        "mem_hard_mb": 235_000,
-        "shrink_on_soft": False,
-        "chunk_size": 64,
-        "heads_per_band": 4,
-    }
-}
-
 # The help's panels. A setting that is not named here is in the last one.
 PANELS: dict[str, str] = {
     "Model": "model device dtype",
@@ -68,6 +56,7 @@ PANELS: dict[str, str] = {
     "min_chunk force",
     "Actors on Ray": "stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir",
     "A Ray head of this run": "ray_local_mode ray_autoshutdown ray_dashboard ray_dashboard_port ray_keep_alive",
+    "Cache": "cache_dir cache_memory_mb cache_disk_mb cache_every cache_match",
     "Journal and logs": "journal journal_every resume stats_log mem_log",
     "Settings": "profile",
 }
@@ -201,6 +190,18 @@ class Settings(BaseSettings):
     journal: File = setting("Write snapshots of the run to this directory.", shown="none")
     journal_every: int | None = count("Tiles between snapshots.", shown="16; 64 on cuda")
     resume: File = setting("Go on from this directory's snapshots.", shown="none")
+    cache_dir: File = setting(
+        "Keep states of prompts in this directory, and begin from those that are there.",
+        shown="none; then there is no cache",
+    )
+    cache_memory_mb: int | None = count(
+        "MiB of memory that kept states may take.", shown="none; 256 with a directory", high=1 << 30
+    )
+    cache_disk_mb: int = count("MiB that the directory's states may take.", 4096, high=1 << 30)
+    cache_every: int | None = count("Tiles between two kept states.", shown="8 states a prompt at most")
+    cache_match: Literal["exact", "nearest"] = setting(
+        "exact: the bits of a run without a cache; nearest: go on from any state of the prompt's beginning.", "exact"
+    )
     sources: SkipValidation[Mapping[str, Source]] = Field({}, repr=False)
 
     @classmethod
@@ -247,6 +248,12 @@ class Settings(BaseSettings):
 
     def _refuse_without_effect(self) -> None:
         """What a flag asks for has an effect; variables and files are for other commands too."""
+        cached = {"cache_dir": self.cache_dir, "cache_memory_mb": self.cache_memory_mb}
+        for name, needs in (("cache_disk_mb", 1), ("cache_every", 2), ("cache_match", 2)):
+            there = [value is not None for value in [*cached.values()][:needs]]
+            if self.source(name).kind == "flag" and not any(there):
+                ways = " or ".join(f"`{way}`" for way in [*cached][:needs])
+                raise UsageError(f"{self.named(name)} has no effect without a cache; add {ways}, or leave it out")
         off, fixed = not self.mem_watchdog, not self.shrink_on_soft
         for name in (name for name, source in self.sources.items() if source.kind == "flag"):
             of_shrinking = name == "min_chunk" or (name == "shrink_on_soft" and self.shrink_on_soft)
@@ -386,13 +393,3 @@ def _read_file(path: Path) -> dict[str, Any]:
         if table()[name].kind is Path and isinstance(value, str) and value:
             values[name] = path.parent / value
     return values
-
-
-def calm_threads() -> None:
-    """Let OpenMP's threads sleep soon while they wait for each other. Before torch is loaded, or it has no effect.
-
-    By default they spin 300,000 times: beside another program that works, each takes the core that
-    the other one waits for. A short spin loses nothing on a quiet machine. What the user has set stays.
-    """
-    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -17,7 +17,7 @@ from xlstm_ray.directories import cache_dir
 from xlstm_ray.errors import OutputError, StateError, one_line
 from xlstm_ray.files import STATE, require_replaceable, write_whole
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.text.history import EMPTY_PROMPT, Row, TokenTrail, extend_prompt_hash
+from xlstm_ray.text.history import EMPTY_PROMPT, Place, Row, TokenTrail, extend_prompt_hash
 
 __all__ = ["EMPTY_PROMPT", "FORMAT", "Numerics", "RecurrentState", "extend_prompt_hash"]
 
@@ -63,6 +63,7 @@ class _Metadata(BaseModel):
     sampling: Sampling | None
     complete: bool
     begun: list[Annotated[int, Field(ge=0)]] | None = None
+    place: Place | None = None
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -85,7 +86,7 @@ class RecurrentState:
     row is all zeros), and `rows` what is known of their text. `complete` is false for a prefill that was stopped on the
     way; then `begun` tells, a row, after how many tokens it had begun, which decides what rows go together. `sampling`
     is how the last answer was made, for the next one. `name` is what errors call it. `elsewhere` is given where
-    `tensors` has only the logits yet.
+    `tensors` has only the logits yet. `place` is that of a state that an engine keeps for prompts to come.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RecurrentState:
         sampling: Sampling | None = None,
         name: str = "the state",
         elsewhere: Elsewhere | None = None,
+        place: Place | None = None,
     ):
         self._tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
         self.elsewhere, self._brought = elsewhere, elsewhere is None
@@ -110,7 +112,7 @@ class RecurrentState:
             rows = [Row(tokens=TokenTrail(length=n, hash=h, step=max(n, 1))) for n, h in known]
         self.rows, self.sampling = list(rows), sampling
         self.model, self.numerics, self.complete, self.name = model, numerics, complete, name
-        self.begun = None if begun is None else list(begun)
+        self.begun, self.place = None if begun is None else list(begun), place
 
     @property
     def batch(self) -> int:
@@ -187,9 +189,10 @@ class RecurrentState:
             sampling=self.sampling,
             complete=self.complete,
             begun=self.begun,
+            place=self.place,
             digest=digest,
         )
-        text = metadata.model_dump_json()
+        text = metadata.model_dump_json(exclude=None if self.place else {"place"})
         check = hashlib.sha256(text.encode()).hexdigest()
         data = save({k: v.contiguous() for k, v in self.tensors.items()}, {"xlstm_ray": text, "check": check})
         try:
@@ -272,6 +275,7 @@ class RecurrentState:
             rows=metadata.rows,
             sampling=metadata.sampling,
             name=f"the state {path}",
+            place=metadata.place,
         )
         if state.digest() != metadata.digest:
             raise StateError(f"{path}: is damaged, its digest does not match its contents")

@@ -43,6 +43,7 @@ def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None
         "backend": engine.backend.name,
         "prompt_tokens": stats.prompt_tokens,
         "resumed_tokens": stats.resumed_tokens,
+        "cache": stats.cache(0)._asdict(),
         "tile_size": engine.numerics.tile_size,
         "chunk_size": engine.numerics.chunk_size,
         "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,

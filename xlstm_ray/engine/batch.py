@@ -120,6 +120,8 @@ def prefill_groups(
                 on_snapshot=hooks.on_snapshot and partial(snapshot, group),
                 on_progress=hooks.on_progress and report,
                 on_window=hooks.on_window and partial(window, group),
+                wants=hooks.wants and partial(hooks.wants, group),
+                on_wanted=hooks.on_wanted and partial(hooks.on_wanted, group),
             )
             run = driver.prefill(
                 states,

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
+import torch
+
+from xlstm_ray.engine.cache import Cache, Maker
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.journal import Kept
@@ -40,8 +43,22 @@ class Core:
         self.on_note: Callable[[str], None] = lambda text: None
         self.fingerprint = ""  # of the model; known when its weights have been read
         self.states = States(lambda: running.executor, lambda: turn.of("bring"))
+        self.cache: Cache | None = None  # of states for prompts to come
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self.logs: set[str] = set()  # what has been written by an earlier run
+
+    def open_cache(self) -> None:
+        """Have a cache of states, where the plan says so; the model is loaded. Raises OutputError."""
+        plan = self.plan
+        if plan.cache is not None:
+            self.cache = Cache(
+                plan.cache,
+                self.states,
+                Maker(self.fingerprint, plan.numerics, _machine(plan)),
+                size=plan.config.state_file_bytes(1),
+                check=lambda state: state.check(plan.config, self.fingerprint),
+                note=lambda text: self.on_note(text),
+            )
 
     def warm_up(self, batch: int, sizes: Sequence[int], chunk_size: int | None = None) -> float:
         """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took.
@@ -126,3 +143,12 @@ class Core:
         if done < characters:
             self.on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
         self.plan.room.require_under_limit(take_sample(), "cuts the prompt into tokens")
+
+
+def _machine(plan: RunPlan) -> str:
+    """What decides the bits of a state beside the numerics: torch, the kind of device, and how many threads add up."""
+    device = plan.device
+    there = device.type == "cuda" and plan.own_device is not None
+    kind = torch.cuda.get_device_name(device) if there else torch.backends.cpu.get_cpu_capability()
+    threads = plan.threads or torch.get_num_threads()
+    return f"torch {torch.__version__}, {device.type}, {kind}, {plan.workers} x {threads} threads"

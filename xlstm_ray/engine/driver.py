@@ -94,7 +94,8 @@ class Hooks:
     outcome is that of the last one. on_window is given, after a window whose state can be had cheaply, what makes the
     snapshot of its end. next is asked before every window for the sizes of the windows from there on, which lie on
     the absolute grid of these sizes; None: there is to be none, and what has been submitted by then is finished, so the
-    state is that of a window's end. on_group is told of each group of a batch that is done.
+    state is that of a window's end. wants is asked of every window whether its end is to be told to on_wanted, which is
+    given the snapshot; both get the group first, of a batch. on_group is told of each group of a batch that is done.
     """
 
     keep_every: int | None = None
@@ -102,6 +103,8 @@ class Hooks:
     on_group: Callable[[Group, Any], object] | None = None
     on_progress: Callable[[Progress], object] | None = None
     on_window: Callable[[Callable[[], Snapshot]], object] | None = None
+    wants: Callable[..., bool] | None = None
+    on_wanted: Callable[..., object] | None = None
     next: Callable[[], Sizes | None] | None = None
 
 
@@ -145,7 +148,8 @@ def prefill(
     outcome = Outcome(start)
     pieces: list[list[Tensor]] = [[] for _ in rows]
     hidden: Tensor | None = None
-    windows: deque[tuple[Window, bool]] = deque()  # that are under way, and whether each is a tile that some row fills
+    # That are under way, whether each is a tile that some row fills, and whether its end is wanted.
+    windows: deque[tuple[Window, bool, bool]] = deque()
     begins = after = states.state_of(start.rows)
 
     def steps() -> Iterator[Step]:
@@ -163,8 +167,10 @@ def prefill(
                 window = next(plan)
             part = make_part(window, rows, begin)
             filled = window.size == now.tile and bool(((part.end - part.start) == window.size).any())
-            windows.append((window, filled))
+            wanted = hooks.wants is not None and hooks.wants(window)
+            windows.append((window, filled, wanted))
             keep = hooks.keep_every is not None and (number + 1) % hooks.keep_every == 0
+            keep = keep or (wanted and not executor.local)  # with the result it comes before the actors go on
             yield Step(*part, now.chunk, number, "all" if all_logits else "none", keep)
 
     def snapshot(hidden: Tensor | None, consumed: list[int], rows: HeldRows) -> Snapshot:
@@ -173,7 +179,7 @@ def prefill(
     started = perf_counter()
     try:
         for step, after, result in run(executor, begins, steps()):
-            window, filled = windows.popleft()
+            window, filled, wanted = windows.popleft()
             has = (step.end > step.start).unsqueeze(-1).to(result.hidden.device)
             hidden = result.hidden if hidden is None else torch.where(has, result.hidden, hidden)
             for b, (row_start, row_end) in enumerate(zip(step.start.tolist(), step.end.tolist(), strict=True)):
@@ -185,6 +191,9 @@ def prefill(
                 last = snapshot(hidden, list(consumed), states.rows(None, len(rows), result.state))
                 if hooks.on_snapshot is not None:
                     hooks.on_snapshot(last)
+            if wanted and hooks.on_wanted is not None:
+                kept = last if result.state is not None else None
+                hooks.on_wanted(kept or snapshot(hidden, list(consumed), states.rows(after, len(rows))))
             if hooks.on_window is not None and result.state is not None:
                 hooks.on_window(partial(replace, last))
             elif hooks.on_window is not None and executor.local:

@@ -21,6 +21,7 @@ from xlstm_ray.engine.journal import Journal, Kept
 from xlstm_ray.engine.prefill import Asked, Prefill
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.result import PrefillResult, Statistics
+from xlstm_ray.engine.reuse import Share
 from xlstm_ray.engine.service import BUCKETS, Service
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.wanted import Wanted
@@ -100,6 +101,7 @@ class Engine:
         self._core.on_note = lambda text: self.on_note(text)
         running.start(plan, checkpoint)
         self._core.fingerprint = checkpoint.fingerprint()  # loading has read everything, or the digests are kept
+        self._core.open_cache()
         self.load_s = perf_counter() - started
         self.model_path, self.config, self.backend, self.device = plan.model, plan.config, plan.backend, plan.device
         self.dtype, self.dtype_reason, self.numerics = plan.dtype, plan.dtype_reason, plan.numerics
@@ -146,6 +148,8 @@ class Engine:
         state: RecurrentState | None = None,
         any_numerics: bool = False,
         all_logits: bool = False,
+        tenant: str = "",
+        keep_at: Sequence[int] = (),
         on_progress: Callable[[Progress], None] | None = None,
         on_ready: Callable[[int, PrefillResult], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -164,6 +168,10 @@ class Engine:
         other numerics: the result is then the same within tolerance, not to the bit. on_snapshot is given every state
         that a grid keeps on the way, before the grid is asked anything more. A run that lost actors or nodes for good
         ends with the state of its last snapshot and the reason in `ended_by`.
+
+        Where the engine has a cache, a prompt begins from the longest state there that gives the bits of a run without
+        one; `all_logits` computes all. Prompts of one `tenant` share states. keep_at: so many tokens of each prompt, at
+        whose end, or at the last place before it that runs share, a state is kept.
         """
         core = self._core
         if prompt is None and append is None and state is not None:
@@ -179,7 +187,8 @@ class Engine:
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
         going, state = core.going_on(prompt, append, state, any_numerics=any_numerics)
-        asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot)
+        share = Share(tenant, keep_at)
+        asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -231,6 +240,8 @@ class Engine:
         own_sampling: Sequence[Mapping[str, Any]] = (),
         last: bool = True,
         any_numerics: bool = False,
+        tenant: str = "",
+        keep_at: Sequence[int] = (),
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_snapshot: Callable[[RecurrentState], None] | None = None,
@@ -254,6 +265,8 @@ class Engine:
             append=append,
             state=state,
             any_numerics=any_numerics,
+            tenant=tenant,
+            keep_at=keep_at,
             on_progress=on_progress,
             should_stop=should_stop,
             on_snapshot=on_snapshot,
@@ -317,6 +330,8 @@ class Engine:
         if service is not None:
             service.close()
         with self._turn.of("close"):
+            if self._core.cache is not None:
+                self._core.cache.close()
             self._core.states.close()
             self._let_go(keep_journal=keep_journal)
 

@@ -22,6 +22,19 @@ class Held:
         self._states, self.ref, self._tensors = states, ref, tensors
         self._lost: GridLost | None = None
 
+    @property
+    def batch(self) -> int:
+        """How many rows it has."""
+        if self.ref is not None:
+            return self.ref.batch
+        assert self._tensors is not None
+        return len(next(iter(self._tensors.values())))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it went with its grid."""
+        return self._lost is not None
+
     def bring(self) -> Tensors:
         """Its tensors on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
         with self._states.turn():  # another thread may evict it

@@ -16,6 +16,7 @@ from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.result import Beside, PrefillResult, Statistics
 from xlstm_ray.engine.resume import Going
+from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
 from xlstm_ray.errors import MemoryLimitError
 from xlstm_ray.memory.watchdog import MemoryWatchdog
@@ -31,6 +32,7 @@ class Asked:
     on_ready: Callable[[int, PrefillResult], object] | None = None
     should_stop: Callable[[], bool] = lambda: False
     on_snapshot: Callable[[RecurrentState], object] | None = None
+    share: Share = Share()
 
 
 class Prefill:
@@ -49,10 +51,15 @@ class Prefill:
         else:
             self._start = Snapshot(self._begin, state.logits, core.rows_of(state))
         mixed = state is not None and state.numerics != plan.numerics and any(self._begin)
-        self._numerics = plan.numerics.model_copy(update={"mixed": mixed})  # of what comes next
         self._groups = plan_groups(
             self._begun, self._ends, tile_size=plan.numerics.tile_size, chunk_size=plan.numerics.chunk_size
         )
+        self._reuse = Reuse(None if mixed or asked.all_logits else core.cache, going, asked.share)
+        self._reuse.find(self._groups, self._begun, plan.numerics)
+        self._start = self._reuse.start(self._start)
+        self._begin = self._start.consumed
+        # Of what comes next.
+        self._numerics = plan.numerics.model_copy(update={"mixed": mixed or not self._reuse.exact})
         self._left = list(self._groups)  # that are not done
         self._ended_by: MemoryLimitError | None = None
         self._windows = 0
@@ -61,6 +68,12 @@ class Prefill:
 
     def run(self) -> PrefillResult:
         """Raises MemoryLimitError where it cannot fit, before anything is computed; GridLost before any snapshot."""
+        try:
+            return self._run()
+        finally:
+            self._reuse.release()
+
+    def _run(self) -> PrefillResult:
         core, plan, kept, asked = self._core, self._core.plan, self._core.kept, self._asked
         calls = self._calls(self._groups, self._begun, self._sizes)
         plan.room.require(len(self._rows), calls)
@@ -86,6 +99,8 @@ class Prefill:
                     on_group=self._ready,
                     on_progress=lambda p: self._progress(p, logs),
                     on_window=lambda bring: kept.hold(lambda: self._state_at(bring())),
+                    wants=self._reuse.wants if self._reuse.hits else None,
+                    on_wanted=self._wanted,
                     next=lambda: self._next(guard),
                 ),
             )
@@ -184,11 +199,16 @@ class Prefill:
         if self._asked.on_snapshot is not None:
             self._asked.on_snapshot(state)
 
+    def _wanted(self, group: Group, part: Snapshot) -> None:
+        """Of a group, what may be of use to others."""
+        self._reuse.keep(group, part, cold=self._numerics == self._core.plan.numerics)
+
     def _ready(self, group: Group, outcome: BatchOutcome) -> None:
         self._left.remove(group)
+        own, places = take(outcome.end, group.rows, len(group.rows)), group.rows
+        self._wanted(group, own)
         if self._asked.on_ready is None:
             return
-        own, places = take(outcome.end, group.rows, len(group.rows)), group.rows
         stats = self._statistics(outcome, 0.0).of_rows(places)
         result = PrefillResult(self._state_at(own, places), own.logits, stats)
         for n, b in enumerate(places):
@@ -198,7 +218,7 @@ class Prefill:
         """The figures so far, as the first token is chosen."""
         beside = Beside(self._compile_s, self._paused_s, self._encode_s + chosen_s)
         stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, beside)
-        stats.first_token_at = time()
+        stats.first_token_at, stats.row_cache = time(), self._reuse.uses()
         return stats
 
     def _state_at(self, snapshot: Snapshot, places: Sequence[int] | None = None) -> RecurrentState:

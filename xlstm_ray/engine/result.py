@@ -14,6 +14,14 @@ from xlstm_ray.memory.sample import peak_device_bytes, peak_process_bytes
 from xlstm_ray.state import RecurrentState
 
 
+class Use(NamedTuple):
+    """What the cache was to a prompt. tier: device, host or disk. reason: why it was no more; None: it was all."""
+
+    hit_tokens: int = 0
+    tier: str | None = None
+    reason: str | None = "off"
+
+
 class Beside(NamedTuple):
     """What a run took beside its windows, in seconds. paused_s: part of compile_s, after the first window."""
 
@@ -30,7 +38,7 @@ class Statistics:
     """Figures of a run: counts in tokens, times in seconds, memory in bytes."""
 
     row_tokens: list[int]  # prompt tokens, a row
-    row_resumed: list[int]  # of these, found in the given state
+    row_resumed: list[int]  # of these, found in the given state or in the cache
     compile_s: float
     prefill_s: float  # without compile_s
     ttft_s: float  # from the prompt's text to the first token, chosen; loading and compiling before it are not in it
@@ -42,6 +50,7 @@ class Statistics:
     first_token_at: float | None = None  # the clock's time (seconds since 1970) at which it was chosen
     row_ttft_s: list[float] = field(default_factory=list, repr=False)  # ttft_s of each row
     row_prefill_s: list[float] = field(default_factory=list, repr=False)  # what the row's group took
+    row_cache: list[Use] = field(default_factory=list, repr=False)  # what the cache was to each row
     peak_process_bytes: int = 0  # the largest resident size of this process
     peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
     launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
@@ -84,6 +93,7 @@ class Statistics:
 
         return replace(
             self,
+            row_cache=picked(self.row_cache) if self.row_cache else [],
             row_tokens=picked(self.row_tokens),
             row_resumed=picked(self.row_resumed),
             row_ttft_s=picked(self.row_ttft_s),
@@ -91,6 +101,10 @@ class Statistics:
             ttft_s=max(picked(self.row_ttft_s)),
             prefill_s=max(picked(self.row_prefill_s)),
         )
+
+    def cache(self, b: int) -> Use:
+        """What the cache was to row b."""
+        return self.row_cache[b] if self.row_cache else Use()
 
     @property
     def prompt_tokens(self) -> int:

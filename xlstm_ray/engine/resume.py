@@ -9,7 +9,7 @@ from torch import Tensor
 from xlstm_ray.engine.driver import Tail, Tokens
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
-from xlstm_ray.text.history import Row, TextTrail
+from xlstm_ray.text.history import Row, TextTrail, TokenTrail
 from xlstm_ray.text.tokenizer import Text
 
 
@@ -25,6 +25,16 @@ class Going:
     @property
     def seen(self) -> int:
         return self.row.tokens.length
+
+    @property
+    def ids(self) -> memoryview:
+        """int32, of a row whose tokens are all here."""
+        assert isinstance(self.tokens, Tensor)
+        return _ids(self.tokens)
+
+    def jump(self, seen: TokenTrail) -> None:
+        """So many of the row's tokens are in a state that was found."""
+        self.row = self.row.model_copy(update={"tokens": seen})
 
     def advance(self, seen: int) -> None:
         """So many of the row's tokens have been seen now."""

@@ -115,3 +115,21 @@ class Row(BaseModel):
     text: TextTrail | None = None
     end: TextEnd = TextEnd()
     appended_to: TokenTrail | None = None
+
+
+class Place(BaseModel):
+    """Where a kept state belongs in the tree of states (engine/tree.py): hashes of a tenant and of its prompt.
+
+    key: of the tokens seen. after: of those of the kept state before it; "" where there is none. rows, tiles: the
+    calls that made it; tiles -1: it is the state of no prefill from the first token on. machine: what else decides
+    the bits of such a state, beside its numerics.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    root: Hash
+    key: Hash
+    after: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
+    rows: Annotated[int, Field(ge=1)] = 1
+    tiles: Annotated[int, Field(ge=-1)] = 0
+    machine: Annotated[str, Field(max_length=300)] = ""

@@ -1,0 +1,154 @@
+"""A directory of kept states: what is there, by the files' headers, and how it stays within its bytes. No torch.
+
+Every file is whole or absent and its name is a hash, so processes that share a directory need no order among them; who
+adds or removes holds its lock, so that all of them together keep within the budget.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+from pydantic import ValidationError
+
+from xlstm_ray.errors import OutputError, StateError
+from xlstm_ray.files import sweep
+from xlstm_ray.text.history import Place
+
+NAME = re.compile(r"[0-9a-f]{32}\.state")
+LOCK_FILE = "cache.lock"
+LARGEST_HEADER = 16 << 20  # bytes
+
+
+class KeptFile(NamedTuple):
+    """A kept state by its header. size: in bytes. used: when it was of use last, in seconds since 1970."""
+
+    name: str
+    size: int
+    used: float
+    model: str
+    numerics: dict[str, Any]
+    tokens: int
+    place: Place
+
+
+class Folder:
+    """The directory of a cache; made where it is not there. Raises OutputError where that cannot be."""
+
+    def __init__(self, path: Path, *, make: bool = True):
+        self.path = path
+        self._seen: dict[str, tuple[float, int]] = {}  # name: time and size of what was read
+        try:
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
+            os.scandir(path).close()
+        except OSError as err:
+            raise OutputError(f"{path}: the cache cannot be used ({err.strerror}); choose another directory") from None
+
+    def file(self, name: str) -> Path:
+        """The place of a state of that name."""
+        assert NAME.fullmatch(name)
+        return self.path / name
+
+    def time(self) -> int:
+        """Changes whenever a file is added or removed."""
+        return self.path.stat().st_mtime_ns
+
+    def bytes(self) -> int:
+        """What the state files take."""
+        return sum(info.st_size for info in self.entries().values())
+
+    def lock(self) -> FileLock:
+        """Held by who adds or removes."""
+        return FileLock(self.path / LOCK_FILE, mode=0o600, fallback_to_soft=False)
+
+    def entries(self) -> dict[str, os.stat_result]:
+        """The state files that are there, by name."""
+        found = {}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if NAME.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # another process removes them too
+                        info = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(info.st_mode):
+                            found[entry.name] = info
+        return found
+
+    def read(self) -> tuple[list[KeptFile], list[str], Collection[str]]:
+        """What is new since the last call; the names of files that are not whole states; and all names that there are.
+
+        Header by header: a file's contents are checked when it is used.
+        """
+        there, new, refused = self.entries(), [], []
+        for name, info in there.items():
+            mark = info.st_mtime, info.st_size
+            if name not in self._seen:
+                try:
+                    new.append(self._header(name, info))
+                except FileNotFoundError:
+                    continue
+                except (StateError, OSError):
+                    refused.append(name)
+                    continue
+            self._seen[name] = mark
+        self._seen = {name: mark for name, mark in self._seen.items() if name in there}
+        return new, refused, there.keys()
+
+    def remove(self, names: Collection[str]) -> int:
+        """Let these go; returns the bytes that they took."""
+        freed = 0
+        for name in names:
+            path = self.file(name)
+            with suppress(FileNotFoundError):
+                freed += path.lstat().st_size
+                path.unlink()
+        return freed
+
+    def make_room(self, size: int, budget: int, order: Sequence[str] = (), spare: Collection[str] = ()) -> list[str]:
+        """Remove files until `size` bytes more are within the budget; the lock is held. Returns the names that went.
+
+        order: what goes first; then the others, the longest unused first, but for those to spare.
+        """
+        there = self.entries()
+        total, gone = sum(info.st_size for info in there.values()), []
+        others = sorted(there.keys() - {*order} - {*spare}, key=lambda name: there[name].st_mtime)
+        for name in [*(name for name in order if name in there), *others]:
+            if total + size <= budget:
+                break
+            self.remove([name])
+            total -= there[name].st_size
+            gone.append(name)
+        return gone
+
+    def tidy(self) -> None:
+        """Temporary files of killed writers go."""
+        sweep(self.path)
+
+    def _header(self, name: str, info: os.stat_result) -> KeptFile:
+        path = self.path / name
+        wrong = StateError(f"{path}: is not a whole state of a cache")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, LARGEST_HEADER))
+        try:
+            tensors = json.loads(text)
+            metadata = tensors.pop("__metadata__")
+            inner = metadata["xlstm_ray"]
+            ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+            if hashlib.sha256(inner.encode()).hexdigest() != metadata["check"]:
+                raise wrong
+            header = json.loads(inner)
+            (tokens,) = header["tokens"]
+            place = Place.model_validate(header["place"])
+            kept = KeptFile(name, info.st_size, info.st_mtime, header["model"], header["numerics"], tokens, place)
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):
+            raise wrong from None
+        if 8 + length + max(ends, default=0) != info.st_size:
+            raise wrong
+        return kept

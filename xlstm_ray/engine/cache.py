@@ -1,0 +1,358 @@
+"""The states that an engine keeps for prompts to come: in memory and, where it has a folder, in files.
+
+The tree says which; here they are taken from and brought to where they are. The engine's thread does all of it but
+writing, which one thread does behind it.
+"""
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from filelock import Timeout
+from torch import Tensor
+
+from xlstm_ray.cachefiles import Folder, KeptFile
+from xlstm_ray.engine.held import HeldRows, States
+from xlstm_ray.engine.result import Use
+from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Run, Tree, root_of
+from xlstm_ray.errors import StateError
+from xlstm_ray.plan import CachePlan
+from xlstm_ray.state import Numerics, RecurrentState
+from xlstm_ray.text.history import Place, Row, TokenTrail
+
+LOCK_S = 30.0  # how long another process may hold the folder's lock before a state is not written
+
+
+class Maker(NamedTuple):
+    """What decides a state's bits, beside its tokens: the model's fingerprint, the numerics, and the machine's part."""
+
+    model: str
+    numerics: Numerics
+    machine: str
+
+
+class Start(NamedTuple):
+    """A state of one row that a prompt goes on from, and what is known of its tokens. logits: (vocabulary,) float32."""
+
+    rows: HeldRows
+    logits: Tensor
+    trail: TokenTrail
+
+
+@dataclass
+class Hit:
+    """What was found for a prompt; leased until `Cache.release`. points: where its run is to keep its states."""
+
+    use: Use
+    chain: Chain
+    run: Run
+    start: Start | None
+    exact: bool  # whether a cold run would have had this state
+    points: set[int]
+    entry: Entry | None
+
+
+@dataclass
+class _What:
+    """Of an entry: where its state is in memory, if it is."""
+
+    start: Start | None = None
+
+
+class _Written(NamedTuple):
+    gone: list[str]  # names of files that made room
+    failure: str | None
+
+
+@dataclass
+class Counts:
+    """What the cache did so far."""
+
+    queries: int = 0
+    hit_tokens: Counter[str] = field(default_factory=Counter)  # by tier
+    reasons: Counter[str] = field(default_factory=Counter)  # why not more
+    refused: int = 0  # files that were damaged, or not what their names say
+    unwritten: int = 0
+
+
+class Cache:
+    """Of one engine. check: raises StateError for a state that is not of the model. size: the bytes of a state of one
+    row, or a little more. note: told what a person should know."""
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        states: States,
+        maker: Maker,
+        *,
+        size: int,
+        check: Callable[[RecurrentState], None],
+        note: Callable[[str], None],
+    ):
+        self.plan, self.counts = plan, Counts()
+        self._states, self._maker, self._size = states, maker, size
+        self._check, self._note = check, note
+        self._numerics = _named(maker.numerics.model_dump(), maker.machine)
+        self._tree = Tree({MEMORY: plan.memory_bytes, DISK: plan.disk_bytes})
+        self._writes: deque[tuple[Entry, Future[_Written]]] = deque()
+        self._folder = self._writer = None
+        if plan.folder is not None:
+            self._folder = Folder(plan.folder)
+            self._folder.tidy()
+            self._writer = ThreadPoolExecutor(1, "cache")
+        self._looked: int | None = None  # the folder's time when it was read last
+        self._look()
+
+    # -- for a prompt --------------------------------------------------------------------------------------------------
+    def find(
+        self,
+        tokens: memoryview,
+        run: Run,
+        *,
+        salt: str = "",
+        after: int = 0,
+        whole: bool = True,
+        asked: Iterable[int] = (),
+    ) -> Hit:
+        """The longest state to go on from. tokens: int32. salt: whose it is; after, whole: as in Tree.longest.
+
+        asked: places whose states are to be kept.
+        """
+        self._settle()
+        self._look()
+        chain = Chain(root_of(self._maker.model, salt), tokens)
+        while True:
+            found = self._tree.longest(chain, run, self._numerics, exact=self.plan.exact, after=after, whole=whole)
+            tier, start = (None, None) if found.entry is None else self._start_of(found.entry)
+            if found.entry is None or start is not None:
+                break
+        points = self._tree.points(run, found, every=self.plan.every, asked=asked)
+        self._tree.see(chain)
+        use = Use(found.length, tier, found.reason)
+        exact = found.entry is None or found.entry.tiles == run.tiles(found.length)
+        if found.entry is not None:
+            found.entry.leases += 1
+        return Hit(use, chain, run, start, exact, points, found.entry)
+
+    def count(self, hit: Hit) -> None:
+        """This hit is taken."""
+        self.counts.queries += 1
+        if hit.use.tier is not None:
+            self.counts.hit_tokens[hit.use.tier] += hit.use.hit_tokens
+        if hit.use.reason is not None:
+            self.counts.reasons[hit.use.reason.partition(" at ")[0]] += 1
+
+    def release(self, hit: Hit) -> None:
+        """The run that went on from there has ended."""
+        entry, hit.entry = hit.entry, None
+        if entry is not None:
+            entry.leases -= 1
+            self._tree.drop(entry)  # if it is nowhere by now
+            self._fit()
+
+    def keep(self, hit: Hit, length: int, start: Start, *, cold: bool = True) -> None:
+        """Keep the state after `length` tokens of a prompt. cold: whether its windows are those of a cold run."""
+        if not cold and self.plan.exact:
+            return
+        self._settle()
+        tiles = None if cold else -1
+        entry = self._tree.add(hit.chain, hit.run, self._numerics, length, size=self._size, tiles=tiles)
+        if entry.tiers or entry.leases:
+            return
+        on_host = self._states.executor().on_host
+        held = start.rows[0].held if start.rows[0] is not None else None
+        if held is None or held.batch > 1:
+            rows = self._states.rows(self._states.copy_of(start.rows), 1)
+        else:
+            rows = start.rows
+        start = Start(rows, start.logits.clone(), start.trail)
+        if on_host:
+            for row in filter(None, rows):
+                row.held.evict()  # as tensors it is of use after a run of any layout, and no copy
+        if self._folder is not None and self._writer is not None:
+            self._write(entry, start)
+        self._put(entry, start)
+        if entry.tiers or entry.leases:
+            if not on_host:
+                self._states.evict(but=rows)
+        else:
+            self._tree.drop(entry)
+
+    def close(self) -> None:
+        """Wait for what is being written, and let all go."""
+        for _, future in self._writes:
+            future.exception()  # waits; a bug of it shows below
+        self._settle()
+        if self._writer is not None:
+            self._writer.shutdown()
+        for entry in self._tree.entries:
+            entry.what = None
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+    def _start_of(self, entry: Entry) -> tuple[str | None, Start | None]:
+        """Where an entry's state is, and it; None: it cannot be used, and is gone from the tree."""
+        if MEMORY not in entry.tiers:
+            start = self._load(entry)
+            if start is not None:
+                entry.leases += 1
+                self._put(entry, start)
+                entry.leases -= 1
+            return DISK, start
+        start = entry.what.start
+        held = start.rows[0].held
+        if held.lost:  # with its actors
+            self._tree.drop(entry, MEMORY)
+            return None, None
+        return "device" if held.ref is not None and not self._states.executor().on_host else "host", start
+
+    def _put(self, entry: Entry, start: Start) -> None:
+        """Into memory, where that has room for it."""
+        if self._fit(entry.size):
+            entry.what = _What(start)
+            self._tree.put(entry, MEMORY)
+
+    def _fit(self, new: int = 0) -> bool:
+        """Make room for so many bytes; False: there is none."""
+        if new > self.plan.memory_bytes:
+            return False
+        while True:
+            for entry in self._tree.fit(MEMORY, new):
+                entry.what = _What()
+            if self._tree.used[MEMORY] + new <= self.plan.memory_bytes:
+                return True
+            if not self._writes:
+                return False
+            self._writes[0][1].exception()  # waits for the disk: memory is not to grow
+            self._settle()
+
+    # -- disk ----------------------------------------------------------------------------------------------------------
+    def _look(self) -> None:
+        """Learn what other processes, or earlier ones, have written or removed."""
+        if self._folder is None:
+            return
+        now = self._folder.time()
+        if now == self._looked:
+            return
+        self._looked = now
+        new, refused, there = self._folder.read()
+        for name in refused:
+            self._refuse(name, "is not a whole state of a cache")
+        made: list[tuple[Entry, KeptFile]] = []
+        for kept in sorted(new, key=lambda kept: kept.used):
+            place = kept.place
+            key, root = bytes.fromhex(place.key), bytes.fromhex(place.root)
+            entry = Entry(
+                key, root, kept.tokens, _named(kept.numerics, place.machine), place.rows, place.tiles, kept.size
+            )
+            if f"{entry.name}.state" != kept.name:
+                self._refuse(kept.name, "has the name of another state")
+                continue
+            entry = self._tree.insert(entry, None)
+            self._tree.put(entry, DISK)
+            made.append((entry, kept))
+        for entry, kept in made:
+            parent = self._tree.nearest(bytes.fromhex(kept.place.after), entry.numerics) if kept.place.after else None
+            if parent is not None and entry.parent is None and parent.length < entry.length:
+                self._tree.adopt(parent, entry)
+        for entry in [e for e in self._tree.entries if DISK in e.tiers and f"{e.name}.state" not in there]:
+            self._tree.drop(entry, DISK)
+
+    def _load(self, entry: Entry) -> Start | None:
+        assert self._folder is not None
+        name = f"{entry.name}.state"
+        path = self._folder.file(name)
+        try:
+            state = RecurrentState.load(path)
+            self._check(state)
+            place = state.place
+            same = place is not None and place.key == entry.key.hex() and place.machine == self._maker.machine
+            if not same or state.numerics != self._maker.numerics or state.tokens != [entry.length]:
+                raise StateError(f"{path}: has the name of another state")
+        except StateError as err:
+            self._tree.drop(entry, DISK)
+            if os.path.lexists(path):  # another process may have removed it
+                self._refuse(name, str(err))
+            return None
+        with suppress(OSError):
+            os.utime(path)  # it was of use now
+        tensors = {key: tensor for key, tensor in state.tensors.items() if key != "logits"}
+        return Start(self._states.rows(None, 1, tensors), state.logits[0], state.rows[0].tokens)
+
+    def _refuse(self, name: str, why: str) -> None:
+        assert self._folder is not None
+        self.counts.refused += 1
+        self._folder.remove([name])
+        self._note(f"the cache has removed {name}: {why}")
+
+    def _write(self, entry: Entry, start: Start) -> None:
+        assert self._folder is not None
+        assert self._writer is not None
+        after = entry.parent.key.hex() if entry.parent else ""
+        state = RecurrentState(
+            {**start.rows.bring(), "logits": start.logits[None]},
+            tokens=[entry.length],
+            prompt_hash=[start.trail.hash],
+            rows=[Row(tokens=start.trail)],
+            model=self._maker.model,
+            numerics=self._maker.numerics,
+            complete=True,
+            place=Place(
+                root=entry.root.hex(),
+                key=entry.key.hex(),
+                after=after,
+                rows=entry.rows,
+                tiles=entry.tiles,
+                machine=self._maker.machine,
+            ),
+        )
+        order = [f"{e.name}.state" for e in self._tree.lowest(DISK)]
+        spare = {f"{e.name}.state" for e in self._tree.entries if e.leases}
+        entry.leases += 1  # until it is written
+        future = self._writer.submit(
+            _write, self._folder, f"{entry.name}.state", state, entry.size, self.plan.disk_bytes, order, spare
+        )
+        self._writes.append((entry, future))
+
+    def _settle(self) -> None:
+        """Learn what has been written by now."""
+        while self._writes and self._writes[0][1].done():
+            entry, future = self._writes.popleft()
+            entry.leases -= 1
+            gone, failure = future.result()
+            if failure is None:
+                self._tree.put(entry, DISK)
+            else:
+                self.counts.unwritten += 1
+                if self.counts.unwritten == 1:
+                    self._note(f"the cache has not written a state: {failure}; the run goes on without it")
+            names = {*gone}
+            for other in [e for e in self._tree.entries if DISK in e.tiers and f"{e.name}.state" in names]:
+                self._tree.drop(other, DISK)
+            self._tree.drop(entry)
+
+
+def _write(
+    folder: Folder, name: str, state: RecurrentState, size: int, budget: int, order: list[str], spare: set[str]
+) -> _Written:
+    """In the writer's thread."""
+    gone: list[str] = []
+    try:
+        with folder.lock().acquire(timeout=LOCK_S):
+            gone = folder.make_room(size, budget, order, spare)
+            if folder.bytes() + size > budget:
+                return _Written(gone, f"a state takes {size:,} bytes, and {budget:,} are allowed in all")
+            state.save(folder.file(name))
+    except (StateError, OSError) as err:
+        return _Written(gone, str(err))
+    except Timeout:
+        return _Written(gone, f"another process has held the lock of {folder.path} for {LOCK_S:.0f} s")
+    return _Written(gone, None)
+
+
+def _named(numerics: dict[str, object], machine: str) -> str:
+    return json.dumps([numerics, machine], sort_keys=True)

@@ -1,0 +1,108 @@
+"""What one prefill takes from the engine's cache, and what it leaves there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xlstm_ray.engine.cache import Cache, Hit, Start
+from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.held import HeldRows
+from xlstm_ray.engine.result import Use
+from xlstm_ray.engine.resume import Going
+from xlstm_ray.engine.tree import Run
+from xlstm_ray.engine.windows import Group, Window
+from xlstm_ray.state import Numerics
+
+
+@dataclass(frozen=True)
+class Share:
+    """salt: with whom states are shared. keep_at: tokens of a prompt, after which a state is kept, or just before."""
+
+    salt: str = ""
+    keep_at: Sequence[int] = ()
+
+
+class Reuse:
+    """The hits of a prefill's rows. cache: None where it is off, then there are none."""
+
+    def __init__(self, cache: Cache | None, going: Sequence[Going], share: Share):
+        self._cache, self._going, self._share = cache, going, share
+        self.hits: dict[int, Hit] = {}
+
+    def find(self, groups: Sequence[Group], begun: Sequence[int], numerics: Numerics) -> None:
+        """Look up the rows that a cold run would begin at their first tokens; begun: where it would."""
+        cache, going = self._cache, self._going
+        if cache is None:
+            return
+        ends = [len(one.tokens) for one in going]
+        for group in groups:
+            if any(begun[b] for b in group.rows):  # the bits are those of the state that was given
+                continue
+            runs = {
+                b: Run.in_group(group, b, ends, tile=numerics.tile_size, chunk=numerics.chunk_size) for b in group.rows
+            }
+            hits = self._look_up(cache, runs, whole=True)
+            # What is left of a group goes through the windows of all of it as long as each row has something left.
+            if len(runs) > 1 and any(ends[b] == hit.use.hit_tokens for b, hit in hits.items()):
+                if any(ends[b] != hit.use.hit_tokens for b, hit in hits.items()):
+                    for hit in hits.values():
+                        cache.release(hit)
+                    hits = self._look_up(cache, runs, whole=False)
+            for hit in hits.values():
+                cache.count(hit)
+            self.hits |= hits
+
+    def _look_up(self, cache: Cache, runs: dict[int, Run], *, whole: bool) -> dict[int, Hit]:
+        return {
+            b: cache.find(
+                self._going[b].ids,
+                run,
+                salt=self._share.salt,
+                after=self._going[b].seen,
+                whole=whole,
+                asked=self._share.keep_at,
+            )
+            for b, run in runs.items()
+        }
+
+    @property
+    def exact(self) -> bool:
+        """Whether every state that was found is that of a cold run."""
+        return all(hit.exact for hit in self.hits.values())
+
+    def uses(self) -> list[Use]:
+        """What the cache was to each row."""
+        return [self.hits[b].use if b in self.hits else Use() for b in range(len(self._going))]
+
+    def start(self, start: Snapshot) -> Snapshot:
+        """Where the rows go on from: from what was found, where something was."""
+        consumed, logits, rows = list(start.consumed), start.logits, list(start.rows)
+        for b, hit in self.hits.items():
+            if hit.start is not None:
+                if logits is start.logits:
+                    logits = logits.clone()
+                consumed[b], logits[b], rows[b] = hit.use.hit_tokens, hit.start.logits, hit.start.rows[0]
+                self._going[b].jump(hit.start.trail)
+        return Snapshot(consumed, logits, HeldRows(rows))
+
+    def wants(self, group: Group, window: Window) -> bool:
+        """Whether some row's state at this window's end is to be kept. That at a row's own end comes with its group."""
+        end = window.start + window.size
+        return any(b in self.hits and end in self.hits[b].points for b in group.rows)
+
+    def keep(self, group: Group, part: Snapshot, *, cold: bool) -> None:
+        """part: of the group's rows, at a window's end or at theirs."""
+        for n, b in enumerate(group.rows):
+            hit, seen = self.hits.get(b), part.consumed[n]
+            if self._cache is None or hit is None or seen not in hit.points:
+                continue
+            hit.points.remove(seen)
+            self._going[b].advance(seen)
+            trail = self._going[b].row.tokens
+            row = Start(part.rows.pick([n]), part.logits[n], trail)
+            self._cache.keep(hit, seen, row, cold=cold and hit.exact)
+
+    def release(self) -> None:
+        """The run has ended."""
+        for hit in self.hits.values():
+            if self._cache is not None:
+                self._cache.release(hit)

@@ -1,0 +1,332 @@
+"""The tree of states: which are kept, by the tokens that they have seen. Hashes and integers: no torch, no file.
+
+A prompt's beginnings are known by hashes of them, so the tree needs no tokens and no splitting: a node is a beginning
+that some prompt had, at every STEP tokens and where a state is kept. How prompts part is seen from that.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from xlstm_ray.engine.windows import Group, plan_windows
+
+STEP = 64  # tokens: how finely it is known where two prompts part
+NODES = 1 << 16  # beginnings without a state that are remembered
+EVICTED = 256  # states that are gone and remembered
+KEPT_A_PROMPT = 8  # states along a long prompt, at most
+
+MEMORY, DISK = "memory", "disk"
+
+
+def root_of(model: str, salt: str) -> bytes:
+    """What the hashes of a tenant's prompts begin with: tenants, and models, share nothing."""
+    return hashlib.blake2b(f"xlstm-ray tree {model} {salt}".encode(), digest_size=16).digest()
+
+
+class Chain:
+    """The hashes of a prompt's beginnings. tokens: int32, contiguous."""
+
+    def __init__(self, root: bytes, tokens: memoryview):
+        self.root, self.length = root, len(tokens)
+        self._bytes = tokens.cast("B")
+        self._links = [root]
+        for place in range(STEP, self.length + 1, STEP):
+            self._links.append(self._hash(self._links[-1], place - STEP, place))
+
+    def at(self, length: int) -> bytes:
+        """The hash of the first `length` tokens."""
+        block, rest = divmod(length, STEP)
+        return self._hash(self._links[block], length - rest, length) if rest else self._links[block]
+
+    def _hash(self, before: bytes, start: int, end: int) -> bytes:
+        return hashlib.blake2b(before + self._bytes[4 * start : 4 * end], digest_size=16).digest()
+
+
+class Run(NamedTuple):
+    """The windows that a row goes through from its first token on, `rows` in a call: beside the numerics, its bits."""
+
+    length: int  # tokens
+    tile: int
+    chunk: int
+    tiled: int  # tokens: where its windows of a tile's size end
+    rows: int = 1
+
+    @classmethod
+    def alone(cls, length: int, *, tile: int, chunk: int) -> "Run":
+        """A prompt of so many tokens by itself."""
+        return cls.in_group(Group([0], 1), 0, [length], tile=tile, chunk=chunk)
+
+    @classmethod
+    def in_group(cls, group: Group, b: int, ends: Sequence[int], *, tile: int, chunk: int) -> "Run":
+        """Row b of a group whose rows begin at 0. ends: of all rows of the batch."""
+        windows = plan_windows([0] * len(group.rows), [ends[r] for r in group.rows], tile_size=tile, chunk_size=chunk)
+        tiled = max((w.start + w.size for w in windows if w.size == tile), default=0)
+        return cls(ends[b], tile, chunk, tiled, group.size)
+
+    def tiles(self, place: int) -> int | None:
+        """How many windows of a tile's size lead to this place; None: no window of this run ends there."""
+        size = self.tile if place <= self.tiled else self.chunk
+        if place > self.length or (place < self.length and place % size):
+            return None
+        return min(-(-place // self.tile), self.tiled // self.tile)
+
+    def end_before(self, place: int) -> int:
+        """The last window's end that is not after this place."""
+        place = min(place, self.length)
+        if place == self.length or place <= self.tiled:
+            return place if place == self.length else place // self.tile * self.tile
+        return max(self.tiled, place // self.chunk * self.chunk)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A kept state. rows, tiles: the calls that made it, as in Run; tiles -1: no prefill from the first token on did.
+
+    saved: tokens that would have to be computed again without it. what: the owner's.
+    """
+
+    key: bytes  # the hash of its tokens
+    root: bytes
+    length: int
+    numerics: str
+    rows: int
+    tiles: int
+    size: int  # bytes
+    parent: "Entry | None" = None  # the nearest state before it
+    children: "set[Entry]" = field(default_factory=set)
+    tiers: set[str] = field(default_factory=set)
+    leases: int = 0
+    used: int = 0
+    what: Any = None
+
+    @property
+    def saved(self) -> int:
+        return self.length - (self.parent.length if self.parent else 0)
+
+    @property
+    def name(self) -> str:
+        """Of its file: made of hashes, so it is a name and not a path, whatever a salt is."""
+        text = f"{self.key.hex()} {self.length} {self.numerics} {self.rows} {self.tiles}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Found(NamedTuple):
+    """entry: the state to go on from; None: there is none. reason: why not from a later place; None: it is the end.
+
+    known: tokens that some earlier prompt began with too.
+    """
+
+    entry: Entry | None
+    known: int
+    reason: str | None
+
+    @property
+    def length(self) -> int:
+        return self.entry.length if self.entry else 0
+
+
+class _Node:
+    """A beginning. next: how many tokens the shortest known beginning after it has; 0: there is none."""
+
+    __slots__ = ("entries", "next")
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.next = 0
+
+
+class Tree:
+    """The kept states of all tenants. budgets: the bytes of each tier."""
+
+    def __init__(self, budgets: dict[str, int]):
+        self.budgets, self.used = budgets, dict.fromkeys(budgets, 0)
+        self.entries: set[Entry] = set()
+        self.evictions = 0
+        self._nodes: dict[bytes, _Node] = {}
+        self._lengths: dict[bytes, Counter[int]] = {}
+        self._gone: dict[str, Entry] = {}  # by name, the oldest first
+        self._clock = 0
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+    def longest(
+        self, chain: Chain, run: Run, numerics: str, *, exact: bool = True, after: int = 0, whole: bool = True
+    ) -> Found:
+        """The state of the most tokens that a prompt can go on from, beyond `after`.
+
+        exact: where a cold run of this prompt would have had its very bits. whole: all of the prompt will do, for then
+        nothing is to be computed.
+        """
+        last, other, best = run.length if whole else run.length - 1, False, None
+        known = self._known(chain)
+
+        def fits(entry: Entry) -> bool:
+            return entry.numerics == numerics and (not exact or _same(entry, run))
+
+        for length in sorted((n for n in self._lengths.get(chain.root, ()) if n <= run.length), reverse=True):
+            node = self._nodes.get(chain.at(length))
+            if node is None or not node.entries:
+                continue
+            known = max(known, length)
+            found = [e for e in node.entries if fits(e)] if after < length <= last else []
+            if found:
+                best = max(found, key=lambda e: (MEMORY in e.tiers, e.rows == run.rows))
+                self.touch(best)
+                break
+            other = other or any(e.numerics != numerics or e.rows != run.rows for e in node.entries)
+        start = best.length if best else after
+        if start >= last:
+            return Found(best, known, None)
+        if other:
+            return Found(best, known, "other numerics")
+        gone = (e for e in self._gone.values() if start < e.length <= last and e.root == chain.root and fits(e))
+        if any(chain.at(e.length) == e.key for e in gone):
+            return Found(best, known, "evicted")
+        node = self._nodes.get(chain.at(known))
+        parted = known > 0 and node is not None and 0 < node.next <= chain.length
+        return Found(best, known, f"diverged at {known}" if parted else "none seen")
+
+    def _known(self, chain: Chain) -> int:
+        """So many tokens, by whole steps, that an earlier prompt began with."""
+        places = range(chain.length // STEP * STEP, 0, -STEP)
+        return next((n for n in places if chain.at(n) in self._nodes), 0)
+
+    def see(self, chain: Chain) -> None:
+        """Remember how this prompt goes on: a later one may part from it, which makes a place worth keeping."""
+        before = None
+        for place in range(STEP, chain.length + 1, STEP):
+            before = self._link(before, chain.at(place), place)
+        if len(self._nodes) > NODES + len(self.entries):
+            free = [key for key, node in self._nodes.items() if not node.entries]
+            for key in free[: len(free) - NODES * 3 // 4]:
+                del self._nodes[key]
+
+    def points(self, run: Run, found: Found, *, every: int | None = None, asked: Iterable[int] = ()) -> set[int]:
+        """Where a run that goes on from there is to keep its states.
+
+        Every so many tiles (none given: at most KEPT_A_PROMPT a prompt, at places that prompts of all
+        lengths share), at its last whole tile and its end, where it parts from an earlier prompt, where a caller asks.
+        """
+        if every is None:
+            every = 1
+            while run.length // (run.tile * every) > KEPT_A_PROMPT:
+                every *= 2
+        apart = every * run.tile
+        places = {*range(apart, run.length + 1, apart), run.length // run.tile * run.tile, run.length}
+        places |= {run.end_before(n) for n in (found.known, found.known // run.tile * run.tile, *asked)}
+        return {n for n in places if n > found.length and run.tiles(n) is not None}
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+    def add(self, chain: Chain, run: Run, numerics: str, length: int, *, size: int, tiles: int | None = None) -> Entry:
+        """The entry of the state after so many tokens of a run; it is in no tier yet, unless it was there before.
+
+        tiles: -1 where that is the state of no cold run.
+        """
+        made = run.tiles(length) if tiles is None else tiles
+        assert made is not None
+        entry = Entry(chain.at(length), chain.root, length, numerics, run.rows, made, size)
+        shorter = sorted((n for n in self._lengths.get(chain.root, ()) if n < length), reverse=True)
+        near = (self._nodes.get(chain.at(n)) for n in shorter)
+        parents = (e for node in near if node for e in node.entries if e.numerics == numerics)
+        entry = self.insert(entry, next(parents, None))
+        if entry.parent is not None:  # what lay behind that place lies behind this one now
+            for child in [c for c in entry.parent.children if length < c.length <= chain.length]:
+                if child is not entry and chain.at(child.length) == child.key:
+                    self.adopt(entry, child)
+        return entry
+
+    def insert(self, entry: Entry, parent: Entry | None) -> Entry:
+        """Put an entry in its place; the one that is there already wins."""
+        node = self._nodes.setdefault(entry.key, _Node())
+        same = [e for e in node.entries if e.name == entry.name]
+        if same:
+            self.touch(same[0])
+            return same[0]
+        self._gone.pop(entry.name, None)
+        node.entries.append(entry)
+        self.entries.add(entry)
+        self._lengths.setdefault(entry.root, Counter())[entry.length] += 1
+        if parent is not None:
+            self.adopt(parent, entry)
+        self.touch(entry)
+        return entry
+
+    def adopt(self, parent: Entry, child: Entry) -> None:
+        """The one is the nearest state before the other."""
+        self._link(self._nodes.get(parent.key), child.key, child.length)
+        if child.parent is not None:
+            child.parent.children.discard(child)
+        child.parent = parent
+        parent.children.add(child)
+
+    def nearest(self, key: bytes, numerics: str) -> Entry | None:
+        """An entry by the hash of its tokens."""
+        node = self._nodes.get(key)
+        return next((e for e in node.entries if e.numerics == numerics), None) if node else None
+
+    def touch(self, entry: Entry) -> None:
+        """It was of use now."""
+        self._clock += 1
+        entry.used = self._clock
+
+    def put(self, entry: Entry, tier: str) -> None:
+        """It is in this tier now."""
+        if tier not in entry.tiers:
+            entry.tiers.add(tier)
+            self.used[tier] += entry.size
+
+    def drop(self, entry: Entry, tier: str = "") -> None:
+        """It is no longer in this tier; an entry that is in none is forgotten, but not that it was there."""
+        assert not (entry.leases and tier == MEMORY)
+        if tier in entry.tiers:
+            entry.tiers.remove(tier)
+            self.used[tier] -= entry.size
+        if entry.tiers or entry not in self.entries or entry.leases:
+            return
+        self.entries.remove(entry)
+        node = self._nodes[entry.key]
+        node.entries.remove(entry)
+        self._gone[entry.name] = entry
+        if len(self._gone) > EVICTED:
+            del self._gone[next(iter(self._gone))]
+        lengths = self._lengths[entry.root]
+        lengths[entry.length] -= 1
+        if not lengths[entry.length]:
+            del lengths[entry.length]
+        if entry.parent is not None:
+            entry.parent.children.discard(entry)
+        for child in list(entry.children):
+            child.parent = entry.parent
+            if entry.parent is not None:
+                entry.parent.children.add(child)
+
+    def lowest(self, tier: str) -> list[Entry]:
+        """What may leave this tier, what is worth the least first: tokens saved a byte, by how long ago it was of use.
+
+        What runs is leased and never among them.
+        """
+        free = [e for e in self.entries if tier in e.tiers and not e.leases]
+        return sorted(free, key=lambda e: e.saved / max(e.size, 1) / (self._clock - e.used + 1))
+
+    def fit(self, tier: str, new: int = 0) -> list[Entry]:
+        """Evict what is worth the least until so many bytes more are within the budget, or only leased ones stay."""
+        gone = []
+        for entry in self.lowest(tier):
+            if self.used[tier] + new <= self.budgets[tier]:
+                break
+            self.drop(entry, tier)
+            self.evictions += 1
+            gone.append(entry)
+        return gone
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _link(self, before: _Node | None, key: bytes, length: int) -> _Node:
+        if before is not None:
+            before.next = min(before.next or length, length)
+        return self._nodes.setdefault(key, _Node())
+
+
+def _same(entry: Entry, run: Run) -> bool:
+    """Whether a run from the first token on goes through the calls that made this state."""
+    return entry.rows == run.rows and entry.tiles == run.tiles(entry.length)
