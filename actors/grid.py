@@ -49,7 +49,7 @@ class RayExecutor:
         except BaseException as error:  # Ctrl-C too: actors and their places must not stay
             self.close()
             if isinstance(error, link.failure):
-                raise GridLost(f"the grid did not start: {one_line(error)}") from error
+                raise GridLost(f"the grid did not start: {one_line(error)}{link.why()}") from error
             raise
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:

@@ -6,6 +6,7 @@ raylet that is gone; errors of actors, nodes and objects are Ray's RayError and 
 Results of calls are waited for here too: a wait that looks at the head while it lasts.
 """
 
+import shutil
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,8 +19,11 @@ from typing import Any
 import psutil
 
 from xlstm_ray.errors import GridLost, XlstmRayError, one_line
+from xlstm_ray.files import MIB
+from xlstm_ray.supervisor.ray_inside import session_dir
 
 LOOK_S = 2.0  # between two looks at the head while something is waited for
+LEAST_DISK = 64 * MIB  # with less left, Ray's processes end when they cannot write
 PATIENCE_S = 60.0  # what Ray itself waits for a head that is away; networks come back
 
 
@@ -68,6 +72,16 @@ class Link:
         All that Ray raises of its own; `get` turns what an actor's code raises into that.
         """
         return self.ray.exceptions.RayError
+
+    def why(self) -> str:
+        """What on this machine may have made the grid fail, to end an error with; empty where nothing shows."""
+        folder = session_dir()
+        if folder is None or not folder.exists():
+            return ""
+        free = shutil.disk_usage(folder).free
+        if free >= LEAST_DISK:
+            return ""
+        return f"; the disk of Ray's folder {folder} has {free / MIB:,.0f} MiB free: make room there"
 
     def get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
         """Results of actors' calls, or the actor's own error as it was raised there. GridLost where the head is gone.

@@ -222,7 +222,8 @@ class Recovery:
                 first = next(filter(None, steps), None)
                 where = f"tile {first.number}" if first else "a state"
                 raise GridLost(
-                    f"the grid failed {self._failures} times in a row from {where} on; the last time: {one_line(error)}"
+                    f"the grid failed {self._failures} times in a row from {where} on; the last time: "
+                    f"{one_line(error)}{self._link.why()}"
                 ) from error
             try:
                 self._replace(error)

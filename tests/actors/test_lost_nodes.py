@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import CHUNK, PROMPT, SIZES, TILE, environment, in_process, model, models, script
+from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, in_process, model, models, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.supervisor.records import all_heads, session_of
-from xlstm_ray.supervisor.stop import down
+from xlstm_ray.supervisor.start import HeadOptions, start_head
+from xlstm_ray.supervisor.stop import down, stop_head
 
 __all__ = ["in_process", "model", "models"]
 
@@ -234,3 +235,29 @@ def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_proc
         assert f"--state-in {kept}" in error  # the command that goes on
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".kept"]
     down(state_dir)
+
+
+def test_a_full_disk_under_rays_folder_is_named(model, tmp_path):
+    """Actors end at once where Ray cannot write: the error says why, beside what Ray says."""
+    disk, home = Path(tempfile.mkdtemp()), tmp_path  # a short path: Ray's sockets are in it
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,mode=700", "tmpfs", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root may mount a file system")
+    state_dir = home / ".local" / "state" / "xlstm-ray"
+    options = HeadOptions(state_dir=state_dir, temp_dir=disk / "t", stays=True, num_cpus=2, object_store_bytes=75 << 20)
+    try:
+        head = start_head(options)
+        subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=1M"], capture_output=True)
+        done = command(
+            home, "prefill", "--model", model, *SIZES, "--prompt", "abc", "--ray-address", head.address,
+            "--chunkwise-backend", "ray_compiled_chunks",
+        )  # fmt: skip
+        (disk / "fill").unlink()
+        stop_head(head, state_dir)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+        disk.rmdir()
+    assert done.returncode == 4
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"the disk of Ray's folder {disk / 't'}" in line
+    assert "0 MiB free: make room there" in line

@@ -13,7 +13,7 @@ import pytest
 ASK = """
 import inspect, json, ray
 from ray._private import worker
-from xlstm_ray.supervisor.ray_inside import job_config
+from xlstm_ray.supervisor.ray_inside import job_config, session_dir
 
 wanted, plain = job_config(ray, {"job_name": "a"}, ["/b"]), ray.job_config.JobConfig()
 sent = wanted._get_proto_job_config()
@@ -23,6 +23,8 @@ print(json.dumps({
     "shutdown": callable(worker.shutdown),
     "job": [dict(sent.metadata)["job_name"], list(sent.py_driver_sys_path)],
     "client": [plain._client_job, wanted._client_job],
+    "unconnected": session_dir() is None,
+    "folder": callable(ray._private.node.Node.get_session_dir_path),
 }))
 """
 
@@ -38,6 +40,11 @@ def test_messages_of_the_cluster_go_through_one_function_that_can_be_replaced(in
     assert inside["parameters"] == ["data", "ignore_prefix"]
     assert inside["source"].count("print_to_stdstream") > inside["source"].count("def print_to_stdstream")
     assert "import print_to_stdstream" not in inside["source"]  # looked up by its module's name when a message comes
+
+
+def test_the_folder_of_a_session_is_known_once_connected(inside):
+    assert inside["unconnected"]
+    assert inside["folder"]
 
 
 def test_shutdown_is_what_ray_does_at_exit(inside):

@@ -5,6 +5,7 @@ Each is here because Ray has no public switch for it. Import this only once Ray 
 
 import atexit
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,3 +27,11 @@ def forget_shutdown_at_exit() -> None:
 def job_config(ray: ModuleType, metadata: dict[str, str], path: list[str]) -> Any:
     """A job whose workers import from `path`, and not from the folder that this process was started in."""
     return ray.job_config.JobConfig(metadata=metadata, _client_job=True, _py_driver_sys_path=path)
+
+
+def session_dir() -> Path | None:
+    """The folder on this machine that Ray writes its logs and spilled objects into; None: it is not connected."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return None if node is None else Path(node.get_session_dir_path())
