@@ -14,6 +14,7 @@ from torch import Tensor
 from xlstm_ray.autoscale import autoscale
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import Dtype, Setup, choose_device
+from xlstm_ray.engine.chat import Chat
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Progress
 from xlstm_ray.engine.generation import Generation
@@ -190,6 +191,13 @@ class Engine:
         share = Share(tenant, keep_at)
         asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
+
+    def chat(
+        self, state: RecurrentState | str | Path | None = None, *, sampling: Mapping[str, Any] | None = None
+    ) -> Chat:
+        """A conversation, from its beginning or from a state or a file of one; sampling: of its answers, by name."""
+        begun = RecurrentState.load(state) if isinstance(state, str | Path) else state
+        return Chat(self, state=begun, sampling=sampling)
 
     # -- requests ------------------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> Handle:
