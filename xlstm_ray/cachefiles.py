@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from xlstm_ray.errors import OutputError, StateError
 from xlstm_ray.files import sweep
-from xlstm_ray.text.history import Place
+from xlstm_ray.text.history import Place, TokenTrail
 
 NAME = re.compile(r"[0-9a-f]{32}\.state")
 LOCK_FILE = "cache.lock"
@@ -34,7 +34,7 @@ class KeptFile(NamedTuple):
     used: float
     model: str
     numerics: dict[str, Any]
-    tokens: int
+    tokens: TokenTrail
     place: Place
 
 
@@ -65,7 +65,8 @@ class Folder:
         return sum(info.st_size for info in self.entries().values())
 
     def lock(self) -> FileLock:
-        """Held by who adds or removes."""
+        """Held by who adds or removes. Raises OSError where the directory has gone and cannot be made again."""
+        self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / LOCK_FILE, mode=0o600, fallback_to_soft=False)
 
     def entries(self) -> dict[str, os.stat_result]:
@@ -144,7 +145,8 @@ class Folder:
             if hashlib.sha256(inner.encode()).hexdigest() != metadata["check"]:
                 raise wrong
             header = json.loads(inner)
-            (tokens,) = header["tokens"]
+            (row,) = header["rows"]
+            tokens = TokenTrail.model_validate(row["tokens"])
             place = Place.model_validate(header["place"])
             kept = KeptFile(name, info.st_size, info.st_mtime, header["model"], header["numerics"], tokens, place)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):

@@ -173,6 +173,7 @@ def choose_plan(
     head, local = choose_head(settings, mode, actors, device), mode is Mode.LOCAL
     own_memory = device_total_bytes(device) if local else None
     bounds = Limits.make(*limits, take_sample().total_bytes, own_memory) if settings.mem_watchdog else None
+    cache = choose_cache(settings)
     here = mode is Mode.MANAGED or (setup.head is not None and is_loopback(setup.head.address))
 
     def room(dtype: torch.dtype) -> Room:
@@ -191,6 +192,7 @@ def choose_plan(
                 heads_per_band=sizes.heads,
                 workers=workers,
                 stages=settings.stages,
+                cache=cache.memory_bytes if cache else 0,
             ),
             device=device,
             where="process" if local else "grid" if here else "elsewhere",
@@ -245,7 +247,7 @@ def choose_plan(
         room=room(found.dtype),
         search=choose_search(settings),
         picked=picked,
-        cache=choose_cache(settings),
+        cache=cache,
     )
 
 

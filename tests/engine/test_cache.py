@@ -1,6 +1,9 @@
 """States that an engine keeps for prompts to come: a hit has the bits of a cold run, whatever holds it."""
 
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from tiny import make_model
 import xlstm_ray
 from xlstm_ray import Engine
 from xlstm_ray.engine.tree import DISK, MEMORY
+from xlstm_ray.errors import UsageError
+from xlstm_ray.state import RecurrentState
 
 TILE, CHUNK = 32, 16
 OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": TILE, "chunk_size": CHUNK}
@@ -98,3 +103,267 @@ def forget_memory(lm: Engine) -> None:
         if MEMORY in entry.tiers:
             cache._tree.drop(entry, MEMORY)
             entry.what.start = None
+
+
+def stop_after(tiles: int) -> dict[str, Any]:
+    seen: list[object] = []
+    return {"on_progress": seen.append, "should_stop": lambda: len(seen) >= tiles}
+
+
+def cached(lm: Engine) -> Any:
+    cache = lm._core.cache
+    assert cache is not None
+    return cache
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.state"))
+
+
+BATCHES = [
+    [BOOK[:150], OTHER[:20], OTHER[:25], BOOK[:28], BOOK[:70]],
+    [BOOK[:150], OTHER[:20], OTHER[:25], BOOK[:28], BOOK[:70]],  # the same: nothing is computed
+    [BOOK[:150], OTHER[:20], [*OTHER[:16], *BOOK[:14]], BOOK[:28], BOOK[:90]],
+    [BOOK[:170], BOOK[:150], OTHER[:33]],
+    [BOOK[:45], BOOK[:40], BOOK[:46], BOOK[:47]],
+    [BOOK[:45], BOOK[:40], [*BOOK[:20], *OTHER[:26]], BOOK[:47]],
+    [BOOK[:45]],
+]
+
+
+def test_rows_of_batches_have_the_bits_of_a_cold_run(load):
+    with load() as cold, load(cache_memory_mb=64) as lm:
+        for n, batch in enumerate(BATCHES):
+            result = lm.prefill(batch)
+            assert result.state.digest() == cold.prefill(batch).state.digest()
+            if n == 1:
+                assert (result.stats.tiles, result.stats.resumed_tokens) == (0, sum(map(len, batch)))
+            assert any(use.hit_tokens for use in result.stats.row_cache) or n == 0 or n >= 4
+
+
+def test_a_run_that_was_stopped_goes_on_from_the_longer_of_its_state_and_the_cache(load, tmp_path):
+    with load() as cold, load(cache_dir=tmp_path, cache_every=1) as lm:
+        digest = cold.prefill(BOOK[:250]).state.digest()
+        early = lm.prefill(BOOK[:250], **stop_after(1)).state
+        late = lm.prefill(BOOK[:250], **stop_after(3)).state
+        assert (early.tokens, late.tokens) == ([32], [128])  # three tiles more
+        again = lm.prefill(BOOK[:250], state=early)
+        assert hits(again) == [(128, "host")]
+        assert again.state.digest() == digest
+        assert hits(lm.prefill(BOOK[:250], state=late)) == [(250, "host")]
+        # What goes on from a whole state has that state's bits, not a cold run's.
+        whole = lm.prefill(BOOK[:20]).state
+        assert lm.prefill(BOOK[:250], state=whole).stats.row_cache[0].reason == "off"
+
+
+def test_tenants_share_nothing_and_each_look_says_why(plain):
+    with plain(cache_memory_mb=64) as lm:
+        asked = [
+            (BOOK[:150], "a"),
+            (BOOK[:150], "b"),
+            (BOOK[:150], "a"),
+            ([*BOOK[:100], *OTHER[:100]], "a"),
+            (OTHER[:90], "a"),
+        ]
+        uses = [lm.prefill(prompt, tenant=tenant).stats.row_cache[0] for prompt, tenant in asked]
+        assert [use.hit_tokens for use in uses] == [0, 0, 150, 96, 0]
+        assert [use.reason for use in uses] == ["none seen", "none seen", None, "diverged at 96", "none seen"]
+        # All logits are of all tokens.
+        everything = lm.prefill(BOOK[:150], tenant="a", all_logits=True)
+        assert (everything.stats.row_cache[0].reason, len(everything.all_logits[0])) == ("off", 150)
+        assert "".join(lm.generate(BOOK[:150], tenant="a", max_new_tokens=4)) == "".join(
+            lm.generate(BOOK[:150], tenant="c", max_new_tokens=4)
+        )
+
+
+def test_other_numerics_are_told_and_not_used(plain, tmp_path):
+    with plain(cache_dir=tmp_path) as lm:
+        lm.prefill(BOOK[:150])
+    with plain(cache_dir=tmp_path, tile_size=64) as lm, plain(tile_size=64) as cold:
+        result = lm.prefill(BOOK[:150])
+        assert result.stats.row_cache[0] == (0, None, "other numerics")
+        assert result.state.digest() == cold.prefill(BOOK[:150]).state.digest()
+
+
+def test_nearest_goes_on_from_any_state(plain):
+    with plain() as cold, plain(cache_memory_mb=64, cache_match="nearest") as lm:
+        lm.prefill(BOOK[:150])
+        result, reference = lm.prefill(BOOK[:160]), cold.prefill(BOOK[:160])
+        assert hits(result) == [(150, "host")]
+        assert result.state.numerics.mixed  # the bits are this run's own
+        assert (result.logits - reference.logits).abs().max() < 1e-4
+        assert hits(lm.prefill(BOOK[:165])) == [(160, "host")]
+        assert not lm.prefill(BOOK[:150]).state.numerics.mixed
+
+
+def test_a_state_is_kept_where_the_caller_asks(plain):
+    with plain(cache_memory_mb=64, cache_every=100) as lm:
+        lm.prefill(BOOK[:300], keep_at=[70])
+        assert hits(lm.prefill([*BOOK[:75], *OTHER[:100]])) == [(64, "host")]
+        assert hits(lm.prefill([*BOOK[:60], *OTHER[:100]])) == [(0, None)]
+
+
+def test_on_a_device_states_stay_there_and_the_oldest_go_to_the_host(load, monkeypatch):
+    prompts = [[n, *BOOK[:40]] for n in range(6)]
+    with load() as cold, load(cache_memory_mb=64) as lm:
+        monkeypatch.setattr(lm.executor, "on_host", False)
+        for prompt in prompts:
+            lm.prefill(prompt)
+        rows = [lm.prefill(prompt).stats.row_cache[0] for prompt in reversed(prompts)]
+        assert {use.hit_tokens for use in rows} == {41}
+        assert rows[0].tier == "device"
+        assert rows[-1].tier == "host"
+        for prompt in prompts:
+            assert lm.prefill(prompt).state.digest() == cold.prefill(prompt).state.digest()
+
+
+def test_budgets_are_kept_and_what_runs_stays(plain, tmp_path):
+    with plain(cache_dir=tmp_path, cache_every=1) as lm:
+        cache = cached(lm)
+        size = cache._size
+        cache.plan = cache.plan._replace(memory_bytes=3 * size, disk_bytes=5 * size)
+        cache._tree.budgets.update({MEMORY: 3 * size, DISK: 5 * size})
+        for n in range(12):
+            prompt = [n, *BOOK[:99]]
+            running: list[object] = []
+
+            def look(progress: object, prompt: list[int] = prompt, running: list[object] = running) -> None:
+                leased = [e for e in cache._tree.entries if e.leases]
+                running.append(leased)
+                assert cache._tree.used[MEMORY] <= 3 * size
+                assert all(e.tiers or e.what is None or e.what.start is not None for e in leased)
+
+            lm.prefill(prompt, on_progress=look)
+            again = lm.prefill(prompt, on_progress=look)
+            assert again.stats.row_cache[0].hit_tokens == 100
+            assert running
+            assert sum(file.stat().st_size for file in files(tmp_path)) <= 5 * size
+        assert cache._tree.evictions > 0
+        assert len(files(tmp_path)) == 5
+    with plain(cache_dir=tmp_path) as lm:
+        assert len([n for n in range(12) if lm.prefill([n, *BOOK[:99]]).stats.row_cache[0].tier == "disk"]) > 0
+
+
+def test_a_directory_without_room_in_memory_serves_from_the_disk(plain, tmp_path):
+    with plain() as cold, plain(cache_dir=tmp_path, cache_every=1) as lm:
+        cache = cached(lm)
+        cache.plan = cache.plan._replace(memory_bytes=1)
+        cache._tree.budgets[MEMORY] = 1
+        lm.prefill(BOOK[:150])
+        forget_memory(lm)
+        for prompt, length in EDITS.values():
+            result = lm.prefill(prompt)
+            assert hits(result) == [(length, "disk" if length else None)]
+            assert result.state.digest() == cold.prefill(prompt).state.digest()
+            assert cache._tree.used[MEMORY] == 0
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "header", "empty", "another's name", "a text"])
+def test_a_damaged_file_is_refused_removed_and_counted(damage, plain, tmp_path):
+    with plain(cache_dir=tmp_path) as lm:
+        lm.prefill(BOOK[:150])
+        lm.prefill(OTHER[:20])
+    data = {path: path.read_bytes() for path in files(tmp_path)}
+    (longest,) = [path for path in data if RecurrentState.load(path).tokens == [150]]
+    (other,) = [path for path in data if RecurrentState.load(path).tokens == [20]]
+    whole = data[longest]
+    at = {"flipped": len(whole) - 100, "header": 60}.get(damage, 0)
+    longest.write_bytes(
+        {
+            "torn": whole[: len(whole) // 2],
+            "flipped": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+            "header": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+            "empty": b"",
+            "another's name": data[other],
+            "a text": b"not a state " * 1000,
+        }[damage]
+    )
+    notes: list[str] = []
+    with plain() as cold, plain(cache_dir=tmp_path) as lm:
+        lm.on_note = notes.append
+        result = lm.prefill(BOOK[:150])
+        assert hits(result) == [(128, "disk")]
+        assert result.state.digest() == cold.prefill(BOOK[:150]).state.digest()
+        assert cached(lm).counts.refused == 1
+    assert RecurrentState.load(longest).tokens == [150]  # written again
+    with plain(cache_dir=tmp_path) as lm:
+        assert hits(lm.prefill(BOOK[:150])) == [(150, "disk")]
+
+
+def test_files_of_others_stay_and_a_link_is_not_followed(plain, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "notes.state").write_text("mine")
+    outside = tmp_path / "outside"
+    outside.write_text("mine too")
+    (folder / f"{'0' * 32}.state").symlink_to(outside)
+    with plain(cache_dir=folder) as lm:
+        lm.prefill(BOOK[:150], tenant="../../../x")
+    assert (folder / "notes.state").read_text() == "mine"
+    assert outside.read_text() == "mine too"
+    assert {path.parent for path in folder.rglob("*")} == {folder}
+
+
+def test_engines_that_share_a_directory_find_each_others_states(plain, tmp_path):
+    with plain(cache_dir=tmp_path) as one, plain(cache_dir=tmp_path) as two:
+        digest = one.prefill(BOOK[:150]).state.digest()
+        forget_memory(one)
+        found = two.prefill(BOOK[:150])
+        assert (hits(found), found.state.digest()) == ([(150, "disk")], digest)
+        for path in files(tmp_path):
+            path.unlink()
+        again = one.prefill(BOOK[:150])  # the other one, or its user, has removed all
+        assert (hits(again), again.state.digest()) == ([(0, None)], digest)
+        assert cached(one).counts.refused == 0
+
+
+PROCESS = """
+import sys, xlstm_ray
+lm = xlstm_ray.load(sys.argv[1], device="cpu", chunkwise_backend="native", tile_size=32, chunk_size=16, threads=1,
+                    cache_dir=sys.argv[2], cache_every=1)
+cache = lm._core.cache
+cache.plan = cache.plan._replace(disk_bytes=6 * cache._size)
+for n in range(20):
+    prompt = [n % 7, *range(90)]
+    digest = lm.prefill(prompt).state.digest()
+    for entry in list(cache._tree.entries):  # so that the disk is asked
+        if entry.tiers == {"memory", "disk"} and not entry.leases:
+            cache._tree.drop(entry, "memory")
+            entry.what.start = None
+    print(n % 7, digest)
+    sys.stdout.flush()
+lm.close()
+assert cache.counts.refused == 0, cache.counts
+"""
+
+
+def test_two_processes_on_one_directory_do_not_hurt_each_other(model, tmp_path):
+    command = [sys.executable, "-c", PROCESS, str(model), str(tmp_path)]
+    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    pair[2].stdout.readline()
+    pair[2].kill()  # on its way
+    lines = {line for process in pair[:2] for line in process.communicate(timeout=120)[0].splitlines()}
+    pair[2].communicate()
+    assert [process.returncode for process in pair[:2]] == [0, 0]
+    assert len(lines) == 7  # each prompt has one digest
+    with xlstm_ray.load(model, **OPTIONS, chunkwise_backend="native", threads=1, cache_dir=tmp_path) as lm:
+        size = cached(lm)._size
+        assert sum(path.stat().st_size for path in files(tmp_path)) <= 6 * size
+        for path in files(tmp_path):
+            RecurrentState.load(path)
+        line = lm.prefill([3, *range(90)])
+    assert f"3 {line.state.digest()}" in lines
+
+
+def test_a_cache_that_cannot_be_written_is_told_once_and_nothing_else_changes(plain, tmp_path, monkeypatch):
+    notes: list[str] = []
+    with plain(cache_dir=tmp_path / "cache", cache_memory_mb=64) as lm:
+        lm.on_note = notes.append
+        digest = lm.prefill(BOOK[:150]).state.digest()
+        forget_memory(lm)
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").write_text("in its place")
+        with pytest.raises(UsageError):
+            plain(cache_every=3)
+        assert lm.prefill(OTHER[:150]).state.digest() != digest
+    assert len([note for note in notes if "the cache has not written a state" in note]) == 1

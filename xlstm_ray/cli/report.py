@@ -29,7 +29,16 @@ def speed_text(tokens_per_s: float | None) -> str:
 
 
 def resumed_text(summary: dict[str, Any]) -> str:
-    return f" (and {summary['resumed_tokens']} from the state)" if summary["resumed_tokens"] else ""
+    where = "cache" if summary["cache"]["hit_tokens"] else "state"
+    return f" (and {summary['resumed_tokens']} from the {where})" if summary["resumed_tokens"] else ""
+
+
+def _cache_line(use: dict[str, Any]) -> list[str]:
+    """What the cache was to a prompt, where there is one."""
+    if use["reason"] == "off":
+        return []
+    found = f"{use['hit_tokens']} tokens from {use['tier']}" if use["hit_tokens"] else "nothing"
+    return [f"cache           {found}" + (f" ({use['reason']})" if use["reason"] else "")]
 
 
 def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None) -> dict[str, Any]:
@@ -121,6 +130,7 @@ def print_results(
         f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, "
         f"{s['stages']} stage(s) x {s['bands']} band(s)",
         f"prompt tokens   {s['prompt_tokens']}{resumed_text(s).replace('and ', '')}",
+        *_cache_line(s["cache"]),
         f"first token in  {s['ttft_s']:.3f} s{speed_text(s['prefill_tok_s'])}",
         f"whole command   {first_token_text(s)}{s['total_s']:.1f} s in all",
         f"load time       {s['load_s']:.1f} s",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlstm_ray import files
+from xlstm_ray.cachefiles import Folder
 from xlstm_ray.cli import keeper
 from xlstm_ray.cli.output import note, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
@@ -32,6 +33,8 @@ def require_places(
         inputs.append(Input("--config", config))
     if state_in is not None:
         inputs.append(Input("--state-in", state_in, files.STATE))
+    if settings.cache_dir is not None:
+        Folder(settings.cache_dir)
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
 
 

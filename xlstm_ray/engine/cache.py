@@ -19,13 +19,16 @@ from torch import Tensor
 from xlstm_ray.cachefiles import Folder, KeptFile
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.result import Use
-from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Run, Tree, root_of
+from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Found, Run, Tree, root_of
 from xlstm_ray.errors import StateError
 from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import Place, Row, TokenTrail
 
 LOCK_S = 30.0  # how long another process may hold the folder's lock before a state is not written
+
+
+COMPARED = 4  # states of earlier processes that a prompt is compared with, to tell where it parts
 
 
 class Maker(NamedTuple):
@@ -59,9 +62,10 @@ class Hit:
 
 @dataclass
 class _What:
-    """Of an entry: where its state is in memory, if it is."""
+    """Of an entry: its state where that is in memory, and the trail of its tokens where it is of an earlier process."""
 
     start: Start | None = None
+    trail: TokenTrail | None = None
 
 
 class _Written(NamedTuple):
@@ -131,6 +135,8 @@ class Cache:
             tier, start = (None, None) if found.entry is None else self._start_of(found.entry)
             if found.entry is None or start is not None:
                 break
+        if found.reason == "none seen":
+            found = self._compared(found, chain.root, tokens)
         points = self._tree.points(run, found, every=self.plan.every, asked=asked)
         self._tree.see(chain)
         use = Use(found.length, tier, found.reason)
@@ -138,6 +144,16 @@ class Cache:
         if found.entry is not None:
             found.entry.leases += 1
         return Hit(use, chain, run, start, exact, points, found.entry)
+
+    def _compared(self, found: Found, root: bytes, tokens: memoryview) -> Found:
+        """Where a prompt parts from those of earlier processes: the tree knows no more of them than where states are."""
+        others = [e for e in self._tree.entries if e.root == root and e.length > found.known and e.what.trail]
+        best, parted = found.known, False
+        for entry in sorted(others, key=lambda e: e.used)[-COMPARED:]:
+            apart = entry.what.trail.difference(tokens)
+            if apart is not None and apart[0] > best:
+                best, parted = apart[0], apart[1] < len(tokens)
+        return found._replace(known=best, reason=f"diverged at {best}" if parted else found.reason)
 
     def count(self, hit: Hit) -> None:
         """This hit is taken."""
@@ -164,6 +180,7 @@ class Cache:
         entry = self._tree.add(hit.chain, hit.run, self._numerics, length, size=self._size, tiles=tiles)
         if entry.tiers or entry.leases:
             return
+        entry.what = _What()
         on_host = self._states.executor().on_host
         held = start.rows[0].held if start.rows[0] is not None else None
         if held is None or held.batch > 1:
@@ -213,7 +230,7 @@ class Cache:
     def _put(self, entry: Entry, start: Start) -> None:
         """Into memory, where that has room for it."""
         if self._fit(entry.size):
-            entry.what = _What(start)
+            entry.what.start = start
             self._tree.put(entry, MEMORY)
 
     def _fit(self, new: int = 0) -> bool:
@@ -222,7 +239,7 @@ class Cache:
             return False
         while True:
             for entry in self._tree.fit(MEMORY, new):
-                entry.what = _What()
+                entry.what.start = None
             if self._tree.used[MEMORY] + new <= self.plan.memory_bytes:
                 return True
             if not self._writes:
@@ -235,11 +252,14 @@ class Cache:
         """Learn what other processes, or earlier ones, have written or removed."""
         if self._folder is None:
             return
-        now = self._folder.time()
-        if now == self._looked:
-            return
-        self._looked = now
-        new, refused, there = self._folder.read()
+        try:
+            now = self._folder.time()
+            if now == self._looked:
+                return
+            self._looked = now
+            new, refused, there = self._folder.read()
+        except OSError:  # somebody has taken it away; what cannot be written says so
+            new, refused, there = [], [], ()
         for name in refused:
             self._refuse(name, "is not a whole state of a cache")
         made: list[tuple[Entry, KeptFile]] = []
@@ -247,12 +267,13 @@ class Cache:
             place = kept.place
             key, root = bytes.fromhex(place.key), bytes.fromhex(place.root)
             entry = Entry(
-                key, root, kept.tokens, _named(kept.numerics, place.machine), place.rows, place.tiles, kept.size
+                key, root, kept.tokens.length, _named(kept.numerics, place.machine), place.rows, place.tiles, kept.size
             )
             if f"{entry.name}.state" != kept.name:
                 self._refuse(kept.name, "has the name of another state")
                 continue
             entry = self._tree.insert(entry, None)
+            entry.what = entry.what or _What(trail=kept.tokens)
             self._tree.put(entry, DISK)
             made.append((entry, kept))
         for entry, kept in made:

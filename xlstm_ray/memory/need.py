@@ -60,6 +60,7 @@ class Loaded:
     heads_per_band: int
     workers: int  # bands at once
     stages: int = 1
+    cache: int = 0  # of states that are kept for prompts to come
 
     @property
     def bands(self) -> int:
@@ -122,6 +123,8 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     state = 2 * call.rows * row  # before a window and after it
     if loaded.device != "cpu":  # a device works on a window while the host handles the one before
         state += (call.rows + HELD_ROWS) * row
+    if on_host:
+        state += loaded.cache
     if call.batch > call.rows and on_host:  # otherwise the other rows' states are on the host
         state += call.batch * row
     tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)

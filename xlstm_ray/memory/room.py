@@ -63,7 +63,7 @@ class Room:
         state = (2 * batch + HELD_ROWS) * state_bytes(loaded.config)
         return GridNeed(
             head=self.head,
-            driver=process_bytes() + RAY_IN_DRIVER + state,
+            driver=process_bytes() + RAY_IN_DRIVER + state + loaded.cache,
             actors=actors,
             programs=actors * ACTOR,
             weights=loaded.weights * on_host,
