@@ -258,6 +258,7 @@ def test_a_directory_without_room_in_memory_serves_from_the_disk(plain, tmp_path
             assert cache._tree.used[MEMORY] == 0
 
 
+@pytest.mark.filterwarnings("ignore:the cache has removed")
 @pytest.mark.parametrize("damage", ["torn", "flipped", "header", "empty", "another's name", "a text"])
 def test_a_damaged_file_is_refused_removed_and_counted(damage, plain, tmp_path):
     with plain(cache_dir=tmp_path) as lm:

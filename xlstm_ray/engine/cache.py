@@ -146,7 +146,7 @@ class Cache:
         return Hit(use, chain, run, start, exact, points, found.entry)
 
     def _compared(self, found: Found, root: bytes, tokens: memoryview) -> Found:
-        """Where a prompt parts from those of earlier processes: the tree knows no more of them than where states are."""
+        """Where a prompt parts from those of earlier processes: of them the tree knows only where states are."""
         others = [e for e in self._tree.entries if e.root == root and e.length > found.known and e.what.trail]
         best, parted = found.known, False
         for entry in sorted(others, key=lambda e: e.used)[-COMPARED:]:
