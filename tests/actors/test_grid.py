@@ -353,7 +353,7 @@ def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
     seen = []
     lm.on_note = seen.append
     result = lm.prefill(prompt * 4)
-    say(notes=seen, mixed=result.state.grid.mixed, tile=result.state.grid.tile_size, complete=result.complete,
+    say(notes=seen, mixed=result.state.numerics.mixed, tile=result.state.numerics.tile_size, complete=result.complete,
         logits=result.logits[0].tolist())
     lm.close()
     """
