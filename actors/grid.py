@@ -23,13 +23,13 @@ from xlstm_ray.errors import GridLost, one_line
 from xlstm_ray.layout import Shard
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
 
-KEEP = 256  # steps that a fault may cost: then the state is brought here
+KEEP = 256  # steps until the state is brought here at the latest: a fault repeats at most these
 
 
 class RayExecutor:
     """`Executor` over actors. `ray` is the connected module; layout: [stage][band].
 
-    Raises UsageError where the cluster has no room for the grid, and what the actors raise while they load.
+    Raises UsageError if the grid does not fit on the cluster, and errors of actors that load.
     """
 
     local = on_host = False
@@ -46,7 +46,7 @@ class RayExecutor:
         try:
             self.placement.open()
             self._watch.place()
-        except BaseException as error:  # Ctrl-C too: actors and their places must not stay
+        except BaseException as error:  # Ctrl-C too: actors and their placement group must not stay
             self.close()
             if isinstance(error, link.failure):
                 raise GridLost(f"the grid did not start: {one_line(error)}{link.why()}") from error
@@ -90,9 +90,9 @@ class RayExecutor:
         return from_wire(logits, torch.float32).clone()
 
     def close(self) -> None:
-        """End the watchdogs and the actors, and only then give their places back: device memory is free on return.
+        """End the watchdogs and actors, and then free their placement group: device memory is free on return.
 
-        Bounded in time whatever has become of Ray, and never an error: what is computed is computed.
+        Returns in bounded time in any state of Ray and raises nothing: the results are already there.
         """
         self._watch.close()
         self._pipeline.close()
@@ -100,10 +100,10 @@ class RayExecutor:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Summed over the actors that answer, each at its own peak."""
+        """The sum of the peaks of all actors that answer."""
         try:
             return sum(sample.peak_bytes for sample in self.placement.samples(patient=False).values())
-        except GridLost:  # a figure is no reason to lose a result
+        except GridLost:  # a result must not be lost for a figure
             return 0
 
     @property

@@ -1,6 +1,6 @@
-"""What made each state: enough to make again, on other actors, every state that somebody still has.
+"""Lineage: how each state was made, so that other actors can make every state again that somebody still has.
 
-Numbers and tensors that are held elsewhere only: nothing here computes or waits.
+It has only numbers, and tensors that are also held elsewhere. Nothing here computes or waits.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,9 +15,9 @@ Row = tuple[int, int] | None  # of a state, by its number; None: a fresh one
 
 @dataclass(frozen=True)
 class Made:
-    """How a state came to be: from tensors on the host (`source` None: a fresh one), from rows of others, or by a step.
+    """How a state was made: from tensors on the host (`source` None: fresh), from rows of other states, or by a step.
 
-    order counts what was asked for, and a step's result goes by it.
+    order counts requests; results of steps come in this order.
     """
 
     state: int  # its number
@@ -26,41 +26,41 @@ class Made:
     source: dict[str, Tensor] | None = None
     rows: Sequence[Row] = ()
     step: Step | None = None
-    src: int = -1  # that the step was from; the state itself, where it was in place
-    drop: tuple[int, ...] = ()  # states that nobody needs once what was asked for before this has been done
+    src: int = -1  # the state before the step; the same state, if the step was in place
+    drop: tuple[int, ...] = ()  # states to free before this one is made
 
     @property
     def uses(self) -> set[int]:
-        """The states that it is made of."""
+        """The states that it was made from."""
         return {self.src} if self.step is not None else {row[0] for row in self.rows if row is not None}
 
 
 class Lineage:
-    """All that was made, in order, as far back as it may be needed. A state on the host needs nothing before it."""
+    """All states in the order they were made, as far back as needed. A state on the host needs nothing before it."""
 
     def __init__(self) -> None:
         self._made: list[Made] = []
-        self._depth: dict[int, int] = {}  # by state: how many steps since the host had what it is made of
+        self._depth: dict[int, int] = {}  # by state: steps since the last state on the host
 
     def add(self, made: Made) -> None:
-        """The next in order."""
+        """Append the next one."""
         self._made.append(made)
         self._depth[made.state] = max([self._depth.get(n, 0) for n in made.uses], default=0) + (made.step is not None)
 
     def depth(self, state: int) -> int:
-        """How many steps would have to be taken again to have this state."""
+        """The number of steps that would be repeated to make this state again."""
         return self._depth.get(state, 0)
 
     def kept(self, order: int, tensors: dict[str, Tensor]) -> None:
-        """The host has the state that was made then."""
+        """Note that the host has the state with this order."""
         before, self._made, self._depth = self._made, [], {}
         for made in before:
             self.add(made if made.order != order else replace(made, step=None, src=-1, source=tensors))
 
     def needed(self, states: Collection[int], results: int) -> list[Made]:
-        """What has to be done again for these states, and for the results of steps from the order `results` on.
+        """What must be made again for these states, and for the results of steps from the order `results` on.
 
-        Each names what may be dropped before it: what no later one uses and is not among `states`.
+        `drop` of each: states that may be freed before it, since no later one uses them and `states` lacks them.
         """
         left, wanted = [], set(states)
         for made in reversed(self._made):
@@ -70,7 +70,7 @@ class Lineage:
         return _with_drops(left[::-1], set(states))
 
     def prune(self, states: Collection[int], results: int) -> None:
-        """Forget what is not needed any more."""
+        """Forget everything that is no longer needed."""
         self._made = [replace(made, drop=()) for made in self.needed(states, results)]
         alive = {made.state for made in self._made}
         self._depth = {state: depth for state, depth in self._depth.items() if state in alive}

@@ -1,9 +1,9 @@
-"""The one place where the driver asks Ray for what may not come: it knows time limits, and what "gone" means.
+"""All calls of the driver to Ray that may block: with time limits, and with a test for a head that is gone.
 
-A head that is away, or a raylet that is stopped, leaves Ray's own calls without an answer, a minute long or for ever.
-So each is made on a thread of its own, which is left there when it does not come back. GridLost is for a head or a
-raylet that is gone; errors of actors, nodes and objects are Ray's RayError and for Recovery to deal with.
-Results of calls are waited for here too: a wait that looks at the head while it lasts.
+If a head is unreachable or a raylet is stopped, Ray's own calls do not return for a minute or for ever. So each call
+runs on another thread, which is abandoned if the call does not return. GridLost means that a head or raylet is gone.
+Errors of actors, nodes and objects are Ray's RayError, and Recovery handles them.
+Waiting for results is done here too: it checks the head from time to time.
 """
 
 import shutil
@@ -22,9 +22,9 @@ from xlstm_ray.errors import GridLost, XlstmRayError, one_line
 from xlstm_ray.files import MIB
 from xlstm_ray.supervisor.ray_inside import session_dir
 
-LOOK_S = 2.0  # between two looks at the head while something is waited for
+LOOK_S = 2.0  # between two checks of the head during a wait
 LEAST_DISK = 64 * MIB  # with less left, Ray's processes end when they cannot write
-PATIENCE_S = 60.0  # what Ray itself waits for a head that is away; networks come back
+PATIENCE_S = 60.0  # as long as Ray itself waits for an unreachable head; networks come back
 
 
 class Link:
@@ -36,11 +36,11 @@ class Link:
         self._host, _, port = self.head.rpartition(":")
         self._port = int(port)
         self._asked: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] | None = None
-        self._silent: tuple[float, float] | None = None  # since when the head has not answered, and the last look
-        self.gone: str | None = None  # why, once it is
+        self._silent: tuple[float, float] | None = None  # time of the first unanswered check, and of the last
+        self.gone: str | None = None  # the reason, if it is gone
 
     def ask(self, call: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
-        """What a call to Ray returns or raises. GridLost where it does not answer in timeout_s, or the patience."""
+        """Call Ray; return its result or raise its error. GridLost if it takes over timeout_s (None: patience_s)."""
         if self.gone:
             raise GridLost(self.gone)
         if self._asked is None:
@@ -59,7 +59,7 @@ class Link:
             return answer.result()
         if isinstance(error, (self.ray.exceptions.RayError, XlstmRayError)):
             raise error
-        # What Ray's clients raise where the other end is not there, or has forgotten this job with its raylet.
+        # Ray's clients raise these if the other end is gone, or forgot this job when its raylet ended.
         if isinstance(error, (OSError, RuntimeError)) or type(error) is Exception:
             why = f"Ray's head at {self.head} or this machine's raylet is gone ({one_line(error)})"
             raise self._lost(why) from error
@@ -67,9 +67,9 @@ class Link:
 
     @property
     def failure(self) -> type[Exception]:
-        """What says that an actor, its process, its node or what it held is gone, or that it does not answer.
+        """The error class for an actor, process, node or object that is gone or does not answer.
 
-        All that Ray raises of its own; `get` turns what an actor's code raises into that.
+        These are Ray's own errors; `get` raises errors of an actor's code as they are.
         """
         return self.ray.exceptions.RayError
 
@@ -84,9 +84,8 @@ class Link:
         return f"; the disk of Ray's folder {folder} has {free / MIB:,.0f} MiB free: make room there"
 
     def get(self, refs: list[Any], timeout_s: float | None = None) -> list[Any]:
-        """Results of actors' calls, or the actor's own error as it was raised there. GridLost where the head is gone.
-
-        Raises GetTimeoutError after timeout_s.
+        """Results of actors' calls. Raises an actor's own error as it was raised there, GridLost if the head is gone,
+        and GetTimeoutError after timeout_s.
         """
         until = monotonic() + timeout_s if timeout_s is not None else None
         while True:
@@ -115,13 +114,13 @@ class Link:
             self._asked = None
             raise
         if monotonic() >= until:
-            self._asked = None  # its thread stays with the call
+            self._asked = None  # its thread is abandoned with the call
             raise self._lost(f"Ray's head at {self.head} or this machine's raylet does not answer")
 
     def require_head(self) -> None:
-        """Raise GridLost where the head is known to be gone, or has been silent for as long as Ray itself would wait.
+        """Raise GridLost if the head is known to be gone, or has been silent as long as Ray itself would wait.
 
-        Known is what this machine's own kernel says of one of its own addresses: nothing listens there any more.
+        It is known to be gone if this machine's kernel refuses a connection to one of its own addresses.
         """
         if self.gone:
             raise GridLost(self.gone)
@@ -129,7 +128,7 @@ class Link:
             socket.create_connection((self._host, self._port), timeout=LOOK_S).close()
         except OSError as error:
             now = monotonic()
-            if self._silent is None or now - self._silent[1] > 5 * LOOK_S:  # nobody has looked in between
+            if self._silent is None or now - self._silent[1] > 5 * LOOK_S:  # no check in between
                 self._silent = now, now
             since = self._silent[0]
             self._silent = since, now

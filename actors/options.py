@@ -20,7 +20,7 @@ class GridOptions:
     patience_s: float = PATIENCE_S  # for an actor that may be behind a network that is away
     start_timeout_s: float = 120.0
     load_timeout_s: float | None = None  # for actors to read their weights; None: by the size of the model's files
-    least_deadline_s: float = 30.0  # a tile's: 20 times the median of the last ones, but this at least
+    least_deadline_s: float = 30.0  # the least deadline of a tile, which is 20 times the median of the last tiles
     first_deadline_s: float = 900.0  # before any tile was measured
     retries: int = 3  # recoveries without a new tile in between
     limits: Callable[[int, int | None], Limits] | None = None  # as the watchdog wants them; None: no watchdog

@@ -1,8 +1,8 @@
-"""A step's way through the actors: which calls are made, with what, and what their results are.
+"""The path of a step through the actors: its calls, their arguments and their results.
 
 A step's calls are a graph of object references: residual streams and partial sums pass between actors and never
-through here. Two kinds of order hold whatever happens: a call waits for what it reads, and a block's call waits for
-the call of that block before it.
+through the driver. Two orders always hold: a call waits for its inputs, and a call of a block waits for that block's
+call before.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from xlstm_ray.runtime.executor import Step, StepResult
 
 
 class Pending(NamedTuple):
-    """A step on its way: references to the last stage's result, and to every seat's state where it is kept."""
+    """A step in flight: references to the last stage's result, and to every seat's state if it is kept."""
 
     made: Made
     step: Step
@@ -30,9 +30,9 @@ class Pending(NamedTuple):
 
 
 class Pipeline:
-    """Asks a placement's actors for all that a step, a state or logits take, and joins what they answer.
+    """Makes the actor calls for a step, a state or logits, and joins their results.
 
-    Nothing here waits: questions return references, which Link.get makes values of.
+    Nothing here waits: calls return references, and Link.get turns references into values.
     """
 
     def __init__(self, link: Link, placement: Placement):
@@ -41,31 +41,31 @@ class Pipeline:
         # Steps in flight. One more than there are stages: while a result travels, its stage works on the next step.
         self.depth = max(2, len(self._stages) + 1) if self._one_band else 2 * len(self._stages)
         self._epoch = 0
-        self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call, which the next one waits for
+        self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call; the next one waits for it
 
     def reset(self) -> list[Any]:
-        """All actors without any state, in a new epoch: what is on its way is void. A reference a seat."""
+        """Begin an epoch: actors drop all states, calls in flight are void. Returns a reference for each seat."""
         self._epoch += 1
         self._last.clear()
         return self._placement.each(self._placement.seats, "reset", self._epoch)
 
     def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
-        """Ask for all that a state takes, and for others to be dropped first; None where it has no result."""
+        """Make the calls for a state, and first drop others. Returns None if it has no result."""
         return self._link.ask(self._make, made, (*made.drop, *drop))
 
     def state(self, number: int) -> list[Any]:
-        """A state as it is after all that was asked for; a reference a seat, for `join`."""
+        """A state after all calls so far, as a reference for each seat; `join` takes their values."""
         return [
             self._placement.call(seat, "save", "state")(self._epoch, number, *self._before(seat))
             for seat in self._placement.seats
         ]
 
     def logits(self, hidden: Tensor) -> list[Any]:
-        """hidden (B, D) after the last block -> one reference, to (B, vocabulary) float32 on the wire."""
+        """hidden (B, D) after the last block -> a reference to logits (B, vocabulary) float32."""
         return [self._placement.call(self._stages[-1][0], "logits", "logits")(to_wire(hidden))]
 
     def result(self, pending: Pending, values: list[Any]) -> StepResult:
-        """From the values of a step's result and states; its seconds are not known here."""
+        """The result of a step, from the values of its references. Its seconds are not known here."""
         (hidden, *logits), *states = values
         return StepResult(
             from_wire(hidden, self._placement.spec.dtype).clone(),
@@ -75,7 +75,7 @@ class Pipeline:
         )
 
     def join(self, states: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The seats' states as one, in this process's own memory."""
+        """Join the seats' states, in this process's own memory."""
         tensors: dict[str, Tensor] = {}
         rest = iter(states)
         for seats in self._stages:
@@ -84,7 +84,7 @@ class Pipeline:
         return tensors
 
     def close(self) -> None:
-        """Hold no reference any more: one that is freed after Ray has disconnected may end this process."""
+        """Free all references: one that is freed after Ray has disconnected may end this process."""
         self._last.clear()
 
     def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
@@ -98,7 +98,7 @@ class Pipeline:
         return None
 
     def _every_seat(self, method: str, *args: Any) -> None:
-        """Ask all seats for what takes all of their blocks' calls before, and all after wait for."""
+        """Call all seats: the call waits for all earlier calls of their blocks, and all later ones wait for it."""
         for seat in self._placement.seats:
             done = self._placement.call(seat, method, method.replace("_", " "))
             ref = done(self._epoch, *args, *self._before(seat))
@@ -157,5 +157,5 @@ class Pipeline:
 
 
 def _tile(number: int) -> str:
-    """A tile in the names of its calls: the last digit of its number, as Ray keeps figures of every name for ever."""
+    """A tile in the names of its calls: only the last digit, since Ray keeps figures of every name for ever."""
     return f"tile *{number % 10}"

@@ -1,4 +1,4 @@
-"""Places for a grid's actors on the nodes of a cluster, and the actors in them: started, asked, ended, replaced."""
+"""Places for a grid's actors on the nodes of a cluster; starts, calls, ends and replaces the actors."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,24 +20,24 @@ from xlstm_ray.errors import GridLost, UsageError
 from xlstm_ray.layout import Shard
 from xlstm_ray.supervisor.processes import find, this_machine, wait_for_end
 
-END_S = 5.0  # what a call to Ray may take at the end
-KILL_S = 2.0  # and an actor that Ray has been told to kill
-# Actors that load are given LOAD_S and the time that all of the model takes at LOAD_RATE, as they may share one disk or
-# server: a fifth of what 1 Gbit/s carries. Python, torch and a device's context are in LOAD_S, ten times over.
+END_S = 5.0  # time limit of a call to Ray at the end
+KILL_S = 2.0  # time that an actor gets to end after Ray was told to kill it
+# Loading may take LOAD_S, plus the time of the whole model at LOAD_RATE (a fifth of 1 Gbit/s): actors may share one
+# disk or server. LOAD_S is ten times what Python, torch and a device's context need.
 LOAD_S = 300.0
 LOAD_RATE = 20e6  # bytes a second
 
 
 @dataclass
 class Seat:
-    """A place in the grid, and the actor that has it now."""
+    """A place in the grid, and its present actor."""
 
     index: int  # of its bundle
     name: str
     shard: Shard
     handle: Any = None
-    node: str = ""  # Ray's id of the node that it is on
-    process: psutil.Process | None = None  # the actor's, where this process sees the same ones
+    node: str = ""  # Ray's id of its node
+    process: psutil.Process | None = None  # the actor's, if it is visible from this process
 
 
 class Placement:
@@ -55,7 +55,7 @@ class Placement:
             [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, shard)}", shard) for shard in shards]
             for s, shards in enumerate(layout)
         ]
-        self.restarts = 0  # how many actors took another's place
+        self.restarts = 0  # the number of actors that replaced another
         self._group: Any = None
 
     @property
@@ -66,16 +66,16 @@ class Placement:
     def open(self) -> None:
         """Reserve all places, or none, and start the actors.
 
-        Raises UsageError where the cluster has no room for the grid, what the actors raise while they load, and
-        GridLost where one does not come to an end with it.
+        Raises UsageError if the grid does not fit on the cluster, errors of actors that load, and GridLost if an
+        actor does not finish loading.
         """
         self._group = self._reserve()
         self._start(self.seats)
 
     def close(self) -> None:
-        """End the actors, and only then give their places back: device memory is free when this returns.
+        """End the actors and then free their places: device memory is free when this returns.
 
-        Bounded in time whatever has become of Ray, and never an error.
+        Returns in bounded time in any state of Ray, and raises nothing.
         """
         group, self._group = self._group, None
         self._end(self.seats)
@@ -84,9 +84,9 @@ class Placement:
                 self._link.ask(self._ray.util.remove_placement_group, group, timeout_s=END_S)
 
     def replace(self, seats: list[Seat]) -> None:
-        """Other actors for these seats, on any nodes that are left.
+        """Start new actors for these seats, on any remaining nodes.
 
-        GridLost where no node has room for them, or one does not come to an end with loading: another would not either.
+        Raises GridLost if no node has room for them, or an actor does not finish loading: another would not either.
         """
         self._end(seats)
         self.restarts += len(seats)
@@ -97,16 +97,16 @@ class Placement:
 
     # -- questions to actors -------------------------------------------------------------------------------------------
     def call(self, seat: Seat, method: str, name: str, group: str = "compute", results: int = 1) -> Callable[..., Any]:
-        """What asks a seat's actor for a method, and returns references; `name` is what Ray shows."""
+        """A function that calls a method of a seat's actor and returns references. name: what Ray shows."""
         return getattr(seat.handle, method).options(name=name, concurrency_group=group, num_returns=results).remote
 
     def each(self, seats: Sequence[Seat], method: str, *args: Any) -> list[Any]:
-        """Ask the actors of all these seats for the same; a reference of each."""
+        """Call the same method of the actors of these seats; returns a reference for each."""
         return [self.call(seat, method, method.replace("_", " "))(*args) for seat in seats]
 
     def samples(self, *, patient: bool = True) -> dict[int, ActorSample]:
-        """By seat: what those actors say that answer. One whose process is not seen from here may be behind a network
-        that is away: it is given the time that Ray itself would give it."""
+        """The samples of all actors that answer, by seat. An actor whose process is not visible from here may be behind
+        a broken network: it gets as much time as Ray itself would give it."""
         if self._link.gone:
             return {}
         found: dict[int, ActorSample] = {}
@@ -127,7 +127,7 @@ class Placement:
         return found
 
     def lost(self, longest_call_s: float | None = None) -> list[Seat]:
-        """The seats whose actors do not answer; those too that are in one call for longer than longest_call_s."""
+        """The seats whose actors do not answer, or are in one call for longer than longest_call_s."""
         samples = self.samples()
 
         def hangs(sample: ActorSample) -> bool:
@@ -140,14 +140,14 @@ class Placement:
 
     # -- places --------------------------------------------------------------------------------------------------------
     def _reserve(self) -> Any:
-        """A place for every actor, all or none. Raises UsageError within seconds where the cluster has no room."""
+        """Reserve a place for every actor, all or none. Raises UsageError within seconds if they do not fit."""
         device = torch.device(self.spec.device).type
         bundle: dict[str, float] = {"CPU": self.options.cpus or (self.spec.threads if device == "cpu" else 1)}
         if device != "cpu":
             bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self.options.actors_per_device
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         room = sum(int(min(n.get(name, 0.0) / each for name, each in bundle.items()) + 1e-6) for n in nodes)
-        if room < len(self.seats):  # Ray would wait for nodes to come, in case that somebody adds some
+        if room < len(self.seats):  # Ray would wait for somebody to add nodes
             raise UsageError(self._no_room(bundle))
         bundles = [bundle] * len(self.seats)
         group = self._link.ask(self._ray.util.placement_group, bundles, strategy="PACK")
@@ -172,7 +172,7 @@ class Placement:
 
     # -- actors --------------------------------------------------------------------------------------------------------
     def _start(self, seats: list[Seat]) -> None:
-        """Actors for these seats: alive, with their weights."""
+        """Start actors for these seats, and load their weights."""
         self._link.ask(self._create, seats)
         for seat, ref in [(seat, self._sample(seat)) for seat in seats]:
             (sample,) = self._link.get([ref], self.options.start_timeout_s)
@@ -214,10 +214,10 @@ class Placement:
             ).remote(self.spec, seat.shard, seat.name, one_band=self._one_band)
 
     def _end(self, seats: list[Seat]) -> None:
-        """The actors are gone when this returns, also those that do not answer, where their processes are seen here.
+        """End the actors; those on this machine have ended when this returns, even if they did not answer.
 
-        They end by Ray's means. A signal is for one that Ray cannot end, and goes to the very process: psutil compares
-        its start time first.
+        Ray ends them. Only an actor that Ray cannot end gets a signal, and no other process can get it: psutil
+        compares its start time first.
         """
         seats = [seat for seat in seats if seat.handle is not None]
         with suppress(GridLost, self._ray.exceptions.RayError):

@@ -1,7 +1,7 @@
-"""Work that survives the death of an actor: what made each state, and what makes it again on other actors.
+"""Recovery: work that survives the death of actors.
 
-Actors are never restarted by Ray: a fresh one would go on with no state. When one dies or hangs, another takes its
-place, and all that made the states that somebody still has is done again from what the host has, to the same bits.
+Ray never restarts actors: a restarted one would have no state. If an actor dies or hangs, another takes its place, and
+the states that somebody still has are made again from the host's snapshots, to the same bits.
 """
 
 import re
@@ -23,36 +23,36 @@ from xlstm_ray.actors.watch import Watch
 from xlstm_ray.errors import GridLost, GridOutOfMemory, one_line
 from xlstm_ray.runtime.executor import StepResult
 
-PRUNE_EVERY = 64  # what was made between two looks at what of it is still needed
+PRUNE_EVERY = 64  # states made between two prunings of the lineage
 
 
 class Recovery:
-    """Has actors do what they are asked for, and do it again where one of them is lost on the way.
+    """Has actors do the work, and repeats it if an actor is lost.
 
-    Every method raises GridLost where what is lost cannot be replaced.
+    Every method raises GridLost if a lost actor cannot be replaced.
     """
 
     def __init__(self, link: Link, placement: Placement, pipeline: Pipeline, watch: Watch, options: GridOptions):
         self._link, self._placement, self._pipeline, self._watch = link, placement, pipeline, watch
         self.options = options
-        self._warm: list[tuple[int, int, int]] = []  # (batch, size, chunk) of windows that actors have compiled for
+        self._warm: list[tuple[int, int, int]] = []  # (batch, size, chunk) of the windows that actors have compiled
         self._lineage = Lineage()
-        self._states: set[int] = set()  # that somebody has
-        self._freed: deque[int] = deque()  # that nobody has any more, from any thread
-        self._untold: set[int] = set()  # of these, what actors have not been told to drop
-        self._waiting: deque[Made] = deque()  # that actors have not been asked for, or not again
+        self._states: set[int] = set()  # states that somebody has
+        self._freed: deque[int] = deque()  # states that nobody has any more; filled from any thread
+        self._untold: set[int] = set()  # freed states that actors were not told to drop yet
+        self._waiting: deque[Made] = deque()  # requests that actors have not got yet, or not again
         self._under_way: deque[Pending] = deque()
-        self._ready: deque[StepResult] = deque()  # that nobody has asked for
+        self._ready: deque[StepResult] = deque()  # results that nobody has fetched
         self._orders = 0
-        self._next_result = 0  # the order of the first step whose result has not come; of those before none is wanted
-        self._before = 0.0  # when the last result came, or the first step under way was asked for
+        self._next_result = 0  # the order of the first step without a result; earlier ones are not wanted
+        self._before = 0.0  # time of the last result, or of the request of the first step in flight
         self._times: deque[float] = deque(maxlen=32)
-        self._failures = 0  # since the last new result
+        self._failures = 0  # failures since the last new result
         self._lost: GridLost | None = None
 
     # -- what is made --------------------------------------------------------------------------------------------------
     def make(self, made: Made) -> None:
-        """Ask for a state. What it is made of was asked for before."""
+        """Request a state. The states that it is made from were requested before."""
         made = replace(made, order=self._orders)
         self._orders += 1
         self._states.add(made.state)
@@ -64,29 +64,29 @@ class Recovery:
         self._ask_for_waiting()
 
     def free(self, state: int) -> None:
-        """Nobody has this state any more. Any thread may say so, at any moment."""
+        """Note that nobody has this state any more. Any thread may call this at any time."""
         self._freed.append(state)
 
     def depth(self, state: int) -> int:
-        """How many steps a fault would cost for this state."""
+        """The number of steps that a fault would repeat for this state."""
         return self._lineage.depth(state)
 
     @property
     def has_room(self) -> bool:
         """Whether another step would keep the actors busy."""
-        # A state takes longer to come than a result: one step more, so that nobody runs out of work.
+        # Fetching a state is slower than a result: keep one more step in flight.
         depth = self._pipeline.depth + bool(self._under_way and self._under_way[0].states)
         return len(self._under_way) + len(self._waiting) + len(self._ready) < depth
 
     def result(self) -> StepResult:
-        """The result of the oldest step whose result nobody has seen."""
+        """The result of the oldest step that was not fetched yet."""
         while not self._ready:
-            assert self._waiting or self._under_way, "no step is under way"
+            assert self._waiting or self._under_way, "no step is in flight"
             self._advance()
         return self._ready.popleft()
 
     def forget(self) -> None:
-        """The results of what has been asked for are not wanted."""
+        """Drop the results of all requested steps."""
         self._ready.clear()
         self._next_result = self._orders
 
@@ -94,23 +94,23 @@ class Recovery:
         """A state's tensors."""
 
         def calls() -> list[Any]:
-            while self._waiting:  # what it is made of
+            while self._waiting:  # the states that it is made from
                 self._advance()
             return self._pipeline.state(state)
 
         return self._pipeline.join(self.ask(calls))
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
-        """Have all actors, and those that will take their places, compile what windows of these sizes need."""
+        """Have all actors, and later their replacements, compile for windows of these sizes."""
         self._warm += [(batch, size, chunk_size) for size in sizes]
-        # Compiling takes as long as it takes, whatever the tiles before have taken.
+        # No deadline from earlier tiles: compiling may take much longer.
         ask = self._placement.each
         self.ask(lambda: ask(self._placement.seats, "warm_up", batch, sizes, chunk_size), self.options.first_deadline_s)
 
     def ask(self, calls: Callable[[], list[Any]], timeout_s: float | None = None) -> list[Any]:
-        """The values of what `calls` returns references to; called again after a recovery where an actor is gone.
+        """The values of the references that `calls` returns. After a lost actor and recovery, `calls` is called again.
 
-        timeout_s: after which an actor is taken for hung; None: by what tiles take.
+        timeout_s: after it, an actor counts as hung; None: a deadline from the time of tiles.
         """
         while True:
             self._require()
@@ -122,11 +122,11 @@ class Recovery:
                 self._recover(error)
 
     def _ask_for_waiting(self) -> None:
-        """As much of it as keeps the actors busy."""
+        """Submit waiting requests until the actors are busy."""
         self._require()
         while self._waiting and (self._waiting[0].step is None or len(self._under_way) <= self._pipeline.depth):
             made, *later = self._waiting
-            drop = set() if later else self._take_freed() - made.uses  # what is later may still need them
+            drop = set() if later else self._take_freed() - made.uses  # later requests may still need them
             if not self._under_way:
                 self._before = perf_counter()
             try:
@@ -140,7 +140,7 @@ class Recovery:
                 self._under_way.append(pending)
 
     def _advance(self) -> None:
-        """Take the oldest result under way; recover where it does not come."""
+        """Fetch the oldest result in flight; recover if it does not come."""
         self._ask_for_waiting()
         if not self._under_way:
             return
@@ -163,7 +163,7 @@ class Recovery:
             self._ready.append(result)
 
     def _take_freed(self) -> set[int]:
-        """The states that nobody has any more, and that actors have not been told of."""
+        """The states that nobody has any more, and that actors still have."""
         while self._freed:
             self._untold.add(self._freed.popleft())
         self._states -= self._untold
@@ -179,7 +179,7 @@ class Recovery:
         return self._pipeline.result(pending, get([pending.result, *pending.states], self._deadline(under_way)))
 
     def _get_patiently(self, refs: list[Any], timeout_s: float) -> list[Any]:
-        """As Link.get, but waits for late results while nobody hangs: a batch's state may take a network minutes."""
+        """Link.get, but it waits longer while no actor hangs: a batch's state may take minutes over a network."""
         try:
             return self._link.get(refs, timeout_s)
         except self._link.ray.exceptions.GetTimeoutError:
@@ -188,19 +188,19 @@ class Recovery:
         return self._link.get(refs, self.options.first_deadline_s)
 
     def _deadline(self, under_way: int) -> float:
-        """Seconds after which a tile that has not come means that an actor hangs."""
+        """The deadline of a tile in seconds: after it, an actor may hang."""
         if not self._times:
             return self.options.first_deadline_s
         return max(self.options.least_deadline_s, 20 * under_way * median(self._times))
 
     @property
     def _longest_call_s(self) -> float:
-        """After a result that was late: an actor that is in one call for longer hangs in it."""
+        """After a late result: an actor that is in one call for longer than this hangs."""
         return self._deadline(1) / 2
 
     # -- faults --------------------------------------------------------------------------------------------------------
     def _recover(self, error: Exception) -> None:
-        """Replace what is dead or hangs, and begin again with what is needed. GridLost where that cannot be."""
+        """Replace dead and hung actors, and request again what is needed. Raises GridLost if that fails."""
         try:
             self._begin_again(error)
         except GridLost as lost:
@@ -211,7 +211,7 @@ class Recovery:
         while True:
             self._link.require_head()
             if isinstance(error, self._link.ray.exceptions.OutOfMemoryError):
-                # What an actor takes does not grow with the prompt: another in its place would meet the same end.
+                # An actor's memory does not grow with the prompt, so a replacement would run out of memory too.
                 raise GridOutOfMemory(
                     f"a node ran out of memory, and Ray ended an actor there: {_out_of_memory(error)}; free memory, or "
                     "use a smaller `tile_size`, fewer `stages` on that node, or more nodes"
@@ -239,12 +239,12 @@ class Recovery:
             return
 
     def _replace(self, error: Exception) -> None:
-        """Other actors for those that are dead or hang, that have compiled what those had."""
+        """Replace dead and hung actors; the new ones compile the same windows."""
         timed_out = isinstance(error, self._link.ray.exceptions.GetTimeoutError)
         lost = self._placement.lost(self._longest_call_s if timed_out else None)
-        if timed_out and not lost:  # all answer and none works: what they wait for will not come
+        if timed_out and not lost:  # all answer and none works: their inputs are lost
             lost = self._placement.seats
-        if not lost:  # the error was of one that has been replaced already
+        if not lost:  # the error came from an actor that was replaced already
             return
         self._watch.metrics.restarts(len(lost))
         self._placement.replace(lost)
@@ -255,7 +255,7 @@ class Recovery:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """Of Ray's long text, what was used of what there is."""
+    """The used and total memory from Ray's long message."""
     text = one_line(error)
     found = re.search(r"Memory on the node .*? was ([\d.]+GB / [\d.]+GB)", str(error).replace("\n", " "))
     return f"{found[1]} used" if found else text

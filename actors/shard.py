@@ -1,4 +1,4 @@
-"""The actor of one (stage, band): a Worker behind calls that carry tensors between processes.
+"""The actor of one shard: a Worker behind calls that carry tensors between processes.
 
 Importable without Ray; Placement wraps the class. Its calls run in four threads (Ray's concurrency groups):
 `compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes,
@@ -8,7 +8,7 @@ B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which R
 node without copying; bfloat16 travels as int16. What arrives is read-only and must never be written to.
 """
 
-# Ray sends an actor's signatures, and what they name, with every handle: a watchdog would import torch for them.
+# Ray sends an actor's signatures with every handle: evaluated annotations would make a watchdog import torch.
 from __future__ import annotations
 
 import gc
@@ -44,11 +44,11 @@ GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What every actor of a grid has in common."""
+    """What all actors of a grid have in common."""
 
     model: Path
     config: ModelConfig
-    stored: Mapping[str, Stored]  # the driver's weights
+    stored: Mapping[str, Stored]  # the digests of the driver's weights
     backend: str
     device: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class WorkerSpec:
 
 
 class Call(NamedTuple):
-    """One step on its way. Calls of an epoch that is over are left undone: the states are others since."""
+    """A call of a step. Calls of an old epoch do nothing: the states have changed since."""
 
     epoch: int
     number: int
@@ -72,7 +72,7 @@ class Call(NamedTuple):
     drop: tuple[int, ...]  # states that nobody has any more
 
 
-Fence = torch.cuda.Event | None  # on cuda: after the work that made a thing
+Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
 
 
 class Done(NamedTuple):
@@ -90,7 +90,7 @@ class Kept(NamedTuple):
 
 
 class ShardActor:
-    """Owns the weights and the states of one (stage, band).
+    """Owns the weights and states of one shard.
 
     With one band a tile takes two calls: `run`, and `output`, which passes its result on. With several bands, `embed`
     or the stage before sends every band the residual stream. `run_mixer` and `run_ffn` return this band's partial
@@ -113,7 +113,7 @@ class ShardActor:
 
     # -- compute -------------------------------------------------------------------------------------------------------
     def load(self) -> None:
-        """Read this band's slice of the checkpoint. Raises where this node's model is not the driver's."""
+        """Read this shard's slice of the checkpoint. CheckpointError if this node's model is not the driver's."""
         spec = self.spec
         self._threads()
         self.device = torch.device(spec.device)
@@ -123,8 +123,8 @@ class ShardActor:
         config = ModelConfig.from_file(spec.model / "config.json")
         if config != spec.config:
             raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")
-        checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this band reads is checked while it is read
-        # A pool of processes that compile would be one more of them for every actor.
+        checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this shard reads is checked while it is read
+        # Compile in this process: otherwise every actor would start a pool of compiler processes.
         torch._inductor.config.compile_threads = 1
         kernels = Kernels(
             chunkwise_backend(spec.backend),
@@ -135,15 +135,15 @@ class ShardActor:
         self.is_last = self.shard.blocks.stop == config.num_blocks
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
-        """Compile what windows of these sizes need."""
+        """Compile for windows of these sizes."""
         for size in sizes:
             self._compute(self.worker.warm_up, batch, size, chunk_size, one_band=self.one_band)
         self._compute(self.worker.warm_up_logits, batch)
-        gc.collect()  # the compiler's graphs are cycles, of which there are none in the work that follows
+        gc.collect()  # frees the compiler's graphs, which are cycles; later work makes no cycles
         empty_cache(self.device)
 
     def reset(self, epoch: int) -> None:
-        """Begin an epoch, without a state; nothing is under way."""
+        """Begin an epoch: drop all states and tiles."""
         self.epoch = epoch
         for tiles in (self._x, self._done, self._kept, self.worker.states):
             tiles.clear()
@@ -151,7 +151,7 @@ class ShardActor:
     def load_state(
         self, epoch: int, number: int, tensors: dict[str, Wire] | None, batch: int, drop: tuple[int, ...], *_after: None
     ) -> None:
-        """A state of these tensors of all heads, or a fresh one."""
+        """Make a state from these tensors of all heads. None: a fresh state."""
         if epoch == self.epoch:
             self._drop(drop)
             state = None
@@ -162,7 +162,7 @@ class ShardActor:
     def take(
         self, epoch: int, number: int, rows: list[tuple[int, int] | None], drop: tuple[int, ...], *_after: None
     ) -> None:
-        """A state of copies of these rows."""
+        """Make a state from copies of these rows."""
         if epoch == self.epoch:
             self._drop(drop)
             self._compute(self.worker.take, number, rows)
@@ -174,7 +174,7 @@ class ShardActor:
         return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.save(number).items()})
 
     def run(self, call: Call, x: Wire, _after: None) -> None:
-        """The whole stage over a tile, where one band has all heads; x are tokens (B, T) in the first stage."""
+        """Run a tile through the whole stage, if one band has all heads. x: tokens (B, T) in the first stage."""
         if call.epoch == self.epoch:
             self._compute(self._run, call, x)
 
@@ -197,7 +197,7 @@ class ShardActor:
         return self._compute(self._run_ffn, call, n, parts)
 
     def leave(self, call: Call, *parts: Wire) -> Any:
-        """The residual stream after this stage, for the next one; what `output` returns after the last one."""
+        """The residual stream after this stage, for the next stage; after the last stage, the same as `output`."""
         if call.epoch != self.epoch:
             return None
         return self._compute(lambda: self._hand_on(self._result(call, self._add(self._x.pop(call.number), parts))))
@@ -208,8 +208,8 @@ class ShardActor:
 
     # -- transfer, snapshot --------------------------------------------------------------------------------------------
     def output(self, call: Call, _after: None) -> Any:
-        """What `run` made of a tile: the residual stream (B, T, D); after the last stage (each row's last hidden
-        (B, D),), or that and the logits that were asked for."""
+        """The result of `run` for a tile: the residual stream (B, T, D). After the last stage: (each row's last hidden
+        (B, D),), and the logits if they were requested."""
         done = self._done.pop(call.number, None)
         if call.epoch != self.epoch or done is None:
             return None
@@ -217,7 +217,7 @@ class ShardActor:
             return self._hand_on(done.result)
 
     def kept(self, call: Call, _after: None) -> dict[str, Wire] | None:
-        """The state as it was after this tile."""
+        """The state after this tile."""
         kept = self._kept.pop(call.number, None)
         if call.epoch != self.epoch or kept is None:
             return None
@@ -226,7 +226,7 @@ class ShardActor:
 
     # -- control -------------------------------------------------------------------------------------------------------
     def sample(self) -> ActorSample:
-        """Who and how this actor is."""
+        """This actor's process, node, memory, and time in its present call."""
         import ray
 
         since, device = self.busy_since, torch.device(self.spec.device)
@@ -241,7 +241,7 @@ class ShardActor:
         )
 
     def empty_cache(self) -> None:
-        """Give memory that the device's allocator holds without need back."""
+        """Free memory that the device's allocator holds without need."""
         empty_cache(torch.device(self.spec.device))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ class ShardActor:
         move = self._move(call)
         for n in range(len(self.shard.blocks)):
             hidden = self.worker.run_block(n, hidden, move)
-        if call.keep:  # blocks make new states and never write into one, so that holding it is keeping it
+        if call.keep:  # blocks never write into an old state, so a reference keeps it
             self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._fence())
         self._done[call.number] = Done(self._result(call, hidden), self._fence())
 
@@ -271,14 +271,14 @@ class ShardActor:
         x = self._x[call.number] = self._add(self._x[call.number], parts)
         part = self.worker.run_ffn(n, x, self._move(call))
         if n + 1 == len(self.shard.blocks) and self.shard.heads.start > 0:
-            del self._x[call.number]  # the first band goes on with it
+            del self._x[call.number]  # only the first band needs it later
         return to_wire(part)
 
     def _enter(self, x: Wire) -> Tensor:
         """The residual stream on the device, from tokens or from the stage before."""
         host = from_wire(x, self.spec.dtype)
         if self.device.type == "cuda":
-            stream = self._stream("in")  # so that it does not wait for the tile that is being worked on
+            stream = self._stream("in")  # another stream: does not wait for the tile that is being computed
             with torch.cuda.stream(stream):
                 here = self._upload(host)
             main = torch.cuda.current_stream()
@@ -289,7 +289,7 @@ class ShardActor:
         return self.worker.embed(here) if here.ndim == 2 else here
 
     def _upload(self, host: Tensor) -> Tensor:
-        """On the device; on cuda by way of pinned memory and without waiting."""
+        """Copy to the device; on cuda through pinned memory and without waiting."""
         if self.device.type != "cuda":
             return host.to(self.device)
         return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self.device, non_blocking=True)
@@ -329,17 +329,17 @@ class ShardActor:
             self.busy_since = None
 
     def _threads(self) -> None:
-        """The number of threads is a thread's own affair, and part of what is compiled."""
+        """torch's thread count is per thread and is compiled in: set it on the compute thread."""
         if not self._set_up:  # there is one compute thread
             torch.set_num_threads(self.spec.threads)
             self._set_up = True
 
     def _fence(self) -> Fence:
-        """After what the device has been asked for so far."""
+        """An event after all work that was submitted to the device so far."""
         return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
     def _beside(self, fence: Fence, name: str) -> Any:
-        """On cuda: a stream of its own for copies out, so that they wait for this tile and not for the next."""
+        """On cuda: another stream for copies to the host, so that they wait for this tile and not for the next."""
         if fence is None:
             return nullcontext()
         stream = self._stream(name)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: its metrics, and what a watchdog on each node says of the actors' memory."""
+"""Watches a run: its metrics, and a watchdog on each node that samples the actors' memory."""
 
 from contextlib import suppress
 from time import monotonic
@@ -20,15 +20,15 @@ class Watch:
         self._link, self._ray, self._seats, self._options = link, link.ray, seats, options
         self.metrics = GridMetrics(options.run)
         self._watchdogs: dict[str, Any] = {}  # by node id
-        self._reports: dict[str, Any] = {}  # by node id: what was asked for and has not come
+        self._reports: dict[str, Any] = {}  # by node id: reports that were requested and have not come
         self._next_look = 0.0
 
     def place(self) -> None:
-        """After actors have been started: each watchdog is told which are on its node now."""
+        """Call after actors were started: tells each watchdog which actors are on its node."""
         self._link.ask(self._place)
 
     def tile(self, step: Step, seconds: float, under_way: int) -> None:
-        """Metrics after a step, and what the watchdogs have had to say since the last one; never waits for them."""
+        """Update metrics after a step, with the watchdogs' new reports. Never waits for them."""
         self.metrics.tile(int((step.end - step.start).sum()), seconds, under_way)
         for node, ref in list(self._reports.items()):
             ready, _ = self._ray.wait([ref], timeout=0)
@@ -37,7 +37,7 @@ class Watch:
             del self._reports[node]
             try:
                 (report,) = self._link.get([ref])
-            except self._link.failure:  # its node is gone, or only it was killed: then another takes its place
+            except self._link.failure:  # its node is gone, or it was killed: start another
                 self._watchdogs.pop(node, None)
                 self.place()
                 continue
@@ -53,7 +53,7 @@ class Watch:
                     self._reports[node] = watchdog.report.remote()
 
     def close(self) -> None:
-        """End the watchdogs. Bounded in time whatever has become of Ray, and never an error."""
+        """End the watchdogs. Returns in bounded time in any state of Ray, and raises nothing."""
         self._reports.clear()
         watchdogs, self._watchdogs = list(self._watchdogs.values()), {}
         with suppress(GridLost, self._ray.exceptions.RayError):

@@ -1,8 +1,7 @@
 """The watchdog of one node: samples its actors' memory, empties caches at a soft limit, reports to the driver.
 
-Watch places one on each node that has actors. Actors answer through a concurrency group of their own, so that a
-busy one answers too. What a hard limit means, the driver decides: it stops between two tiles. Nothing here imports
-torch.
+Watch places one on each node that has actors. Actors answer in their own concurrency group, so busy actors answer
+too. The driver acts on a hard limit: it stops between two tiles. Nothing here imports torch.
 """
 
 import threading
@@ -19,29 +18,29 @@ from xlstm_ray.supervisor.processes import Machine, Process
 
 
 class ActorSample(NamedTuple):
-    """An actor's answer about itself. busy_s: seconds in the call that runs, None between calls."""
+    """An actor's answer about itself. busy_s: seconds since its present call began, None between calls."""
 
     process: Process
-    machine: Machine  # of whose processes it is one
+    machine: Machine  # the machine of the process
     node: str  # Ray's id of the node
     busy_s: float | None
     peak_bytes: int
     memory: Sample
-    device_total_bytes: int | None  # of a device with memory of its own
+    device_total_bytes: int | None  # None without a device with its own memory
 
 
 class Report(NamedTuple):
-    """What a node's watchdog saw since it was last asked: the last sample of each actor, and events in order."""
+    """A watchdog's report since the one before: the last sample of each actor, and events in order."""
 
     samples: dict[str, Sample]
     events: list[Event]
 
 
 class NodeWatchdog:
-    """Looks every poll_s seconds until it is ended.
+    """Samples every poll_s seconds until it is killed.
 
-    limits: from the node's memory and an actor's device's (None without one of its own), in bytes. They bound each
-    actor, and the sum of a node's actors: what local mode has in one process is here in several.
+    limits: makes limits from the memory of the node and of an actor's device (None if it has none), in bytes. They
+    bound each actor, and the sum of a node's actors: together these are like one process of local mode.
     """
 
     def __init__(self, node: str, limits: Callable[[int, int | None], Limits], poll_s: float, *, empty_cache: bool):
@@ -57,20 +56,20 @@ class NodeWatchdog:
         return f"NodeWatchdog({self.node})"
 
     def watch(self, actors: dict[str, Any]) -> None:
-        """The actors to look at from now on, by name, instead of those before."""
+        """Watch these actors from now on, by name, and no others."""
         with self._lock:
             self._actors = dict(actors)
             self._samples, self._over = {}, {}
 
     def report(self) -> Report:
-        """What was seen since the last report."""
+        """What happened since the last report."""
         with self._lock:
             report = Report(dict(self._samples), self._events)
             self._events = []
         return report
 
     def _loop(self) -> None:
-        import ray  # actors import this module for what they answer, and they do without Ray
+        import ray  # imported here: actors import this module and need no Ray
 
         pause = threading.Event()
         while not pause.wait(self.poll_s):
@@ -78,7 +77,7 @@ class NodeWatchdog:
             samples = {}
             asked = {name: h.sample.options(concurrency_group="control").remote() for name, h in actors.items()}
             for name, ref in asked.items():
-                # One that is dead or stopped has no sample; that is for the driver to find, by its tiles.
+                # A dead or stopped actor has no sample; the driver notices it by its tiles.
                 with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                     samples[name] = ray.get(ref, timeout=max(1.0, self.poll_s))
             if samples and actors is self._actors:
@@ -92,7 +91,7 @@ class NodeWatchdog:
         together = sum(sample.memory.process_bytes for sample in samples.values())
         memory = replace(sample.memory, process_bytes=together, device_allocated_bytes=0, device_driver_bytes=0)
         self._note(f"all actors of {self.node}", memory, self.limits(memory.total_bytes, None))
-        if memory.total_bytes < psutil.virtual_memory().total:  # in a container: what is used there is a run's
+        if memory.total_bytes < psutil.virtual_memory().total:  # in a container, all used memory counts as the run's
             used = memory.total_bytes - memory.available_bytes
             self._note(
                 f"the container of {self.node}",
@@ -104,7 +103,7 @@ class NodeWatchdog:
             self._samples = {name: sample.memory for name, sample in samples.items()}
 
     def _note(self, who: str, sample: Sample, limits: Limits, *, container: bool = False) -> Level | None:
-        """The limit that is exceeded; an event where that is new."""
+        """The exceeded limit or None; adds an event if that is new."""
         level = limits.exceeded(sample)
         with self._lock:
             known, self._over[who] = self._over.get(who), level

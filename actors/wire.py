@@ -1,6 +1,6 @@
-"""Tensors between processes: on the wire one is a numpy array, bfloat16 as int16."""
+"""Tensors between processes: sent as numpy arrays, bfloat16 as int16."""
 
-# Ray sends an actor's signatures, and what they name, with every handle: a watchdog would import torch for them.
+# Ray sends an actor's signatures with every handle: evaluated annotations would make a watchdog import torch.
 from __future__ import annotations
 
 import warnings
@@ -16,9 +16,9 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 
 def to_wire(x: Tensor) -> Wire:
-    """A tensor of any device as an array on the host."""
+    """A tensor on any device -> an array on the host."""
     if x.device.type == "cuda":
-        # By way of pinned memory: a copy to other memory holds up all others of the process, also while it waits.
+        # Through pinned memory: a copy to pageable memory blocks all other copies of the process, even while it waits.
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         host.copy_(x.detach(), non_blocking=True)
         torch.cuda.current_stream(x.device).synchronize()
@@ -28,6 +28,6 @@ def to_wire(x: Tensor) -> Wire:
 
 
 def from_wire(array: Wire, dtype: torch.dtype) -> Tensor:
-    """The tensor over the array's memory; read-only where the array is."""
+    """A tensor over the array's memory; never write to it if the array is read-only."""
     x = torch.from_numpy(array)
     return x.view(dtype) if x.dtype == torch.int16 else x

@@ -134,7 +134,7 @@ def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
             assert tuple(used.values()) == (lm.workers, *sizes, lm.numerics.dtype)
             assert shown["threads"][0] == max(1, torch.get_num_threads() // lm.workers)
     value, source = explain(setup_of(**asked))["workers"]
-    assert (value, source) == (1, ("default", "one a band at most: 6, but 1 band(s)"))
+    assert (value, source) == (1, ("default", "at most one for each band: 6, but 1 band(s)"))
     assert explain(setup_of(**asked, journal=tmp_path / "k"))["journal_every"] == (
         16,
         ("default", "by device, cpu"),
@@ -319,7 +319,9 @@ def test_a_value_that_only_the_model_shows_to_be_wrong_is_named_by_its_source(mo
     monkeypatch.delenv("XLSTM_MPS_HEADS_PER_BAND")
     file = tmp_path / "settings.toml"
     file.write_text("tile_size = 100")
-    with pytest.raises(UsageError, match="settings.toml: tile_size is 100, which is no multiple of the chunk size 64"):
+    with pytest.raises(
+        UsageError, match="settings.toml: tile_size is 100, which is not a multiple of the chunk size 64"
+    ):
         explain(setup_of(config=file, device="cpu"))
     monkeypatch.setenv("XLSTM_CHUNKWISE_BACKEND", "eager")
     with pytest.raises(UsageError, match="^XLSTM_CHUNKWISE_BACKEND is 'eager'; there are: queued_"):
@@ -352,7 +354,7 @@ def test_options_of_the_watchdog_without_it(monkeypatch):
 
 
 def test_the_least_chunk_is_refused_where_nothing_shrinks():
-    with pytest.raises(UsageError, match="^`min_chunk` has no effect where nothing shrinks .`shrink_on_soft=False`"):
+    with pytest.raises(UsageError, match="^`min_chunk` has no effect if nothing shrinks .`shrink_on_soft=False`"):
         Settings.make(shrink_on_soft=False, min_chunk=16)
 
 

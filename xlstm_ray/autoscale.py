@@ -1,7 +1,7 @@
-"""Autoscale: time one block of the model on this machine for a moment, and remember what was best.
+"""Autoscale: time one block of the model on this machine for a few seconds, and keep the best choice.
 
-The functions are timed as plain torch: compiling every candidate would take minutes, and what is chosen between, the
-sizes of the matrix products and how bands share the cores or launches, shows without it.
+The functions are timed uncompiled: compiling every candidate would take minutes. The choices differ in the sizes of the
+matrix products and in how bands share cores or launches, and plain torch shows that.
 """
 
 import json
@@ -30,11 +30,11 @@ from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
 
 BUDGET_S = 10.0
-MARGIN = 1.03  # another choice than the usual one must be better by so much, and by more than noise
-ROUNDS = 3  # of the best and the usual choice in turns, before one is said to be faster
-HOLDS_S = 30 * 24 * 3600.0  # how long a choice is remembered
-BUSY_HOLDS_S = 3600.0  # one that was made while the same work took now this long, now that
-BUSY = 1.25  # the longest of these times over the shortest
+MARGIN = 1.03  # another choice must be this much faster than the usual one, and by more than noise
+ROUNDS = 3  # alternating rounds of the best and the usual choice, before one counts as faster
+HOLDS_S = 30 * 24 * 3600.0  # how long a choice is kept
+BUSY_HOLDS_S = 3600.0  # how long, if the machine was busy
+BUSY = 1.25  # the machine counts as busy if the longest time over the shortest is above this
 
 
 class Choice(BaseModel):
@@ -51,7 +51,7 @@ class Choice(BaseModel):
 
 
 class Remembered(Choice):
-    """A choice, and when it is to be made anew (seconds since 1970)."""
+    """A choice, and the time until which it holds (seconds since 1970)."""
 
     until: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
@@ -60,7 +60,7 @@ _FILE = TypeAdapter(dict[str, Remembered])
 
 
 def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Picked | None, str]:
-    """What was not asked for, picked by measurement or from memory, and a line that says so. None: it is as planned."""
+    """The settings that were not given, measured or from the kept file, and a line about them. None: as planned."""
     config, backend, numerics, device = plan.config, plan.backend, plan.numerics, plan.device
     loaded = plan.room.loaded
 
@@ -115,9 +115,9 @@ def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Pi
 
 
 def compare(usual: Sequence[float], other: Sequence[float]) -> tuple[float | None, bool]:
-    """Rates of two choices in turns -> how many times as fast the other one is, and whether the machine was busy.
+    """Rates of two choices in alternating rounds -> the other one's speed-up, and whether the machine was busy.
 
-    None where that may be noise: some turn of the usual one was as fast as some turn of the other.
+    None if it may be noise: a round of the usual choice was as fast as a round of the other one.
     """
     busy = max(max(r) / min(r) for r in (usual, other)) > BUSY
     gain = median(other) / median(usual)
@@ -131,7 +131,7 @@ def _search(
     fits: Callable[[Choice], bool],
     rate: Callable[[Choice], float],
 ) -> dict[Choice, float]:
-    """Tokens a second of one block, a choice: the usual one, other tiles, then other bands with the best tile."""
+    """Tokens a second of one block by choice: the usual one, other tiles, then other bands with the best tile."""
     began = perf_counter()
     rates: dict[Choice, float] = {}
 
@@ -140,7 +140,7 @@ def _search(
             rates[choice] = rate(choice)
 
     time_it(usual)
-    # Steps are taken one after the other however long the tile is, and are slow uncompiled.
+    # Not for steps: they run one after the other in any tile, and are slow uncompiled.
     if "tile_size" in free and plan.backend.kernel == "compiled_chunks":
         chunk = plan.numerics.chunk_size
         chunks = usual.tile_size // chunk
@@ -163,21 +163,21 @@ def _bands(best: Choice, free: Collection[str], config: ModelConfig) -> Iterator
 
 
 def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
-    """Tokens a second through the first mLSTM block, uncompiled; an sLSTM's steps are the same however they are cut."""
+    """Tokens a second through the first mLSTM block, uncompiled. An sLSTM's speed does not depend on the choice."""
     config, backend, chunk, device, dtype = plan.config, plan.backend, plan.numerics.chunk_size, plan.device, plan.dtype
     n = next(n for n in range(config.num_blocks) if n not in config.slstm_at)
     kernels = Kernels(backend, t_inner=1, compiler=lambda fn, name: fn)
     layout = make_layout(config, heads_per_band=choice.heads_per_band)
     shards = [Shard(range(n, n + 1), shard.heads, shard.ffn) for shard in layout[0]]
     workers = [build_worker(checkpoint, kernels, shard, dtype=dtype, device=device) for shard in shards]
-    for worker in workers:  # one token is enough
+    for worker in workers:  # a vocabulary of one token is enough
         worker.ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
     executor = InProcessExecutor([workers], band_threads=choice.workers)
     T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
     tokens = torch.zeros(1, T, dtype=torch.long)
     tile = Step(tokens, torch.zeros(1, dtype=torch.long), torch.full((1,), T), chunk)
     try:
-        # The first two warm up caches, pools and clocks; a tile's time on a device is known when it is done.
+        # The first two tiles warm up caches, pools and clocks.
         results = run(executor, executor.load(None, 1), [tile] * 4)
         return T / min([result.seconds for _, _, result in results][2:])
     finally:
@@ -192,17 +192,17 @@ def _device_name(device: torch.device) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Remembered], str]:
-    """What is remembered, and what to say of a file that is none of ours."""
+    """The kept choices, and a remark if the file is damaged."""
     try:
         return _FILE.validate_json(path.read_bytes()), ""
     except FileNotFoundError:
         return {}, ""
     except (OSError, ValidationError):
-        return {}, f"; {path} could not be read and is written anew"
+        return {}, f"; {path} could not be read and is written again"
 
 
 def _remember(path: Path, key: str, choice: Remembered) -> str:
-    """Write the file whole or not at all; returns what to say where that fails."""
+    """Write the file whole or not at all; returns a remark if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, _FILE.dump_json({**_read(path)[0], key: choice}, indent=1))

@@ -1,7 +1,7 @@
-"""Each choice of a run, from settings and a model's configuration. The only place that picks where nobody asked.
+"""Each choice of a run, from settings and a model's configuration. Only this module chooses what was not asked for.
 
-torch is imported in the functions that need it: what is wrong with a model's directory or with the settings is said
-before it is loaded.
+Only the functions that need torch import it: errors in a model's directory or the settings are reported before torch is
+loaded.
 """
 
 import re
@@ -30,7 +30,7 @@ DEMO_MODEL = Path(__file__).parent / "demo"
 
 
 class Address(NamedTuple):
-    """Somebody's head of Ray, and what this process may enter it by."""
+    """The address of somebody's Ray head, and the token for it."""
 
     address: str
     token_path: Path | None
@@ -38,7 +38,7 @@ class Address(NamedTuple):
 
 
 class JournalFolder(NamedTuple):
-    """Where a run's snapshots go. named: what errors call it. resumes: one that is there is gone on from."""
+    """The directory of a run's snapshots. named: its name in errors. resumes: the run continues the journal in it."""
 
     path: Path
     named: str
@@ -46,7 +46,7 @@ class JournalFolder(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a run is of, and where it works. settings: for the choices that need torch; choose and plan read it."""
+    """The model of a run and the place of its work. settings: only for choose and plan, for choices that need torch."""
 
     settings: Settings
     model: Path
@@ -58,24 +58,24 @@ class Setup(NamedTuple):
     journal: JournalFolder | None
 
     def require_places(self) -> None:
-        """Raise OutputError unless every file that is to be written has a place that it may take."""
+        """Raise OutputError unless every output file may be written to its place."""
         check_outputs(self.settings.outputs(), self.settings.inputs(), overwrite=self.settings.overwrite)
 
 
 class Cluster(NamedTuple):
-    """What a cluster has: its resources in all, and the CPUs of each node."""
+    """A cluster's total resources, and the CPUs of each node."""
 
     resources: Mapping[str, float]
     cpus: Sequence[float]
 
 
 def setup_of(**asked: Any) -> Setup:
-    """`choose_setup` of settings by their names; None stands for what was not asked for."""
+    """`choose_setup` for settings by name; None: not asked for."""
     return choose_setup(Settings.make(**asked))
 
 
 def choose_setup(settings: Settings) -> Setup:
-    """All that is known without torch. Raises an error for what cannot work on any device."""
+    """All choices that need no torch. Raises an error for what cannot work on any device."""
     model = choose_model(settings)
     config_file = model / "config.json"
     config = ModelConfig.from_file(config_file)
@@ -108,14 +108,14 @@ def choose_setup(settings: Settings) -> Setup:
 
 
 def choose_journal(settings: Settings) -> JournalFolder | None:
-    """The journal to begin, or to go on with."""
+    """The journal to begin or to continue."""
     name = "journal" if settings.journal is not None else "resume"
     path = getattr(settings, name)
     return None if path is None else JournalFolder(path, settings.named(name), settings.resume is not None)
 
 
 def choose_model(settings: Settings) -> Path:
-    """The directory of the model asked for, or of the demo model."""
+    """The directory of the requested model, or of the demo model."""
     path = settings.model or DEMO_MODEL
     try:
         if path.is_dir():
@@ -133,7 +133,7 @@ def choose_model(settings: Settings) -> Path:
 
 
 def choose_device(settings: Settings, cluster: Cluster | None = None) -> "torch.device":
-    """The device asked for, or the best there is here, or that the cluster has."""
+    """The requested device, else the best one of this machine or of the cluster."""
     import torch
 
     if cluster is not None:
@@ -156,14 +156,14 @@ def choose_device(settings: Settings, cluster: Cluster | None = None) -> "torch.
 
 
 def choose_backend(settings: Settings, config: ModelConfig, config_file: Path) -> Backend:
-    """What was asked, else what the model's configuration says, else the default."""
+    """The requested backend, else the one of the model's configuration, else the default."""
     name = settings.chunkwise_backend
     if name is None:
         own = own_backend(config)
         name = own or DEFAULT_BACKEND
         if name not in CHUNKWISE_BACKENDS:
             known = ", ".join(CHUNKWISE_BACKENDS)
-            raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; of ours there are: {known}")
+            raise ConfigError(f"{config_file}: chunkwise_kernel is {own!r}; this program has: {known}")
     elif name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
         known = ", ".join(CHUNKWISE_BACKENDS)
         raise UsageError(f"{settings.named('chunkwise_backend')} is {name!r}; there are: {known}")
@@ -171,21 +171,21 @@ def choose_backend(settings: Settings, config: ModelConfig, config_file: Path) -
 
 
 def own_backend(config: ModelConfig) -> str | None:
-    """The backend that the model's configuration names, where it is a name of ours and not another library's."""
+    """The backend that the model's configuration names; None if it is another library's."""
     own = config.chunkwise_kernel.removeprefix("chunkwise--")
     return own if own.startswith(("queued_", "ray_")) else None
 
 
 def choose_mode(settings: Settings, backend: Backend) -> Mode:
-    """Where the workers are. Raises UsageError for what has no effect there."""
+    """Where the workers run. Raises UsageError for settings that have no effect there."""
     for_actors = "stages ray_address ray_token_path actors_per_device"
     if backend.executor != "ray":
-        if not settings.ray_dashboard:  # a dashboard beside the work of this process has a head, and its settings
+        if not settings.ray_dashboard:  # with a dashboard there is a head, which has these settings
             for_actors += " ray_dashboard_port ray_keep_alive"
         for name in for_actors.split():
             if getattr(settings, name) != table()[name].default:
                 raise UsageError(
-                    f"{settings.named(name)} is of the ray_ backends, and {backend.name} runs in this process; "
+                    f"{settings.named(name)} is for the ray_ backends, and {backend.name} runs in this process; "
                     "use `chunkwise_backend=ray_compiled_chunks` or ray_compiled_steps, or leave it out"
                 )
         _refuse_folders(settings, Mode.LOCAL)
@@ -203,7 +203,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     _refuse_folders(settings, mode)
     if mode is not Mode.LOCAL and (settings.autoscale or settings.autoscale_again):
         raise UsageError(
-            f"{settings.named('autoscale')} probes this process's device, and the actors have theirs; "
+            f"{settings.named('autoscale')} probes this process's device, but actors have their own; "
             "leave it out, or stay in local mode"
         )
     for name in ("workers", "streams", "shrink_on_soft", "min_chunk"):
@@ -214,20 +214,20 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     if elsewhere and settings.force and settings.source("force").kind == "flag":
         raise UsageError(
             f"{settings.named('force')} has no effect on other machines ({settings.named('ray_address')}), whose "
-            "memory is not looked at before a run; leave it out"
+            "memory is not checked before a run; leave it out"
         )
     return mode
 
 
 def _refuse_folders(settings: Settings, mode: Mode) -> None:
-    """Of heads that this run has nothing to do with; from the environment they are for other commands too."""
+    """Refuse folders of heads that this run does not use. Variables are ignored: they are for other commands too."""
     for name, used in (("ray_state_dir", mode is not Mode.LOCAL), ("ray_temp_dir", mode is Mode.MANAGED)):
         if settings.source(name).kind == "flag" and not (used or settings.ray_dashboard):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
 
 
 class RunSizes(NamedTuple):
-    """Tokens a tile and a chunk, heads a band."""
+    """Tokens of a tile and of a chunk, heads of a band."""
 
     tile: int
     chunk: int
@@ -235,22 +235,22 @@ class RunSizes(NamedTuple):
 
 
 def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> RunSizes:
-    """What was asked, else the defaults of that kind of device."""
+    """The requested sizes, else the defaults for that kind of device."""
     chunk = settings.chunk_size or config.chunk_size
     if settings.chunk_size is None and kind == "cuda" and settings.dtype != "float32":
-        # Fewer, larger chunks write fewer states: at 7B an H100 gives 31,300, 36,400, 39,900 tokens/s at 64, 128, 256.
-        # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for its precision.
+        # Larger chunks write fewer states: at 7B an H100 reaches 31,300, 36,400, 39,900 tokens/s with 64, 128, 256.
+        # Decays are summed over a chunk in float32, so float32 runs keep the model's smaller chunk for precision.
         chunk = max(chunk, 256)
     tile = settings.tile_size
     if tile is None:
-        # Long enough to keep the matrix products efficient, short enough to stop and report within seconds: on two CPU
-        # cores 2048 tokens are 5 to 10 % faster than 512 for a small model, but would take minutes for one of 7B.
+        # Long enough for efficient matrix products, short enough to stop and report within seconds: on two CPU cores,
+        # 2048 tokens are 5 to 10 % faster than 512 for a small model, but would take minutes for a 7B model.
         flops = 2 * config.num_blocks * config.hidden_size * (2 * config.qk_dim + 3 * (config.v_dim + config.ffn_dim))
         on_cpu = 2048 if flops * 2048 < 2e11 else 1024 if flops * 1024 < 2e11 else 512
         tile = chunk * max(1, {"cuda": 4096, "mps": 1024, "cpu": on_cpu}[kind] // chunk)
     if tile % chunk:
         raise UsageError(
-            f"{settings.named('tile_size')} is {tile}, which is no multiple of the chunk size {chunk}; "
+            f"{settings.named('tile_size')} is {tile}, which is not a multiple of the chunk size {chunk}; "
             f"try {-(-tile // chunk) * chunk}"
         )
     heads = settings.heads_per_band
@@ -265,7 +265,7 @@ WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory
 
 
 class Dtype(NamedTuple):
-    """What to compute in, and why where it was measured."""
+    """The dtype to compute in, and the reason if it was measured."""
 
     dtype: "torch.dtype"
     reason: str | None = None
@@ -278,8 +278,8 @@ class Dtype(NamedTuple):
 def choose_dtype(
     settings: Settings, device: "torch.device", stored: "torch.dtype", fits: "Callable[[torch.dtype], bool]"
 ) -> Dtype:
-    """What was asked; else bfloat16 on a GPU, float32 on the CPU, or bfloat16 there too, where the model is meant for
-    it and computes as fast in it, or float32 does not fit in memory."""
+    """The requested dtype, else bfloat16 on a GPU. On the CPU float32, but bfloat16 if the model is meant for it and it
+    is as fast, or if float32 does not fit in memory."""
     import torch
 
     if settings.dtype != "auto":
@@ -300,7 +300,7 @@ def choose_dtype(
 
 
 def choose_streams(settings: Settings, workers: int, device: "torch.device") -> int:
-    """How many CUDA streams the bands' threads share."""
+    """The number of CUDA streams that the bands' threads share."""
     streams, name = settings.streams, settings.named("streams")
     if streams is None:
         return workers
@@ -312,12 +312,12 @@ def choose_streams(settings: Settings, workers: int, device: "torch.device") -> 
 
 
 def choose_workers(settings: Settings, config: ModelConfig, heads: int) -> int:
-    """How many threads work on bands of so many heads: at most one a band."""
+    """The number of threads that work on bands of `heads` heads: at most one for each band."""
     return min(settings.workers, -(-config.num_heads // heads))
 
 
 class AskedLimits(NamedTuple):
-    """The limits of memory as the settings have them: the first arguments of `Limits.make`."""
+    """The memory limits from the settings: the first arguments of `Limits.make`."""
 
     soft: Limit
     hard: Limit
@@ -325,7 +325,7 @@ class AskedLimits(NamedTuple):
 
 
 def choose_limits(settings: Settings) -> AskedLimits:
-    """MiB where they are given, else fractions."""
+    """Limits in MiB if they are given, else fractions."""
 
     def limit(which: str) -> Limit:
         mb, share = getattr(settings, f"mem_{which}_mb"), getattr(settings, f"mem_{which}_pct")
@@ -339,7 +339,7 @@ def choose_limits(settings: Settings) -> AskedLimits:
 def choose_steps(
     settings: Settings, backend: Backend, config: ModelConfig, heads: int, dtype: "torch.dtype", device: "torch.device"
 ) -> "Fit":
-    """T_inner as asked, or on mps what Metal's limits leave of it. Raises UsageError where a flag has no effect."""
+    """The requested T_inner, or on mps the largest that Metal allows. Raises UsageError if a flag has no effect."""
     from xlstm_ray.kernels.metal import Fit, fit_t_inner
 
     if not backend.unrolls(slstm=bool(config.slstm_at)) and settings.source("t_inner").kind == "flag":
@@ -355,15 +355,15 @@ def choose_steps(
 
 
 class ActorPlan(NamedTuple):
-    """What each actor has."""
+    """The resources of each actor."""
 
-    threads: int  # of torch's own
-    cpus: float | None  # what it asks of Ray; None: a CPU for each thread
+    threads: int  # torch's own threads
+    cpus: float | None  # its request to Ray; None: a CPU for each thread
     per_device: int
 
 
 def choose_actors(settings: Settings, device: "torch.device", actors: int, there: Sequence[float]) -> ActorPlan:
-    """there: the CPUs of each node, which so many actors share."""
+    """there: the CPUs of each node, which `actors` actors share."""
     on_cpu = device.type == "cpu"
     if settings.actors_per_device > 1 and on_cpu:
         raise UsageError(
@@ -374,12 +374,12 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
     if threads is None:
         threads = max(1, int(sum(there)) // actors) if on_cpu else 1
         if on_cpu and sum(int(n) for n in there) < actors:
-            cpus = share_of_cpus(there, actors)  # they take turns
+            cpus = share_of_cpus(there, actors)  # actors take turns on CPUs
     return ActorPlan(threads, cpus, settings.actors_per_device)
 
 
 def choose_head(settings: Settings, mode: Mode, actors: int, device: "torch.device") -> "HeadOptions | None":
-    """A head for one run, or one that stays where it was asked for, with CPUs for this run's actors; None: no head."""
+    """Options of a head for this run (it stays if that was asked for), with CPUs for its actors; None: no head."""
     import torch
 
     from xlstm_ray.supervisor.start import HeadOptions
@@ -388,7 +388,7 @@ def choose_head(settings: Settings, mode: Mode, actors: int, device: "torch.devi
         return None
     each = (settings.threads or 1) if device.type == "cpu" else 1
     return HeadOptions(
-        # Ray starts a worker for each CPU, before one is wanted; beside the work of this process none is.
+        # Ray starts a worker process for each CPU in advance. If this process does the work, none is needed.
         num_cpus=max(cores(), actors * each) if mode is Mode.MANAGED else 0,
         state_dir=settings.ray_state_dir or default_state_dir(),
         temp_dir=settings.ray_temp_dir,

@@ -1,4 +1,4 @@
-"""A plan -> what runs it: the executor in this process or over actors, a head of ours, metrics."""
+"""Start what a plan needs: the executor in this process or over actors, our Ray head, metrics."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 
 class Running:
-    """Where a plan runs. `attach` and `start` in turn; `close` at any time lets go of what there is by then.
+    """What runs a plan. Call `attach`, then `start`; `close` may be called at any time and ends what was started.
 
-    on_phase: told what begins that may take long. on_note: told of a dashboard as soon as there is one.
+    on_phase: called before steps that may take long. on_note: called with the dashboard's address.
     """
 
     def __init__(self, on_phase: Callable[[str], object], on_note: Callable[[str], object]):
@@ -43,27 +43,27 @@ class Running:
         self._executor: Executor | None = None
         self._head: Head | None = None
         self._started: RunPlan | None = None
-        self._lost: set[str] = set()  # helpers of the head that have been told of
-        self.stays: Head | None = None  # a head of ours that outlives this run
-        self.metrics: GridMetrics | None = None  # where Ray is, to show them
-        self.launches: LaunchCounter | None = None  # of kernels; None where they cannot be counted
-        self._events: list[Event] = []  # that the watchdogs of the grid's nodes have reported
+        self._lost: set[str] = set()  # helpers of the head that were reported
+        self.stays: Head | None = None  # our head, if it stays after this run
+        self.metrics: GridMetrics | None = None  # only with Ray, which shows them
+        self.launches: LaunchCounter | None = None  # None if launches cannot be counted
+        self._events: list[Event] = []  # reported by the watchdogs of the grid's nodes
 
     @property
     def executor(self) -> Executor:
-        """Where the weights and the states are. Raises UsageError after `close`."""
+        """The executor, which has weights and states. Raises UsageError after `close`."""
         if self._executor is None:
             raise UsageError("this engine has been closed; load the model again")
         return self._executor
 
     @property
     def plan(self) -> RunPlan:
-        """What was started."""
+        """The plan that was started."""
         assert self._started is not None
         return self._started
 
     def attach(self, setup: Setup) -> Cluster | None:
-        """Connect to somebody's head, where the run is to be there; what its cluster has."""
+        """Connect to somebody's head, if the run is to use one; returns its cluster."""
         if setup.head is None:
             return None
         address, token, state_dir = setup.head
@@ -79,7 +79,7 @@ class Running:
         self._started = plan
         if plan.mode is Mode.LOCAL:
             self._executor = self._in_process(plan, checkpoint)
-            if plan.head is not None:  # to look at only: the work stays in this process
+            if plan.head is not None:  # only for its dashboard: the work stays in this process
                 from xlstm_ray.actors.metrics import GridMetrics
 
                 self._start_head(plan)
@@ -91,13 +91,13 @@ class Running:
         self.metrics = executor.metrics
 
     def events(self) -> "list[Event]":
-        """What the watchdogs of the grid's nodes have reported since this was last asked."""
+        """Events that the watchdogs of the grid's nodes reported since the last call."""
         events = self._events[:]
         del self._events[: len(events)]
         return events
 
     def helpers_lost(self) -> list[str]:
-        """A line for each of Ray's helpers that has ended, once: the run goes on without it."""
+        """A line for each of Ray's helpers that ended since the last call. The run goes on without them."""
         if self._head is None or self.plan.head is None:
             return []
         new = set(lost_helpers(self._head, self.plan.head.state_dir)) - self._lost
@@ -105,7 +105,7 @@ class Running:
         return [f"Ray's {name} has ended; the run goes on without it (logs in {self._head.folder})" for name in new]
 
     def close(self) -> None:
-        """Actors end first, so that their memory is free, then a head of ours unless it stays."""
+        """End the actors first, so that their memory is free, then our head unless it stays."""
         executor, self._executor = self._executor, None
         try:
             if executor is not None:
@@ -115,7 +115,7 @@ class Running:
 
     # ------------------------------------------------------------------------------------------------------------------
     def _in_process(self, plan: RunPlan, checkpoint: Checkpoint) -> InProcessExecutor:
-        # Only of Metal's code is it known how launches are written in it; elsewhere they would be guesses.
+        # Launches can be counted only in Metal code; elsewhere the figure would be a guess.
         if plan.backend.compiled and plan.device.type == "mps":
             self.launches = LaunchCounter()
         kernels = Kernels(
@@ -128,7 +128,7 @@ class Running:
         return InProcessExecutor(stages, band_threads=plan.workers, streams=plan.streams, torch_threads=plan.threads)
 
     def _start_head(self, plan: RunPlan) -> ModuleType:
-        """A head of ours, connected."""
+        """Start our head and connect to it."""
         assert plan.head is not None
         self._on_phase("starting Ray")
         head = self._head = self._cluster.enter_context(managed(plan.head))
@@ -138,7 +138,7 @@ class Running:
         return self._cluster.enter_context(connect(head, metadata=job_metadata(plan.model, plan.stages)))
 
     def _over_actors(self, ray: ModuleType, plan: RunPlan, checkpoint: Checkpoint) -> "RayExecutor":
-        """An actor for each (stage, band) on the cluster that `ray` is connected to."""
+        """The executor over actors, one for each shard, on the cluster that `ray` is connected to."""
         from xlstm_ray.actors.grid import RayExecutor
         from xlstm_ray.actors.options import GridOptions
         from xlstm_ray.actors.shard import WorkerSpec
@@ -173,7 +173,7 @@ class Running:
 
 
 def job_metadata(model: Path, stages: int) -> dict[str, str]:
-    """What Ray's dashboard shows of this program beside its command line."""
+    """What Ray's dashboard shows about this program, besides its command line."""
     figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
     name = model.resolve().name
     return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(stages), "progress": figures}

@@ -1,4 +1,4 @@
-"""Where a model's blocks and heads go: stages of blocks, bands of heads."""
+"""The split of a model over workers: stages of blocks, bands of heads."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class Shard:
 
 
 def partition(count: int, parts: int) -> list[range]:
-    """0..count in `parts` contiguous ranges whose sizes differ by one at most."""
+    """Split 0..count into `parts` contiguous ranges whose sizes differ by at most one."""
     edges = [count * part // parts for part in range(parts + 1)]
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Shard]]:
-    """[stage][band]: every block and head once. The last band may have fewer heads."""
+    """The shards, The shards, The shards, [stage][band]: every block and head once. The last band may have fewer heads."""
     starts = range(0, config.num_heads, heads_per_band)
     heads = [range(a, min(a + heads_per_band, config.num_heads)) for a in starts]
     ffn = [
@@ -38,6 +38,6 @@ def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) ->
 
 
 def join_bands(bands: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The bands' tensors of a stage as one: heads are dimension 1 of each."""
+    """Join the tensors of a stage's bands: heads are dimension 1 of each."""
     first, *others = bands
     return {name: torch.cat([part, *(o[name] for o in others)], 1) for name, part in first.items()}

@@ -1,8 +1,8 @@
 """xLSTM-Large, top to bottom: norms, mLSTM and sLSTM layers, the feed-forward, logits.
 
-A block: x += mixer(norm(x)), an mLSTM or sLSTM; x += ffn(norm(x)). A head band holds a contiguous range of heads, with
-their rows of q, k, v, gates and output gate and their columns of the output projection, and a share of the
-feed-forward's columns; its two halves of a block return partial sums, which add up over the bands.
+A block: x += mixer(norm(x)), an mLSTM or sLSTM; x += ffn(norm(x)). A band has a contiguous range of heads: their
+rows of q, k, v, gates and output gate, their columns of the output projection, and a share of the feed-forward's
+columns. For each half of a block a band returns a partial sum; the sum over the bands is the half's output.
 
 B batch, T tokens, D hidden size, nh heads of the band, K = DHQK, V = DHHV, DH = D / all heads, F the band's
 feed-forward columns.
@@ -19,20 +19,20 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Cell, SlstmCell
 from xlstm_ray.kernels.native import PAD_F, PAD_I, SlstmState, State
 
-SLSTM_NORM_EPS = 1e-5  # of the sLSTM's head norm, whatever the configuration says of the others
+SLSTM_NORM_EPS = 1e-5  # of the sLSTM's head norm; the configuration sets only the others
 ONEDNN = torch.backends.mkldnn.is_available()
-HEAD_PART = 1 << 19  # elements of the head that are widened at a time: 2 MiB of float32 stay in a core's cache
-FEW_ROWS = 8  # up to so many rows the compiled product is the faster one
+HEAD_PART = 1 << 19  # elements of the head that are upcast at a time: 2 MiB of float32 stay in a core's cache
+FEW_ROWS = 8  # the compiled product is faster up to this number of rows
 
 
 class BlockWeights(NamedTuple):
-    """An mLSTM block's weights, sliced to a band. Biases are None where the model has none."""
+    """An mLSTM block's weights, sliced to a band. A bias is None if the model has none."""
 
     mixer_norm: Tensor  # (D,)
     mixer_norm_bias: Tensor | None
     qkvo: Tensor  # (2 nh K + 2 nh V, D): the rows of q, k, v and the output gate, one matrix product
     qkvo_bias: Tensor | None
-    gates: Tensor  # (2 nh, D) float32: the rows of i and f; small, and exp() follows, so kept exact
+    gates: Tensor  # (2 nh, D) float32: the rows of i and f; small, and exp() follows, so they stay exact
     gates_bias: Tensor  # (2 nh,) float32
     head_norm: Tensor  # (nh V,)
     head_norm_bias: Tensor | None
@@ -47,15 +47,15 @@ class BlockWeights(NamedTuple):
 
 
 class SlstmWeights(NamedTuple):
-    """An sLSTM block's weights, sliced to a band. There is no output projection: a head's output is its channels'."""
+    """An sLSTM block's weights, sliced to a band. There is no output projection: a head writes to its own channels."""
 
     mixer_norm: Tensor  # (D,)
     mixer_norm_bias: Tensor | None
-    gates: Tensor  # (nh, 4 DH, DH) float32: the rows of i, f, z and o of each head, which sees its own channels only
+    gates: Tensor  # (nh, 4 DH, DH) float32: i, f, z and o of each head, which sees only its own channels
     recurrent: Tensor  # (nh, DH, 4 DH) float32: what a head's last output adds to its gates
     gates_bias: Tensor  # (nh, 4 DH) float32
     head_norm: Tensor  # (nh DH,) float32
-    channel: Tensor  # () int64: where the band's channels begin; a tensor, so that bands of one size share their code
+    channel: Tensor  # () int64: the band's first channel; a tensor, so that bands of one size share code
     ffn_norm: Tensor  # (D,) from here on as in BlockWeights
     ffn_norm_bias: Tensor | None
     up: Tensor  # (2 F, D)
@@ -69,7 +69,7 @@ AnyState = State | SlstmState
 
 
 class EndWeights(NamedTuple):
-    """What stands before the first block and after the last."""
+    """The weights before the first block and after the last."""
 
     embedding: Tensor | None  # (vocabulary, D), first stage
     out_norm: Tensor | None  # (D,), last stage
@@ -77,7 +77,7 @@ class EndWeights(NamedTuple):
 
 
 class BandShape(NamedTuple):
-    """The sizes that a block's code is specialised to."""
+    """The sizes that a block's code is compiled for."""
 
     heads: int
     dhqk: int
@@ -99,7 +99,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32; in float64 where a reference is computed in that."""
+    """x in float32; float64 stays, for references."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -107,8 +107,8 @@ def upcast(x: Tensor) -> Tensor:
 def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 x @ weight^T + bias on the CPU, by oneDNN.
 
-    torch takes MKL for float32, which reaches 170 to 200 GFLOP/s on two Zen 4 cores where oneDNN reaches 200 to 220, of
-    a peak of 225. An operator of our own, because Inductor's lowering of oneDNN's wants weights that are constants.
+    For float32 torch uses MKL, which reaches 170 to 200 GFLOP/s on two Zen 4 cores. oneDNN reaches 200 to 220; the peak
+    is 225. This is a custom operator because Inductor lowers oneDNN's own only for constant weights.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -134,7 +134,7 @@ def rms_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tens
 
 def head_norm(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of each head on its own: h (B, T, nh, V) -> (B, T, nh V), float32."""
-    # Not F.layer_norm: of its variance Inductor on Metal makes a kernel in which each thread reads the whole row.
+    # Not F.layer_norm: for its variance, Inductor generates a Metal kernel in which each thread reads the whole row.
     h = upcast(h)
     h = h - h.mean(-1, keepdim=True)
     h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2) * upcast(weight)
@@ -152,8 +152,8 @@ def mlstm_in(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Norm and projections: x (B, T, D) -> q, k (B, nh, T, K), v (B, nh, T, V), o (B, T, nh V), i, f (B, nh, T).
 
-    start, end (B,) int64: row b's tokens are those with start <= t < end; the others are padding, which must leave
-    the state untouched.
+    start, end (B,) int64: row b's tokens are those with start <= t < end; the others are padding and do
+    not change the state.
     """
     B, T, _ = x.shape
     y = rms_norm(x, w.mixer_norm, w.mixer_norm_bias, s.norm_eps)
@@ -175,7 +175,7 @@ def mlstm_out(h: Tensor, o: Tensor, w: BlockWeights, s: BandShape) -> Tensor:
 
 
 def slstm_in(x: Tensor, w: SlstmWeights, start: Tensor, end: Tensor, s: BandShape) -> tuple[Tensor, Tensor]:
-    """Norm and gate projections: x (B, T, D) -> gates (B, nh, T, 4, DH) float32, which of them are tokens (B, 1, T)."""
+    """Norm and gate projections: x (B, T, D) -> gates (B, nh, T, 4, DH) float32, and is_token (B, 1, T)."""
     B, T, D = x.shape
     y = rms_norm(x, w.mixer_norm, w.mixer_norm_bias, s.norm_eps)
     if s.heads * s.dh < D:
@@ -221,8 +221,8 @@ def slstm_mixer(
 
 
 def whole_block(mixer: Callable[..., tuple[Tensor, AnyState]], ffn: Callable[..., Tensor]) -> Callable:
-    """A block's two halves one after the other, where one band has all heads: (x, w, state, start, end) -> the new
-    residual stream (B, T, D) and state. mixer: takes the same arguments; ffn: (x, w)."""
+    """Both halves of a block, for one band with all heads: (x, w, state, start, end) -> the new residual stream
+    (B, T, D) and state. mixer: takes the same arguments; ffn: (x, w)."""
 
     def block(x: Tensor, w: Weights, state: AnyState, start: Tensor, end: Tensor) -> tuple[Tensor, AnyState]:
         y, state = mixer(x, w, state, start, end)
@@ -233,10 +233,10 @@ def whole_block(mixer: Callable[..., tuple[Tensor, AnyState]], ffn: Callable[...
 
 
 def head_product(x: Tensor, head: Tensor) -> Tensor:
-    """x (rows, D) @ head (vocabulary, D) transposed -> (rows, vocabulary), float32 whatever the operands' dtype.
+    """x (rows, D) @ head (vocabulary, D) transposed -> (rows, vocabulary), float32 for any operands.
 
-    Rounded to bfloat16, the best two logits of one position in 50 would be equal. torch has such a product on cuda
-    only; elsewhere some rows of the head at a time are widened, so that little memory is taken.
+    In bfloat16 the best two logits would be equal at one position in 50. torch has such a product only on cuda;
+    elsewhere a few rows of the head are upcast at a time, which takes little memory.
     """
     if head.dtype.itemsize > 2:
         return F.linear(x, head)
@@ -247,7 +247,7 @@ def head_product(x: Tensor, head: Tensor) -> Tensor:
 
 
 def few_rows_product(x: Tensor, head: Tensor) -> Tensor:
-    """head_product as it is compiled for few rows: one pass over the head, as it is stored."""
+    """head_product for few rows, to be compiled: one pass over the head in its stored dtype."""
     head = head.float()
     return torch.stack([(row * head).sum(-1) for row in x.float().unbind()])
 

@@ -56,7 +56,7 @@ class Watch(NamedTuple):
 
 
 class LogFile(NamedTuple):
-    """A file that a prefill is to write. named: what errors call it."""
+    """A file that a prefill writes. named: its name in errors."""
 
     path: Path
     named: str
@@ -74,14 +74,14 @@ class CachePlan(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What a measurement may pick: settings that nobody asked for. again: whatever is remembered."""
+    """The settings that a measurement may choose: those that were not given. again: ignore kept results."""
 
     free: tuple[str, ...]
     again: bool
 
 
 class Picked(NamedTuple):
-    """Settings that a measurement picked, and the file that remembers them."""
+    """The settings that a measurement chose, and the file that keeps them."""
 
     values: dict[str, int]
     where: str
@@ -89,7 +89,7 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is and how it works. Where the workers are, only `mode` says, which nobody asks but launch."""
+    """Everything that is chosen for a run. `mode` says where the workers are; only launch reads it."""
 
     model: Path
     config: ModelConfig
@@ -97,22 +97,22 @@ class RunPlan:
     mode: Mode
     device: torch.device
     dtype: torch.dtype
-    dtype_reason: str | None  # where it was measured
+    dtype_reason: str | None  # if it was measured
     numerics: Numerics
     layout: list[list[Shard]]  # [stage][band]
     workers: int  # threads that work on bands
-    streams: int  # on cuda, that they share
-    threads: int | None  # of torch's own, a worker; None: what there is, shared out
+    streams: int  # on cuda, shared by these threads
+    threads: int | None  # torch's own threads of each worker; None: an equal share of the cores
     steps: Fit
     warms_up: bool
-    journal_every: int | None  # windows between two snapshots; None: none are kept
+    journal_every: int | None  # windows between two snapshots; None: no snapshots
     actors: ActorPlan | None  # None: the workers are in this process
-    head: HeadOptions | None  # of ours; None: no head is started
-    watch: Watch | None  # of memory; None: it is not
+    head: HeadOptions | None  # the head to start; None: no head is started
+    watch: Watch | None  # None: memory is not watched
     logs: dict[str, LogFile]
     room: Room
-    search: Search | None  # what a measurement may pick instead
-    picked: Picked | None  # what it has picked
+    search: Search | None  # what a measurement may choose instead
+    picked: Picked | None  # what it chose
     cache: CachePlan | None = None  # of states; None: there is none
 
     @property
@@ -125,12 +125,12 @@ class RunPlan:
 
     @property
     def own_device(self) -> torch.device | None:
-        """The device that this process works on; None where actors do the work."""
+        """The device that this process works on; None if actors do the work."""
         return self.device if self.actors is None else None
 
 
 def choose_search(settings: Settings) -> Search | None:
-    """Whether this machine is to be probed, and for what."""
+    """The settings to probe this machine for; None: no probe."""
     if not (settings.autoscale or settings.autoscale_again):
         return None
     names = "tile_size", "heads_per_band", "workers"
@@ -157,9 +157,9 @@ def choose_plan(
     picked: Picked | None = None,
     dtype: Dtype | None = None,
 ) -> RunPlan:
-    """checkpoint: whose headers say what is stored; None: only config.json is there. base: what this process takes
-    before a model is loaded. cluster: that is attached to. picked: by a search that was over this plan without it;
-    dtype: of that plan, which was chosen for its sizes.
+    """checkpoint: its headers say what is stored; None: only config.json exists. base: bytes of this process before a
+    model is loaded. cluster: the one that the run is attached to. picked: what a search chose, starting from the plan
+    without it; dtype: the dtype of that earlier plan, which was chosen for its sizes.
     """
     settings, config, backend, mode = setup.settings, setup.config, setup.backend, setup.mode
     if picked is not None:
@@ -183,7 +183,7 @@ def choose_plan(
                 device=device.type,
                 itemsize=dtype.itemsize,
                 compiled=backend.compiled,
-                # On cuda the device's memory counts, and its context is not part of what is free.
+                # On cuda the device's memory counts. Its context is not part of the free memory.
                 base=base() if local and device.type != "cuda" else 0,
                 weights=checkpoint.weight_bytes(dtype) if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
@@ -204,13 +204,13 @@ def choose_plan(
         )
 
     def fits(dtype: torch.dtype) -> bool:
-        """Whether the model has room in this dtype; of other machines it is not known."""
+        """Whether the model fits in this dtype; on other machines this is not known."""
         return checkpoint is None or mode is Mode.ATTACHED or room(dtype).fits
 
     found = dtype or choose_dtype(settings, device, _stored(config, checkpoint), fits)
     there = cluster.cpus if cluster else [float(head.num_cpus or 0)] if head else []
     keeps = not local or setup.journal is not None
-    # On two H200 a snapshot costs 60 ms, and 64 tiles are played again in 3 s.
+    # On two H200 a snapshot costs 60 ms, and 64 tiles are computed again in 3 s.
     every = settings.journal_every or (64 if device.type == "cuda" else 16)
     action = settings.mem_action
     watch = Watch(limits, settings.mem_poll_ms / 1000, action, settings.shrink_on_soft, settings.min_chunk)
@@ -252,21 +252,21 @@ def choose_plan(
 
 
 class OnPaper(NamedTuple):
-    """What a run would be on a device of which only the kind is known."""
+    """A run on a device of which only the kind is known."""
 
     model: Path
     config: ModelConfig
-    checkpoint: Checkpoint | None  # None: only config.json is there
-    stored: torch.dtype  # of the weights, or what it would be
+    checkpoint: Checkpoint | None  # None: only config.json exists
+    stored: torch.dtype  # the weights' dtype, or the configuration's
     dtype: torch.dtype
     sizes: RunSizes
-    tile_asked: bool  # so that no other one is tried
+    tile_asked: bool  # it was given, so no other is tried
     workers: int
-    share: float  # of the device's memory, that may be used
+    share: float  # the part of the device's memory that may be used
 
 
 def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
-    """For a device of that kind: cpu, cuda or mps. Of the model, config.json and the weights' headers are read."""
+    """The choices for a kind of device: cpu, cuda or mps. Reads config.json and the headers of the weights."""
     model = choose_model(settings)
     config = ModelConfig.from_file(model / "config.json")
     checkpoint = Checkpoint(model, config) if any(model.glob("*.safetensors")) else None
@@ -285,14 +285,14 @@ def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
 
 
 def _stored(config: ModelConfig, checkpoint: Checkpoint | None) -> torch.dtype:
-    """The dtype of the weights, or what it would be by the configuration."""
+    """The dtype of the weights, or the configuration's if there are no weights."""
     return checkpoint.dtype if checkpoint else getattr(torch, config.dtype or "bfloat16")
 
 
 def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
-    """Every setting with the value that a run here would use, and where it came from or why it is used.
+    """Every setting with the value that a run here would use, and the source of the value or the reason for it.
 
-    Of the model, config.json and the headers of its weights are read. A cluster is not asked what it has.
+    Reads config.json and the headers of the weights. Does not ask a cluster.
     """
     settings = setup.settings
     there = any(setup.model.glob("*.safetensors"))
@@ -324,19 +324,22 @@ def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
 
 
 def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[Any, str]]:
-    """The values that are used otherwise than they stand in the settings, and why. known: no cluster decides."""
+    """The values that differ from the settings, and why. known: no cluster decides them."""
     used: dict[str, tuple[Any, str]] = {}
     actors = plan.stages * plan.bands
     if plan.actors is not None:
         used["workers"] = None, "each band has an actor"
         if settings.threads is None and known:
-            used["threads"] = plan.actors.threads, f"the cores, shared out to {actors} actor(s)"
+            used["threads"] = plan.actors.threads, f"an equal share of the cores for {actors} actor(s)"
     else:
         if plan.workers != settings.workers:
-            used["workers"] = plan.workers, f"one a band at most: {settings.workers}, but {plan.bands} band(s)"
+            used["workers"] = plan.workers, f"at most one for each band: {settings.workers}, but {plan.bands} band(s)"
         if settings.threads is None:
             share = plan.workers if plan.bands > 1 else 1
-            used["threads"] = max(1, torch.get_num_threads() // share), f"the cores, shared out to {share} worker(s)"
+            used["threads"] = (
+                max(1, torch.get_num_threads() // share),
+                f"an equal share of the cores for {share} worker(s)",
+            )
         if settings.streams is None and plan.device.type == "cuda" and plan.bands > 1:
             used["streams"] = plan.streams, "one a thread"
     if not plan.backend.unrolls(slstm=bool(plan.config.slstm_at)):

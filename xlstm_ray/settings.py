@@ -1,8 +1,8 @@
-"""Every setting, once: its flag, its environment variable, its bounds. The only reader of these variables.
+"""Every setting, once: its flag, its environment variable, its bounds. Only this module reads these variables.
 
-What was given wins in this order: flag (or argument in Python), the state that a run goes on from, environment
-variable, `--config FILE`, `--profile NAME`, the model's config.json (the engine reads that), default. `--help` is made
-from the fields of Settings.
+The order of precedence: flag (or argument in Python), the state that a run goes on from, environment variable,
+`--config FILE`, `--profile NAME`, the model's config.json (the engine reads it), default. `--help` is made from the
+fields of Settings.
 """
 
 import os
@@ -48,7 +48,7 @@ MODEL_FILES = (
     "model.safetensors.index.json",
 )
 
-# The help's panels. A setting that is not named here is in the last one.
+# The panels of the help. A setting that is not named here is in the last one.
 PANELS: dict[str, str] = {
     "Model": "model device dtype",
     "Work": "chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale warmup",
@@ -64,7 +64,7 @@ SHORT = {"model": "-m", "device": "-d"}
 
 
 class Source(NamedTuple):
-    """Where a value came from: flag, state, environment, file, profile, model, autoscale, measured, default; which."""
+    """A value's source: flag, state, environment, file, profile, model, autoscale, measured, default; and its name."""
 
     kind: str
     where: str = ""
@@ -74,7 +74,7 @@ class Source(NamedTuple):
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
-# An empty text stays one, and is no path.
+# An empty text stays a text: Path("") would be the current directory.
 File = Annotated[Path | None, BeforeValidator(lambda value: Path(value) if value and isinstance(value, str) else value)]
 Actions = Annotated[
     tuple[Literal["warn", "empty_cache"], ...],
@@ -86,8 +86,8 @@ Actions = Annotated[
 def setting(
     help: str, default: Any = None, *, env: str = "", flag: str | None = "", shown: str = "", **bounds: Any
 ) -> Any:
-    """A field of Settings. env: "" for XLSTM_NAME; flag: "" for --name (and --no-name for a switch), None for none;
-    shown: for the default.
+    """A field of Settings. env: "" for XLSTM_NAME. flag: "" for --name (and --no-name for a switch), None for no
+    flag. shown: the help's text for the default.
     """
     return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "shown": shown}, **bounds)
 
@@ -98,21 +98,21 @@ def count(help: str, default: int | None = None, *, high: int = 1 << 16, **row: 
 
 
 class Settings(BaseSettings):
-    """What the user asked for; None where nothing was asked and there is no fixed default.
+    """What the user asked for; None if a setting was not given and has no fixed default.
 
-    Sizes are in tokens, heads_per_band in heads, mem_*_mb in MiB, mem_*_pct in parts of 1, mem_poll_ms in ms.
+    Sizes are in tokens, heads_per_band in heads, mem_*_mb in MiB, mem_*_pct are fractions, mem_poll_ms is in ms.
     """
 
     model_config = SettingsConfigDict(frozen=True, strict=True, extra="forbid", case_sensitive=True)
 
     model: File = setting("A model directory in the Hugging Face layout.", shown="the demo model")
     device: Literal["auto", "mps", "cuda", "cpu"] = setting(
-        "auto, mps, cuda or cpu.", "auto", shown="auto, the first that is there"
+        "auto, mps, cuda or cpu.", "auto", shown="auto, the first that this machine has"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto, float32 or bfloat16.",
         "auto",
-        shown="auto, bfloat16 on a GPU, else by the model and this CPU",
+        shown="auto, bfloat16 on a GPU; on the CPU by model and speed",
     )
     chunkwise_backend: str | None = setting(
         "queued_compiled_chunks, queued_compiled_steps, the same with ray_, or native (the eager reference).",
@@ -120,20 +120,20 @@ class Settings(BaseSettings):
         env="XLSTM_CHUNKWISE_BACKEND",
         min_length=1,
     )
-    tile_size: int | None = count("Tokens a task, a multiple of the chunk size.", shown="by device")
-    chunk_size: int | None = count("Tokens a chunk of the closed form.", shown="the model's")
-    heads_per_band: int | None = count("Heads a band.", shown="all; 4 on mps", env="XLSTM_MPS_HEADS_PER_BAND")
-    workers: int = count("Threads that work on bands, at most one a band.", 6, env="XLSTM_MPS_WORKERS", high=256)
+    tile_size: int | None = count("Tokens of a tile, a multiple of the chunk size.", shown="by device")
+    chunk_size: int | None = count("Tokens of a chunk.", shown="the model's")
+    heads_per_band: int | None = count("Heads of a band.", shown="all; 4 on mps", env="XLSTM_MPS_HEADS_PER_BAND")
+    workers: int = count("Threads that work on bands, at most one for each band.", 6, env="XLSTM_MPS_WORKERS", high=256)
     streams: int | None = count(
         "CUDA streams that the threads share.", shown="one a thread", flag=None, env="XLSTM_MPS_STREAMS", high=256
     )
     t_inner: int = count("Steps unrolled in a compiled call, for step kernels.", 8, env="XLSTM_T_INNER", high=64)
     autoscale: bool = setting(
-        "Probe this machine for heads a band, workers and tile size, once a model and device.",
+        "Probe this machine for heads of a band, workers and tile size, once for a model and device.",
         False,
         env="XLSTM_MPS_AUTOSCALE",
     )
-    autoscale_again: bool = setting("Probe again, whatever is remembered.", False)
+    autoscale_again: bool = setting("Probe again, even if a result is kept.", False)
     warmup: bool = setting("Compile before the first tile, not on first use.", True, env="XLSTM_MPS_WARMUP")
     enable_mps_fallback: bool = setting(
         "Refused on mps: operators would leave the GPU silently.", False, flag=None, env="PYTORCH_ENABLE_MPS_FALLBACK"
@@ -145,44 +145,44 @@ class Settings(BaseSettings):
     mem_hard_mb: int | None = count("Hard limit in MiB.", shown="the fraction", env="XLSTM_MEM_HARD_MB", high=1 << 30)
     mem_poll_ms: int = count("Milliseconds between samples of memory.", 200, env="XLSTM_MEM_POLL_MS", high=60_000)
     mem_action: Actions = setting(
-        "What a soft limit does beside shrinking: warn, or warn,empty_cache.",
+        "What a soft limit does besides shrinking: warn, or warn,empty_cache.",
         ("warn", "empty_cache"),
         env="XLSTM_MEM_ACTION",
     )
     shrink_on_soft: bool = setting(
         "At a soft limit, halve the tile, then the chunk.", True, flag="--mem-shrink", env="XLSTM_SHRINK_ON_SOFT"
     )
-    min_chunk: int = count("Shrinking ends at chunks of so many tokens.", 8, env="XLSTM_MIN_CHUNK")
+    min_chunk: int = count("The smallest chunk that shrinking makes, in tokens.", 8, env="XLSTM_MIN_CHUNK")
     mem_log: File = setting("Write the watchdog's samples to this CSV file.", shown="none")
     force: bool = setting(
-        "Start although the computed need of memory does not fit. The hard limit still ends a run "
-        "(`mem_watchdog=False`), and neither disk space, the devices of a cluster nor the files of others "
-        "(`overwrite=True`) are forced.",
+        "Start even if the computed memory need does not fit. The hard limit still ends a run "
+        "unless `mem_watchdog=False`. Disk space, devices of a cluster and files of other programs "
+        "(see `overwrite=True`) are still checked.",
         False,
     )
-    stats_log: File = setting("Write a row a tile to this CSV file.", shown="none")
+    stats_log: File = setting("Write a row for each tile to this CSV file.", shown="none")
     overwrite: bool = setting("Outputs may replace files that this program did not write.", False)
     profile: Literal["high-memory-256gb"] | None = setting(f"A set of settings: {', '.join(PROFILES)}.", shown="none")
-    stages: int = count("Stages that the blocks are cut into, an actor each.", 1)
-    threads: int | None = count("CPU threads a worker.", shown="the cores, shared out", high=1024)
+    stages: int = count("Stages: ranges of blocks, each with its own actors.", 1)
+    threads: int | None = count("CPU threads of each worker.", shown="an equal share of the cores", high=1024)
     ray_local_mode: bool = setting(
         "Run the ray_ backends in this process, without Ray.", True, env="XLSTM_RAY_LOCAL_MODE"
     )
     ray_autoshutdown: bool = setting(
         "Stop the Ray head that this run started.", True, flag=None, env="XLSTM_RAY_AUTOSHUTDOWN"
     )
-    ray_dashboard: bool = setting("With Ray's dashboard, on loopback.", False, env="XLSTM_RAY_DASHBOARD")
+    ray_dashboard: bool = setting("Start Ray's dashboard, on loopback.", False, env="XLSTM_RAY_DASHBOARD")
     ray_dashboard_port: int | None = count(
-        "Its port.", shown="8265, or the next free one", env="XLSTM_RAY_DASHBOARD_PORT", high=65535
+        "The dashboard's port.", shown="8265, or the next free one", env="XLSTM_RAY_DASHBOARD_PORT", high=65535
     )
     ray_keep_alive: bool = setting("Leave the Ray head running after the run.", False)
-    ray_address: str | None = setting("HOST:PORT of a Ray head that runs.", shown="none", min_length=1)
+    ray_address: str | None = setting("HOST:PORT of a running Ray head.", shown="none", min_length=1)
     ray_token_path: File = setting("The file with that head's token.", shown="where Ray looks")
     ray_state_dir: File = setting(
-        "Where records of Ray heads and their token are.", shown="~/.local/state/xlstm-ray", env="XLSTM_RAY_STATE_DIR"
+        "The folder of Ray heads' records and token.", shown="~/.local/state/xlstm-ray", env="XLSTM_RAY_STATE_DIR"
     )
     ray_temp_dir: File = setting(
-        "Where a head's sockets, logs and spilled objects go; a short path.",
+        "The folder of a head's sockets, logs and spilled objects; a short path.",
         shown="/tmp/xr-UID",
         env="XLSTM_RAY_TEMP_DIR",
     )
@@ -208,9 +208,9 @@ class Settings(BaseSettings):
     def make(
         cls, *, config: Path | None = None, state: tuple[str, Mapping[str, Any]] | None = None, **asked: Any
     ) -> Self:
-        """Settings from what was asked (None: not asked), from a state (its name and values), and from the rest.
+        """Settings from arguments (None: not given), a state (its name and values), and the other sources.
 
-        Raises UsageError that names the field, variable or file which the wrong value came from.
+        Raises UsageError, which names the field, variable or file of the wrong value.
         """
         refuse_unknown(asked, table())
         given = {**asked, "config": config, "state": state}
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> Any:
-        """The sources are asked in their order, to know of each value which of them gave it."""
+        """Merge the sources in their order, and note the source of each value."""
         flags: dict[str, Any] = dict(init_settings.init_kwargs)
         config, (state, of_state) = flags.pop("config", None), flags.pop("state", ("", {}))
         layers: dict[Source, dict[str, Any]] = {
@@ -235,7 +235,7 @@ class Settings(BaseSettings):
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Says in one line what is wrong, where that came from, and what is allowed."""
+        """Turn pydantic's errors into one line: the source of the wrong value, and what is allowed."""
         try:
             settings = handler(data)
         except ValidationError as err:
@@ -247,7 +247,7 @@ class Settings(BaseSettings):
         return settings
 
     def _refuse_without_effect(self) -> None:
-        """What a flag asks for has an effect; variables and files are for other commands too."""
+        """Refuse flags without an effect. Variables and files are not checked: they are for other commands too."""
         cached = {"cache_dir": self.cache_dir, "cache_memory_mb": self.cache_memory_mb}
         for name, needs in (("cache_disk_mb", 1), ("cache_every", 2), ("cache_match", 2)):
             there = [value is not None for value in [*cached.values()][:needs]]
@@ -264,12 +264,12 @@ class Settings(BaseSettings):
                 )
             if fixed and name == "min_chunk":
                 raise UsageError(
-                    f"{self.named(name)} has no effect where nothing shrinks ({self.named('shrink_on_soft')}); "
+                    f"{self.named(name)} has no effect if nothing shrinks ({self.named('shrink_on_soft')}); "
                     "leave one of them out"
                 )
 
     def outputs(self) -> list[Output]:
-        """The files that these settings ask for."""
+        """The output files of these settings."""
         logs = [(name, getattr(self, name)) for name in ("stats_log", "mem_log")]
         found = [Output(self.named(name), path, LOG) for name, path in logs if path is not None]
         if self.journal or self.resume:
@@ -279,11 +279,11 @@ class Settings(BaseSettings):
         return found
 
     def inputs(self) -> list[Input]:
-        """The files that these settings have read."""
+        """The input files of these settings."""
         found = []
         if self.model:
             names = set(MODEL_FILES)
-            with suppress(OSError):  # the model is read later, and says it then
+            with suppress(OSError):  # reading the model later reports it
                 names |= {name for name in os.listdir(self.model) if fnmatch(name, "model-*.safetensors")}
             found += [Input(self.named("model"), self.model / name) for name in sorted(names)]
         if self.ray_token_path:
@@ -291,17 +291,17 @@ class Settings(BaseSettings):
         return found
 
     def source(self, name: str) -> Source:
-        """Where a setting's value came from."""
+        """The source of a setting's value."""
         source = self.sources.get(name, Source("default"))
         return source if source.where or source.kind == "default" else source._replace(where=self.named(name))
 
     def named(self, name: str) -> str:
-        """What an error calls a setting: the field, the variable, or its place in a file or profile."""
+        """A setting's name in errors: the field, the variable, or its place in a file or profile."""
         return table()[name].named(self.sources.get(name, Source("default")), getattr(self, name))
 
 
 class Setting:
-    """A field of Settings as the help and the errors show it."""
+    """A field of Settings, for the help and for errors."""
 
     def __init__(self, name: str, field: FieldInfo):
         extra: Any = field.json_schema_extra
@@ -324,7 +324,7 @@ class Setting:
         }.get(self.kind, words or "a text that is not empty")
 
     def named(self, source: Source, value: Any) -> str:
-        """What an error calls the setting, where this value of it came from there: a field where a caller gave it."""
+        """The setting's name in errors, for a value from this source; a field if a caller gave it."""
         if source.kind == "environment":
             return self.env
         if source.kind in ("flag", "default"):
@@ -339,7 +339,7 @@ def table() -> dict[str, Setting]:
 
 
 class _Environment(EnvSettingsSource):
-    """The variables that the table names and no others; what does not parse stays a text, for Settings to refuse."""
+    """Reads only the variables of the table. A value that does not parse stays a text, which Settings refuses."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         row = table().get(field_name)
@@ -347,14 +347,14 @@ class _Environment(EnvSettingsSource):
 
     def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
         if value == "":
-            return value  # a path made of it would be this directory
+            return value  # Path("") would be the current directory
         with suppress(ValidationError):
             return TypeAdapter[Any](field.annotation or str).validate_python(value)
         return value
 
 
 def refuse_unknown(names: Collection[str], known: Collection[str], where: str = "", kind: str = "setting") -> None:
-    """Raise UsageError for the first name that is not known, with those that are near it."""
+    """Raise UsageError for the first unknown name, with similar names."""
     for name in (name for name in names if name not in known):
         near = get_close_matches(name.replace("-", "_"), known, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
@@ -362,25 +362,25 @@ def refuse_unknown(names: Collection[str], known: Collection[str], where: str = 
 
 
 def given_variables() -> dict[str, str]:
-    """The variables of the environment that settings were given by: a command that goes on needs them too."""
+    """The environment variables that gave settings: a command that resumes the run needs them too."""
     return {row.env: os.environ[row.env] for row in table().values() if row.env in os.environ}
 
 
 def unknown_variables() -> list[str]:
-    """A line for each variable of the environment that begins like ours and is not one."""
+    """A line for each unknown environment variable that begins with XLSTM_."""
     known = {row.env.removeprefix("XLSTM_"): row.env for row in table().values()}
     notes = []
     for name in sorted(name for name in os.environ if name.startswith("XLSTM_") and name not in known.values()):
         near = [known[word] for word in get_close_matches(name.removeprefix("XLSTM_"), known, 3)]
-        hint = f"did you mean {' or '.join(near)}?" if near else "xlstm-ray config --json has the names that there are"
-        notes.append(f"the variable {name} has no effect: it is not a setting's; {hint}")
+        hint = f"did you mean {' or '.join(near)}?" if near else "xlstm-ray config --json lists the names"
+        notes.append(f"the variable {name} has no effect: it is not a setting; {hint}")
     return notes
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """The settings of a TOML file; its paths are relative to its directory."""
     try:
-        if not path.is_file():  # the library passes over it
+        if not path.is_file():  # the library ignores it
             raise UsageError(f"`config` {path}: cannot be read (No such file, or a directory or pipe)")
         values = TomlConfigSettingsSource(Settings, path).toml_data
     except OSError as err:

@@ -1,4 +1,4 @@
-"""RecurrentState: what remains of a prompt, whatever its length. Saved as one safetensors file, checked when read."""
+"""RecurrentState: what remains of a prompt of any length. Saved as one safetensors file, which is checked when read."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ from xlstm_ray.text.history import EMPTY_PROMPT, Place, Row, TokenTrail, extend_
 
 __all__ = ["EMPTY_PROMPT", "FORMAT", "Numerics", "RecurrentState", "extend_prompt_hash"]
 
-SAMPLED = "xlstm-ray state 1"  # told models apart by a sample of their weights
+SAMPLED = "xlstm-ray state 1"  # its fingerprint covered only a sample of the weights
 
 FORMAT = "xlstm-ray state 5"
-KEPT = 4  # states of interrupted runs, one a model
+KEPT = 4  # states of interrupted runs to keep, one for each model
 
 
 class Numerics(BaseModel):
@@ -68,10 +68,10 @@ class _Metadata(BaseModel):
 
 
 class Elsewhere(Protocol):
-    """Where a state's tensors are while nobody has asked for them."""
+    """The place of a state's tensors until somebody asks for them."""
 
     def bring(self) -> dict[str, Tensor]:
-        """All but the logits, on the CPU. Raises GridLost."""
+        """All tensors but the logits, on the CPU. Raises GridLost."""
 
     def pick(self, rows: Sequence[int]) -> "Elsewhere":
         """Some of the rows."""
@@ -82,11 +82,12 @@ class RecurrentState:
 
     tensors: `blocks.N.C` (B, NH, K, V), `blocks.N.n` (B, NH, K), `blocks.N.m` (B, NH, 1) of an mLSTM block,
     `blocks.N.h`, `.c`, `.n`, `.m` (B, NH, DH) of an sLSTM block, and `logits` (B, vocabulary) of the last token
-    consumed; all float32, on the CPU. `tokens` and `prompt_hash` tell, a row, how many tokens and which (none yet: the
-    row is all zeros), and `rows` what is known of their text. `complete` is false for a prefill that was stopped on the
-    way; then `begun` tells, a row, after how many tokens it had begun, which decides what rows go together. `sampling`
-    is how the last answer was made, for the next one. `name` is what errors call it. `elsewhere` is given where
-    `tensors` has only the logits yet. `place` is that of a state that an engine keeps for prompts to come.
+    consumed; all float32, on the CPU. For each row, `tokens` and `prompt_hash` say how many tokens it has seen, and
+    which (a row without tokens is all zeros), and `rows` has what is known of their text. `complete` is false if the
+    prefill was stopped before its end; then `begun` has each row's number of tokens before that prefill, which decides
+    the groups of rows. `sampling`: parameters of the last answer, for the next one. `name`: its name in errors.
+    `elsewhere`: where the other tensors are while `tensors` has only the logits. `place`: the place of a state that an
+    engine keeps for later prompts.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class RecurrentState:
     ):
         self._tensors, self.tokens, self.prompt_hash = tensors, list(tokens), list(prompt_hash)
         self.elsewhere, self._brought = elsewhere, elsewhere is None
-        if rows is None:  # of tokens alone
+        if rows is None:  # only tokens are known
             known = zip(self.tokens, self.prompt_hash, strict=True)
             rows = [Row(tokens=TokenTrail(length=n, hash=h, step=max(n, 1))) for n, h in known]
         self.rows, self.sampling = list(rows), sampling
@@ -120,7 +121,7 @@ class RecurrentState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them; where they are with an engine's workers they come when they are first asked for."""
+        """All tensors. If an engine's workers have them, they are fetched on the first access."""
         if not self._brought and self.elsewhere is not None:
             self._tensors = {**self.elsewhere.bring(), **self._tensors}
             self._brought = True
@@ -128,7 +129,7 @@ class RecurrentState:
 
     @property
     def logits(self) -> Tensor:
-        """(B, vocabulary) float32, on the CPU: of each row's last token."""
+        """The logits of each row's last token: (B, vocabulary) float32, on the CPU."""
         return self._tensors["logits"]
 
     def digest(self) -> str:
@@ -141,11 +142,11 @@ class RecurrentState:
         return total.hexdigest()
 
     def row(self, b: int) -> "RecurrentState":
-        """One prompt's state out of a batch."""
+        """The state of one prompt of a batch."""
         return self._of_rows([b], {name: tensor[b : b + 1].clone() for name, tensor in self._tensors.items()})
 
     def spread(self, batch: int) -> "RecurrentState":
-        """The state of one prompt as that of `batch` rows; the tensors are not copied."""
+        """Repeat the state of one prompt for `batch` rows, without copying tensors."""
         assert self.batch == 1
         tensors = {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self._tensors.items()}
         return self._of_rows([0] * batch, tensors)
@@ -170,8 +171,8 @@ class RecurrentState:
     def save(self, path: str | Path, *, overwrite: bool = False) -> str:
         """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
 
-        Another state is replaced; any other file only where `overwrite` says so, and nothing through a link. Raises
-        StateError where that, or the place, does not allow it.
+        A state file is replaced, any other file only with `overwrite`. A link is never followed. Raises StateError if
+        the file may not be replaced or cannot be written.
         """
         path = Path(path)
         try:
@@ -202,9 +203,9 @@ class RecurrentState:
         return digest
 
     def keep(self) -> Path:
-        """Save it in the cache directory, in the place of the one before of this model; the oldest of others go.
+        """Save it in the cache directory. Replaces the last one of this model, and removes the oldest of other models.
 
-        Raises StateError where that cannot be written.
+        Raises StateError if the file cannot be written.
         """
         folder = cache_dir() / "states"
         path = folder / f"{self.model}.state"
@@ -230,25 +231,25 @@ class RecurrentState:
                 for name in file.keys():
                     dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
                     if dtype != "F32" or not shape:
-                        raise StateError(f"{path}: tensor {name!r} is {dtype} {shape}; those of a state are F32")
+                        raise StateError(f"{path}: tensor {name!r} is {dtype} {shape}; tensors of a state are F32")
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (SafetensorError, OSError, ValueError) as err:
             raise StateError(f"{path}: is not a whole state file: {one_line(err)}") from None
         text = header.get("xlstm_ray", "")
         if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
-            raise StateError(f"{path}: is no state of this program, or its header is damaged")
+            raise StateError(f"{path}: is not a state of this program, or its header is damaged")
         if text.startswith(json.dumps({"format": SAMPLED}, separators=(",", ":"))[:-1]):
             raise StateError(
-                f"{path}: was made by an earlier version, which told models apart by a sample of their weights, so it "
-                "may be of another model; make it anew from its prompt"
+                f"{path}: was made by an earlier version, which identified models by a sample of their weights, so it "
+                "may belong to another model; make it again from its prompt"
             )
         try:
             known = json.loads(text).get("format")
         except (ValueError, AttributeError, RecursionError):
-            known = FORMAT  # the check below says what is wrong
+            known = FORMAT  # the schema's check below names the error
         if known != FORMAT:
             raise StateError(
-                f"{path}: has format {known!r}, and this program reads {FORMAT!r}; make the state anew from its prompt"
+                f"{path}: has format {known!r}, and this program reads {FORMAT!r}; make the state again from its prompt"
             )
         try:
             metadata = _Metadata.model_validate_json(text)
@@ -282,13 +283,13 @@ class RecurrentState:
         return state
 
     def check(self, config: ModelConfig, model: str) -> None:
-        """Raise StateError unless this is a state of that model: by fingerprint, then every tensor's shape."""
+        """Raise StateError unless this state belongs to that model: checks the fingerprint and every tensor."""
         if self.model != model:
             raise StateError(
                 f"{self.name} belongs to another model (fingerprint {self.model}, this model has {model}); "
                 "use the model directory that it was made with"
             )
-        if not self._brought:  # a worker of that model has it
+        if not self._brought:  # a worker of that model has the tensors
             return
         expected: dict[str, tuple[int, ...]] = {"logits": (self.batch, config.vocab_size)}
         for n in range(config.num_blocks):
@@ -296,10 +297,10 @@ class RecurrentState:
                 expected[f"blocks.{n}.{name}"] = (self.batch, *shape)
         if set(expected) != set(self.tensors):
             odd = sorted(set(expected) ^ set(self.tensors))
-            raise StateError(f"{self.name} has not the tensors of the model: {odd[0]!r} is missing or too many")
+            raise StateError(f"{self.name} does not have the model's tensors: {odd[0]!r} is missing or too many")
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
                 raise StateError(f"{self.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
             if not tensor.isfinite().all():
-                raise StateError(f"{self.name}: {name} holds values that are not finite; make the state anew")
+                raise StateError(f"{self.name}: {name} has values that are not finite; make the state again")

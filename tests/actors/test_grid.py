@@ -77,8 +77,8 @@ def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, model
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"stages": 2}, "`stages` is of the ray_ backends"),
-        ({"ray_address": "127.0.0.1:1"}, "`ray_address` is of the ray_ backends"),
+        ({"stages": 2}, "`stages` is for the ray_ backends"),
+        ({"ray_address": "127.0.0.1:1"}, "`ray_address` is for the ray_ backends"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_dashboard": True}, "local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_keep_alive": True}, "local mode"),
         ({"chunkwise_backend": "ray_compiled_chunks", "ray_temp_dir": Path("/tmp/x")}, "no effect in local mode"),

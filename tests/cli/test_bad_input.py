@@ -338,7 +338,7 @@ REFUSED_CHOICES = {
     "embedding_dim": 64,  # hidden_size says 32
     "vocab_size": 258,
     "num_heads": 7,
-    "qk_dim_factor": 0.54,  # 17.28 is no multiple of 2 heads
+    "qk_dim_factor": 0.54,  # 17.28 is not a multiple of 2 heads
     "v_dim_factor": 2.0,
     "ffn_proj_factor": 4.0,
     "use_bias": True,
@@ -1136,7 +1136,7 @@ def test_a_state_of_other_numerics_is_refused(option, saved, models):
         (PROMPT.swapcase() + " More.", "another prompt"),
         (PROMPT[:-1], "give the same prompt or a longer one"),
         ("O", "give the same prompt or a longer one"),
-        ([PROMPT, PROMPT], "is of 1 prompts, but 2 were given"),
+        ([PROMPT, PROMPT], "has 1 prompts, but 2 were given"),
     ],
 )
 def test_a_state_of_another_prompt_is_refused(prompt, reason, saved, lm):

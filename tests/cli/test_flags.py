@@ -55,7 +55,7 @@ LOADING: dict[str, tuple[dict[str, Any], str, str]] = {
     "too many heads": ({"heads_per_band": 9}, "`heads_per_band` is 9", "--heads-per-band is 9"),
     "no model": ({"model": "nowhere"}, "; `model` takes", "; --model takes"),
     "no file": ({"config": Path("no.toml")}, "`config` no.toml: cannot", "--config no.toml: cannot"),
-    "of actors": ({"stages": 2}, "use `chunkwise_backend=ray_", "--stages is of the ray_ backends"),
+    "of actors": ({"stages": 2}, "use `chunkwise_backend=ray_", "--stages is for the ray_ backends"),
     "no dashboard": ({**RAY, "ray_dashboard_port": 9999}, "add `ray_dashboard=True`", "add --ray-dashboard"),
     "nothing to keep": ({**RAY, "ray_keep_alive": True}, "`ray_keep_alive` in local", "--ray-keep-alive in local"),
     "unrolls nothing": ({"t_inner": 4}, "`chunkwise_backend=queued_", "use --chunkwise-backend queued_"),

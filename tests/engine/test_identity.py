@@ -89,7 +89,7 @@ def test_a_state_of_an_earlier_version_says_so(state, tmp_path, monkeypatch):
     monkeypatch.setattr("xlstm_ray.state.FORMAT", "xlstm-ray state 1")
     state.save(tmp_path / "old")
     monkeypatch.undo()
-    with pytest.raises(StateError, match="earlier version.*make it anew"):
+    with pytest.raises(StateError, match="earlier version.*make it again"):
         RecurrentState.load(tmp_path / "old")
     state.save(tmp_path / "old")  # an old state is a state, and may be replaced
 

@@ -307,7 +307,7 @@ def test_a_state_of_other_numerics_model_or_prompt_is_refused(model, eager):
         load(model).prefill(IDS[1:50], state=state)
     with pytest.raises(StateError, match="has 39 tokens, but the state has already seen 40"):
         load(model).prefill(IDS[:39], state=state)
-    with pytest.raises(StateError, match="is of 1 prompts, but 2 were given"):
+    with pytest.raises(StateError, match="has 1 prompts, but 2 were given"):
         load(model).prefill([IDS[:50], IDS[:50]], state=state)
 
 

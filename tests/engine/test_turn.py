@@ -134,5 +134,5 @@ def test_a_forked_child_is_told_and_its_parents_engine_goes_on(lm):
     finally:
         child.kill()
         child.join()
-    assert all("which this one is a fork" in line for line in lines)
+    assert all("this one is a fork of it" in line for line in lines)
     assert lm.prefill(PROMPTS[0]).state.digest() == alone

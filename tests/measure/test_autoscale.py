@@ -60,7 +60,7 @@ def test_a_damaged_memory_is_said_and_written_anew(content, model, cache):
     cache.parent.mkdir()
     cache.write_bytes(content)
     engine = xlstm_ray.load(model, device="cpu", autoscale=True, tile_size=16)
-    assert f"{cache} could not be read and is written anew" in engine.note
+    assert f"{cache} could not be read and is written again" in engine.note
     assert len(json.loads(cache.read_text())) == 1
 
 

@@ -106,7 +106,9 @@ def test_mistakes_are_one_line(words: tuple[str, ...], says: str, run: Callable[
 
 def test_what_a_child_refuses_is_one_line_too(model: Path) -> None:
     error = bench("--model", model, "--tile-size", 40, "--backends", "native", "--lengths", 8, code=1)
-    assert error.startswith("error: native at 8 tokens: --tile-size is 40, which is no multiple of the chunk size 16")
+    assert error.startswith(
+        "error: native at 8 tokens: --tile-size is 40, which is not a multiple of the chunk size 16"
+    )
 
 
 def test_matplotlib_is_missed_only_where_a_picture_is_asked_for(model: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
         ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
         ("--device m1 --check", "--check runs on this machine"),
         ("--device m1 --model nowhere", "nowhere: is not a directory"),
-        ("--device m1 --tile-size 100", "--tile-size is 100, which is no multiple of the chunk size 64"),
+        ("--device m1 --tile-size 100", "--tile-size is 100, which is not a multiple of the chunk size 64"),
     ],
 )
 def test_mistakes_are_one_line(words: str, says: str, run: Callable[..., Ran]) -> None:

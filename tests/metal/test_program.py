@@ -103,7 +103,7 @@ def test_a_lowered_t_inner_is_said(
 ) -> None:
     asked = "prefill", "--model", tiny, "--prompt", TEXT[:40], "--dtype", "float32", "--tile-size", 64, "--json"
     want = run(*asked, "--device", "cpu", "--chunkwise-backend", "native").row
-    note = "T_inner 20 takes kernels of more than 31 buffers"
+    note = "T_inner 20 needs kernels with more than 31 buffers"
     monkeypatch.setattr("xlstm_ray.kernels.metal.fit_t_inner", lambda asked, **_: Fit(3, 31, f"{note} ({asked})"))
     monkeypatch.setenv("XLSTM_T_INNER", "20")
     ran = run(*asked, "--device", "mps", "--chunkwise-backend", "queued_compiled_steps")

@@ -1,4 +1,4 @@
-"""A prefill of many rows: group after group through the driver, one snapshot of all of them."""
+"""A prefill of many rows: one group after the other through the driver, with snapshots of all rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,21 +17,21 @@ from xlstm_ray.errors import GridLost
 
 @dataclass
 class BatchOutcome:
-    """What a run over all groups leaves. Times in seconds."""
+    """The results of a run over all groups. Times in seconds."""
 
     end: Snapshot
-    ready_s: list[float]  # a row: from the run's first tile to the row's logits
-    group_s: list[float]  # a row: what its group took
-    all_logits: list[Tensor] = field(default_factory=list)  # a row (tokens, vocabulary), where they were asked for
+    ready_s: list[float]  # for each row: from the run's first tile to the row's logits
+    group_s: list[float]  # for each row: the time of its group
+    all_logits: list[Tensor] = field(default_factory=list)  # for each row (tokens, vocabulary), if requested
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
-    tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
-    tile_whole: list[bool] = field(default_factory=list)  # not a tail's window
-    lost: GridLost | None = None  # why it ended early, at its last snapshot
+    tile_tokens: list[int] = field(default_factory=list)  # new tokens of each tile, over all rows
+    tile_whole: list[bool] = field(default_factory=list)  # False for a window of a tail
+    lost: GridLost | None = None  # why it ended early, with its last snapshot
 
 
 def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
-    """These rows of a snapshot, and empty ones up to `size`."""
+    """These rows of a snapshot, filled up with empty rows to `size`."""
     empty = size - len(rows)
     logits = snapshot.logits[list(rows)] if list(rows) != list(range(len(snapshot.consumed))) else snapshot.logits
     if empty:
@@ -44,8 +44,8 @@ def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
 
 
 class Whole:
-    """The snapshot of all rows, which is brought up to date a group at a time. Never writes into what it began with,
-    nor into what it has handed out."""
+    """The snapshot of all rows, updated group by group. It never writes into the snapshot that it began with or into
+    one that it has handed out."""
 
     def __init__(self, start: Snapshot):
         self.now, self._own = start, False
@@ -55,7 +55,7 @@ class Whole:
         return self.now
 
     def put(self, rows: Sequence[int], part: Snapshot) -> Snapshot:
-        """The snapshot with these rows as `part` has them first."""
+        """Replace these rows by the first rows of `part`; returns the new snapshot."""
         batch, n = len(self.now.consumed), len(rows)
         if list(rows) == list(range(batch)) and len(part.consumed) == batch:
             self.now = part
@@ -79,10 +79,10 @@ def prefill_groups(
     all_logits: bool = False,
     hooks: Hooks = NO_HOOKS,
 ) -> BatchOutcome:
-    """As driver.prefill, for each group in turn; snapshots, progress and the outcome are those of all rows.
+    """driver.prefill for one group after the other. Snapshots, progress and the outcome are of all rows.
 
-    sizes: those of now, asked where a group begins. hooks.on_group is called with each group that is done and the
-    outcome so far, at once for those that `start` has whole. A stopped run leaves the groups after it as they were.
+    sizes: called at each group's begin for the sizes to use. hooks.on_group is called with each group that is done and
+    the outcome so far; groups that `start` has whole come first. A stopped run does not change the groups after it.
     """
     begin, end = start.consumed, [len(row) for row in rows]
     whole = Whole(start)
@@ -114,7 +114,7 @@ def prefill_groups(
             own = [rows[b] for b in group.rows]
             own += [rows[0][:0]] * (group.size - len(own))
             part = take(start, group.rows, group.size)
-            states.evict(but=part.rows)  # those of the groups before
+            states.evict(but=part.rows)  # the states of earlier groups
             own_hooks = replace(
                 hooks,
                 on_snapshot=hooks.on_snapshot and partial(snapshot, group),

@@ -1,4 +1,4 @@
-"""What the calls of one engine share: what runs its plan, its texts, what it keeps, what is compiled by now."""
+"""What all calls of one engine share: the running plan, the tokenizer, journal and states, compiled shapes."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -23,9 +23,9 @@ from xlstm_ray.text.tokenizer import Text
 
 
 class Core:
-    """A loaded model, as prefill and generation see it. turn: who may use it.
+    """A loaded model, for prefill and generation. turn: lets one call at a time use it.
 
-    on_phase: told what begins that may take long. on_note: told what a person should know of a run that goes on.
+    on_phase: called before steps that may take long. on_note: called with remarks for people while a run goes on.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Core:
         self.plan, self.running, self.kept = plan, running, kept
         self.text, self.turn, self.on_phase = text, turn, on_phase
         self.on_note: Callable[[str], None] = lambda text: None
-        self.fingerprint = ""  # of the model; known when its weights have been read
+        self.fingerprint = ""  # of the model; known after its weights were read
         self.states = States(lambda: running.executor, lambda: turn.of("bring"))
         self.cache: Cache | None = None  # of states for prompts to come
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
-        self.logs: set[str] = set()  # what has been written by an earlier run
+        self.logs: set[str] = set()  # logs that an earlier run has written
 
     def open_cache(self) -> None:
         """Have a cache of states, where the plan says so; the model is loaded. Raises OutputError."""
@@ -61,16 +61,16 @@ class Core:
             )
 
     def warm_up(self, batch: int, sizes: Sequence[int], chunk_size: int | None = None) -> float:
-        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took.
+        """Compile the functions for windows of these sizes, once, unless warm-up is off; returns the seconds it took.
 
-        chunk_size: tokens a chunk (none given: the plan's).
+        chunk_size: tokens of a chunk (None: the plan's).
         """
         started, chunk = perf_counter(), chunk_size or self.plan.numerics.chunk_size
         missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
         if not missing or not self.plan.warms_up:
             return 0.0
         sizes_text = " and ".join(map(str, missing))
-        self.on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s where that is new here)")
+        self.on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s the first time on this machine)")
         self.running.executor.warm_up(batch, missing, chunk)
         self.warm |= {(batch, size, chunk) for size in missing}
         return perf_counter() - started
@@ -78,7 +78,7 @@ class Core:
     def state(
         self, snapshot: Snapshot, rows: list[Row], numerics: Numerics, sampling: Sampling | None, *, complete: bool
     ) -> RecurrentState:
-        """What a snapshot is to the outside."""
+        """A snapshot as a RecurrentState, for callers."""
         return RecurrentState(
             {"logits": snapshot.logits},
             tokens=snapshot.consumed,
@@ -92,7 +92,7 @@ class Core:
         )
 
     def check(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
-        """Raise StateError where this model cannot go on from a state, or has other numerics and not any_numerics."""
+        """Raise StateError unless this model can go on from a state; any_numerics: also with other numerics."""
         state.check(self.plan.config, self.fingerprint)
         if not state.numerics.goes_on_as(self.plan.numerics) and not any_numerics:
             raise StateError(
@@ -108,9 +108,9 @@ class Core:
         *,
         any_numerics: bool = False,
     ) -> tuple[list[Going], RecurrentState | None]:
-        """What each row has to go through, and the state that it goes on from, of as many rows.
+        """What each row has to read, and the state to go on from, with as many rows.
 
-        Raises UsageError and StateError where it cannot; see Engine.prefill for prompt, append and state.
+        Raises UsageError and StateError for wrong arguments; see Engine.prefill for prompt, append and state.
         """
         if state is not None:
             self.check(state, any_numerics=any_numerics)
@@ -132,14 +132,14 @@ class Core:
         return appended(more, state, lambda new, row: self.text.more(new, row.end.tokens)), state
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
-        """Where a state's rows are: with the executor, where an earlier call has left them there."""
+        """The rows of a state; without a copy if an earlier call left them with the executor."""
         if isinstance(state.elsewhere, HeldRows) and self.states.has(state.elsewhere):
             return state.elsewhere
         tensors = {name: tensor for name, tensor in state.tensors.items() if name != "logits"}
         return self.states.rows(None, state.batch, tensors)
 
     def between_pieces(self, done: int, characters: int) -> None:
-        """Between two pieces of a long text: how far it is, and whether there is memory for more."""
+        """Between two pieces of a long text: report the progress, and check the memory limit."""
         if done < characters:
             self.on_phase(f"cutting the prompt into tokens ({done:,} of {characters:,} characters)")
         self.plan.room.require_under_limit(take_sample(), "cuts the prompt into tokens")

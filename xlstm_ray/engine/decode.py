@@ -1,4 +1,4 @@
-"""Token after token, from an executor's state."""
+"""Decoding: one token after the other, from an executor's states."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from xlstm_ray.text.answer import Answer
 
 
 def require_finite(logits: Tensor, model: Path) -> None:
-    """Raise CheckpointError where the model's numbers have become NaN or infinite: no token may be chosen from them."""
-    if not logits.sum(-1).isfinite().all():  # NaN and infinity stay in a sum, which makes no copy of all of them
+    """Raise CheckpointError if logits are NaN or infinite: no token can be chosen from them."""
+    if not logits.sum(-1).isfinite().all():  # a sum keeps NaN and infinity, and needs no copy of all logits
         raise CheckpointError(
             f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
         )
@@ -27,7 +27,7 @@ def require_finite(logits: Tensor, model: Path) -> None:
 
 @dataclass
 class Together:
-    """Rows that are decoded together, their time and how often they were given a token."""
+    """Rows that are decoded together, their time and their number of steps."""
 
     rows: range
     seconds: float = 0.0
@@ -37,7 +37,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Made:
-    """A token's log-probability, and ids and those of the likeliest at its place."""
+    """A token's log-probability, and the likeliest tokens at its place: ids and log-probabilities."""
 
     logprob: float
     likeliest: list[tuple[int, float]]
@@ -45,25 +45,25 @@ class Made:
 
 @dataclass(frozen=True)
 class Start:
-    """What a prefill leaves to decode from. seen: how many tokens the state has seen, a row."""
+    """The end of a prefill, where decoding starts. seen: for each row, the number of tokens that its state has seen."""
 
     rows: HeldRows
     logits: Tensor  # (B, vocabulary)
     seen: Sequence[int]
-    prompts: Sequence[Sequence[int]]  # of the repetition penalty, as far as they are known
+    prompts: Sequence[Sequence[int]]  # tokens for the repetition penalty, as far as they are known
 
 
 class Decoder:
-    """Decodes from states of its rows; counts tokens and time. Other states of the executor stay as they are.
+    """Decodes from the states of its rows; counts tokens and time. Does not change other states of the executor.
 
-    Rows are decoded 16 at a time, in the smallest call, for 1, 4 or 16 rows, that holds those that have not ended.
-    Which row stands where in a call hangs on its group and on which of its rows go on, and on nothing before: so a run
-    that is stopped and resumed makes the same calls.
+    Rows are decoded 16 at a time. A call has 1, 4 or 16 rows: the smallest that holds the active ones. A row's place in
+    a call depends only on its group and on which rows of the group are active, so a run that is stopped and resumed
+    makes the same calls.
 
-    answers: of the rows, which say how tokens are chosen and when there are enough. ends: end tokens. warm_up: compiles
-    decoding for so many rows, and returns the seconds it took.
-    After the iteration `logits` are those after each row's last token that the state has seen, a tensor (vocabulary,) a
-    row, and `made` has the log-probabilities of the tokens of rows that ask for them.
+    answers: for each row, how tokens are chosen and when the answer ends. ends: end tokens. warm_up: compiles decoding
+    for a number of rows, and returns the seconds it took.
+    After the iteration, `logits` has for each row a tensor (vocabulary,): the logits after the last token that its
+    state has seen. `made` has the log-probabilities of the tokens, for rows that ask for them.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class Decoder:
         logits = start.logits
         batch = len(logits)
         self.logits = list(logits)
-        self._call = list(range(batch)), logits  # the rows of the last call that were active, and their logits
+        self._call = list(range(batch)), logits  # the active rows of the last call, and their logits
         self.made: list[list[Made]] = [[] for _ in range(batch)]
-        self._behind = [False] * batch  # rows whose last token the state has not seen
+        self._behind = [False] * batch  # True if the row's state has not seen its last token
         self._seen = start.seen
         self.groups = [Together(range(n, min(n + GROUP_SIZES[-1], batch))) for n in range(0, batch, GROUP_SIZES[-1])]
-        self.now = self.groups[0]  # the one that the last step was of
+        self.now = self.groups[0]  # the group of the last step
         self.compile_s = 0.0
-        self._rows: list[HeldRow | None] = list(start.rows)  # where each row's state is, but for those decoded now
-        self._resident: StateRef | None = None  # the state that is decoded now, in place
-        self._places: list[int] = []  # its rows
+        self._rows: list[HeldRow | None] = list(start.rows)  # each row's state; None for rows that are decoded now
+        self._resident: StateRef | None = None  # the state of the rows that are decoded now; steps write into it
+        self._places: list[int] = []  # the rows in it
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[list[str]]:
-        """Yield what each row's text gains by a token more, until all have ended.
+        """For each token, yield the new piece of every row's text, until all rows have ended.
 
-        A group's end is a step without text, where another follows. Called again, it goes on where it was left.
+        Between two groups there is a step without text. A second call goes on where the first one stopped.
         """
         for group in self.groups:
             if group.done:
@@ -123,10 +123,10 @@ class Decoder:
         return self.groups[b // GROUP_SIZES[-1]]
 
     def rows(self) -> HeldRows:
-        """The state of all rows, which has seen all tokens made."""
+        """The state of all rows, after all tokens that were made."""
         for group in self.groups:
             self._catch_up(group.rows)
-        self._settle()  # what is handed out is not written into again
+        self._settle()  # no step may write into a state that is handed out
         return HeldRows(self._rows)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ class Decoder:
             answer = self._answers[b]
             before = len(answer.tokens)
             pieces[b] = answer.step(token)
-            self._behind[b] = len(answer.tokens) > before  # an end token is not among them
+            self._behind[b] = len(answer.tokens) > before  # the state never sees an end token
             if answer.finish is not None and not self._behind[b]:
-                self.logits[b] = self.logits[b].clone()  # a part would keep the whole call's
+                self.logits[b] = self.logits[b].clone()  # a view would keep the logits of the whole call alive
             count = counts[n]
             if self._behind[b] and found is not None and count is not None:
                 of_row = found[0][n], found[1][n][:count], found[2][n][:count]
@@ -165,12 +165,12 @@ class Decoder:
         return pieces
 
     def _logits_of(self, rows: list[int]) -> Tensor:
-        """The logits (rows, vocabulary) of these rows, without a copy where they are those of the last call."""
+        """The logits (rows, vocabulary) of these rows; without a copy if they are the last call's rows."""
         of_call, logits = self._call
         return logits if rows == of_call else torch.stack([self.logits[b] for b in rows])
 
     def _catch_up(self, group: Sequence[int]) -> None:
-        """Let the state see the tokens made since it was last asked."""
+        """Feed the tokens that the state has not seen."""
         active = [b for b in group if self._behind[b]]
         if not active:
             return
@@ -180,14 +180,14 @@ class Decoder:
         mask[:rows] = torch.tensor([self._behind[b] for b in self._places])
         last = torch.zeros(len(mask), 1, dtype=torch.long)
         last[:rows, 0] = torch.tensor([(self._answers[b].tokens or [0])[-1] for b in self._places])
-        # The state of rows that are not active stays as it is, and their logits mean nothing.
+        # Rows that are not active keep their state, and their logits mean nothing.
         none = torch.zeros(len(mask), dtype=torch.long)
         step = Step(last, none, mask.long(), chunk_size=1, logits="last", in_place=True)
         ((_, _, result),) = run(self._executor, state, [step])
         logits = result.logits
         assert logits is not None
         logits = logits.cpu()
-        # A copy of the logits of 16 rows takes longer than choosing their tokens.
+        # No copy: copying the logits of 16 rows takes longer than choosing their tokens.
         logits = logits[:rows] if active == self._places else logits[mask]
         require_finite(logits, self._model)
         self._call = active, logits
@@ -195,10 +195,10 @@ class Decoder:
             self.logits[b], self._behind[b] = row, False
 
     def _arrange(self, group: Sequence[int], active: list[int]) -> StateRef:
-        """A state of the rows of this group that are active, which nobody else goes on from.
+        """A state of this group's active rows that nobody else uses.
 
-        In a call of the group's own size each has its own place; in a smaller one they stand together, without those
-        that have ended: so a resumed run has them in the same places.
+        In a call of the group's full size, each row keeps its place. In a smaller call, only the active rows are there,
+        in order. So a resumed run has them in the same places.
         """
         size = group_size(len(active))
         places = list(group) if size == group_size(len(group)) else active
@@ -212,7 +212,7 @@ class Decoder:
         return self._resident
 
     def _settle(self) -> None:
-        """Nothing is decoded in place any more: its rows are as others are."""
+        """Stop writing into the resident state: its rows become states like all others."""
         state, self._resident = self._resident, None
         if state is not None:
             for b, row in zip(self._places, self._states.rows(state, state.batch), strict=False):

@@ -1,4 +1,4 @@
-"""The driver: feeds windows to an executor, counts, and stops between windows. Everything it needs is an argument."""
+"""The driver: feeds windows to an executor, counts, and stops between windows. All that it needs is an argument."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
 
 
 class Tail:
-    """A row's tokens from `start` on, by their positions in the whole: what came before is in a state, not here."""
+    """A row's tokens from position `start` on; the tokens before are already in a state. Indices are positions."""
 
     def __init__(self, tokens: Tensor, start: int):
         self.tokens, self._start = tokens, start
@@ -35,7 +35,7 @@ class Tail:
 
     def __getitem__(self, part: slice) -> Tensor:
         start, stop, _ = part.indices(len(self))
-        if start >= stop:  # a row that has nothing in a window
+        if start >= stop:  # a row without tokens in a window
             return self.tokens[:0]
         assert start >= self._start
         return self.tokens[start - self._start : stop - self._start]
@@ -46,14 +46,14 @@ Tokens = Tensor | Tail
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a prefill is: tokens over all rows, those of a resumed state too; seconds since its first tile began."""
+    """The progress of a prefill: tokens over all rows, with those of a resumed state; seconds since its first tile."""
 
     tokens_done: int
     tokens_total: int
     tiles_done: int
     tile_seconds: float
     seconds: float
-    tokens_resumed: int = 0  # of those that are done, found in the state that the run began with
+    tokens_resumed: int = 0  # tokens_done of the state that the run began with
 
     @property
     def tokens_per_s(self) -> float:
@@ -66,36 +66,36 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All of a prefill at a window's end: what can be resumed there."""
+    """A prefill at a window's end, where it can be resumed."""
 
-    consumed: list[int]  # a row: how many tokens of its prompt are in the state
-    logits: Tensor  # (B, vocabulary) float32: of each row's last consumed token
-    rows: HeldRows  # where the state after them is
+    consumed: list[int]  # for each row: the number of its tokens in the state
+    logits: Tensor  # (B, vocabulary) float32: after each row's last consumed token
+    rows: HeldRows  # the state after them
 
 
 @dataclass
 class Outcome:
-    """What a run of the driver leaves."""
+    """The results of a run of the driver."""
 
     end: Snapshot
-    all_logits: list[Tensor] = field(default_factory=list)  # a row (tokens, vocabulary), where they were asked for
+    all_logits: list[Tensor] = field(default_factory=list)  # for each row (tokens, vocabulary), if requested
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
-    tile_tokens: list[int] = field(default_factory=list)  # new tokens in each, over all rows
-    tile_whole: list[bool] = field(default_factory=list)  # a window of the tile's size that some row fills
-    lost: GridLost | None = None  # why it ended early, at its last snapshot
+    tile_tokens: list[int] = field(default_factory=list)  # new tokens of each tile, over all rows
+    tile_whole: list[bool] = field(default_factory=list)  # True for a window of the tile's size that some row fills
+    lost: GridLost | None = None  # why it ended early, with its last snapshot
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run of the driver asks and tells on its way.
+    """Functions that the driver calls during a run.
 
-    Every keep_every windows the state is brought here, for on_snapshot and for the case that the grid is lost: then the
-    outcome is that of the last one. on_window is given, after a window whose state can be had cheaply, what makes the
-    snapshot of its end. next is asked before every window for the sizes of the windows from there on, which lie on
-    the absolute grid of these sizes; None: there is to be none, and what has been submitted by then is finished, so the
-    state is that of a window's end. wants is asked of every window whether its end is to be told to on_wanted, which is
-    given the snapshot; both get the group first, of a batch. on_group is told of each group of a batch that is done.
+    Every keep_every windows the state is brought to the host: for on_snapshot, and in case the grid is lost, when the
+    outcome is the last snapshot. on_window is called after a window whose state is cheap to get, with a function that
+    makes the snapshot. next is called before every window and returns the sizes of the following windows, which lie on
+    the absolute grid of these sizes. If it returns None, the run ends after the windows that were submitted, so the
+    state is at a window's end. wants is called for every window; if it returns True, on_wanted is called with the
+    snapshot of its end. In a batch both get the group first. on_group is called for each group that is done.
     """
 
     keep_every: int | None = None
@@ -112,15 +112,15 @@ NO_HOOKS = Hooks()
 
 
 class Part(NamedTuple):
-    """A window's tokens for all rows."""
+    """The tokens of all rows in a window."""
 
-    tokens: Tensor  # (B, T) int64; 0 where a row has none
-    start: Tensor  # (B,) int64: row b's are start[b] <= t < end[b]
+    tokens: Tensor  # (B, T) int64; 0 is padding
+    start: Tensor  # (B,) int64: row b's tokens are start[b] <= t < end[b]
     end: Tensor
 
 
 def make_part(window: Window, rows: Sequence[Tokens], begin: Sequence[int]) -> Part:
-    """rows: int64 prompts, begin: a row's first token that is not in the state yet."""
+    """The tokens of a window. rows: int64 prompts. begin: for each row, its first token that the state has not seen."""
     tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
     parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
     for b, (start, end) in enumerate(parts):
@@ -138,7 +138,7 @@ def prefill(
     all_logits: bool = False,
     hooks: Hooks = NO_HOOKS,
 ) -> Outcome:
-    """Consume what is new of every row, from the state of `start` on, by the states' executor.
+    """Consume every row's new tokens, starting from the state of `start`, on the executor of `states`.
 
     rows: prompts, 1-D int64 on the CPU.
     """
@@ -148,7 +148,7 @@ def prefill(
     outcome = Outcome(start)
     pieces: list[list[Tensor]] = [[] for _ in rows]
     hidden: Tensor | None = None
-    # That are under way, whether each is a tile that some row fills, and whether its end is wanted.
+    # Windows in flight; is it a tile that some row fills; is the snapshot of its end wanted.
     windows: deque[tuple[Window, bool, bool]] = deque()
     begins = after = states.state_of(start.rows)
 
@@ -221,7 +221,7 @@ def prefill(
 
 
 def _last_logits(executor: Executor, hidden: Tensor | None, start: Snapshot, consumed: Sequence[int]) -> Tensor:
-    """Logits of the rows that moved on from `hidden`, those of `start` for the others."""
+    """Logits from `hidden` for the rows that consumed tokens, those of `start` for the others."""
     if hidden is None:
         return start.logits
     moved = torch.tensor([c > b for b, c in zip(start.consumed, consumed, strict=True)])

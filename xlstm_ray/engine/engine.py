@@ -46,9 +46,8 @@ from xlstm_ray.text.tokenizer import NextToken, Text
 class Engine:
     """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`.
 
-    It does one call at a time: a thread waits while another's runs. Prompts and generations do not disturb each other:
-    each goes on from its own state. A call from inside another one (from `on_progress`) and one in a forked child raise
-    UsageError.
+    It does one call at a time; other threads wait. Prompts and generations do not disturb each other: each has its own
+    state. A call from inside another one (from `on_progress`) or in a forked child raises UsageError.
     """
 
     def __init__(
@@ -60,13 +59,13 @@ class Engine:
     ):
         self._turn = Turn()
         self._service: Service | None = None
-        self.on_note = on_note or _warn  # told what a person should know of a run that goes on
+        self.on_note = on_note or _warn  # called with remarks for people while a run goes on
         self._told_published = False
         self._kept = Kept(None)
         self._running = Running(on_phase, on_note or (lambda text: None))
         try:
             self._open(setup, on_phase)
-        except BaseException:  # Ctrl-C too: neither actors nor a head of ours may stay
+        except BaseException:  # Ctrl-C too: neither actors nor our head may stay
             self._let_go()
             raise
 
@@ -101,7 +100,7 @@ class Engine:
         self.plan, self._core = plan, Core(plan, running, kept, text, self._turn, on_phase=on_phase)
         self._core.on_note = lambda text: self.on_note(text)
         running.start(plan, checkpoint)
-        self._core.fingerprint = checkpoint.fingerprint()  # loading has read everything, or the digests are kept
+        self._core.fingerprint = checkpoint.fingerprint()  # all weights were read, or their digests are kept
         self._core.open_cache()
         self.load_s = perf_counter() - started
         self.model_path, self.config, self.backend, self.device = plan.model, plan.config, plan.backend, plan.device
@@ -111,32 +110,32 @@ class Engine:
 
     @property
     def executor(self) -> Executor:
-        """Where the weights and the states are. Raises UsageError after `close`."""
+        """The executor, which has weights and states. Raises UsageError after `close`."""
         return self._running.executor
 
     @property
     def stays(self) -> Head | None:
-        """A head of ours that outlives this engine."""
+        """Our head, if it stays after this engine."""
         return self._running.stays
 
     # -- tokens --------------------------------------------------------------------------------------------------------
     def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens, with the begin token where the model's configuration asks for it.
+        """A prompt's tokens, with the begin token if the model's configuration asks for it.
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
         return self._core.text.tokens(prompt).tolist()
 
     def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
-        """The tokens of what goes on after the tokens `after`: no begin token, nor any other that frames a text.
+        """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
 
-        A tokenizer may put a space before a text's first word; here the text is taken as it is, where that can be had.
+        Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
         return self._core.text.more(more, after)
 
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
-        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
-        as greedy decoding takes it."""
+        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Equal ones are in the order of
+        their ids, as in greedy decoding."""
         return self._core.text.likeliest(logits, count)
 
     # -- prefill -------------------------------------------------------------------------------------------------------
@@ -156,15 +155,15 @@ class Engine:
         should_stop: Callable[[], bool] = lambda: False,
         on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> PrefillResult:
-        """Consume one prompt or a batch of them (texts or token ids), from `state` on where one is given.
+        """Consume one prompt or a batch of prompts (texts or token ids), starting from `state` if it is given.
 
         A batch's rows are computed in groups of about the same length; on_ready is called with a row's place and result
         when its group is done.
 
-        With a state, only what is new is computed. The prompt is the whole of it; `append` is only what comes after
-        the state, in its place: one for each of the state's rows, or several for a state of one, which then serves
-        them all, or one for all rows. Without either the state is taken as it is. should_stop is asked between tiles;
-        a stopped run gives a state that resumes there. Raises StateError where the state belongs to another model
+        With a state, only new tokens are computed. `prompt` is the whole prompt; `append` is only what follows the
+        state: one text for each row of the state, or one for all rows, or several texts for a state of one row. Without
+        either, the result is the state itself. should_stop is called between tiles; a stopped run returns a state that
+        resumes there. Raises StateError where the state belongs to another model
         or prompt or was made with other numerics, and UsageError for an empty prompt. any_numerics takes a state of
         other numerics: the result is then the same within tolerance, not to the bit. on_snapshot is given every state
         that a grid keeps on the way, before the grid is asked anything more. A run that lost actors or nodes for good
@@ -211,11 +210,11 @@ class Engine:
         return self._service.submit(request)
 
     def serve(self, *, slots: int | None = None, buckets: Sequence[int] = BUCKETS, fills_per_decode: int = 1) -> int:
-        """Begin to serve requests; returns how many states there are at once at most.
+        """Begin to serve requests; returns the largest number of states at once.
 
-        slots: states on the device (none given: 16, or as many as the memory has room for). buckets: rows that decode
-        in one call; with one alone, an answer's bits do not depend on how many others there are. fills_per_decode:
-        windows of prompts that are read between two tokens of those that decode, at most.
+        slots: states on the device (None: 16, or as many as fit in memory). buckets: the numbers of rows of a decoding
+        call; with only one bucket, an answer's bits do not depend on other requests. fills_per_decode: the most
+        windows of prompts that are read between two decoding steps.
         """
         if self._service is not None:
             raise UsageError("this engine serves requests already")
@@ -228,7 +227,7 @@ class Engine:
 
     @in_turn
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
-        """Compile what windows of these sizes need, once, unless warm-up is off; returns the seconds it took."""
+        """Compile for windows of these sizes, once, unless warm-up is off; returns the seconds it took."""
         return self._core.warm_up(batch, sizes)
 
     # -- generate ------------------------------------------------------------------------------------------------------
@@ -254,19 +253,20 @@ class Engine:
         should_stop: Callable[[], bool] = lambda: False,
         on_snapshot: Callable[[RecurrentState], None] | None = None,
     ) -> "Generation":
-        """Prefill (see there for prompt, append and state), then an iterator of pieces of text.
+        """Prefill (see there for prompt, append and state), then iterate over pieces of text.
 
-        How tokens are chosen, where it is not given, is taken from the state's last answer, else from the model's
-        generation_config.json; else it is greedy unless temperature, top_p, top_k, min_p or a seed is given. sampling:
-        more fields of `Sampling`; own_sampling: a row's own fields, which win, for every row. last: nothing goes on
-        from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
+        Sampling parameters that are not given come from the state's last answer, else from the model's
+        generation_config.json. Otherwise decoding is greedy, unless temperature, top_p, top_k, min_p or a seed is
+        given. sampling: more fields of `Sampling`. own_sampling: for every row, its own fields, which win. last: no
+        later call goes on from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in
+        `state()`.
         """
         _ = self.executor  # it may have been closed
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
         named = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         wanted = self._wanted({"max_new_tokens": max_new_tokens, **named, **sampling}, own_sampling, state, batch)
-        # Of decoding, beside which the prompts' state is kept; the prefill sees to its own.
+        # The need of decoding, with the prompts' states kept. The prefill checks its own need.
         self.plan.room.require(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
         prefill = self.prefill(
             prompt,
@@ -296,7 +296,7 @@ class Engine:
         return wanted
 
     def _with_prompts(self, wanted: Wanted, prompt: Any, append: Any, state: RecurrentState | None) -> Wanted:
-        """With the rows' tokens, where the repetition penalty wants them."""
+        """Add the rows' tokens, if the repetition penalty needs them."""
         if not wanted.needs_prompts:
             return wanted
         if prompt is not None:
@@ -311,7 +311,7 @@ class Engine:
         return replace(wanted, prompts=known)
 
     def _tell_published(self, sampling: Sampling, *, asked: bool) -> None:
-        """Say once what of generation_config.json changes an answer, and what cannot."""
+        """Report once which keys of generation_config.json change an answer, and which are not supported."""
         published, told = self.published, self._told_published
         self._told_published = True
         if published is None or told:
@@ -329,11 +329,11 @@ class Engine:
             )
 
     def close(self, *, keep_journal: bool = False) -> None:
-        """Let go of the model: actors end first, so that their memory is free, then a head of ours unless it stays.
+        """Free the model: actors end first, so that their memory is free, then our head unless it stays.
 
-        keep_journal: the journal's directory stays this engine's, for `discard_journal`.
+        keep_journal: keep the lock of the journal's directory, for `discard_journal`.
         """
-        with self._turn.of("close"):  # not from inside another call: it would wait for that
+        with self._turn.of("close"):  # not from inside another call: it would wait for it
             service, self._service = self._service, None
         if service is not None:
             service.close()
@@ -361,23 +361,23 @@ class Engine:
 
     @property
     def journal_file(self) -> Path | None:
-        """Where snapshots go, whole or not at all, each in the place of the one before."""
+        """The journal's file. Each snapshot replaces the one before, whole or not at all."""
         return None if self._kept.journal is None else self._kept.journal.path
 
     @property
     def failures(self) -> list[str]:
-        """What was asked for and is not whole: logs, and a journal whose last snapshot could not be written."""
+        """Requested files that are incomplete: logs, and a journal whose last snapshot could not be written."""
         return self._kept.failures
 
     def discard_journal(self) -> None:
-        """Remove the journal of a run whose results are safe elsewhere."""
+        """Remove the journal of a run whose results are saved elsewhere."""
         if self._kept.journal is not None:
             self._kept.journal.discard()
 
     def last_state(self) -> RecurrentState | None:
-        """What a prefill that an exception has ended (Ctrl-C) had done by the end of its last window; None: nothing.
+        """The state at the last window's end of a prefill that an exception (Ctrl-C) ended; None: there is none.
 
-        Of actors it is the last snapshot.
+        With actors, it is the last snapshot.
         """
         return self._kept.last()
 

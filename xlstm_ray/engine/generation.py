@@ -1,4 +1,4 @@
-"""Generation: the pieces of text of an answer, step by step, and the state after it."""
+"""Generation: an answer's pieces of text, step by step, and the state after it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -48,13 +48,13 @@ class Generation:
             warm_up=partial(_warm_up, core),
         )
         if prefill.complete and any(sampling.max_new_tokens > 1 for sampling in wanted.rows):
-            # Before text is shown; smaller calls when they are wanted.
+            # Compile before text is shown; smaller calls are compiled on first use.
             self._decoder.compile_s = core.warm_up(group_size(before.batch), [1])
 
     def rows(self) -> Iterator[list[str]]:
-        """A piece of text for each row, step by step. Of more than 16 rows, 16 get theirs at a time; others' are ''."""
+        """A piece of text for each row, step by step. 16 rows are decoded at a time; other rows get ''."""
         if not self.prefill.complete:
-            return  # stopped on the way: there is nothing to decode from yet
+            return  # the prefill was stopped: there is nothing to decode from
         steps = self._decoder.run(self._should_stop)
         while True:
             with self._core.turn.of("step"):
@@ -63,18 +63,18 @@ class Generation:
             if pieces is None:
                 break
             yield pieces
-        pieces = [answer.end("cancelled") for answer in self._answers]  # those that have not ended by themselves
+        pieces = [answer.end("cancelled") for answer in self._answers]  # answers that have not ended yet
         if any(pieces):
             yield pieces
 
     @property
     def texts(self) -> list[str]:
-        """The text so far, a row: without a stop text that ended it."""
+        """Each row's text so far, without the stop text that ended it."""
         return [answer.text for answer in self._answers]
 
     @property
     def finishes(self) -> list[Finish | None]:
-        """Why each row's answer ended, and by what; None for one that goes on."""
+        """Why each row's answer ended, and by which token or text; None if it has not ended."""
         return [answer.finish for answer in self._answers]
 
     @property
@@ -84,18 +84,18 @@ class Generation:
 
     @property
     def stop_tokens(self) -> list[tuple[int, str] | None]:
-        """The end token that ended each row and its text; None for a row that none has ended."""
+        """The end token that ended each row, and its text; None for other rows."""
         by = [None if finish is None else finish.by for finish in self.finishes]
         return [(token, self._core.text.text_of(token)) if isinstance(token, int) else None for token in by]
 
     @property
     def stop_texts(self) -> list[str | None]:
-        """The stop text that ended each row; None for a row that none has ended."""
+        """The stop text that ended each row; None for other rows."""
         by = [None if finish is None else finish.by for finish in self.finishes]
         return [text if isinstance(text, str) else None for text in by]
 
     def logprobs(self, b: int) -> list[tuple[NextToken, list[NextToken]]] | None:
-        """Row b's tokens, each with its log-probability, and the likeliest at its place; None where none were asked."""
+        """Row b's tokens with log-probabilities, and the likeliest at each place; None if it did not ask for them."""
         if self._answers[b].sampling.logprobs is None:
             return None
 
@@ -113,12 +113,12 @@ class Generation:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The tokens made so far, a row, without the end token."""
+        """Each row's tokens so far, without the end token."""
         return [answer.tokens for answer in self._answers]
 
     @property
     def ready(self) -> list[int]:
-        """The rows whose answer is whole: those of each group of up to 16 that has come to its end."""
+        """The rows of all finished groups (of up to 16 rows): their answers are complete."""
         return [b for group in self._decoder.groups if group.done for b in group.rows]
 
     @property
@@ -131,12 +131,12 @@ class Generation:
 
     @property
     def decode_steps(self) -> int:
-        """How many times every row that had not ended, of those that are decoded together, was given a token."""
+        """The number of steps of the rows decoded together; each step gives a token to every row that has not ended."""
         return sum(group.steps for group in self._decoder.groups)
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Tokens a second over all rows, of those that took a step: a row's first one comes with the prefill."""
+        """Tokens a second over all rows. A row's first token comes with the prefill and does not count."""
         return self._tok_s(range(len(self.tokens)), self.decode_s)
 
     def speed(self, b: int) -> dict[str, float | int | None]:
@@ -150,7 +150,7 @@ class Generation:
         return stepped / seconds if stepped and seconds > 0 else None
 
     def state(self) -> RecurrentState:
-        """The state after everything made so far: generating from it goes on where this stopped."""
+        """The state after all tokens so far: generating from it continues this answer."""
         before = self.prefill.state
         if not before.complete:
             return before

@@ -1,4 +1,4 @@
-"""What memory has to say between two windows of a prefill: go on, in smaller windows, or stop. The driver acts."""
+"""The memory guard's verdict between two windows of a prefill: go on, go on in smaller windows, or stop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class Go(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """End here, for this reason."""
+    """Stop, for this reason."""
 
     error: MemoryLimitError
 
@@ -30,8 +30,8 @@ class Stop(NamedTuple):
 class MemoryGuard:
     """A soft limit halves the tile, then the chunk; a hard one ends the run.
 
-    events: what the watchdogs of other processes have reported since. left: the shapes (rows, tokens) of the windows
-    that are still to come, in these sizes. note: told what a person should know.
+    events: new events from the watchdogs of other processes. left: the shapes (rows, tokens) of the remaining windows
+    with these sizes. note: called with remarks for people.
     """
 
     room: Room
@@ -43,7 +43,7 @@ class MemoryGuard:
     note: Callable[[str], object]
 
     def next(self, now: Sizes) -> Go | Stop:
-        """The verdict, where the windows so far had these sizes."""
+        """The verdict, if the last windows had these sizes."""
         soft = False
         for event in self.events():
             if event.level == "hard":
@@ -62,10 +62,10 @@ class MemoryGuard:
             return Sizes(tile // chunk // 2 * chunk, chunk)
         if chunk % 2 == 0 and chunk // 2 >= self.watch.least_chunk:
             return Sizes(chunk // 2, chunk // 2)
-        return now  # the warning was given; there is nothing left to halve
+        return now  # the warning was given, and nothing is left to halve
 
     def _what_to_do(self, sample: Sample, now: Sizes) -> str:
-        """After this process's own sample."""
+        """Advice after this process's own sample."""
         limits, host = self.watchdog.limits, sample.process_bytes
         excess = host - limits.hard if host > limits.hard else sample.device_driver_bytes - (limits.device_hard or 0)
         ways = {} if host > limits.hard and self.room.where != "process" else self._ways(now)
@@ -73,7 +73,7 @@ class MemoryGuard:
         return advice(ways, excess)
 
     def _what_to_do_there(self, event: Event, now: Sizes) -> str:
-        """After an event of a node of the grid."""
+        """Advice after an event of a node of the grid."""
         ways, sample = self._ways(now), event.sample
         if event.container:
             others = sample.process_bytes - self.room.grid_need(self.batch).total

@@ -1,4 +1,4 @@
-"""The states that an engine holds: with its executor for as long as they are of use there, or on the host."""
+"""The states that an engine holds: with its executor as long as that is useful, else on the host."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -45,12 +45,12 @@ class Held:
             assert self.ref is not None
             executor = self._states.executor()
             tensors = executor.save(self.ref)
-            if not executor.on_host:  # once is enough
+            if not executor.on_host:  # do not copy it a second time
                 self._tensors = tensors
             return tensors
 
     def evict(self) -> None:
-        """Let the executor go, at the cost of a copy to the host. What a lost grid had is lost."""
+        """Copy the state to the host and free it on the executor. A lost grid's states are lost."""
         if self.ref is None:
             return
         try:
@@ -88,14 +88,14 @@ class HeldRows(tuple[HeldRow | None, ...]):
 
 
 class States:
-    """All states that an engine holds. turn: what a thread is in while it uses the executor."""
+    """All states that an engine holds. turn: the context in which a thread uses the executor."""
 
     def __init__(self, executor: Callable[[], Executor], turn: Callable[[], AbstractContextManager[object]]):
         self.executor, self.turn = executor, turn
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
-        """The rows of a state that the executor has, or of one of these tensors."""
+        """The rows of a state: the executor's state `ref`, or one of these tensors."""
         held = Held(self, ref, tensors)
         self._all[id(held)] = held
         return HeldRows(HeldRow(held, b) for b in range(batch))
@@ -105,20 +105,20 @@ class States:
         return all(row is None or id(row.held) in self._all for row in rows)
 
     def state_of(self, rows: HeldRows) -> StateRef:
-        """These rows as one state of the executor: the very state that they are, or copies of them."""
+        """These rows as one state of the executor: their own state if they are all of it, else copies."""
         refs = self._refs(rows)
         first = next(filter(None, refs or ()), None)
         return first.state if first is not None and refs == rows_of(first.state) else self.copy_of(rows)
 
     def copy_of(self, rows: HeldRows) -> StateRef:
-        """Copies of these rows as a state that nobody else has."""
+        """Copies of these rows, as a state that nobody else has."""
         refs = self._refs(rows)
         if refs is None:
             return self.executor().load(rows.bring(), len(rows))
         return self.executor().take(refs) if any(refs) else self.executor().load(None, len(rows))
 
     def evict(self, but: HeldRows) -> None:
-        """The oldest states leave the executor, unless its memory is the host's: HELD_ROWS rows may stay, and `but`."""
+        """Move the oldest states to the host, unless the executor works on the host. HELD_ROWS rows and `but` stay."""
         if self.executor().on_host:
             return
         stay, room = {id(row.held) for row in but if row is not None}, HELD_ROWS
@@ -129,12 +129,12 @@ class States:
                     held.evict()
 
     def close(self) -> None:
-        """Before the executor is closed: what somebody still has stays whole."""
+        """Move all states to the host before the executor is closed, for those who still have them."""
         for held in list(self._all.values()):
             held.evict()
 
     def _refs(self, rows: HeldRows) -> list[RowRef | None] | None:
-        """Where the rows are with the executor; None: at least one of them is not there."""
+        """The executor's references of these rows; None if it lacks at least one of them."""
         refs: list[RowRef | None] = []
         for row in rows:
             ref = None if row is None else row.held.ref

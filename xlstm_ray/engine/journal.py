@@ -1,4 +1,4 @@
-"""A run's snapshots: one state file in a directory that is this run's alone while it works."""
+"""A run's snapshots: one state file in a directory that is locked during the run."""
 
 import os
 import socket
@@ -16,10 +16,10 @@ LOCK_FILE = "prefill.lock"
 
 
 class Journal:
-    """Holds its directory from the start, so that a second run is refused before any work.
+    """Locks its directory from the start, so that a second run is refused before any work.
 
-    option: what errors call it. resumes: whether a file that is there is the one to go on from. note: told once when a
-    snapshot cannot be written; the run goes on, and `failure` says why for as long as no later one could be.
+    option: its name in errors. resumes: the run goes on from the file that is there. note: called once if a snapshot
+    cannot be written. The run goes on, and `failure` has the reason until a later snapshot is written.
     """
 
     def __init__(self, directory: Path, *, option: str, resumes: bool, note: Callable[[str], None]):
@@ -33,14 +33,14 @@ class Journal:
             raise StateError(f"{option} {directory}: cannot be used ({err.strerror}); choose another") from None
 
     def _take(self) -> FileLock:
-        """The lock; the system gives it free when this process ends, however that is. Any thread may let it go."""
+        """Take the lock. The system frees it when this process ends in any way. Any thread may free it."""
         path = self.directory / LOCK_FILE
         lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
         try:
             lock.acquire(blocking=False)
         except Timeout:
             who = ""
-            with suppress(FileNotFoundError):  # its holder has ended meanwhile
+            with suppress(FileNotFoundError):  # its holder has ended in the meantime
                 who = path.read_bytes()[:200].decode("utf-8", "replace").strip()
             raise StateError(
                 f"{self.option} {self.directory}: another run ({who or 'another process'}) writes its journal there; "
@@ -49,18 +49,18 @@ class Journal:
         return lock
 
     def begin(self, size: int) -> None:
-        """Before a prefill whose states take `size` bytes: StateError or OutputError where it could not be kept."""
+        """Call before a prefill with states of `size` bytes. Raises StateError or OutputError if they do not fit."""
         there = self.path.exists()
         if there and not self._resumes:
             raise StateError(
                 f"{self.directory} has the journal of a run that did not end: go on from it with "
                 f"`resume={self.directory}`, or remove {self.path}"
             )
-        # A snapshot is written beside the one before.
+        # The old snapshot stays until the new one is complete.
         require_writable(self.path, option=self.option, size=size if there else 2 * size)
 
     def write(self, state: RecurrentState) -> None:
-        """Put the state in the place of the one before."""
+        """Replace the last snapshot by this state."""
         try:
             state.save(self.path)
             self.failure = None
@@ -70,27 +70,27 @@ class Journal:
             self.failure = f"{self.option} {err}"
 
     def discard(self) -> None:
-        """Remove the snapshots of a run whose results are safe elsewhere, and let the directory go."""
+        """Remove the snapshot of a run whose results are saved elsewhere, and free the directory."""
         self.path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Let the directory go."""
+        """Free the directory."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            (self.directory / LOCK_FILE).unlink(missing_ok=True)  # while it is held; who waits for it takes a new one
+            (self.directory / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: others make a new one
             lock.release()
 
 
 def _sign(handle: int) -> None:
-    """Say in the lock file whose it is."""
+    """Write the holder's name into the lock file."""
     os.ftruncate(handle, 0)
     os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
 
 
 class Kept:
-    """What is kept of runs on their way: snapshots in a journal, where one is asked for; the state at the end of the
-    last window; and what was asked for and could not be written."""
+    """What is kept during runs: snapshots, if there is a journal; the state at the last window's end; and the names of
+    files that could not be written."""
 
     def __init__(self, journal: Journal | None):
         self.journal = journal
@@ -99,33 +99,33 @@ class Kept:
 
     @property
     def failures(self) -> list[str]:
-        """Logs that are not whole, and a journal whose last snapshot could not be written."""
+        """Incomplete logs, and a journal whose last snapshot could not be written."""
         last = self.journal.failure if self.journal is not None else None
         return [*self._failures, *([last] if last else [])]
 
     def failed(self, text: str) -> None:
-        """A file is not whole."""
+        """Note that a file is incomplete."""
         self._failures.append(text)
 
     def begin(self, size: int) -> None:
-        """Before a prefill whose states take `size` bytes; raises as Journal.begin."""
+        """Call before a prefill whose states take `size` bytes; raises like Journal.begin."""
         self._bring = None
         if self.journal is not None:
             self.journal.begin(size)
 
     def write(self, state: RecurrentState) -> None:
-        """Into the journal, where there is one."""
+        """Write a snapshot, if there is a journal."""
         if self.journal is not None:
             self.journal.write(state)
 
     def hold(self, bring: Callable[[], RecurrentState]) -> None:
-        """What brings the state at the end of a window here."""
+        """Remember a function that fetches the state at a window's end."""
         self._bring = bring
 
     def forget(self) -> None:
-        """The run has ended as it should."""
+        """Forget the state: the run has ended normally."""
         self._bring = None
 
     def last(self) -> RecurrentState | None:
-        """The state at the last window's end; None: there is none."""
+        """The state at the last window's end; None if there is none."""
         return None if self._bring is None else self._bring()

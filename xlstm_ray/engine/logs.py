@@ -1,4 +1,4 @@
-"""The CSV files of a prefill, and what a dashboard shows of it."""
+"""The CSV files of a prefill, and its figures for a dashboard."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ TILE_COLUMNS = (
 
 
 class Metrics(Protocol):
-    """What a dashboard is told."""
+    """The figures that a dashboard shows."""
 
     def progress(self, done: int, total: int) -> None: ...
     def tile(self, tokens: int, seconds: float, under_way: int) -> None: ...
@@ -29,15 +29,15 @@ class Metrics(Protocol):
 
 
 class RunLogs:
-    """Opened for one prefill: emptied by an engine's first one, lengthened by the next.
+    """The logs of one prefill. An engine's first prefill empties the files, later ones append.
 
-    written: the logs that an earlier one wrote; this one adds its own. failed: told at the end of a file that is not
-    whole. Raises UsageError for a file that cannot be written.
+    written: the logs that earlier prefills wrote; this one adds its own. failed: called at the end for a file that is
+    incomplete. Raises UsageError for a file that cannot be written.
     """
 
     def __init__(self, asked: dict[str, LogFile], written: set[str], failed: Callable[[str], object]):
         self._written, self._failed, self._done = written, failed, 0
-        with ExitStack() as files:  # closes the first where the second cannot be opened
+        with ExitStack() as files:  # closes the first if the second cannot be opened
             self._tiles = self._open(asked, "stats_log", TILE_COLUMNS, files)
             self.memory = self._open(asked, "mem_log", LOG_COLUMNS, files)
             self._files = files.pop_all()
@@ -51,7 +51,7 @@ class RunLogs:
         self._files.close()
 
     def progress(self, p: Progress, sizes: Sizes, metrics: Metrics | None, device: torch.device | None) -> None:
-        """A tile is done. device: that this process works on; None where actors do, which are told of elsewhere."""
+        """Log a finished tile. device: this process's device; None if actors do the work, with their own figures."""
         if self._tiles is None and metrics is None:
             return
         sample = take_sample(device)

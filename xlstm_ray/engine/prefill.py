@@ -1,4 +1,4 @@
-"""One prefill: rows of tokens, group after group through the driver; its snapshots, its memory, its result."""
+"""One prefill: rows go through the driver group by group; with snapshots, the memory guard and the result."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ from xlstm_ray.state import RecurrentState
 
 @dataclass(frozen=True)
 class Asked:
-    """What a caller wants of a prefill; as in Engine.prefill."""
+    """A caller's arguments, as in Engine.prefill."""
 
     all_logits: bool = False
     on_progress: Callable[[Progress], object] | None = None
@@ -36,7 +36,7 @@ class Asked:
 
 
 class Prefill:
-    """A prefill on its way. state: that the rows go on from. encode_s: what cutting them into tokens took."""
+    """A prefill. state: where the rows start from. encode_s: seconds of cutting them into tokens."""
 
     def __init__(self, core: Core, going: list[Going], state: RecurrentState | None, asked: Asked, encode_s: float):
         self._core, self._going, self._asked, self._encode_s = core, going, asked, encode_s
@@ -60,14 +60,14 @@ class Prefill:
         self._begin = self._start.consumed
         # Of what comes next.
         self._numerics = plan.numerics.model_copy(update={"mixed": mixed or not self._reuse.exact})
-        self._left = list(self._groups)  # that are not done
+        self._left = list(self._groups)  # groups that are not done
         self._ended_by: MemoryLimitError | None = None
         self._windows = 0
-        self._compile_s = 0.0  # of all sizes
-        self._paused_s = 0.0  # of it, for sizes that the run went on with
+        self._compile_s = 0.0  # for all sizes
+        self._paused_s = 0.0  # part of compile_s spent after the first tile
 
     def run(self) -> PrefillResult:
-        """Raises MemoryLimitError where it cannot fit, before anything is computed; GridLost before any snapshot."""
+        """Raises MemoryLimitError if it does not fit, before any work; GridLost if there is no snapshot yet."""
         try:
             return self._run()
         finally:
@@ -105,12 +105,12 @@ class Prefill:
                 ),
             )
         if outcome.lost and not any(outcome.end.rows):
-            raise outcome.lost  # before the first snapshot: there is nothing to keep
+            raise outcome.lost  # no snapshot yet: nothing to keep
         chosen = perf_counter()
         outcome.end.logits.argmax(-1).tolist()
         stats = self._statistics(outcome, perf_counter() - chosen)
         state = self._state_at(outcome.end)
-        kept.forget()  # what it holds is as large as a state
+        kept.forget()  # it holds memory of a whole state
         if not state.complete and not outcome.lost:
             kept.write(state)
         return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or self._ended_by)
@@ -143,7 +143,7 @@ class Prefill:
         )
 
     def _next(self, guard: MemoryGuard | None) -> Sizes | None:
-        """The sizes of the next window; None: there is to be none."""
+        """The sizes of the next window; None: stop."""
         if self._asked.should_stop():
             return None
         for text in self._core.running.helpers_lost():
@@ -170,7 +170,7 @@ class Prefill:
         self._paused_s += self._warm_up()
 
     def _warm_up(self) -> float:
-        """Compile the sizes of now; returns the seconds it took."""
+        """Compile the present sizes; returns the seconds it took."""
         seconds, (tile, chunk) = 0.0, self._sizes
         for rows, size in self._left:
             begin, ends = [self._begin[b] for b in rows], [self._ends[b] for b in rows]
@@ -215,14 +215,14 @@ class Prefill:
             self._asked.on_ready(b, result.row(n))
 
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
-        """The figures so far, as the first token is chosen."""
+        """The figures so far, when the first token is chosen."""
         beside = Beside(self._compile_s, self._paused_s, self._encode_s + chosen_s)
         stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, beside)
         stats.first_token_at, stats.row_cache = time(), self._reuse.uses()
         return stats
 
     def _state_at(self, snapshot: Snapshot, places: Sequence[int] | None = None) -> RecurrentState:
-        """What a snapshot of the rows at these places (none given: of all) is to the outside."""
+        """A snapshot of the rows at these places (None: all rows) as a state for callers."""
         places = range(len(self._rows)) if places is None else places
         require_finite(snapshot.logits, self._core.plan.model)
         for b, c in zip(places, snapshot.consumed, strict=True):

@@ -1,4 +1,4 @@
-"""What a prefill gives: the state, logits and figures of a run."""
+"""The result of a prefill: state, logits and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ class Use(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What a run took beside its windows, in seconds. paused_s: part of compile_s, after the first window."""
+    """Seconds of a run besides its windows. paused_s: the part of compile_s after the first window."""
 
     compile_s: float = 0.0
     paused_s: float = 0.0
@@ -37,23 +37,23 @@ NOTHING = Beside()
 class Statistics:
     """Figures of a run: counts in tokens, times in seconds, memory in bytes."""
 
-    row_tokens: list[int]  # prompt tokens, a row
-    row_resumed: list[int]  # of these, found in the given state or in the cache
+    row_tokens: list[int]  # prompt tokens of each row
+    row_resumed: list[int]  # of these, tokens that the given state had seen or in the cache
     compile_s: float
     prefill_s: float  # without compile_s
-    ttft_s: float  # from the prompt's text to the first token, chosen; loading and compiling before it are not in it
+    ttft_s: float  # from the prompt's text to the first chosen token, without loading and compiling
     peak_memory_bytes: int
     tile_seconds: list[float] = field(default_factory=list, repr=False)
-    restarts: int = 0  # workers that had to be replaced
-    tile_tokens: list[int] = field(default_factory=list, repr=False)  # new ones of all rows, a tile
+    restarts: int = 0  # replaced workers
+    tile_tokens: list[int] = field(default_factory=list, repr=False)  # new tokens of each tile, over all rows
     tile_whole: list[bool] = field(default_factory=list, repr=False)  # False for a window of the tail
-    first_token_at: float | None = None  # the clock's time (seconds since 1970) at which it was chosen
+    first_token_at: float | None = None  # time (seconds since 1970) when it was chosen
     row_ttft_s: list[float] = field(default_factory=list, repr=False)  # ttft_s of each row
-    row_prefill_s: list[float] = field(default_factory=list, repr=False)  # what the row's group took
+    row_prefill_s: list[float] = field(default_factory=list, repr=False)  # seconds of each row's group
     row_cache: list[Use] = field(default_factory=list, repr=False)  # what the cache was to each row
     peak_process_bytes: int = 0  # the largest resident size of this process
-    peak_device_bytes: int | None = None  # None on the CPU, and where actors hold the device
-    launches: int | None = None  # of kernels on the device by compiled code; None where they cannot be counted
+    peak_device_bytes: int | None = None  # None on the CPU, and if actors have the device
+    launches: int | None = None  # kernel launches of compiled code; None if they cannot be counted
 
     @classmethod
     def of(
@@ -64,7 +64,7 @@ class Statistics:
         outcome: BatchOutcome | None = None,
         beside: Beside = NOTHING,
     ) -> "Statistics":
-        """The figures of a run, so far; without an outcome where nothing was computed."""
+        """The figures of a run so far; outcome is None if nothing was computed."""
         seconds = outcome.seconds if outcome else 0.0
         nothing, device = [0.0] * len(row_tokens), running.plan.own_device
         return cls(
@@ -86,7 +86,7 @@ class Statistics:
         )
 
     def of_rows(self, rows: Sequence[int]) -> "Statistics":
-        """The figures of some rows, of which the times are those of the last one's group; the rest is the run's."""
+        """The figures of some rows. Times are those of the last row's group; other figures are the run's."""
 
         def picked(values: list) -> list:
             return [values[b] for b in rows]
@@ -121,18 +121,18 @@ class Statistics:
 
     @property
     def tiles(self) -> int:
-        """How many tiles were computed, with the smaller windows of a tail."""
+        """The number of computed tiles, including the smaller windows of a tail."""
         return len(self.tile_seconds)
 
     @property
     def tile_tok_s(self) -> list[float]:
-        """Each whole tile's own tokens a second: a tail's windows, which are slower, are not among them."""
+        """Tokens a second of each whole tile. A tail's windows are slower and not included."""
         each = zip(self.tile_tokens, self.tile_seconds, self.tile_whole, strict=True)
         return [n / s for n, s, whole in each if whole and s > 0]
 
     @property
     def tail_windows(self) -> int:
-        """How many of the tiles were smaller windows, or not full."""
+        """The number of tiles that were smaller windows or not full."""
         return self.tile_whole.count(False)
 
     @property
@@ -141,24 +141,24 @@ class Statistics:
 
     @property
     def tile_tok_s_p99(self) -> float | None:
-        """What 99 % of the tiles reach or pass; the slowest tile's of fewer than 100."""
+        """The rate that 99 % of the tiles reach; with fewer than 100 tiles, the slowest tile's rate."""
         rates = sorted(self.tile_tok_s)
         return rates[len(rates) // 100] if rates else None
 
 
 @dataclass
 class PrefillResult:
-    """state: what to decode or go on from. logits (B, vocabulary) float32: of each row's last token."""
+    """state: to decode or go on from. logits (B, vocabulary) float32: after each row's last token."""
 
     state: RecurrentState
     logits: Tensor
     stats: Statistics
-    all_logits: list[Tensor] = field(default_factory=list, repr=False)  # a row (tokens, vocabulary)
-    ended_by: XlstmRayError | None = None  # what ended the run before the prompt's end, beside should_stop
+    all_logits: list[Tensor] = field(default_factory=list, repr=False)  # for each row (tokens, vocabulary)
+    ended_by: XlstmRayError | None = None  # what ended the run early, other than should_stop
 
     @property
     def complete(self) -> bool:
-        """False where the run was stopped before the prompt's end."""
+        """False if the run was stopped before the prompt's end."""
         return self.state.complete
 
     def row(self, b: int) -> "PrefillResult":

@@ -1,4 +1,4 @@
-"""Where each row of a prefill goes on from a state, and why one cannot."""
+"""Where each row of a prefill continues a state, or why it cannot."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from xlstm_ray.text.tokenizer import Text
 
 @dataclass
 class Going:
-    """A row on its way: `row` is what is known of what has been seen of it so far."""
+    """A row during a prefill. row: what is known of its tokens that were seen so far."""
 
     tokens: Tokens  # (T,) int32, on the CPU
     row: Row
-    given: memoryview  # of the new tokens, that a person gave
-    text: TextTrail | None  # of all, when all has been seen
+    given: memoryview  # the new tokens that the caller gave
+    text: TextTrail | None  # of the whole text, valid when all tokens were seen
 
     @property
     def seen(self) -> int:
@@ -37,12 +37,12 @@ class Going:
         self.row = self.row.model_copy(update={"tokens": seen})
 
     def advance(self, seen: int) -> None:
-        """So many of the row's tokens have been seen now."""
+        """Note that `seen` of the row's tokens were seen."""
         tokens = self.row.tokens.extend(_ids(self.tokens[self.seen : seen]))
         self.row = self.row.model_copy(update={"tokens": tokens})
 
     def known(self, text: Text, *, complete: bool) -> Row:
-        """What a state knows of it; complete: all rows of that state have been seen to their ends."""
+        """The row's entry in a state. complete: all rows of that state were seen to their ends."""
         if not complete:
             return self.row
         before = self.row.end if self.row.appended_to else None
@@ -50,17 +50,17 @@ class Going:
 
 
 def unchanged(state: RecurrentState) -> Going:
-    """A state of one row to which nothing is added."""
+    """The row of a one-row state to which nothing is added."""
     (row,) = state.rows
     return Going(Tail(torch.empty(0, dtype=torch.int32), row.tokens.length), row, memoryview(b""), row.text)
 
 
 def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: RecurrentState | None) -> list[Going]:
-    """rows: whole prompts, and the texts that they were made of, where they were texts. Raises StateError."""
+    """Whole prompts. rows: their tokens. texts: their texts, None for token ids. Raises StateError."""
     if state is not None and state.batch != len(rows):
         raise StateError(
-            f"{state.name} is of {state.batch} prompts, but {len(rows)} were given; to ask one state several questions "
-            "give only what is new, with `append`"
+            f"{state.name} has {state.batch} prompts, but {len(rows)} were given; to ask one state several questions, "
+            "give only the new text, with `append`"
         )
     going = []
     for b, (tokens, text) in enumerate(zip(rows, texts, strict=True)):
@@ -77,9 +77,9 @@ def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: Recurren
 def appended(
     more: Sequence[str | Sequence[int]], state: RecurrentState, encode: Callable[[str | Sequence[int], Row], list[int]]
 ) -> list[Going]:
-    """What is new after each row of the state; encode: that, and the row it comes after -> its tokens."""
+    """Texts that follow the state's rows. encode: (text, its row) -> tokens."""
     if len(more) != state.batch:
-        raise StateError(f"{state.name} is of {state.batch} prompts, but {len(more)} texts to append were given")
+        raise StateError(f"{state.name} has {state.batch} prompts, but {len(more)} texts to append were given")
     going = []
     for new, row in zip(more, state.rows, strict=True):
         begun = row.tokens if state.complete else row.appended_to
@@ -109,7 +109,7 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
     tokens_differ = f"its tokens differ from the state's {_between('token', *apart)}"
     if len(tokens) < seen and apart[1] == len(tokens):
         tokens_differ = f"{which} has {len(tokens)} tokens, but {name} has already seen {seen}"
-    way_out = f"to go on from {name} give only what is new after it, with `append`"
+    way_out = f"to go on from {name}, give only what is new after it, with `append`"
     if text is None or known.text is None:
         raise StateError(
             f"{name} is of another prompt than {which}: {tokens_differ}; give the same prompt or a longer "
@@ -139,10 +139,10 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
 
 
 def _ids(tokens: Tensor) -> memoryview:
-    """Token ids, of which few at a time become Python's."""
+    """Token ids, without making Python integers of all of them."""
     return tokens.numpy().data
 
 
 def _between(unit: str, alike: int, apart: int) -> str:
-    """Where the first difference is: after `alike` units that agree, in the next apart - alike."""
+    """The place of the first difference: `alike` units agree, and it is within the next `apart - alike`."""
     return f"at {unit} {alike + 1}" if apart - alike <= 1 else f"between {unit} {alike + 1} and {apart}"

@@ -1,4 +1,4 @@
-"""Whose turn it is: an engine's executor does one thing at a time, so one call at a time may use it, of any thread."""
+"""Turns: an engine's executor does one thing at a time, so only one call at a time may use it, from any thread."""
 
 import os
 import threading
@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from xlstm_ray.errors import UsageError
 
-# A call: those that it may be part of.
+# For each call: the calls that may contain it.
 WITHIN = {
     "prefill": ("generate",),
     "warm_up": ("generate", "prefill", "state", "step"),
@@ -18,24 +18,24 @@ WITHIN = {
 
 
 class Turn:
-    """Hands an engine to one call at a time; a thread waits for another's call.
+    """Gives an engine to one call at a time; other threads wait.
 
-    A call from inside another one of the same thread would wait for itself, and in a forked child neither torch's
-    threads nor Ray's connection are there: both are refused with UsageError.
+    Raises UsageError for a call from inside another call of the same thread, which would wait for itself, and for a
+    call in a forked child, which has neither torch's threads nor Ray's connection.
     """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._calls: list[str] = []  # that run: the outermost first
-        self.wanted = 0  # how many threads wait
+        self._calls: list[str] = []  # running calls, the outermost first
+        self.wanted = 0  # the number of waiting threads
 
     @contextmanager
     def of(self, call: str) -> Iterator[None]:
-        """The engine is this thread's while the block runs."""
+        """This thread has the engine while the block runs."""
         if os.getpid() != self._pid:
             raise UsageError(
-                f"this engine was loaded by process {self._pid}, of which this one is a fork: load the model in this "
+                f"this engine was loaded by process {self._pid}, and this one is a fork of it: load the model in this "
                 "process, or start it by multiprocessing's spawn or forkserver"
             )
         self.wanted += 1
@@ -66,7 +66,7 @@ E = TypeVar("E", bound=HasTurn)
 
 
 def in_turn(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:
-    """A method that has its engine for itself while it runs."""
+    """Decorates a method that has the engine for itself while it runs."""
 
     @wraps(method)
     def run(self: E, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""How a call's rows are to be answered: by what was given, the state's last answer and the model."""
+"""The sampling of a call's rows: from the arguments, the state's last answer and the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from xlstm_ray.sampling.params import Published, over
 
 @dataclass(frozen=True)
 class Wanted:
-    """A row's sampling each. usual: what is of all rows, which a state keeps for its next answer.
+    """rows: each row's sampling. usual: the sampling common to all rows, which a state keeps for its next answer.
 
-    prompts: a row's tokens before its answer, for the repetition penalty; () where it is off or they are not known.
+    prompts: each row's tokens before its answer, for the repetition penalty; () if it is off or they are not known.
     """
 
     rows: Sequence[Sampling]
@@ -30,14 +30,14 @@ class Wanted:
         published: Published | None,
         vocabulary: int,
     ) -> "Wanted":
-        """common: fields of all rows; own: a row's own, which win. Raises UsageError for what cannot be asked for."""
+        """common: fields of all rows; own: each row's own fields, which win. Raises UsageError for wrong values."""
         given = [over(common, fields) for fields in ({}, *own)]
         usual, *rows = [Sampling.make(fields, before=before, published=published) for fields in given]
         for row in rows:
             row.require_vocabulary(vocabulary)
             if row.n > 1:
                 raise UsageError(
-                    f"`n` is {row.n}; allowed here: 1, a row has one answer; give its prompt {row.n} times"
+                    f"`n` is {row.n}; allowed here: 1, since a row has one answer; give its prompt {row.n} times"
                 )
         return cls(rows, usual.lasting(), [()] * len(rows))
 

@@ -1,15 +1,15 @@
-"""Which rows go together, and which tokens into which window. Integers only: no torch, no device.
+"""Plans which rows go together, and which tokens go into which window. Integers only: no torch, no device.
 
 Windows lie on an absolute grid: a full window starts at a multiple of tile_size, a tail window at a multiple of
-chunk_size. So there are two window sizes at most, and a prefill that is stopped at a window's end and resumed goes
-through the very windows of an uninterrupted one. Rows of a batch share the windows; what a row does not have in a
-window, before its first new token or after its last, is padding.
+chunk_size. So there are at most two window sizes, and a prefill that is stopped at a window's end and resumed goes
+through the same windows as an uninterrupted one. Rows of a batch share windows; a row's places before its first new
+token or after its last are padding.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-GROUP_SIZES = 1, 4, 16  # rows of a call: each number is compiled for itself
+GROUP_SIZES = 1, 4, 16  # rows of a call: code is compiled for each of these numbers
 
 
 class Window(NamedTuple):
@@ -28,14 +28,14 @@ class Window(NamedTuple):
 def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> Iterator[Window]:
     """The windows for rows whose tokens begin..end are new, in time order.
 
-    A rest shorter than a tile takes chunk windows, unless it is over 3/4 of a tile: then one padded tile costs less
-    than that many small calls.
+    A rest that is shorter than a tile takes chunk windows. A rest of more than 3/4 of a tile takes one padded tile,
+    which costs less than many small calls.
     """
     assert tile_size % chunk_size == 0
     rows = [(b, e) for b, e in zip(begin, end, strict=True) if b < e]
     position, number = 0, 0
     while rows := [(b, e) for b, e in rows if position < e]:
-        # No window without a token: what no row has is skipped, just as a run resumed here would skip it.
+        # No window without a token: it is skipped, as a run that resumes here would skip it.
         position = max(position, min(b for b, _ in rows) // chunk_size * chunk_size)
         rest = max(e for _, e in rows) - position
         size = tile_size if position % tile_size == 0 and rest * 4 > tile_size * 3 else chunk_size
@@ -44,7 +44,7 @@ def plan_windows(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
 
 
 def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> list[int]:
-    """The sizes among the planned windows: what has to be compiled, at most two."""
+    """The sizes of the planned windows, at most two: these have to be compiled."""
     sizes: set[int] = set()
     for window in plan_windows(begin, end, tile_size=tile_size, chunk_size=chunk_size):
         sizes.add(window.size)
@@ -56,7 +56,7 @@ def window_sizes(begin: Sequence[int], end: Sequence[int], *, tile_size: int, ch
 def window_calls(
     groups: "Sequence[Group]", begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int
 ) -> list[tuple[int, int]]:
-    """The shapes (rows, tokens) of all windows that these groups take."""
+    """The shapes (rows, tokens) of all windows of these groups."""
     return [
         (group.size, window)
         for group in groups
@@ -67,23 +67,23 @@ def window_calls(
 
 
 class Group(NamedTuple):
-    """Rows of a batch that share their windows, in a call for `size` rows: what is missing is empty."""
+    """Rows of a batch that share their windows, in a call for `size` rows: missing rows are empty."""
 
     rows: list[int]
     size: int
 
 
 def group_size(rows: int) -> int:
-    """How many rows a call has for so many: all of them, where it can."""
+    """The size of a call for this many rows: the smallest that holds all, or else the largest."""
     return next((size for size in GROUP_SIZES if size >= rows), GROUP_SIZES[-1])
 
 
 def plan_groups(begin: Sequence[int], end: Sequence[int], *, tile_size: int, chunk_size: int) -> list[Group]:
-    """Every row in one group, by its tokens begin..end, the shortest first.
+    """Put every row, with new tokens begin..end, into one group. The shortest rows come first.
 
-    A row that fills tiles gains nothing from company and goes alone. Of those that take chunk windows only, up to 16 go
-    together where they begin in the same chunk, and the shortest takes half as many windows as the longest at least. A
-    call is half full at least.
+    A row that fills tiles gains nothing from other rows and goes alone. Of rows that take only chunk windows, up to 16
+    go together if they begin in the same chunk and the shortest takes at least half as many windows as the longest. A
+    call is at least half full.
     """
 
     def windows(b: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A block's functions as a backend has them, compiled once for each size."""
+"""A block's functions for a backend, compiled once for each size."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,8 +39,7 @@ class BlockFunctions(NamedTuple):
 class Kernels:
     """The compiled functions of one backend, shared by all workers of a process.
 
-    Every combination of window shape and weight shapes is compiled once, on first use; nothing compiled is ever
-    specialised again behind the caller's back.
+    Each combination of window shape and weight shapes is compiled once, on first use. Nothing is recompiled silently.
     """
 
     def __init__(self, backend: Backend, *, t_inner: int, compiler: Compiler = compile_strict):
@@ -49,7 +48,7 @@ class Kernels:
         self.heads: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
 
     def head(self, x: Tensor, head: Tensor) -> Tensor:
-        """As head_product; compiled for few rows, where torch has no such product."""
+        """head_product; compiled for few rows if torch has no such product."""
         if not self.backend.compiled or head.dtype.itemsize > 2 or head.device.type == "cuda" or len(x) > FEW_ROWS:
             return head_product(x, head)
         key = x.shape, head.shape, head.dtype
@@ -58,12 +57,12 @@ class Kernels:
         return self.heads[key](x, head)
 
     def functions(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> BlockFunctions:
-        """The functions for windows (B, T) of a band with sizes `s` and weights of w's kind and shapes."""
+        """The functions for windows (B, T), a band of sizes `s`, and weights of w's kind and shapes."""
         shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
-        key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token has no chunks
+        key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token needs no chunks
         if key not in self.built:
             made = self._slstm(s, *window) if isinstance(w, SlstmWeights) else self._mlstm(s, *window, chunk_size)
-            self.built.setdefault(key, made)  # the same one for all threads
+            self.built.setdefault(key, made)  # all threads get the same one
         return self.built[key]
 
     def _compile(self, name: str, fn: Callable, B: int, T: int) -> Callable:

@@ -1,4 +1,4 @@
-"""Executor: where weights and states are, and what makes one state of another."""
+"""Executor: it has the weights and states, and makes new states from old ones."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class StateRef:
-    """The name of a state of `batch` rows, whose tensors are with an executor's workers.
+    """A reference to a state of `batch` rows, whose tensors an executor's workers have.
 
-    A state is a value: a step makes another one of it. Whoever has the name keeps the state; when nobody has it any
-    more, the workers let go of the tensors.
+    A state is a value: a step makes a new one from it. A state lives as long as somebody has a reference to it; then
+    the workers free its tensors.
     """
 
     __slots__ = ("_free", "batch", "number")
@@ -40,7 +40,7 @@ def rows_of(state: StateRef) -> list[RowRef]:
 
 
 class Names:
-    """Makes the names of an executor's states, no number twice; free: told of a number that nobody has any more."""
+    """Makes an executor's StateRefs; no number is used twice. free: called with the number of a StateRef that ends."""
 
     def __init__(self, free: Callable[[int], object]):
         self._numbers, self._free = count(), free
@@ -49,7 +49,7 @@ class Names:
         return StateRef(next(self._numbers), batch, self._free)
 
 
-Wanted = Literal["none", "last", "all"]  # logits: of each row's last token, or of all
+Wanted = Literal["none", "last", "all"]  # logits of no token, of each row's last token, or of all tokens
 
 
 class Step(NamedTuple):
@@ -58,75 +58,75 @@ class Step(NamedTuple):
     tokens: Tensor  # (B, T) int64, on the CPU; 0 where a row has none
     start: Tensor  # (B,) int64: row b's tokens are start[b] <= t < end[b], the others are padding
     end: Tensor  # (B,) int64
-    chunk_size: int  # tokens; of the closed form
-    number: int = 0  # of the window, for people: in names of tasks, and in errors
+    chunk_size: int  # tokens a chunk of the closed form
+    number: int = 0  # of the window; for people: in names of tasks and in errors
     logits: Wanted = "none"
-    keep: bool = False  # whether the state after it is to come with the result
-    in_place: bool = False  # the state after it takes the name of the one before: where nobody else goes on from that
+    keep: bool = False  # return the state after the step with the result
+    in_place: bool = False  # write the new state over the old one, which nobody else uses
 
 
 class StepResult(NamedTuple):
-    """What a step leaves beside its state."""
+    """The results of a step, besides its state."""
 
     hidden: Tensor  # (B, D) residual stream after the last block, of each row's last token in the window
-    logits: Tensor | None  # float32, where they were wanted: (B, vocabulary) of that token, or (B, T, vocabulary)
-    seconds: float  # since the result before, or since the step was submitted where nothing was under way
-    state: dict[str, Tensor] | None = None  # after the step, on the CPU, where it was to be kept
+    logits: Tensor | None  # float32, if requested: (B, vocabulary) of that token, or (B, T, vocabulary) of all
+    seconds: float  # since the previous result; since `submit` if no step was in flight
+    state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
 
 
 class Executor(Protocol):
-    """What an engine needs of the place where weights and states are. One thread uses it.
+    """Runs steps on weights and states, wherever they are. Only one thread uses it.
 
-    Every method but `close` raises GridLost where what holds the states is gone and cannot be replaced.
+    Every method but `close` raises GridLost if workers with states are gone and cannot be replaced.
     """
 
-    local: bool  # whether the states are in this process, so that saving one is a copy
-    on_host: bool  # whether they are in this process's own memory, so that one is as well there as anywhere
+    local: bool  # the states are in this process, so saving one is only a copy
+    on_host: bool  # they are in this process's main memory, so moving one to the host gains nothing
 
-    parallel: int  # how many steps of different states its workers can do at once
+    parallel: int  # the number of steps (of different states) that its workers can do at once
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
-        """Compile what windows of these sizes need, for `batch` rows; size 1 is decoding."""
+        """Compile the functions for windows of these sizes and `batch` rows; size 1 is decoding."""
 
     def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
-        """A state of these tensors (named as in RecurrentState, on the CPU; not to be written to), or a fresh one."""
+        """A state from these tensors (names of RecurrentState, on the CPU; never written to). None: a fresh state."""
 
     def take(self, rows: Sequence[RowRef | None]) -> StateRef:
-        """A state of copies of these rows: how rows join, leave and fork. None: a fresh row."""
+        """A state from copies of these rows: this is how rows join, leave and fork. None: a fresh row."""
 
     def save(self, state: StateRef) -> dict[str, Tensor]:
         """A copy of a state's tensors, on the CPU."""
 
     @property
     def has_room(self) -> bool:
-        """Whether another step would keep the workers busy; else it is time for a result. True where none is due."""
+        """Whether another step should be submitted to keep the workers busy; else fetch a result first."""
 
     def submit(self, state: StateRef, step: Step) -> StateRef:
         """Begin a step from a state; returns the state after it, which can be used at once."""
 
     def result(self) -> StepResult:
-        """The result of the oldest step that has not been asked for. Waits for it."""
+        """Wait for the oldest step whose result was not fetched yet, and return its result."""
 
     def forget(self) -> None:
-        """The results of steps that have been submitted are not wanted."""
+        """Drop the results of all submitted steps."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, D) -> logits (B, vocabulary) float32, on the CPU."""
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The largest use of memory so far, of the kind that matters for the device; summed over processes."""
+        """The peak of the memory that matters for the device, summed over processes."""
 
     @property
     def restarts(self) -> int:
-        """How many times a worker had to be replaced."""
+        """How many workers were replaced so far."""
 
     def close(self) -> None:
-        """Let go of threads, weights and states."""
+        """Free threads, weights and states."""
 
 
 def run(executor: Executor, state: StateRef, steps: Iterable[Step]) -> Iterator[tuple[Step, StateRef, StepResult]]:
-    """Steps one after the other from a state on: pull them as there is room, yield each with the state after it."""
+    """Run steps one after the other from a state. Yields each step with the state after it and its result."""
     under_way: deque[tuple[Step, StateRef]] = deque()
     try:
         for step in steps:

@@ -18,7 +18,7 @@ from xlstm_ray.runtime.worker import Move, Worker
 
 
 class _Pending(NamedTuple):
-    """A step that has been asked of the device; kept: the blocks' states to bring with its result, of each worker."""
+    """A step that the device is working on. kept: each worker's states of its blocks, to return with the result."""
 
     result: StepResult
     kept: list[list[AnyState | None]] | None
@@ -26,7 +26,7 @@ class _Pending(NamedTuple):
 
 
 class InProcessExecutor:
-    """All stages and bands in this process: direct calls with one band, a thread a band with several.
+    """All stages and bands in this process. One band is called directly; several bands run on threads.
 
     stages: [stage][band] workers on one device. band_threads: how many bands work at once. streams: on cuda, how many
     streams the bands share (None: one a thread). torch_threads: torch's own threads for each band (None: an equal share
@@ -52,10 +52,10 @@ class InProcessExecutor:
         self._pool: ThreadPoolExecutor | None = None
         self._streams: list[torch.cuda.Stream] = []
         self._names = Names(self._free)
-        # A device works while the next window is prepared, so one is under way when another is submitted.
+        # A device works while the host prepares the next window: two steps in flight.
         self._depth = 1 if self.device.type == "cpu" else 2
         self._pending: deque[_Pending] = deque()
-        self._before = 0.0  # when the last result was handed out, or the first pending step submitted
+        self._before = 0.0  # time of the last result, or when the first pending step was submitted
         if self._bands == 1 and torch_threads is not None:
             torch.set_num_threads(torch_threads)
         if self._bands > 1:
@@ -67,10 +67,10 @@ class InProcessExecutor:
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         for size in sizes:
-            # One after the other, but in the pool: the number of threads is compiled in.
+            # One at a time, but on the pool's threads: torch's thread count is compiled in.
             for worker in self._workers:
                 self._call(worker.warm_up, batch, size, chunk_size, one_band=self._bands == 1)
-        self.stages[-1][0].warm_up_logits(batch)  # in this thread, where they are computed
+        self.stages[-1][0].warm_up_logits(batch)  # on this thread, which computes logits
         self._synchronize()
 
     def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
@@ -140,7 +140,7 @@ class InProcessExecutor:
         return [list(worker.states[state.number]) for worker in self._workers]
 
     def _joined(self, blocks: list[list[AnyState | None]]) -> dict[str, Tensor]:
-        """The blocks' states of each worker -> tensors of all heads, on the CPU."""
+        """Join the workers' states of their blocks -> tensors of all heads, on the CPU."""
         tensors: dict[str, Tensor] = {}
         each = iter(blocks)
         for workers in self.stages:
@@ -195,7 +195,7 @@ class InProcessExecutor:
             self._pool.submit(fn, *args, **kwargs).result()
 
     def _fence(self) -> Callable[[], None]:
-        """A call that waits until the device has done what has been asked of it so far."""
+        """A function that waits until the device has finished all work submitted so far."""
         if self.device.type == "cuda":
             return torch.cuda.current_stream(self.device).record_event().synchronize
         return self._synchronize

@@ -1,4 +1,4 @@
-"""The worker of one (stage, band): its weights, its states, a block's two halves."""
+"""The worker of one shard: its weights and states, and the functions that run its blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 
 
 class Move(NamedTuple):
-    """A step as a block sees it: of the state `src` it makes the state `dst`, which may be the same."""
+    """A step as a block sees it: it makes state `dst` from state `src`. Both may be the same."""
 
     src: int
     dst: int
@@ -38,10 +38,10 @@ class Worker:
         self.config, self.shard, self.blocks, self.ends, self.kernels = config, shard, blocks, ends, kernels
         self.shape = BandShape.of(config, len(shard.heads))
         self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
-        self.states: dict[int, list[AnyState | None]] = {}  # by number: a state a block, None where it is not made yet
+        self.states: dict[int, list[AnyState | None]] = {}  # by number: a state for each block, None if not made yet
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
-        """The state of this stage's n-th block before the first token: all zeros, m too. The order is that of names."""
+        """The state of this stage's n-th block before the first token: all zeros, in the order of its names."""
         shapes = self._shapes(n).values()
         return tuple(torch.zeros(batch, *shape, device=self.device) for shape in shapes)  # type: ignore[return-value]
 
@@ -49,9 +49,9 @@ class Worker:
         return self.config.state_shapes(self.shard.blocks[n], len(self.shard.heads))
 
     def load(self, number: int, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
-        """A state of these tensors of all heads, named as in RecurrentState, or a fresh one.
+        """Make a state from these tensors of all heads, named as in RecurrentState. None: a fresh state.
 
-        Copied, with the strides that the kernels are compiled for.
+        The tensors are copied: the kernels are compiled for fixed strides.
         """
         state: list[AnyState | None] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
         if tensors is not None:
@@ -61,7 +61,7 @@ class Worker:
         self.states[number] = state
 
     def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:
-        """A state of copies of these rows, each (state, row), or fresh where None is."""
+        """Make a state from copies of these rows, each (state, row). None: a fresh row."""
         made: list[AnyState | None] = []
         for n in range(len(self.blocks)):
             empty = self.fresh_state(n, 1) if None in rows else ()
@@ -73,15 +73,15 @@ class Worker:
         self.states[number] = made
 
     def save(self, number: int) -> dict[str, Tensor]:
-        """This band's tensors of a state, where they are, named as in RecurrentState."""
+        """This band's tensors of a state, without a copy, named as in RecurrentState."""
         return self.named(self.states[number])
 
     def named(self, state: Sequence[AnyState | None]) -> dict[str, Tensor]:
-        """The tensors of a state, a block each, by their names in RecurrentState."""
+        """The tensors of a state (one entry for each block), by their names in RecurrentState."""
         return dict(self._named(state))
 
     def free(self, number: int, n: int | None = None) -> None:
-        """Let go of a state, where there is one; of its n-th block only, where n is given."""
+        """Free a state, if it exists; with n, only the state of the n-th block."""
         if n is None or len(self.blocks) == 1:
             self.states.pop(number, None)
         elif number in self.states:
@@ -117,7 +117,7 @@ class Worker:
                 functions.ffn(x, w)
 
     def warm_up_logits(self, batch: int) -> None:
-        """Compile what logits of `batch` rows need, where the head is here."""
+        """Compile the logits of `batch` rows, if this worker has the head."""
         if self.ends.head is not None:
             self.logits(torch.zeros(batch, self.config.hidden_size, dtype=self.dtype, device=self.device))
 
@@ -131,21 +131,21 @@ class Worker:
         return logits(x.to(self.device), self.ends, self.config, self.kernels.head)
 
     def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
-        """All of this stage's n-th block, where this band has all heads."""
+        """Run this stage's n-th block, if this band has all heads."""
         state = self._block(move.src, n)
         x, state = self._functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return x
 
     def run_mixer(self, n: int, x: Tensor, move: Move) -> Tensor:
-        """This band's share of the mixer of block n: of its mLSTM or sLSTM."""
+        """This band's share of block n's mixer (mLSTM or sLSTM)."""
         state = self._block(move.src, n)
         y, state = self._functions(n, x, move.chunk_size).mixer(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return y
 
     def run_ffn(self, n: int, x: Tensor, move: Move) -> Tensor:
-        """This band's share of the feed-forward of block n."""
+        """This band's share of block n's feed-forward."""
         return self._functions(n, x, move.chunk_size).ffn(x, self.blocks[n])
 
     def _functions(self, n: int, x: Tensor, chunk_size: int) -> BlockFunctions:
@@ -155,5 +155,5 @@ class Worker:
 def build_worker(
     checkpoint: Checkpoint, kernels: Kernels, shard: Shard, *, dtype: torch.dtype, device: torch.device
 ) -> Worker:
-    """The worker of one (stage, band), with its slice of the checkpoint."""
+    """The worker of a shard, with its slice of the checkpoint."""
     return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)
