@@ -361,7 +361,7 @@ def test_the_least_chunk_is_refused_where_nothing_shrinks():
 def test_doctor_refuses_what_only_its_table_of_kernels_uses():
     done = program("doctor", "--tile-size", 128)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: --tile-size is of the table of kernels: add --kernels")
+    assert done.stderr.startswith("error: --tile-size is for the table of kernels: add --kernels")
 
 
 def test_without_warm_up_kernels_compile_on_first_use(tmp_path):

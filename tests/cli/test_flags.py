@@ -113,7 +113,7 @@ def test_a_mistake_about_a_state(lm, model, run, tmp_path):
     state.save(file)
     calls: dict[str, Callable[[], object]] = {
         "with `append`": lambda: lm.prefill("Twice", state=state),
-        "new, with `append`": lambda: lm.prefill(["a", "b"], state=state),
+        "new text, with `append`": lambda: lm.prefill(["a", "b"], state=state),
         "give `state`, or a `prompt`": lambda: lm.prefill(append="more"),
         "the prompt is empty": lambda: lm.prefill(""),
         "neither a prompt nor a state": lambda: lm.prefill(),

@@ -145,7 +145,7 @@ def test_a_wrong_step_and_a_wrong_backend_are_found_among_the_others(parity, mon
         (["tensor"], "part 'tensor' is not known; there are: mlstm, slstm, model"),
         (["slstm", "--device", "tpu"], "--device is 'tpu'"),
         (["slstm", "--device", "cuda"], "--device is 'cuda', but this machine has none"),
-        (["slstm", "--model", "somewhere"], "--model is of parity's part 'model'"),
+        (["slstm", "--model", "somewhere"], "--model is for parity's part 'model'"),
         (["model", "--model", "nowhere", "--device", "cpu"], "nowhere"),
     ],
     ids=str,

@@ -300,7 +300,7 @@ def test_a_head_on_another_machine_is_listed_and_left_alone(tmp_path: Path, byst
     assert (item.state, item.processes) == ("elsewhere", 0)
     assert down(tmp_path) == []
     assert bystander.status() == psutil.STATUS_SLEEPING
-    with pytest.raises(RayError, match="no head abc123 of ours on this machine"):
+    with pytest.raises(RayError, match="this machine has no head abc123 of this project"):
         down(tmp_path, "abc123")
 
 

@@ -40,7 +40,7 @@ def _xlstm_ray(
 
 
 def command_words() -> list[str]:
-    """The command line; `--autoscale again` is a flag with a word of its own, which the parser does not know."""
+    """The command line's words. `--autoscale again` becomes two flags: the parser has no flag with an optional word."""
     words = sys.argv[1:]
     for n in range(len(words) - 1):
         if words[n : n + 2] == ["--autoscale", "again"]:
@@ -49,11 +49,11 @@ def command_words() -> list[str]:
 
 
 def main() -> None:
-    """Entry point. The project's own errors become one line and their exit code; anything else is a bug and shows."""
+    """Entry point. The project's own errors become one line and an exit code; anything else is a bug and shows."""
     open_standard_files()
     try:
         code = app(args=command_words() or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
-        if code == 130:  # typer's answer to a Ctrl-C that nothing else took
+        if code == 130:  # typer's exit code for a Ctrl-C that nothing else handled
             tell("interrupted")
         sys.exit(code)
     except typer.TyperException as err:  # an unknown option, a word where a number is due
@@ -63,14 +63,14 @@ def main() -> None:
         tell(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
         sys.exit(err.exit_code)
     except BrokenPipeError:
-        drop_stdout()  # its reader has gone
+        drop_stdout()  # its reader has ended
         sys.exit(1)
 
 
 def _usage_text(err: typer.TyperException) -> str:
-    """What the parser says, and what it was given."""
+    """The parser's message, with the word that was given."""
     text = err.format_message().replace("Value error, ", "").removesuffix(".")
     cause: Any = err.__cause__
-    if hasattr(cause, "errors"):  # pydantic's
+    if hasattr(cause, "errors"):  # a pydantic error
         text += f" (given: {str(cause.errors()[0]['input'])[:80]!r})"
     return text

@@ -1,4 +1,4 @@
-"""The library's fields as flags: whatever a text of the library says to a terminal comes through `in_flags`."""
+"""The library's fields as flags: every text of the library for the terminal goes through `in_flags`."""
 
 import re
 from inspect import Parameter
@@ -8,7 +8,7 @@ from typer.models import OptionInfo
 from xlstm_ray.errors import FIELD
 from xlstm_ray.settings import table
 
-# By the library's names: here where the option has another one, and from `know` all that commands take.
+# Flags by the library's names: options with another name are here, `know` adds all options of commands.
 _FLAGS = {
     "append": "--append TEXT or --append-file FILE",
     "autoscale_again": "--autoscale again",
@@ -21,7 +21,7 @@ def know(parameters: list[Parameter]) -> None:
     for parameter in parameters:
         for option in getattr(parameter.annotation, "__metadata__", ()):
             if isinstance(option, OptionInfo):
-                words = [option.default, *(option.param_decls or ())]  # typer sorts the first out when it looks
+                words = [option.default, *(option.param_decls or ())]  # typer may move the first flag into `default`
                 _FLAGS.setdefault(parameter.name, next(str(word) for word in words if str(word).startswith("--")))
 
 
@@ -34,7 +34,7 @@ def _flag(field: re.Match[str]) -> str:
     name, value = field.groups()
     row = table().get(name)
     flags = _FLAGS.get(name) or (row.flags if row else None)
-    if flags is None:  # it has a variable only, or is the word of somebody else
+    if flags is None:  # it has only a variable, or is not a name of ours
         return row.env if row else field[0]
     yes, _, no = flags.partition("/")
     if value in (None, "True", "False"):

@@ -1,4 +1,4 @@
-"""What a command is given: prompts from words, files, JSON lines and standard input."""
+"""A command's input: prompts from words, files, JSON lines and standard input."""
 
 import os
 import stat
@@ -26,10 +26,10 @@ def given_text(
     *,
     keys: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
-    """The prompt, or what to append, as arguments of prefill and generate; start: the state to go on from.
+    """The prompt, or the text to append, as arguments of prefill and generate; start: the state to go on from.
 
-    keys: the fields of sampling that a line may have, which are then among its names. And what names a row in the
-    results (none where rows have no names), and whether each is a line.
+    keys: the fields of sampling that a line may have; they are added to its names. Also returns the names of each row
+    in the results (none if rows have no names), and whether each row is a line.
     """
     if append is None and append_file is None:
         prompts, names = _prompts(prompt, prompt_file, jsonl, start, keys)
@@ -53,9 +53,9 @@ def given_text(
 def _prompts(
     prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None, keys: tuple[str, ...]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The text, or a list of texts with --jsonl, or None where a state is to be taken as it is.
+    """The text, or a list of texts with --jsonl, or None if only a state is given.
 
-    And what names a row in the results: its `index` from 0, and the `id` that was given.
+    Also returns the names of each row in the results: its `index` from 0, and the given `id`.
     """
     if prompt is not None and prompt_file is not None:
         raise UsageError("--prompt and --prompt-file were both given; give one")
@@ -82,7 +82,7 @@ def _prompts(
 
 
 def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any, list[dict[str, Any]]]:
-    """The file's text, or those of its lines and their names."""
+    """The file's text; or the texts of its lines, and their names."""
     source, text = _read_text(file)
     if not jsonl:
         text = text.removesuffix("\n").removesuffix("\r")
@@ -91,7 +91,7 @@ def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any,
         return text, []
     rows = [
         _jsonl_row(line, f"{source}, line {number}", keys)
-        for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may hold U+2028 as it is
+        for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may have an unescaped U+2028
         if line.strip()
     ]
     if not rows:
@@ -101,7 +101,7 @@ def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any,
 
 
 def _piped() -> bool:
-    """Whether a pipe or a file is at standard input, with something in it that can be read now."""
+    """Whether standard input is a pipe or a file with data that can be read now."""
     mode = os.fstat(0).st_mode
     if stat.S_ISREG(mode):
         return os.lseek(0, 0, os.SEEK_CUR) < os.fstat(0).st_size
@@ -114,7 +114,7 @@ def _piped() -> bool:
 
 
 def _read_text(name: str) -> tuple[str, str]:
-    """What errors call the file ('-' is standard input), and its text without a byte order mark."""
+    """The file's name in errors ('-' is standard input), and its text without a byte order mark."""
     source = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -131,7 +131,7 @@ def _read_text(name: str) -> tuple[str, str]:
 
 
 def _jsonl_row(line: str, place: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A line of JSON: its prompt, and what it has of id and keys. Raises UsageError that begins with its place."""
+    """Parse a line of JSON: its prompt, and its id and keys. Raises UsageError, which begins with the line's place."""
     from xlstm_ray.config import parse_json
 
     try:
@@ -159,6 +159,6 @@ def _jsonl_row(line: str, place: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def row_count(given: dict[str, Any]) -> int:
-    """Rows of a batch; 0 where there is no prompt."""
+    """The number of rows of a batch; 0 without a prompt."""
     prompts = given.get("prompt") if given.get("prompt") is not None else given.get("append")
     return len(prompts) if isinstance(prompts, list) else int(prompts is not None)

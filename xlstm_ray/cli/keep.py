@@ -1,4 +1,4 @@
-"""What is kept of a run: its state's place, snapshots on the way, and the command that goes on."""
+"""What is kept of a run: its state, snapshots during the run, and the command that resumes it."""
 
 import os
 import shlex
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 
 class Saved(NamedTuple):
-    """Where a run's state is now."""
+    """The place of a run's state."""
 
-    start: tuple[str, ...]  # the options that go on from it; none: it is nowhere
+    start: tuple[str, ...]  # the options that resume from it; empty: there is no state
     said: str
-    asked: Path | None = None  # the file that was asked for, where it could be written
+    asked: Path | None = None  # the requested file, if it was written
     digest: str | None = None
-    failure: str | None = None  # why it could not
+    failure: str | None = None  # why the requested file was not written
 
     def go_on(self, *, without: Sequence[str] = (), before: str = "\n") -> str:
-        """The command that goes on, on a line of its own."""
+        """The command that resumes the run, on its own line."""
         return f"{before}to go on: {resume_command(list(self.start), without=without)}" if self.start else ""
 
 
 def save_state(
     engine: "Engine", state: "RecurrentState", state_out: Path | None, settings: Settings, *, needed: bool
 ) -> Saved:
-    """Write the state to where it was asked for. needed: the run ended early, so that it has to be somewhere.
+    """Write the state to the requested file. needed: the run ended early, so the state must be saved somewhere.
 
-    What has no place of its own is kept in the cache directory; so is what the place that was asked for cannot take.
+    Without a requested file, or if it cannot be written, a needed state goes to the cache directory.
     """
     failure: str | None = None
     start: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def save_state(
 
 
 def rescued_state(engine: "Engine", state_out: Path | None, settings: Settings) -> str:
-    """Keep what a run that is interrupted in the middle of a window had done before it; says where."""
+    """Save the state before the window that was interrupted; returns a text about its place."""
     state = engine.last_state()
     if state is None:
         return ""
@@ -76,7 +76,7 @@ def rescued_state(engine: "Engine", state_out: Path | None, settings: Settings) 
 
 
 def interrupted_error(result: "PrefillResult", saved: Saved, stop: Stop) -> XlstmRayError:
-    """Why the run ended early, what is kept, and how to go on."""
+    """A text: why the run ended early, what is kept, and how to resume."""
     text = f"stopped after {sum(result.state.tokens)} of {result.stats.prompt_tokens} tokens; {saved.said}"
     text += saved.go_on()
     if result.ended_by is not None:
@@ -85,7 +85,7 @@ def interrupted_error(result: "PrefillResult", saved: Saved, stop: Stop) -> Xlst
 
 
 def _way_on(engine: "Engine", state_out: Path | None) -> str:
-    """Where the state is, and the command that goes on from it."""
+    """A text: the place of the state, and the command that resumes from it."""
     if engine.journal_file is not None:
         text = f"; journal in {engine.journal_file.parent}"
         words = ["--resume", str(engine.journal_file.parent)]
@@ -98,7 +98,7 @@ def _way_on(engine: "Engine", state_out: Path | None) -> str:
 
 
 def keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentState], None] | None":
-    """What a run on Ray does with each snapshot, so that it outlives this process; a journal does so by itself."""
+    """What a run on Ray does with each snapshot, so that it survives this process (a journal does anyway)."""
     run = keeper.current
     if run is None:
         return None
@@ -110,7 +110,7 @@ def keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentSta
         if place is not None:
             try:
                 state.save(run.hold(place))
-            except StateError as err:  # the one before stays, and what was said of it
+            except StateError as err:  # the snapshot before stays, and its text
                 if not missing:
                     tell(f"note: a snapshot is missing: {err}; the run goes on without it")
                 missing = True
@@ -125,7 +125,7 @@ def keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentSta
 def prompts_state_kept(
     engine: "Engine", result: "PrefillResult", state_out: Path | None, settings: Settings
 ) -> Iterator[None]:
-    """A grid that is lost after the prompt leaves the prompt's state."""
+    """If the grid is lost after the prompt, keep the prompt's state."""
     if result.complete and (keep := keeping(engine, state_out)):
         keep(result.state)
     try:
@@ -139,7 +139,7 @@ def prompts_state_kept(
 
 
 def finish(engine: "Engine", saved: Saved) -> None:
-    """After the results are out. Raises OutputError where a file that was asked for is not there or not whole."""
+    """Call after the results are printed. Raises OutputError if a requested file is missing or incomplete."""
     failures = [*([saved.failure] if saved.failure else []), *engine.failures]
     engine.discard_journal()
     if failures:
@@ -147,7 +147,7 @@ def finish(engine: "Engine", saved: Saved) -> None:
 
 
 def resume_command(start: list[str], without: Sequence[str] = ()) -> str:
-    """This very command with its environment, but going on from there, and without these options."""
+    """This command with its environment, but with the options that resume, and without some others."""
     replaced = "--state-in", "--resume", "--journal", *without
     words, skip = [], False
     for word in sys.argv[1:]:
@@ -161,7 +161,7 @@ def resume_command(start: list[str], without: Sequence[str] = ()) -> str:
 
 
 def program() -> str:
-    """What starts this program in a shell: without its directory, where that is found."""
+    """The word that starts this program in a shell; without its directory if the shell finds it."""
     if Path(sys.argv[0]).name == "__main__.py":
         return shlex.join([sys.executable, "-m", "xlstm_ray"])
     found = shutil.which("xlstm-ray")

@@ -1,10 +1,10 @@
-"""The parent of a run on Ray: it holds what the run has kept, and says how it ended, where Ray ends its process.
+"""The parent process of a run on Ray: if Ray kills the run, the parent saves the last snapshot and reports the end.
 
-Ray ends a process whose raylet is gone, in the middle of any call and without a word. So the command line starts such a
-run in a process of its own. That one says after every snapshot where it lies and what a person should know of it, and
-at its end that it has ended by itself. Where that last word does not come, the last snapshot is put in its place here.
+Ray kills a process whose raylet is gone, in the middle of any call and without a message. So the command line starts a
+run on Ray in a child process. After every snapshot, the child tells its parent where it is, with a text for people; at
+its end it sends a last message. If that message does not come, the parent moves the last snapshot to its place.
 
-The terminal's signals go to both processes. The run leaves SIGINT and SIGHUP to its parent, which passes each on once.
+The terminal's signals go to both processes. The child ignores SIGINT and SIGHUP; the parent passes each on once.
 """
 
 import json
@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 
 from xlstm_ray.errors import GridLost
 
-LAST_S = 15.0  # what a run that has said its last word may take to end
+LAST_S = 15.0  # time that a run has to end after its last message
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 RAY_GONE = "Ray ended this run's process: its head, or this machine's raylet, is gone"
 
-current: "Run | None" = None  # in the run's process: how to reach the parent
+current: "Run | None" = None  # in the run's process: the connection to the parent
 
 _RUN = """
 import sys
@@ -40,9 +40,9 @@ with keeper.run(int(handle)):
 
 
 def start() -> int:
-    """This very command again as a child of this process; returns its exit code.
+    """Run this command again as a child process; returns its exit code.
 
-    Raises GridLost where the child ended without its last word: with what was kept, and how to go on.
+    Raises GridLost if the child ended without its last message; the error says what is kept and how to resume.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -53,7 +53,7 @@ def start() -> int:
         theirs.close()
 
         def pass_on(number: int, _frame: object) -> None:
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # it has ended already
                 ours.send(bytes([number]))
 
         before = {n: signal.signal(n, pass_on) for n in PASSED_ON if signal.getsignal(n) is not signal.SIG_IGN}
@@ -72,7 +72,7 @@ def _watch(child: "subprocess.Popen[bytes]", ours: socket.socket) -> int:
             if "code" in said:
                 try:
                     code = child.wait(LAST_S)
-                except subprocess.TimeoutExpired:  # it has printed its result, and Ray does not let go of it
+                except subprocess.TimeoutExpired:  # its result is printed, but Ray does not let it end
                     child.kill()
                     child.wait()
                     return said["code"]
@@ -99,21 +99,21 @@ class Run:
         self._parent = parent
         self._signals: deque[int] = deque()
         self._held: Path | None = None
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # they come from the parent, once
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # the parent sends each once
         signal.signal(signal.SIGUSR1, self._handle)
         threading.Thread(target=self._listen, name="keeper", daemon=True).start()
 
     def hold(self, place: Path) -> Path:
-        """A file beside `place` for snapshots: it is put there where this process ends without its last word."""
+        """A file for snapshots in the directory of `place`; the parent moves it there if this process is killed."""
         self._held = place.with_name(f".{place.name}.{os.getpid()}.kept")
         return self._held
 
     def kept(self, text: str, place: Path | None) -> None:
-        """There is a snapshot, in what `hold` gave for `place` where one is given; the text is for a person."""
+        """Report a snapshot, in the file that `hold` gave for `place` if one is given; the text is for people."""
         self._say({"text": text, "held": str(self._held) if place else None, "place": str(place)})
 
     def ended(self, code: int) -> None:
-        """The last word."""
+        """Send the last message."""
         if self._held is not None:
             self._held.unlink(missing_ok=True)
         self._say({"code": code})
@@ -127,7 +127,7 @@ class Run:
         while numbers := self._parent.recv(16):
             self._signals.extend(numbers)
             signal.pthread_kill(main, signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGKILL)  # the parent is gone, so this run is: somebody ended it in that way
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent was killed, so the run ends in the same way
         raise AssertionError
 
     def _handle(self, _number: int, frame: Any) -> None:
@@ -142,7 +142,7 @@ class Run:
 
 @contextmanager
 def run(handle: int) -> Iterator[None]:
-    """In the run's process: the block is the run."""
+    """In the run's process: the `with` block is the run."""
     global current
     os.set_inheritable(handle, False)
     current = Run(socket.socket(fileno=handle))

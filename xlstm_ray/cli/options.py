@@ -1,4 +1,4 @@
-"""Options of commands: our own ones, and those made from the table of settings."""
+"""Options of commands: the commands' own, and those made from the table of settings."""
 
 import inspect
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # pan
 
 
 def bare(text: str) -> str:
-    """A text in which rich reads no markup."""
+    """A text without markup for rich."""
     return text.replace("[", r"\[")
 
 
@@ -38,7 +38,7 @@ JsonlOption = Annotated[
     bool,
     typer.Option(
         "--jsonl",
-        help="The file has a prompt a line: a JSON string or an object with a 'prompt' key.",
+        help="The file has a prompt on each line: a JSON string or an object with a 'prompt' key.",
         rich_help_panel=PROMPT,
     ),
 ]
@@ -52,13 +52,13 @@ StateInOption = Annotated[
 ]
 AppendOption = Annotated[
     str | None,
-    typer.Option("--append", help="Only what is new after the text of --state-in.", rich_help_panel=STATE),
+    typer.Option("--append", help="The text that follows the text of --state-in.", rich_help_panel=STATE),
 ]
 AppendFileOption = Annotated[
     str | None,
     typer.Option(
         "--append-file",
-        help="The same from a file, '-' for standard input; with --jsonl a text a line, all after one state.",
+        help="The same from a file, '-' for standard input; with --jsonl a text on each line, all after one state.",
         rich_help_panel=STATE,
     ),
 ]
@@ -67,8 +67,8 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         help=bare(
-            "A TOML file with settings; flags and environment go before it. A setting's key is its option's name "
-            "with _ for -, its variable XLSTM_ and the key in capitals where no [env: NAME] says otherwise."
+            "A TOML file with settings; flags and environment variables override it. A setting's key is its "
+            "option with _ for -; its variable is XLSTM_ and the key in capitals, unless [env: NAME] is shown."
         ),
         rich_help_panel="Settings",
     ),
@@ -90,9 +90,9 @@ ProgressOption = Annotated[
 
 
 def takes(names: str = "") -> Callable[[Callable], Callable]:
-    """A command that takes these settings (all, where none is named) after its own options, and --config.
+    """Decorates a command that takes these settings (all, if none is named) after its own options, and --config.
 
-    What was given arrives as the keyword argument `asked`, for Settings.make; None stands for what was not.
+    They arrive as the keyword argument `asked`, for Settings.make; None: not given.
     """
     rows = [table()[name] for name in names.split()] or list(table().values())
     options = {"config": ConfigOption} | {row.name: _option(row) for row in rows if row.flags}
@@ -135,5 +135,5 @@ def _option(row: Setting) -> Any:
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help: a line each."""
+    """Examples at the end of a command's help, one on each line."""
     return "\b\n" + "\n".join(["Examples:", *(f"  {bare(line)}" for line in lines)])

@@ -1,4 +1,4 @@
-"""Standard output and error, also where they are closed, or their terminal has gone."""
+"""Standard output and error, even if they are closed or their terminal is gone."""
 
 import errno
 import io
@@ -13,7 +13,7 @@ from xlstm_ray.errors import UsageError
 
 
 def open_standard_files() -> None:
-    """Where the caller closed standard input, output or error, open nothing in its place, before another file does."""
+    """If standard input, output or error is closed, open the null device in its place, before another file takes it."""
     while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(opened)
@@ -26,7 +26,7 @@ def open_standard_files() -> None:
 
 
 class _Terminal(io.FileIO):
-    """Standard error on a terminal. After it was closed, what is written goes nowhere: the signal may come later."""
+    """Standard error on a terminal. If the terminal is closed, output is dropped: its signal may come later."""
 
     def write(self, data: Any) -> int:
         try:
@@ -39,24 +39,24 @@ class _Terminal(io.FileIO):
 
 
 def leave_terminal() -> None:
-    """A terminal that is closed cannot be written to: what is said from now on goes nowhere, and work is kept."""
+    """The terminal was closed: drop all further output, so that the work can be saved."""
     for handle in (1, 2):
         if stat.S_ISCHR(os.fstat(handle).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), handle)
 
 
 def tell(text: str) -> None:
-    """Say it on standard error: errors and notes of the library too."""
+    """Print a line on standard error, with the library's fields as flags."""
     print(in_flags(text), file=sys.stderr, flush=True)
 
 
 def note(text: str) -> None:
-    """What a person should know of a run that goes on."""
+    """Print a remark for people while a run goes on."""
     tell(f"note: {text}")
 
 
 def show(text: str, *, end: str = "\n") -> None:
-    """Write to standard output at once, with escapes for what its encoding lacks."""
+    """Write to standard output at once; escape characters that its encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write((text + end).encode(encoding, "backslashreplace").decode(encoding))
@@ -69,7 +69,7 @@ def show(text: str, *, end: str = "\n") -> None:
 
 
 def drop_stdout() -> None:
-    """Point standard output elsewhere, so that the interpreter's last flush is quiet."""
+    """Redirect standard output, so that the interpreter's last flush raises nothing."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -69,7 +69,7 @@ def status(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
 def down(
     head: Annotated[
         str | None,
-        typer.Argument(help=bare("Stop this head only, also when its run is alive. [default: all without a run]")),
+        typer.Argument(help=bare("Stop only this head, even if its run is alive. [default: all heads without a run]")),
     ] = None,
     *,
     asked: dict[str, Any],

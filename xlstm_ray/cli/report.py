@@ -1,4 +1,4 @@
-"""What prefill and generate print of their results."""
+"""The results of prefill and generate as they are printed."""
 
 import math
 import time
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ending_text(generation: "Generation", b: int) -> str:
-    """Why an answer ended, for a person."""
+    """Why an answer ended, for people."""
     token, text, reason = generation.stop_tokens[b], generation.stop_texts[b], generation.finish_reasons[b]
     if token is not None:
         return f"the end token {token[1]!r} ({token[0]})"
@@ -42,7 +42,7 @@ def _cache_line(use: dict[str, Any]) -> list[str]:
 
 
 def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None, digest: str | None) -> dict[str, Any]:
-    """What --json prints. digest: the state's, where it is known."""
+    """The object that --json prints. digest: the state's, if it is known."""
     stats, state = result.stats, result.state
     return {
         "model": str(engine.model_path),
@@ -85,7 +85,7 @@ def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None
 def answers_of(
     engine: "Engine", generation: "Generation", rows: Iterable[int], state_out: Path | None, digest: str | None
 ) -> Iterator[dict[str, Any]]:
-    """What --json prints of these rows' answers; digest as for `summary_of`."""
+    """The objects that --json prints for these rows' answers; digest as in `summary_of`."""
     result, texts, tokens = generation.prefill, generation.texts, generation.tokens
     reasons, stops, stop_texts = generation.finish_reasons, generation.stop_tokens, generation.stop_texts
     for b in rows:
@@ -104,7 +104,7 @@ def answers_of(
 
 
 def _logprobs_of(generation: "Generation", b: int) -> dict[str, Any]:
-    """The answer's tokens with their log-probabilities, where they were asked for."""
+    """The answer's tokens with their log-probabilities, if they were requested."""
     made = generation.logprobs(b)
     if made is None:
         return {}
@@ -155,7 +155,7 @@ def first_token_text(summary: dict[str, Any]) -> str:
 
 
 def _tile_line(stats: "Statistics") -> list[str]:
-    """Of more than one tile, how fast each was; and the launches where they are known."""
+    """The speed of tiles, if there is more than one, and the launches, if they are known."""
     if stats.tiles < 2 or stats.tile_tok_s_median is None:
         return []
     tail = f", {stats.tail_windows} of them the tail's" if stats.tail_windows else ""

@@ -1,4 +1,4 @@
-"""What a run says on standard error while it works: a bar on a terminal, JSON lines, or a line every half minute."""
+"""The progress of a run on standard error: a bar on a terminal, JSON lines, or a line every half minute."""
 
 import json
 import math
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 ProgressKind = Literal["auto", "bar", "ndjson", "none"]
 
-EVERY_S = 30.0  # between two lines where there is no terminal
+EVERY_S = 30.0  # between two lines without a terminal
 
 
 class Reporter:
-    """Told what a run begins (`phase`) and of every tile (`tile`); says it until it is closed.
+    """Reports phases (`phase`) and tiles (`tile`) of a run until it is closed.
 
-    auto is a bar on a terminal, else a line when EVERY_S have passed. ndjson is an object for every tile, and for a
-    phase that takes longer than that.
+    auto: a bar on a terminal, else a line every EVERY_S. ndjson: an object for every tile, and for a phase that takes
+    longer than EVERY_S.
     """
 
     def __init__(self, kind: ProgressKind):
@@ -46,21 +46,21 @@ class Reporter:
         self.close()
 
     def close(self) -> None:
-        """Say nothing from now on."""
+        """Report nothing from now on."""
         self._closed.set()
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.live.transient = self._tile is None  # only what was computed stays on the screen
+            bar.live.transient = self._tile is None  # only a bar with tiles stays on the screen
             bar.stop()
 
     def at_once(self, text: str) -> None:
-        """Say it from a signal's handler: this thread may be in the middle of printing."""
+        """Print from a signal handler: this thread may be in the middle of printing."""
         if self._kind == "ndjson":
             text = json.dumps({"event": "stopping", "time": now(), "text": text})
         os.write(2, f"{chr(13) + chr(27) + '[2K' if self._bar is not None else ''}{text}\n".encode())
 
     def phase(self, text: str) -> None:
-        """What begins now."""
+        """A phase begins."""
         self._phase, self._began, self._tile = text, perf_counter(), None
         if self._bar is not None:
             self._bar.reset(self._task, description=text, total=None, numbers="")
@@ -92,7 +92,7 @@ class Reporter:
 
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),  # what the numbers leave
+            BarColumn(bar_width=None),  # takes the width that the numbers leave
             TaskProgressColumn(),
             TextColumn("{task.fields[numbers]}"),
         )
@@ -101,7 +101,7 @@ class Reporter:
         self._bar.start()
 
     def _remind(self) -> None:
-        """How long a phase takes: every second on a terminal, else every EVERY_S."""
+        """Report how long a phase takes: every second on a terminal, else every EVERY_S."""
         while not self._closed.wait(1 if self._kind == "bar" else EVERY_S):
             phase, tile, bar, seconds = self._phase, self._tile, self._bar, perf_counter() - self._began
             passed = timedelta(seconds=round(seconds))

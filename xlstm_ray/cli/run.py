@@ -103,10 +103,10 @@ def prefill(
             )
         require_some(result, stop)
         saved = save_state(engine, result.state, state_out, settings, needed=not result.complete)
-        engine.close(keep_journal=True)  # the state is safe; memory and devices are free for others from now on
+        engine.close(keep_journal=True)  # the state is saved: free memory and devices for others
         if not result.complete:
             raise interrupted_error(result, saved, stop)
-        if given.get("prompt") is None and "append" not in given and a_line_each:  # a state as it is
+        if given.get("prompt") is None and "append" not in given and a_line_each:  # only a state is given
             for b in range(result.state.batch):
                 ready(b, result.row(b))
         if not a_line_each:
@@ -139,7 +139,7 @@ def generate(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Prefill, then stream the text that the model makes of it."""
+    """Prefill, then stream the model's answer."""
     settings = Settings.make(**asked)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
@@ -153,7 +153,7 @@ def generate(
         printed: set[int] = set()
 
         def answers(rows: Iterable[int]) -> None:
-            """A line for each of these rows that has none yet."""
+            """Print a line for each of these rows that has none yet."""
             new = [b for b in rows if b not in printed]
             for b, answer in zip(new, answers_of(engine, generation, new, state_out, None) if new else (), strict=True):
                 printed.add(b)
@@ -171,7 +171,7 @@ def generate(
                 on_snapshot=keeping(engine, state_out),
             )
             if streams:
-                report.close()  # the text says how far it is
+                report.close()  # the text itself shows the progress
             else:
                 report.phase("decoding")
             stop.at = "token"
@@ -209,7 +209,7 @@ def generate(
             if state_out:
                 tell(f"state {state_out} (digest {digest})")
         elif a_line_each:
-            answers(range(result.state.batch))  # those that were stopped
+            answers(range(result.state.batch))  # the rows that were stopped
         else:
             json_line(next(answers_of(engine, generation, [0], state_out, digest)))
         if ended:
@@ -231,17 +231,17 @@ def download(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of the Hugging Face hub.")],
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", help=bare("Where models are kept. [default: the hub's own cache, see HF_HOME]")),
+        typer.Option("--cache-dir", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
     ] = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Take what is in the cache, and ask nobody.", show_default=False)
+        bool, typer.Option("--offline", help="Use only what is in the cache.", show_default=False)
     ] = False,
 ) -> None:
-    """Fetch a model from the Hugging Face hub; the directory to give to --model is printed."""
+    """Download a model from the Hugging Face hub, and print its directory for --model."""
     repo, at, revision = name.partition("@")
     if at and not revision:
         raise UsageError(f"{name!r} names no revision after the @; give a branch, tag or commit, or leave the @ out")
-    with Reporter("none" if sys.stderr.isatty() else "auto") as report, leave_at_once():  # on a terminal a bar a file
+    with Reporter("none" if sys.stderr.isatty() else "auto") as report, leave_at_once():  # the hub has bars there
         report.phase(f"downloading {name}")
         from xlstm_ray import hub
 

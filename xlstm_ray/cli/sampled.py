@@ -11,8 +11,8 @@ from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 
 SHORT = {"max_new_tokens": "-n"}
-NONE = {"n"}  # of requests to a service; here a prompt has one answer
-MORE = {  # what the help says beside the field's own words
+NONE = {"n"}  # only for requests to a service; here a prompt has one answer
+MORE = {  # what the help says after the field's own text
     "max_new_tokens": "[default: 64]",
     "temperature": "[default: the state's, then the model's, else 0; 1 with --top-p, --top-k, --min-p or --seed]",
     "top_k": "[default: all]",
@@ -22,9 +22,9 @@ MORE = {  # what the help says beside the field's own words
     "repetition_penalty": "[default: 1.0]",
     "presence_penalty": "[default: 0.0]",
     "frequency_penalty": "[default: 0.0]",
-    "logit_bias": "Again for more tokens.",
-    "stop": "Again for more texts.",
-    "logprobs": "Of --json and --jsonl.",
+    "logit_bias": "Repeat it for more tokens.",
+    "stop": "Repeat it for more texts.",
+    "logprobs": "With --json and --jsonl.",
 }
 KINDS: dict[str, Any] = {"logit_bias": list[str], "stop": list[str]}
 METAVAR = {"logit_bias": "ID=NUMBER", "stop": "TEXT"}
@@ -32,7 +32,7 @@ KEYS = tuple(name for name in Sampling.model_fields if name not in NONE)
 
 
 def samples(command: Callable) -> Callable:
-    """A command with an option for each field, where it has the parameter `sampling`: of what was given, by name."""
+    """Add an option for each field to a command with the parameter `sampling`, which gets the given fields by name."""
 
     def run(**given: Any) -> None:
         values = {name: given.pop(name) for name in KEYS}
@@ -63,7 +63,7 @@ def _option(name: str) -> Any:
 
 
 def _unset(name: str) -> Any:
-    """What stands for an option that was not given."""
+    """The value of an option that was not given."""
     return False if Sampling.model_fields[name].annotation is bool else None
 
 

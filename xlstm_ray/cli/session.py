@@ -1,4 +1,4 @@
-"""A command's settings and engine: found out before torch is loaded, open while the command runs."""
+"""A command's settings, checked before torch is loaded, and its engine, open while the command runs."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def require_places(
     settings: Settings, config: Path | None, prompt_file: str | None, state_in: Path | None, state_out: Path | None
 ) -> None:
-    """Find out before torch is loaded whether every output has its place."""
+    """Check before torch is loaded that every output may be written."""
     outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
     inputs = settings.inputs()
     if prompt_file not in (None, "-"):
@@ -39,9 +39,9 @@ def require_places(
 
 
 def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, printed: bool) -> None:
-    """Find out before a model is read that it cannot be asked this. own: fields of each line of --jsonl.
+    """Refuse wrong sampling before a model is read. own: fields of each line of --jsonl.
 
-    printed: as JSON, which log-probabilities are a part of.
+    printed: whether results are printed as JSON, which log-probabilities need.
     """
     from xlstm_ray.sampling.params import Sampling, over
 
@@ -60,10 +60,10 @@ def open_engine(
     progress: ProgressKind,
     rows: int,
 ) -> "Iterator[tuple[dict[str, Any], Engine, Reporter]]":
-    """What to go on from, as keyword arguments of prefill and generate; the model; and who says how far it is.
+    """Yields the state to go on from (as keyword arguments of prefill and generate), the engine, and the reporter.
 
-    What was not asked for is taken from the state, so that the numerics agree. At the end the model is let go of,
-    actors and head too; a head that stays says where it is. rows: how many prompts; 0 where a state is taken as it is.
+    Settings that were not given come from the state, so that the numerics agree. At the end the engine is closed, with
+    its actors and head; a head that stays is reported. rows: the number of prompts; 0 if only a state is given.
     """
     from xlstm_ray.choose import choose_model, choose_setup, setup_of
     from xlstm_ray.config import ModelConfig
@@ -80,13 +80,13 @@ def open_engine(
         config = setup.config
     elif not os.path.exists(state_in):
         raise StateError(f"{state_in}: there is no such state file")
-    else:  # what was not asked for is taken from the state
+    else:  # settings that were not given come from the state
         config = ModelConfig.from_file(choose_model(settings) / "config.json")
     if state_out is not None:
-        before = state_in.stat().st_size if state_in else 0  # what is appended to a state of several rows is one text
+        before = state_in.stat().st_size if state_in else 0  # to a state of several rows one text is appended
         size = max(before, config.state_file_bytes(max(1, rows)))
         if keeper.current is not None and settings.journal is None and settings.resume is None:
-            size *= 2  # a snapshot is held beside the file while the next one is written
+            size *= 2  # the last snapshot stays while the next one is written
         require_writable(state_out, option="--state-out", size=size)
     with Reporter(progress) as report:
         start: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def open_engine(
                 numerics = {**state.numerics.model_dump(), "chunkwise_backend": _backend_of(state.numerics.kernel)}
                 del numerics["kernel"], numerics["mixed"]
                 setup = setup_of(**asked, state=(str(state_in), numerics))
-        # In this process nothing is lost by leaving at once; a head that is being started must be taken down again.
+        # In this process nothing is lost by leaving at once, but a head that is being started must be stopped again.
         leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
         with leaving():
             engine = Engine(setup, on_phase=report.phase, on_note=note)
@@ -131,7 +131,7 @@ def _backend_of(kernel: str) -> str:
 
 
 def run_under_keeper(settings: Settings) -> None:
-    """A run that connects to Ray is a process of its own: Ray may end it at any moment."""
+    """Start a run on Ray in a child process: Ray may kill it at any moment."""
     on_ray = "ray_" in (settings.chunkwise_backend or "ray_") and (
         settings.ray_address is not None or not settings.ray_local_mode
     )

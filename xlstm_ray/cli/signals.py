@@ -12,10 +12,10 @@ from xlstm_ray.errors import Interrupted
 
 
 class Stop:
-    """Whether Ctrl-C, SIGTERM or SIGHUP has come: prefill asks between tiles, decoding between tokens.
+    """Whether Ctrl-C, SIGTERM or SIGHUP has come: prefill checks it between tiles, decoding between tokens.
 
-    The first says at once what it does. A second Ctrl-C interrupts at once, and so does the first before anything was
-    asked: compiling takes long, and there is nothing to keep yet.
+    The first signal is confirmed at once. A second Ctrl-C interrupts at once. So does a first one before the first
+    check: compiling takes long, and there is nothing to keep yet.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -40,7 +40,7 @@ class Stop:
 
 @contextmanager
 def _handling(handler: Any, *numbers: int) -> Iterator[None]:
-    """These signals go to the handler for a while; only the main thread may arrange that."""
+    """Send these signals to a handler while the block runs; works only on the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,7 +55,7 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(say: Callable[[str], None] = lambda text: None, rescued: Callable[[], str] = str) -> Iterator[Stop]:
-    """say: from the signal's handler. rescued: keeps what an interrupted run has done, and says where."""
+    """say: prints from the signal handler. rescued: saves an interrupted run's state, and returns a text about it."""
     stop = Stop(say)
     with _handling(stop.handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
@@ -66,7 +66,7 @@ def stop_on_signals(say: Callable[[str], None] = lambda text: None, rescued: Cal
 
 @contextmanager
 def leave_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process here and now: libraries that are being imported may swallow an exception."""
+    """Ctrl-C ends the process at once: libraries that are being imported may swallow an exception."""
 
     def leave(_number: int, _frame: object) -> None:
         os.write(2, b"\x1b[?25hinterrupted\n" if os.isatty(2) else b"interrupted\n")  # a bar hides the cursor

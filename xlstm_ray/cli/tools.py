@@ -26,11 +26,11 @@ def doctor(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Show what this machine has, and with --kernels what a model's kernels take on Apple's GPU."""
+    """Show this machine's devices; with --kernels, the Metal kernels of a model on Apple's GPU."""
     settings = Settings.make(**asked)
     given = next((name for name, value in asked.items() if value is not None and name in table()), None)
     if given and not kernels:
-        raise UsageError(f"{settings.named(given)} is of the table of kernels: add --kernels, or leave it out")
+        raise UsageError(f"{settings.named(given)} is for the table of kernels: add --kernels, or leave it out")
     from xlstm_ray.choose import choose_device, choose_setup
     from xlstm_ray.measure.doctor import kernel_report, machine
 
@@ -52,7 +52,7 @@ def doctor(
 @commands.command(rich_help_panel=MACHINE, epilog=examples("xlstm-ray config -m DIR --config settings.toml"))
 @takes()
 def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
-    """Show every setting, its value and where it came from."""
+    """Show every setting with its value and its source."""
     from xlstm_ray.choose import setup_of
 
     setup = setup_of(**asked)
@@ -81,10 +81,10 @@ def parity(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Compare every kernel and backend with the reference; exit code 1 where one is over its tolerance."""
+    """Compare every kernel and backend with the reference; exit code 1 if one is over its tolerance."""
     settings = Settings.make(**asked)
     if part in ("mlstm", "slstm") and asked["model"]:
-        raise UsageError(f"--model is of parity's part 'model', and {part!r} compares kernels alone; leave it out")
+        raise UsageError(f"--model is for parity's part 'model', and {part!r} compares only kernels; leave it out")
     from xlstm_ray.choose import DEMO_MODEL, choose_device, choose_model
     from xlstm_ray.measure.parity import HEADER, compare
 
@@ -115,7 +115,7 @@ def bench(
     backends: Annotated[
         str, typer.Option("--backends", help="Backends, with commas between; native is slow.")
     ] = "queued_compiled_chunks,queued_compiled_steps",
-    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair, of which the median counts.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair; the median counts.")] = 3,
     png: Annotated[
         Path | None, typer.Option("--png", help="Draw speed and memory to this file; needs matplotlib.")
     ] = None,
@@ -152,7 +152,7 @@ def bench(
 def plan(
     device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
-    machines: Annotated[int, typer.Option("--machines", help="So many of the device, a stage of the blocks each.")] = 1,
+    machines: Annotated[int, typer.Option("--machines", help="Machines; each has a stage of the blocks.")] = 1,
     check: Annotated[
         bool, typer.Option("--check", help="With --device this: run it too; exit code 1 beyond a factor of 1.5.")
     ] = False,
@@ -160,7 +160,7 @@ def plan(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Estimate a prefill's memory and time on a device; of the model, config.json is enough."""
+    """Estimate a prefill's memory and time on a device; the model's config.json is enough."""
     settings = Settings.make(**asked)
     if check and (device != "this" or machines != 1):
         raise UsageError("--check runs on this machine: give --device this, and no --machines")

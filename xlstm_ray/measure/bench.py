@@ -1,8 +1,8 @@
 """`xlstm-ray bench`: prefill speed and memory on this machine, prompt lengths x backends, as a table and a picture.
 
-Every pair runs in a process of its own, which loads and compiles before anything is timed, so that its peak of memory
-is that pair's alone. The backends of one length are loaded together and take turns, so that a machine whose speed
-drifts treats all alike.
+Every pair runs in its own process, so that its memory peak is only this pair's. It loads and compiles before anything
+is timed. The backends of one length are loaded together and take turns, so that a drift of the machine's speed affects
+all alike.
 """
 
 import platform
@@ -28,7 +28,7 @@ HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':
 
 @dataclass(frozen=True)
 class Row:
-    """A pair's figures. seconds: of each round's prefill. peak_bytes: of the kind that matters for the device."""
+    """A pair's figures. seconds: of each round's prefill. peak_bytes: of the memory that matters for the device."""
 
     tokens: int
     backend: str
@@ -39,12 +39,12 @@ class Row:
     peak_process_bytes: int
     peak_device_bytes: int | None  # None on the CPU
     model: str = ""
-    threads: int | None = None  # of torch on the CPU
+    threads: int | None = None  # torch's threads on the CPU
     machine: str = ""
 
     @property
     def tok_s(self) -> float:
-        """Of the median round."""
+        """Tokens a second of the median round."""
         return self.tokens / median(self.seconds)
 
     @property
@@ -60,7 +60,7 @@ class Row:
 def parse(
     lengths: str, backends: str, rounds: int, png: Path | None, *, overwrite: bool = False
 ) -> tuple[list[int], list[str]]:
-    """Prompt lengths and backends of a command line. Raises UsageError where one is none, or the picture cannot be."""
+    """Parse prompt lengths and backends. Raises UsageError for wrong ones, or if the picture cannot be drawn."""
     words = [word.strip() for word in lengths.split(",")]
     if not all(word.isdecimal() and 0 < int(word) <= 1 << 24 for word in words):
         raise UsageError(f"`lengths` is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
@@ -83,16 +83,15 @@ def measure(
     asked: dict[str, Any],
     on_note: Callable[[str], object],
 ) -> Iterator[Row]:
-    """Each pair's figures, as they come. asked: settings by their names, those that were not asked for as None.
-    on_note: as of `Child`.
+    """Yields each pair's figures. asked: settings by name; None: not given. on_note: as in `Child`.
 
-    Raises what the engine of a child raised, and XlstmRayError where a child ended without a word.
+    Raises errors of a child's engine, and XlstmRayError if a child ended without an answer.
     """
     for tokens in lengths:
         with ExitStack() as children:
             pairs = [children.enter_context(Child(tokens, name, asked, on_note)) for name in backends]
             for pair in pairs:
-                pair.figures()  # warm-up, of caches too; they come one after the other
+                pair.figures()  # warm-up, also of caches; one pair at a time
             runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]
             for n, name in enumerate(backends):
                 last = runs[-1][n]
@@ -109,7 +108,7 @@ def _machine() -> str:
 
 
 def _pyplot() -> ModuleType:
-    """matplotlib's figures, without a screen. Raises UsageError where it is not installed."""
+    """matplotlib without a screen. Raises UsageError if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -124,7 +123,7 @@ def _pyplot() -> ModuleType:
 
 
 def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
-    """tokens/s and peak memory against prompt length, a line a backend; the file is whole or not there."""
+    """Draw tokens/s and peak memory over prompt length, a line for each backend. Writes the whole file or none."""
     pyplot = _pyplot()
     from matplotlib import ticker
 

@@ -1,4 +1,4 @@
-"""A process that has loaded a model and prefills when it is asked to."""
+"""A child process that has loaded a model and prefills on request."""
 
 import json
 import subprocess
@@ -12,9 +12,9 @@ from xlstm_ray.errors import XlstmRayError, one_line
 
 
 class Child:
-    """A process that has loaded the model for one backend and length, and prefills when it is asked to.
+    """A child process that has loaded the model for one backend and length, and prefills on request.
 
-    on_note: told what the engine says of a run that goes on.
+    on_note: called with the engine's remarks while it runs.
     """
 
     def __init__(self, tokens: int, backend: str, asked: dict[str, Any], on_note: Callable[[str], object]):
@@ -27,18 +27,18 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is answered here, and standard input's end is what ends it
+            start_new_session=True,  # Ctrl-C is handled here; the end of its standard input ends it
         )
         self._say(json.dumps(self._order))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._process.kill()  # Ctrl-C here, or another child's error: nothing of this one is wanted
+            self._process.kill()  # after Ctrl-C or another child's error its result is not wanted
         self._process.communicate()
 
     def figures(self) -> dict[str, Any]:
-        """One prefill's."""
+        """The figures of one prefill."""
         self._say("run")
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -63,7 +63,7 @@ def _plain(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serve() -> None:
-    """The child: an order on standard input, then a line for each prefill; answers in JSON, a line each."""
+    """The child: reads its settings from standard input, then a line for each prefill; answers with lines of JSON."""
     order = json.loads(sys.stdin.readline())
     asked = order["asked"]
     if "config" in asked:
@@ -94,7 +94,7 @@ def _serve() -> None:
 
 
 def _answer(row: dict[str, Any]) -> None:
-    print(json.dumps(row) + "\n", end="", flush=True)  # in one piece: notes come from other threads too
+    print(json.dumps(row) + "\n", end="", flush=True)  # in one write: notes come from other threads too
 
 
 if __name__ == "__main__":

@@ -9,24 +9,24 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Shares:
-    """Which part of a kind of device's published rates a prefill reaches."""
+    """The shares of a kind of device's published rates that a prefill reaches."""
 
     products: float
     traffic: float
-    call_s: float  # of the host, a block and window
+    call_s: float  # the host's time for a block and window
     source: str
 
 
 SHARES = {
-    # The bare products of the 7B model do 53,834 tokens/s x 12.9 GFLOP = 0.70 of the published rate; with 0.5 for what
-    # is beside them the estimates for chunks of 64, 128 and 256 are all within 6 % of the times in README.md.
-    # With tiles of 2048 the 32 blocks' calls took 20 to 28 ms beside an H200.
+    # The bare products of the 7B model reach 53,834 tokens/s x 12.9 GFLOP = 0.70 of the published rate. With 0.5 for
+    # traffic, the estimates for chunks of 64, 128 and 256 are within 6 % of the times in README.md.
+    # With tiles of 2048 the calls of 32 blocks took 20 to 28 ms on the host of an H200.
     "cuda": Shares(0.70, 0.5, 0.75e-3, "measured on one H100"),
     # No Mac has run this program yet. llama.cpp's published F16 prompts of 7B models (M1 Pro, M2 Ultra, M3 Pro:
     # github.com/ggml-org/llama.cpp/discussions/4167) reach 0.6 to 0.75 of the rates below; the second is the H100's.
     "mps": Shares(0.65, 0.5, 0.75e-3, "estimated from llama.cpp's published figures; not measured"),
-    # The probe's products are the model's own, so that all of their rate is reached. Its traffic is a plain copy; what
-    # is not products takes 1.4 times as long as that, in two models on two cores of an AMD EPYC, in both dtypes.
+    # The probe uses the model's own products, so all of their rate is reached. Its traffic is a plain copy; the work
+    # between products takes 1.4 times as long, in two models on two cores of an AMD EPYC, in both dtypes.
     "cpu": Shares(1.0, 0.7, 0.0, "the first probed, the second measured on two cores of an AMD EPYC"),
 }
 
@@ -53,7 +53,7 @@ class Device:
 
 
 def _apple(name: str, memory_gb: int, gb_per_s: float, gpu_cores: int, ghz: float, source: str) -> Device:
-    """A chip with all of its GPU's cores and the most memory that it is sold with.
+    """A chip with all of its GPU's cores and the most memory that is sold.
 
     Memory, bandwidth and cores are published by Apple. The rate is an estimate, the same for both dtypes: cores x 128
     lanes x 2 operations x a clock that Apple does not publish (github.com/philipturner/metal-benchmarks for M1 and M2,

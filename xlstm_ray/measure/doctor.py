@@ -1,4 +1,4 @@
-"""What this machine has, and what a model's kernels take on Metal: the answers of `xlstm-ray doctor`."""
+"""`xlstm-ray doctor`: this machine's devices, and a model's kernels on Metal."""
 
 import platform
 from collections.abc import Iterator
@@ -45,9 +45,9 @@ def machine() -> dict[str, Any]:
 
 
 def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
-    """What the kernels of a run on mps take: as figures, and as lines of text.
+    """The launches and traffic of a run's kernels on mps: as figures, and as lines of text.
 
-    Raises UsageError where the backend has no such table.
+    Raises UsageError if the backend compiles no kernels.
     """
     config, backend, numerics, steps, bands = plan.config, plan.backend, plan.numerics, plan.steps, plan.bands
     if not backend.compiled:
@@ -83,16 +83,16 @@ def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
 
 @dataclass(frozen=True)
 class WindowKernels:
-    """What one block of one band runs for a window of `tokens` tokens of every row."""
+    """The compiled functions of one block and band, for a window of `tokens` tokens of every row."""
 
     tokens: int
     kind: str  # mLSTM or sLSTM
-    blocks: int  # how many blocks of the model are of this kind
+    blocks: int  # the number of the model's blocks of this kind
     functions: list[Generated]
 
     @property
     def launches_per_token(self) -> float:
-        """Metal kernels and torch's own, of one block and band."""
+        """Launches a token of one block and band: Metal kernels and torch's own."""
         return sum(f.calls * f.all_launches for f in self.functions) / self.tokens
 
     @property
@@ -107,9 +107,9 @@ class WindowKernels:
 def metal_kernels(
     config: ModelConfig, backend: Backend, numerics: Numerics, *, t_inner: int, windows: list[int], batch: int = 1
 ) -> Iterator[WindowKernels]:
-    """For every window size and kind of block in turn: all compiled functions of such a block of the first band on mps.
+    """For every window size and kind of block: all compiled functions of a block of the first band on mps.
 
-    Generates code only: neither weights nor state are allocated, nothing is launched.
+    Only generates code: no weights or states are allocated, nothing is launched.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -131,7 +131,7 @@ def metal_kernels(
 
 
 def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> Weights:
-    """An sLSTM block's weights of one band, with no values, on mps. What an mLSTM block has too has its shapes."""
+    """An sLSTM block's weights of one band, without values, on mps. Tensors that an mLSTM block has too are alike."""
     dh, empty = config.dh, partial(torch.empty, device="mps")
     own = {
         "gates": empty(heads, 4 * dh, dh),
@@ -145,7 +145,7 @@ def _empty_slstm_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch
 
 
 def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype) -> BlockWeights:
-    """An mLSTM block's weights of one band, with no values, on mps."""
+    """An mLSTM block's weights of one band, without values, on mps."""
     s, D = BandShape.of(config, heads), config.hidden_size
     rows, v = 2 * heads * (s.dhqk + s.dhhv), heads * s.dhhv
 
@@ -176,7 +176,7 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
 
 
 def kernel_lines(window: WindowKernels, bands: int) -> list[str]:
-    """The table for one window size, as text: a line for each compiled function, and all such blocks' sums."""
+    """The table for one window size as lines: one for each compiled function, and the sums of all such blocks."""
     lines = [
         f"window of {window.tokens} token(s), one {window.kind} block, one band",
         "  function           calls  Metal kernels  torch's  most buffers  launches/token  MiB/token",

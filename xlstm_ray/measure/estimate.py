@@ -1,15 +1,15 @@
-"""`xlstm-ray plan`: what a prefill would take on a device, in memory and time, and the settings for it. On paper.
+"""`xlstm-ray plan`: a computed estimate of a prefill's memory and time on a device, and the settings for it.
 
-Of the model only config.json is read, and the headers of its weights where there are weights. A tile's time is
+It reads only config.json and, if there are weights, their headers. A tile's time is
 
     max(max(products, weights) + traffic, calls)
-    products  the matrix products' operations / (the device's rate x the share of it that is reached)
+    products  operations of the matrix products / (the device's rate x the share of it that is reached)
     weights   bytes of the weights, read once a tile, / bandwidth
-    traffic   what passes through memory between the products: activations, and the states of every chunk,
+    traffic   bytes through memory between the products: activations, and the states of every chunk,
               / (bandwidth x the share of it that is reached)
-    calls     what the host takes to launch a block's work on a GPU, whatever the tile's size
+    calls     the host's time to launch a block's work on a GPU, for any tile size
 
-The shares come from what was measured: README.md's figures for a 7B model on an H100, on two CPU cores for a CPU.
+The shares were measured: on an H100 with a 7B model (README.md), and on two CPU cores.
 """
 
 from collections.abc import Callable
@@ -35,20 +35,20 @@ from xlstm_ray.plan import OnPaper
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, expected_tensors, itemsize_of
 
 LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
-SLSTM_STEP_S = 10e-6  # assumed: a token's step of an sLSTM block, which waits for the one before
-METAL_SHARE = 0.75  # of a Mac's memory: what Metal recommends for its GPU, about (2/3 of small ones)
+SLSTM_STEP_S = 10e-6  # assumed: one token's step of an sLSTM block; each waits for the one before
+METAL_SHARE = 0.75  # of a Mac's memory: about what Metal recommends for its GPU (2/3 on small Macs)
 UNKNOWN = (
-    "other work on the machine, a device that slows down when it is hot, the disk (loading), and what kernels that "
-    "are not compiled there yet take (10 to 60 s a shape)"
+    "other work on the machine, a device that slows down when it is hot, the disk (loading), and compiling kernels "
+    "that are new there (10 to 60 s for each shape)"
 )
-FACTOR = 1.5  # what an estimate may be off by
+FACTOR = 1.5  # an estimate may be off by this factor
 CHECK_ROUNDS = 5
 PROBE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model without reading weights. Sizes in bytes, in the dtype that it will run in."""
+    """A model's sizes, known without reading weights; in bytes, in the dtype of the run."""
 
     path: Path
     config: ModelConfig
@@ -56,7 +56,7 @@ class Model:
     blocks: list[int]  # bytes of each block
     first: int  # embedding
     last: int  # out norm and head
-    tied: bool  # the embedding is the head too
+    tied: bool  # the embedding is also the head
     largest_tensor: int
     known_from: str
 
@@ -66,7 +66,7 @@ class Model:
 
 
 def read_model(paper: OnPaper) -> Model:
-    """What is known of the model, with weights or without."""
+    """The sizes of a model, with or without its weights."""
     config, dtype, checkpoint = paper.config, paper.dtype, paper.checkpoint
     shapes = expected_tensors(config)
     known_from = f"config.json alone, as if stored in {str(paper.stored).removeprefix('torch.')}"
@@ -87,7 +87,7 @@ def read_model(paper: OnPaper) -> Model:
 
 @dataclass(frozen=True)
 class Work:
-    """What a block does for a token, with chunks of L tokens: operations of its products, bytes between them."""
+    """A block's work for a token with chunks of L tokens: operations of its products, bytes between them."""
 
     flops: float
     traffic: float
@@ -109,7 +109,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate, and the settings that it is for. Times in seconds; `need` is of the machine that needs most."""
+    """An estimate and its settings. Times in seconds; `need` is of the machine that needs the most memory."""
 
     device: Device
     model: Model
@@ -122,8 +122,8 @@ class Plan:
     need: Need
     room: int  # bytes that may be used on a machine
     seconds: float
-    workers: int  # threads that work on bands, at most one a band
-    machines_needed: int | None  # the fewest that it fits on; None where not even a block each does
+    workers: int  # threads that work on bands, at most one for each band
+    machines_needed: int | None  # the fewest that it fits on; None if not even one block fits on each
 
     @property
     def fits(self) -> bool:
@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The settings of such a run."""
+        """The settings of this run."""
         of_machines = {"chunkwise_backend": self.backend, "stages": self.machines} if self.machines > 1 else {}
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines for people."""
         d, dtype = self.device, str(self.model.dtype).removeprefix("torch.")
         shares = SHARES[d.kind]
         many = f" on each of {self.machines} machines" if self.machines > 1 else ""
@@ -195,7 +195,7 @@ class Plan:
 
 
 def _duration(seconds: float) -> str:
-    """In seconds, and from two minutes on in hours and minutes too."""
+    """A text in seconds; from two minutes on also in hours and minutes."""
     if seconds < 120:
         return f"{seconds:,.2f} s"
     minutes = round(seconds / 60)
@@ -203,10 +203,10 @@ def _duration(seconds: float) -> str:
 
 
 def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machines: int = 1) -> Plan:
-    """The estimate for `tokens` prompt tokens on that device, or on `machines` of it, a stage of the blocks each.
+    """The estimate for `tokens` prompt tokens on a device, or on `machines` of them with a stage of the blocks each.
 
-    choose: what a run would be on a device of a kind. The tile is halved until the run fits, unless one was asked for.
-    Raises UsageError for a device that is not in the table, or a number that cannot be.
+    choose: makes the choices of a run for a kind of device. The tile is halved until the run fits, unless it was given.
+    Raises UsageError for a device that is not in the table, or a number out of range.
     """
     if device_name != "this" and device_name not in DEVICES:
         raise UsageError(f"`device` is {device_name!r}; there are: this, {', '.join(DEVICES)}")
@@ -254,7 +254,7 @@ def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machin
 
 
 def need(loaded: Loaded, model: Model, machines: int) -> Need:
-    """The memory of the machine that needs most."""
+    """The memory need of the machine that needs the most."""
     whole = computed_need(loaded, Call(1, 1, loaded.tile))
     stages = partition(model.config.num_blocks, machines)
     weights = [sum(model.blocks[b] for b in stage) for stage in stages]
@@ -270,7 +270,7 @@ def prefill_seconds(model: Model, device: Device, tokens: int, tile: int, chunk:
     stages = partition(c.num_blocks, machines)
 
     def stage_seconds(stage: range, T: int) -> float:
-        # Between products a CPU computes in float32 and is bound by that: bfloat16 is not faster there.
+        # Between products a CPU computes in float32 and is bound by it: bfloat16 is not faster there.
         work = [Work.of(c, b, chunk, 4 if device.kind == "cpu" else model.dtype.itemsize) for b in stage]
         products = T * sum(w.flops for w in work) / (device.rate(model.dtype) * shares.products)
         weights = sum(model.blocks[b] for b in stage) / device.bandwidth
@@ -284,16 +284,16 @@ def prefill_seconds(model: Model, device: Device, tokens: int, tile: int, chunk:
         sending = T * c.hidden_size * model.dtype.itemsize / LINK
         return max([*each, sending if machines > 1 else 0.0]), sum(each) + sending * (machines - 1)
 
-    whole = max(0, tokens // tile - 1)  # these are alike; the last tile and the tail are planned as the driver does
+    whole = max(0, tokens // tile - 1)  # these are alike; the last tile and the tail are planned as in the driver
     last = plan_windows([0], [tokens - whole * tile], tile_size=tile, chunk_size=chunk)
     windows = [window.size for window in last]
     return whole * seconds(tile)[0] + sum(seconds(T)[0] for T in windows[1:]) + seconds(windows[0])[1]
 
 
 def probe(model: Model, tile: int, seconds: float = PROBE_S) -> Device:
-    """This machine's CPU: the rate of the model's own products, and of a copy of a tile's activations.
+    """This machine's CPU, probed: the rate of the model's products, and of a copy of a tile's activations.
 
-    The rate of the other dtype is not known, and 0.
+    The rate of the other dtype is unknown and 0.
     """
     c, dtype = model.config, model.dtype
     shapes = [(2 * c.qk_dim + 2 * c.v_dim, c.hidden_size), (c.hidden_size, c.v_dim)]
@@ -324,9 +324,9 @@ def probe(model: Model, tile: int, seconds: float = PROBE_S) -> Device:
 
 
 def check(estimate: Plan, on_note: Callable[[str], object]) -> str:
-    """Run what was estimated, in a process of its own, and compare: a line, or EstimateError beyond FACTOR.
+    """Run what was estimated, in a child process, and compare. Returns a line; raises EstimateError beyond FACTOR.
 
-    The probe is repeated between the runs, so that other work on the machine slows both down; medians of both.
+    The probe is repeated between the runs, so that other work on the machine slows both; medians of both.
     """
     model, tile, chunk = estimate.model, estimate.tile_size, estimate.chunk_size
     asked = {"model": model.path, "device": "cpu", **estimate.asked}

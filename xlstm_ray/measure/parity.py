@@ -1,8 +1,8 @@
-"""Every kernel and backend of the registry on one device against the reference, float64 on the CPU: `xlstm-ray parity`.
+"""`xlstm-ray parity`: every kernel and backend of the registry on one device, against float64 on the CPU.
 
 Errors are ||out - reference|| / ||reference||, the worst of all rows and heads. A state's C and n have the scale
-exp(m), and any m will do: compared are C exp(m) and n exp(m), and of m its absolute error, as a share of it where it is
-large.
+exp(m), and many m are right. So C exp(m) and n exp(m) are compared, and m by its absolute error (relative where m is
+large).
 """
 
 from collections.abc import Callable, Iterator
@@ -35,20 +35,20 @@ from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.worker import Move, build_worker
 
-B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens a window, windows one after the other, tokens a chunk
+B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens of a window, number of windows, tokens of a chunk
 K, V, DH = 16, 32, 16
 T_INNER = 4  # few enough steps for Metal's limit of buffers at any shape
 PADDED = 5  # the last tokens of the second row are padding
 PROMPT, NEW = 96, 4  # tokens given to a model, tokens then decoded
 
-# Each step multiplies the state by a number that float32 rounds by up to 3e-8: 1e-5 after 288 tokens. A product of
-# bfloat16 operands rounds each of them by up to 2^-9; a model adds up what all of its layers round.
+# Each step multiplies the state by a number that float32 rounds by up to 3e-8: 1e-5 after 288 tokens. A bfloat16
+# product rounds each operand by up to 2^-9; a model adds up the rounding of all its layers.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 1e-2}
 MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 
 
 class Row(NamedTuple):
-    """A line of the table. Errors are those of the file's head; None where the kernel did not run, for `reason`."""
+    """A line of the table. Errors as described above; None if the kernel did not run, with `reason`."""
 
     part: str  # mlstm, slstm or model
     name: str
@@ -76,9 +76,9 @@ Errors = tuple[float, float]  # outputs, state
 
 
 def compare(part: str | None, device: torch.device, model: Path) -> Iterator[Row]:
-    """The rows of a part, or of all of them, as they are found. model: the directory of the part of that name.
+    """Yields the rows of a part, or of all parts. model: the model's directory, for the part "model".
 
-    UsageError where the part is not known.
+    Raises UsageError for an unknown part.
     """
     parts = PARTS.values() if part is None else [lookup(PARTS, "part", part)]
     for rows in parts:
@@ -89,12 +89,12 @@ def _row(part: str, name: str, dtype: torch.dtype, tolerance: dict[str, float], 
     kind = str(dtype).removeprefix("torch.")
     try:
         return Row(part, name, kind, *errors(), tolerance[kind])
-    except KernelError as err:  # the other rows are worth having
+    except KernelError as err:  # go on with the other rows
         return Row(part, name, kind, None, None, tolerance[kind], str(err))
 
 
 def _worst(out: Tensor, reference: Tensor) -> float:
-    """The largest relative error of a row and head: (B, NH, ...) both."""
+    """The largest relative error over rows and heads; both are (B, NH, ...)."""
     out, reference = out.cpu().double().flatten(2), reference.flatten(2)
     return ((out - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
 
@@ -104,14 +104,14 @@ def _off(m: Tensor, reference: Tensor) -> float:
 
 
 def _uniform(g: torch.Generator, shape: tuple[int, ...], ranges: list[tuple[float, float]]) -> Tensor:
-    """(B, NH, ...) with a range for each head."""
+    """Random values (B, NH, ...), with a range for each head."""
     low, high = (torch.tensor(ends).view(1, -1, *[1] * (len(shape) - 2)) for ends in zip(*ranges, strict=True))
     return low + (high - low) * torch.rand(shape, generator=g)
 
 
 # -- mLSTM -------------------------------------------------------------------------------------------------------------
-# Gates a head, capped at 15: as in trained models; anything; write anything and keep all; write all and forget little;
-# forget at once; write hardly.
+# Ranges of gates for each head, capped at 15: as in trained models; anything; write anything and keep all; write all
+# and forget little; forget at once; hardly write.
 I_RANGES: list[tuple[float, float]] = [(-3, 1), (-15, 15), (-15, 15), (14, 15), (-3, 1), (-15, -14)]
 F_RANGES: list[tuple[float, float]] = [(5, 15), (-15, 15), (15, 15), (12, 15), (-15, -14), (12, 15)]
 
@@ -133,7 +133,7 @@ def mlstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
             def chunks(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Any, eps: float) -> Any:
                 return cell(q, k, v, i=i, f=f, state=state, eps=eps)
 
-            return compile_each(chunks, f"chunks_{T}")  # in a model it is compiled with the block around it
+            return compile_each(chunks, f"chunks_{T}")  # in a model it is compiled together with its block
 
         kernels[name] = cell
     for dtype in (torch.float32, torch.bfloat16):
@@ -144,7 +144,7 @@ def mlstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
 
 
 def _mlstm_inputs(dtype: torch.dtype) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """q, k, v, i, f of all windows and a state. Positive q, k and n: where q.n is near 0, h is ill-conditioned."""
+    """q, k, v, i, f of all windows and a state. Positive q, k and n: near q.n = 0, h is ill-conditioned."""
     g, NH, tokens = torch.Generator().manual_seed(0), len(I_RANGES), T * WINDOWS
     q, k, v = (torch.randn(B, NH, tokens, size, generator=g) for size in (K, K, V))
     i, f = (_uniform(g, (B, NH, tokens), ranges) for ranges in (I_RANGES, F_RANGES))
@@ -189,17 +189,17 @@ def _double(parts: Any) -> Any:
 
 
 # -- sLSTM -------------------------------------------------------------------------------------------------------------
-# i and f a head, capped nowhere; f counts up to 15.
+# Ranges of i and f for each head, without a cap; f has an effect up to 15.
 SLSTM_I: list[tuple[float, float]] = [(-3, 1), (-40, 40), (90, 100), (-100, -90), (-3, 1)]
 SLSTM_F: list[tuple[float, float]] = [(5, 15), (-40, 40), (10, 30), (12, 20), (-30, -20)]
 
 
 def slstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
-    """The sLSTM kernels; gates and state are float32 whatever the model's dtype."""
+    """The sLSTM kernels; gates and state are float32 for any model dtype."""
     g, NH, tokens = torch.Generator().manual_seed(0), len(SLSTM_I), T * WINDOWS
     x = torch.randn(B, NH, tokens, 4, DH, generator=g)
     x[..., 0, :], x[..., 1, :] = (_uniform(g, (B, NH, tokens, DH), ranges) for ranges in (SLSTM_I, SLSTM_F))
-    x[..., 2, :] += 1  # where c is a sum of as much below 0 as above, it is ill-conditioned
+    x[..., 2, :] += 1  # a sum c of positive and negative terms is ill-conditioned
     recurrent = 0.3 * torch.randn(NH, DH, 4 * DH, generator=g) * DH**-0.5
     token = torch.ones(B, 1, tokens, dtype=torch.bool)
     token[1, :, -PADDED:] = False
@@ -226,7 +226,7 @@ def slstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
 def model_rows(device: torch.device, directory: Path) -> Iterator[Row]:
     """A model through every backend of this process: prefill in tiles, then decoding.
 
-    Backends on Ray run the same kernels in actors, and are compared with the others by the mlstm part.
+    Backends on Ray run the same kernels in actors; the mlstm part compares those.
     """
     config = ModelConfig.from_file(directory / "config.json")
     g = torch.Generator().manual_seed(0)
@@ -281,12 +281,12 @@ def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Ten
 
 
 def _widened(w: Weights) -> Weights:
-    """What is kept in float32, in float64 too."""
+    """Weights with float32 tensors in float64."""
     return type(w)._make(part.double() if part is not None and part.is_floating_point() else part for part in w)  # type: ignore
 
 
 def _state_error(tensors: dict[str, Tensor], reference: dict[str, Tensor], config: ModelConfig) -> float:
-    """Of all blocks, each block's heads taken together: in a model one head may hold next to nothing."""
+    """The worst error over blocks, with all heads of a block together: in a model one head may be almost 0."""
     errors = []
     for n in range(config.num_blocks):
         names = [f"blocks.{n}.{name}" for name in config.state_shapes(n, config.num_heads)]

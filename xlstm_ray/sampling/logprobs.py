@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and of the likeliest ones, reduced where the logits are."""
+"""Log-probabilities of tokens and of the likeliest tokens, computed on the logits' device."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,18 +12,18 @@ PIECE = 1 << 22  # logits at once: 16 MiB of float32
 
 
 class Logprobs(NamedTuple):
-    """What is left of logits (..., vocabulary), on their device. A token's number is the same in `chosen` and `top`."""
+    """Log-probabilities from logits (..., vocabulary), on their device. `chosen` and `top` agree on a token's value."""
 
-    chosen: Tensor  # (...) float32; NaN where no token was named
-    ids: Tensor  # (..., count) int64, the likeliest first, of equals the lowest id
-    top: Tensor  # (..., count) float32: theirs
+    chosen: Tensor  # (...) float32; NaN for token -1
+    ids: Tensor  # (..., count) int64, the likeliest first; equal ones in order of ids
+    top: Tensor  # (..., count) float32: of these ids
 
 
 def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
-    """logits (..., vocabulary) float32 as the model gives them, tokens (...) int64 (-1: none) -> log-probabilities.
+    """The model's logits (..., vocabulary) float32, tokens (...) int64 (-1: none) -> log-probabilities.
 
-    Of the model's own distribution, before temperature, penalties and all else, as vLLM's `raw_logprobs`. A row's
-    numbers do not depend on the other rows.
+    Of the model's own distribution, before temperature and penalties, like vLLM's `raw_logprobs`. A row's values do not
+    depend on other rows.
     """
     count = min(count, logits.shape[-1])
     ids = best(logits, count)
@@ -35,12 +35,12 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
 def score(hidden: Tensor, tokens: Tensor, count: int, *, head: Callable[[Tensor], Tensor], vocabulary: int) -> Logprobs:
     """As `logprobs`, from the residual stream (..., D) after the last block, without holding all its logits.
 
-    head: (rows, D) -> (rows, vocabulary) float32, asked for some rows at a time: PIECE logits, or one row's. tokens
-    (...): which token came after each. Where hidden is the padding of a batch, the numbers mean nothing.
+    head: (rows, D) -> (rows, vocabulary) float32; it is called with a few rows at a time, for at most PIECE logits (or
+    one row). tokens (...): the token after each position. Values for padding mean nothing.
     """
     rows, named = hidden.reshape(-1, hidden.shape[-1]), tokens.to(hidden.device).flatten()
     size, count = max(1, PIECE // vocabulary), min(count, vocabulary)
-    # Made before the first piece: small results between large ones that are freed would leave holes of a piece's size.
+    # Allocated before the first piece: small results between large freed tensors would fragment the memory.
     found = Logprobs(
         torch.empty(len(rows), device=rows.device),
         torch.empty(len(rows), count, dtype=torch.int64, device=rows.device),

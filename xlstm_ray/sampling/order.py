@@ -1,4 +1,4 @@
-"""Logits in one order on every device: the largest first, of equals the lowest id."""
+"""One order of logits on every device: the largest first, equal ones in order of ids."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from torch import Tensor
 def best(logits: Tensor, count: int) -> Tensor:
     """The ids (..., count) int64 of the largest logits (..., vocabulary) float32, in their order.
 
-    A logit and its id are one whole number, so no two are equal: neither topk nor sort has a choice, and both are
-    faster than a stable sort of floats.
+    A logit and its id are packed into one integer, so no two are equal and every topk or sort gives the same order.
+    Both are faster than a stable sort of floats.
     """
-    bits = (logits + 0.0).view(torch.int32)  # no -0, which equals 0 and has other bits
+    bits = (logits + 0.0).view(torch.int32)  # turns -0 into 0: they are equal but have other bits
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # int32 in the order of the floats
     last = logits.shape[-1] - 1
     keys = bits.long()

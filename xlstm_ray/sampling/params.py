@@ -1,4 +1,4 @@
-"""Sampling: how tokens are chosen and where an answer ends, as a value that is checked. No torch here."""
+"""Sampling: checked parameters for how tokens are chosen and where an answer ends. No torch here."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, Self
@@ -21,13 +21,13 @@ SHAPING = "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_
 
 
 class Published(Protocol):
-    """What was published with a model, as far as sampling goes."""
+    """The sampling parameters that were published with a model."""
 
     def sampling(self, asked: bool) -> "Sampling": ...
 
 
 def option(default: Any, help: str, allowed: str, **bounds: Any) -> Any:
-    """A field of Sampling. allowed: what an error says of its values."""
+    """A field of Sampling. allowed: the allowed values, for errors."""
     return Field(default, description=help, json_schema_extra={"allowed": allowed}, **bounds)
 
 
@@ -36,7 +36,7 @@ def _texts(value: Any) -> Any:
 
 
 def _pairs(value: Any) -> Any:
-    """A bias is given as {id: bias}, where JSON writes the id as a text, and kept as pairs in the order of the ids."""
+    """A bias is given as {id: bias} (JSON writes ids as texts) and kept as pairs in the order of the ids."""
     if isinstance(value, Mapping):
         value = [(int(k) if isinstance(k, str) and k.isdecimal() else k, bias) for k, bias in value.items()]
     return tuple(map(_texts, value)) if isinstance(value, list | tuple) else value
@@ -51,7 +51,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of all rows and a row's own, which win; a greedy row has nothing of what others are drawn by."""
+    """Merge the fields of all rows with a row's own, which win; a greedy row drops the fields of DRAWING."""
     own = {name: value for name, value in own.items() if value is not None}
     left_out = DRAWING if own.get("temperature") == 0 else ()
     return {**{name: value for name, value in common.items() if name not in left_out}, **own}
@@ -62,18 +62,18 @@ class Sampling(BaseModel):
 
     The order is that of transformers: logit_bias, the end tokens that min_tokens forbids, repetition_penalty, then (as
     OpenAI and vLLM have them) presence_penalty and frequency_penalty, temperature, top_k, top_p, min_p. Temperature 0
-    is greedy. The random number of a token hangs on the seed and on its position alone, so a row's do not depend on
-    other rows, and go on where the row goes on. Of equal logits the lowest id comes first.
+    is greedy. A token's random number depends only on the seed and its position: not on other rows, and not on
+    where a run was stopped. Of equal logits, the lowest id comes first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     max_new_tokens: int = option(64, "Stop after this many tokens.", "1 or more", ge=1, lt=1 << 31)
     temperature: float = option(0.0, "0 is greedy.", "0 (greedy) to 100", ge=0, le=100)
-    top_k: int = option(0, "Sample from so many likeliest tokens.", "0 (all tokens) and more", ge=0, lt=1 << 31)
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this mass.", "above 0, up to 1", gt=0, le=1)
+    top_k: int = option(0, "Sample from this many likeliest tokens.", "0 (all tokens) and more", ge=0, lt=1 << 31)
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total mass.", "above 0, up to 1", gt=0, le=1)
     min_p: float = option(
-        0.0, "Sample from tokens at least so likely, as a share of the likeliest.", "0 (all tokens) to 1", ge=0, le=1
+        0.0, "Sample from tokens with this share of the likeliest one's mass.", "0 (all tokens) to 1", ge=0, le=1
     )
     seed: int = option(0, "Seed of the sampling.", "0 to 2^63 - 1", ge=0, lt=1 << 63)
     repetition_penalty: float = option(
@@ -84,31 +84,31 @@ class Sampling(BaseModel):
         le=100,
     )
     presence_penalty: float = option(
-        0.0, "Taken from the logit of each token that the answer has.", "-2 to 2", ge=-2, le=2
+        0.0, "Subtracted from the logit of each token of the answer.", "-2 to 2", ge=-2, le=2
     )
-    frequency_penalty: float = option(0.0, "The same, times how often the answer has it.", "-2 to 2", ge=-2, le=2)
+    frequency_penalty: float = option(0.0, "The same, for each time that the answer has it.", "-2 to 2", ge=-2, le=2)
     logit_bias: Annotated[tuple[tuple[Token, Bias], ...], BeforeValidator(_pairs), AfterValidator(_sorted)] = option(
         (), "Added to a token's logit.", "token ids, each with a number from -100 to 100"
     )
     ignore_eos: bool = option(False, "Go on after end tokens.", "true or false")
-    min_tokens: int = option(0, "No end token, and no stop, in the first tokens.", "0 and more", ge=0, lt=1 << 31)
+    min_tokens: int = option(0, "No end token and no stop within this many tokens.", "0 and more", ge=0, lt=1 << 31)
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)] = option(
         (), "End the answer before this text.", "texts that are not empty"
     )
-    n: int = option(1, "So many answers to a prompt.", "1 to 128", ge=1, le=128)
+    n: int = option(1, "The number of answers to a prompt.", "1 to 128", ge=1, le=128)
     logprobs: int | None = option(
-        None, "Log-probabilities of the tokens made, and of so many likeliest.", "0 to 20", ge=0, le=20
+        None, "Log-probabilities of the tokens, and of this many likeliest ones.", "0 to 20", ge=0, le=20
     )
 
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Says in one line what is wrong, and what is allowed."""
+        """Turn pydantic's errors into one line: the wrong value, and what is allowed."""
         try:
             made = handler(data)
         except ValidationError as err:
             name = str(next(iter(err.errors()[0]["loc"]), ""))
-            if not name:  # not a value's fields at all, in a file's header
+            if not name:  # not an object at all, in a file's header
                 raise
             if name not in cls.model_fields:
                 raise UsageError(
@@ -130,11 +130,11 @@ class Sampling(BaseModel):
         before: "Sampling | None" = None,
         published: Published | None = None,
     ) -> "Sampling":
-        """Greedy unless asked otherwise; asking for a field of DRAWING asks for sampling, at temperature 1.
+        """Greedy by default; a given field of DRAWING turns sampling on, at temperature 1.
 
-        given: fields by name; None stands for what is not given. That is taken from `before`, how a state's last answer
-        was made, else from what was published with the model; where an answer ends is of that answer alone. Raises
-        UsageError for what is out of range.
+        given: fields by name; None: not given. Missing fields come from `before` (the sampling of a state's last
+        answer), else from what was published with the model. Fields that end an answer are never taken over. Raises
+        UsageError for values out of range.
         """
         given = {name: value for name, value in given.items() if value is not None}
         checked = cls(**given)
@@ -151,15 +151,15 @@ class Sampling(BaseModel):
         return cls(**(values | given))
 
     def lasting(self) -> "Sampling":
-        """What a next answer takes over: how tokens are chosen, and not where this one ends."""
+        """The fields that the next answer takes over: how tokens are chosen, but not where the answer ends."""
         return Sampling(**{name: getattr(self, name) for name in (*DRAWING, *SHAPING)})
 
     def require_vocabulary(self, size: int) -> None:
-        """Raise UsageError for a bias of a token that a vocabulary of this size lacks."""
+        """Raise UsageError for a bias of a token outside a vocabulary of this size."""
         odd = next((token for token, _ in self.logit_bias if token >= size), None)
         if odd is not None:
             raise UsageError(f"`logit_bias` has token {odd}, which is outside the model's vocabulary of {size}")
 
     def one_by_one(self) -> "list[Sampling]":
-        """Of the n answers each on its own; of sampled ones each has the seed after the one before, as in vLLM."""
+        """The sampling of each of the n answers; each sampled answer has the next seed, as in vLLM."""
         return [self.model_copy(update={"n": 1, "seed": (self.seed + i) % (1 << 63)}) for i in range(self.n)]

@@ -1,10 +1,9 @@
-"""The next tokens of rows, each by its own parameters, in one computation for all of them on their device.
+"""Chooses the next tokens of rows, each by its own parameters, in one computation on the device.
 
-A row's token depends on its own logits, parameters, seed and position alone, to the bit: not on the other rows, nor on
-how many there are. What depends on an order of additions is therefore done in integers: probabilities become whole
-numbers of 40 bits, whose sums have one value in any order. Nothing here waits for the device, and shapes depend on
-what rows ask for but never on numbers there, so `choose` can be captured in a CUDA graph. Works without float64, which
-mps has not.
+A row's token depends only on its own logits, parameters, seed and position, to the bit: not on other rows or their
+number. So sums are done in integers: probabilities become integers of 40 bits, whose sums are the same in any order.
+Nothing here waits for the device, and shapes depend only on the kinds of parameters in use, so `choose` can be captured
+in a CUDA graph. float64 is not used: mps lacks it.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,26 +16,26 @@ from xlstm_ray.sampling.order import best
 from xlstm_ray.sampling.params import Sampling
 
 ONE = 40  # the likeliest token's weight is 2^40; a vocabulary of 2^22 tokens sums up to less than 2^63
-HALF, HALF_MASK = 31, (1 << 31) - 1  # products of 62 bits are made in two halves
+HALF, HALF_MASK = 31, (1 << 31) - 1  # products of 62 bits are computed in two halves
 GOLDEN = 0x9E3779B97F4A7C15
 MIXED = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-LEAST_TEMPERATURE = 1e-30  # any below is as good as greedy, and is nothing in float32
+LEAST_TEMPERATURE = 1e-30  # any temperature below is greedy, and underflows in float32
 
 
 class Needs(NamedTuple):
-    """What the rows ask for: what none asks for is not computed, and a captured graph serves equal needs."""
+    """The computations that some row needs; others are skipped. A captured graph serves equal needs."""
 
     draws: bool = False  # a temperature above 0
-    sorts: int = 0  # so many of the likeliest tokens, for top_k or top_p
+    sorts: int = 0  # the number of likeliest tokens to sort, for top_k or top_p
     counts: bool = False  # any of the three penalties
     bias: bool = False
-    forbids: bool = False  # end tokens, for a while
+    forbids: bool = False  # end tokens, within min_tokens
 
 
 def needs_of(sampling: Sampling, vocabulary: int) -> Needs:
     s = sampling
     draws = s.temperature > 0
-    most = max(64, 1 << (s.top_k - 1).bit_length()) if s.top_k else vocabulary  # of few sizes
+    most = max(64, 1 << (s.top_k - 1).bit_length()) if s.top_k else vocabulary  # rounded up to few sizes
     return Needs(
         draws,
         min(most, vocabulary) if draws and (s.top_k > 0 or s.top_p < 1) else 0,
@@ -47,21 +46,21 @@ def needs_of(sampling: Sampling, vocabulary: int) -> Needs:
 
 
 class Sampler:
-    """Chooses tokens for up to `slots` rows. What it knows of a row lies in its slot, in tensors on the device.
+    """Chooses tokens for up to `slots` rows. A row's data is in its slot, in tensors on the device.
 
-    Counts of tokens for penalties are (slots, vocabulary), int32 for the answer's and bool for the prompt's, and a bias
-    is float32 of that shape: each is there from the first row on that needs it. ends: the end tokens.
+    Token counts for penalties are (slots, vocabulary): int32 for the answer, bool for the prompt. Biases are float32 of
+    that shape. Each tensor is made when a row needs it first. ends: the end tokens.
     """
 
     def __init__(self, slots: int, vocabulary: int, *, ends: Collection[int] = (), device: torch.device | str = "cpu"):
         self.slots, self.vocabulary, self.device = slots, vocabulary, torch.device(device)
-        self.idle = slots  # the slot of a call's empty places
-        self.needs = Needs()  # of all rows
+        self.idle = slots  # the slot of empty places in a call
+        self.needs = Needs()  # of all rows together
         self._of = [Needs()] * slots
-        # A column each: temperature, min_p, repetition, presence, frequency; key, position, made, top_k, top_p, least.
+        # Columns: temperature, min_p, repetition, presence, frequency; key, position, made, top_k, top_p, least.
         self._numbers = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]], device=device).repeat(slots + 1, 1)
         self._wholes = torch.tensor([[0, 0, 0, vocabulary, 1 << HALF, 0]], device=device).repeat(slots + 1, 1)
-        self._moves = torch.tensor([0, 1, 1, 0, 0, 0], device=device)  # position and made, with each token
+        self._moves = torch.tensor([0, 1, 1, 0, 0, 0], device=device)  # each token moves position and made by one
         self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._ends[list(ends)] = True
         self._made: Tensor | None = None
@@ -77,7 +76,7 @@ class Sampler:
         prompt: Sequence[int] | Tensor = (),
         made: Sequence[int] | Tensor = (),
     ) -> None:
-        """A row takes this slot. position: of its next token. prompt, made: the tokens before it, for the penalties."""
+        """Put a row into this slot. position: of its next token. prompt, made: the tokens before it, for penalties."""
         sampling.require_vocabulary(self.vocabulary)
         s, needs = sampling, needs_of(sampling, self.vocabulary)
         self._set(slot, needs)
@@ -107,7 +106,7 @@ class Sampler:
             self._bias[slot] = bias
 
     def clear(self, slot: int) -> None:
-        """The row has left: its needs are nobody's."""
+        """Free the slot of a row that has left."""
         self._set(slot, Needs())
 
     def _set(self, slot: int, needs: Needs) -> None:
@@ -115,7 +114,7 @@ class Sampler:
         self.needs = Needs(*map(max, zip(*self._of, strict=True)))
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """logits (n, vocabulary) float32, the rows' slots (n,) int64 -> their tokens (n,) int64, which are counted."""
+        """logits (n, vocabulary) float32, the rows' slots (n,) int64 -> their tokens (n,) int64. Counts the tokens."""
         needs = self.needs
         scores = self.scores(logits, slots)
         tokens = scores.argmax(-1)  # the first of equals
@@ -127,7 +126,7 @@ class Sampler:
             weights = (shares * float(1 << ONE)).long()
             if needs.sorts:
                 some = likeliest(weights, best(scores, needs.sorts), top_k, top_p)
-                all_of = (top_k == self.vocabulary) & (top_p == 1 << HALF)  # more than were sorted, perhaps
+                all_of = (top_k == self.vocabulary) & (top_p == 1 << HALF)  # may need more tokens than were sorted
                 weights = torch.where(all_of, weights, some)
             weights = weights.masked_fill(shares < min_p, 0)
             tokens = torch.where(greedy.squeeze(-1), tokens, drawn(weights, random_bits(key, position)))
@@ -138,7 +137,7 @@ class Sampler:
         return tokens
 
     def scores(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """What is chosen from: logits (n, vocabulary) after bias, forbidden end tokens and penalties.
+        """The logits (n, vocabulary) to choose from: after bias, forbidden end tokens and penalties.
 
         The repetition penalty is that of transformers (RepetitionPenaltyLogitsProcessor, after arXiv 1909.05858); the
         other two are OpenAI's, "mu[j] - c[j] * frequency - (c[j] > 0) * presence", over the answer's tokens as in vLLM.
@@ -159,8 +158,8 @@ class Sampler:
 
 
 def likeliest(weights: Tensor, order: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The weights (n, vocabulary) of the top_k (n, 1) first ids in `order` (n, at least so many), of these the first
-    that reach the mass top_p (n, 1), in parts of 2^31, with the one that crosses it; the others are 0."""
+    """Weights (n, vocabulary) after top_k (n, 1) and top_p (n, 1); excluded tokens are 0. order: at least top_k ids,
+    the likeliest first. top_p, in units of 2^-31: the likeliest tokens up to this mass and the one that crosses it."""
     kept = weights.gather(-1, order)
     kept = kept.masked_fill(torch.arange(kept.shape[-1], device=kept.device) >= top_k, 0)
     mass = kept.cumsum(-1)
@@ -169,13 +168,13 @@ def likeliest(weights: Tensor, order: Tensor, top_k: Tensor, top_p: Tensor) -> T
 
 
 def drawn(weights: Tensor, bits: tuple[Tensor, Tensor]) -> Tensor:
-    """A token a row, by weights (n, vocabulary) int64 and a random number of two halves (n, 1) -> (n,) int64."""
+    """Draw a token for each row: weights (n, vocabulary) int64, random numbers in two halves (n, 1) -> (n,) int64."""
     mass = weights.cumsum(-1)
     return (mass <= part_of(mass[:, -1:], *bits)).sum(-1)
 
 
 def part_of(whole: Tensor, high: Tensor, low: Tensor | int) -> Tensor:
-    """floor(whole * (high * 2^31 + low) / 2^62) without a number of more than 63 bits: whole is below 2^62."""
+    """floor(whole * (high * 2^31 + low) / 2^62) without numbers of more than 63 bits; whole is below 2^62."""
     above, below = whole >> HALF, whole & HALF_MASK
     fine = above * low + (below * low >> HALF) + (below * high & HALF_MASK)
     return above * high + (below * high >> HALF) + (fine >> HALF)
@@ -191,7 +190,7 @@ def random_bits(key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def key_of(seed: int) -> int:
-    """Where the seed's stream begins: mixed, so that those of neighbours have nothing in common."""
+    """The start of the seed's stream; mixed, so that streams of neighbouring seeds have nothing in common."""
     x = (seed + GOLDEN) & ((1 << 64) - 1)
     for shift, factor in MIXED:
         x = (x ^ x >> shift) * factor & ((1 << 64) - 1)
@@ -204,5 +203,5 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def _signed(x: int) -> int:
-    """The int64 of these 64 bits."""
+    """The int64 with these 64 bits."""
     return x - (1 << 64) if x >> 63 else x

@@ -1,4 +1,4 @@
-"""Connect this process to a head, with its token. The only importer of Ray here."""
+"""Connect this process to a head, with its token. The only module here that imports Ray."""
 
 import importlib.util
 import logging
@@ -36,12 +36,10 @@ def connect(
 ) -> Iterator[ModuleType]:
     """Connect this process to a head and yield the `ray` module; disconnects at the end.
 
-    `target` is a head of ours or HOST:PORT. The token is in `token_path`; where that is not given, it is known of an
-    address in the records of `state_dir`, or is where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
-    ~/.ray/auth_token).
-    Import nothing that imports Ray before: Ray reads its authentication from the environment at import, once, and the
-    environment stays set for that reason. Raises RayError within seconds when nobody answers, when the token is
-    refused, or when the head would let anybody in.
+    target: one of our heads, or HOST:PORT. The token is in `token_path`. Without it, the token is found by the address
+    in the records of `state_dir`, or where Ray itself looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token).
+    Do not import Ray before: Ray reads its authentication from the environment once, at import, so the environment
+    stays set. Raises RayError within seconds if nobody answers, the token is refused, or the head needs no token.
     """
     require_ray()
     if (there := connected_to()) is not None:
@@ -71,7 +69,7 @@ def connect(
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise RayError(f"the head at {address} did not accept this process: {_first_line(error)}") from error
     finally:
-        if main:  # ray.init puts its own in its place, which would end the run between two tiles without a state
+        if main:  # ray.init sets its own handler, which would end the run between two tiles without a state
             signal.signal(signal.SIGTERM, handler)
     global _users
     mine, _users = os.getpid(), 1
@@ -82,13 +80,13 @@ def connect(
             _leave(ray)
 
 
-_users = 0  # engines on a connection of ours
+_users = 0  # engines that use our connection
 
 
 def _leave(ray: ModuleType) -> None:
     global _users
     _users -= 1
-    if _users == 0:  # the last one; an engine that shares it may live longer than the one that made it
+    if _users == 0:  # the last user; an engine may outlive the one that made the connection
         _disconnect(ray)
 
 
@@ -99,7 +97,7 @@ def connected_to() -> str | None:
 
 
 def _shared(there: str, target: Head | str) -> Iterator[ModuleType]:
-    """This process's own connection, which is left as it is. Raises RayError where it is another one than is wanted."""
+    """Use this process's existing connection and do not change it. Raises RayError if it is to another head."""
     global _users
     address = target.address if isinstance(target, Head) else target
     assert address is not None
@@ -127,46 +125,46 @@ def one_connection(there: str) -> str:
 
 
 def _disconnect(ray: ModuleType) -> None:
-    """Bounded in time: a head that does not answer must not keep a result from being printed."""
-    if sys.is_finalizing():  # a program that left its engine open: Ray has gone at exit, and no thread starts any more
+    """Disconnect in bounded time: a head that does not answer must not delay the printed result."""
+    if sys.is_finalizing():  # an engine was left open: Ray disconnects at exit, and no thread can start any more
         return
     closing = threading.Thread(target=ray.shutdown, name="ray.shutdown", daemon=True)
     closing.start()
     closing.join(2 * GRACE_S)
     if closing.is_alive():
-        forget_shutdown_at_exit()  # which would wait again
+        forget_shutdown_at_exit()  # it would wait again
 
 
 def require_ray() -> None:
     spec = importlib.util.find_spec("ray")
-    if spec is None or spec.origin is None:  # a folder that is merely called ray has no origin
+    if spec is None or spec.origin is None:  # a folder named ray that is no package has no origin
         raise RayError(f"Ray is not installed; {pip_install('ray')} installs it, or stay in local mode")
 
 
 def import_ray(address: str, token_path: Path | None) -> ModuleType:
-    """Ray, imported with authentication on. Raises RayError where it was imported before in another way."""
-    # Results that nobody asks for any more, of tiles that are played again, may be errors.
+    """Import Ray with authentication on. Raises RayError if it was imported before with other settings."""
+    # Results of tiles that are computed again may be errors that nobody fetches.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
-    # After this Ray ends the process whose head is away; the executor gives up before, and keeps what there is.
+    # After this time without its head, Ray ends the process; the executor gives up earlier and keeps its snapshot.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "300")
     wanted, missing = _wanted(address, token_path), missing_variables(address, token_path)
     if missing and "ray" in sys.modules:
         raise RayError(imported_before(address, missing))
     os.environ.update(wanted)
     if token_path is not None:
-        os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # it would override the file
     hook = sys.excepthook
     import ray
 
-    sys.excepthook = hook  # Ray's own asks the head before it shows an error, and waits where there is none
-    # Ray writes the cluster's error messages to this program's standard output, whatever log_to_driver says, and has no
-    # switch for it. The run says itself what an actor's death means; --json must be JSON.
+    sys.excepthook = hook  # Ray's own hook asks the head before it shows an error, and waits if it is gone
+    # Ray prints the cluster's error messages to this program's standard output, for any log_to_driver, and has no
+    # switch for it. The run reports an actor's death itself, and --json must be JSON.
     print_messages_with(_note_message)
     return ray
 
 
 def _wanted(address: str, token_path: Path | None) -> dict[str, str]:
-    """What the environment must say when Ray is imported."""
+    """The environment that Ray needs when it is imported."""
     # Off loopback Ray must not think that this machine's address is 127.0.0.1, which it does on macOS by default.
     wanted = {"RAY_AUTH_MODE": "token", CLUSTER: "0" if is_loopback(address) else "1"}
     return wanted | ({} if token_path is None else {"RAY_AUTH_TOKEN_PATH": str(token_path)})
@@ -186,10 +184,10 @@ def imported_before(what: str, missing: list[str]) -> str:
 
 
 def _job(ray: ModuleType, metadata: Mapping[str, str]) -> Any:
-    """This process as a job: its workers import what it imports, wherever it was started.
+    """The job's configuration: its workers import the same modules as this process, in any current folder.
 
-    Ray puts the current folder before all others on its workers' paths, so that a torch.py there would be taken for
-    torch; a job of Ray's client is spared that. A checkout that is only on this process's path is on theirs instead.
+    Ray puts the current folder first on its workers' paths, so a torch.py there would hide torch; jobs of Ray's client
+    do not get it. A checkout that is only on this process's path is added to theirs.
     """
     root = str(Path(__file__).parents[2])
     installed = root in (*site.getsitepackages(), site.getusersitepackages())
@@ -201,7 +199,7 @@ def _note_message(data: dict[str, Any], ignore_prefix: bool) -> None:
 
 
 def _probe(address: str, token: str | None) -> None:
-    """Refuse at once what Ray would wait for: a dead address, a wrong token, a head without authentication."""
+    """Refuse at once where Ray would wait: a dead address, a wrong token, a head without authentication."""
     host, port = split(address)
     try:
         socket.create_connection((host, port), timeout=PROBE_S).close()
@@ -223,7 +221,7 @@ def _probe(address: str, token: str | None) -> None:
 
 
 def _asks_for_token(address: str, token: str | None) -> bool:
-    """Whether the head turns this token away. Raises RayError where no Ray head answers."""
+    """Whether the head refuses this token. Raises RayError if no Ray head answers."""
     import grpc
 
     metadata = [("authorization", f"Bearer {token}")] if token else None
@@ -241,14 +239,14 @@ def _asks_for_token(address: str, token: str | None) -> bool:
 
 
 def _token(token_path: Path | None) -> str | None:
-    """The token for a head that is not ours, from where Ray itself would take it. None when there is none."""
+    """The token for somebody's head, from the places where Ray itself looks. None if there is none."""
     if token_path is None:
         if "RAY_AUTH_TOKEN" in os.environ:
             return os.environ["RAY_AUTH_TOKEN"].strip()
         given = os.environ.get("RAY_AUTH_TOKEN_PATH")
         try:
             token_path = Path(given) if given else Path.home() / ".ray" / "auth_token"
-        except RuntimeError:  # a user without a home has no token there
+        except RuntimeError:  # the user has no home directory, so no token there
             return None
         if not token_path.exists():
             return None

@@ -1,4 +1,4 @@
-"""The guard of a head: the session's leader, which runs Ray and ends the session."""
+"""The guard of a head: the leader of its session. It runs Ray and ends the session."""
 
 import re
 import shutil
@@ -35,7 +35,7 @@ run_guard(sys.argv[3])
 """
 VITAL = {"gcs_server": "GCS", "raylet": "raylet"}  # without these there is no head
 DASHBOARD = "dashboard"
-HELPERS = {  # by a part of their command lines: no run needs them
+HELPERS = {  # by a part of their command lines; runs go on without them
     "/dashboard/dashboard.py": DASHBOARD,
     "/log_monitor.py": "log monitor",
     "/_private/monitor.py": "autoscaler's monitor",
@@ -44,19 +44,19 @@ HELPERS = {  # by a part of their command lines: no run needs them
 
 
 def end_processes(find: Callable[[], Iterable[psutil.Process]]) -> list[psutil.Process]:
-    """End processes in the order that Ray can bear; returns those that survive even SIGKILL."""
-    known: set[psutil.Process] = set()  # children that made a session of their own are lost once their parents are gone
+    """End processes in an order that suits Ray; returns those that survive SIGKILL."""
+    known: set[psutil.Process] = set()  # children with their own session cannot be found once their parents are gone
 
     def left(chosen: Callable[[str], bool] = lambda name: True) -> list[psutil.Process]:
         known.update(find())
         return [p for p in known if is_running(p) and chosen(name_of(p))]
 
-    # The raylet first, so that it does not restart workers; the GCS last, so that nobody misses it.
+    # The raylet first, so that it does not restart workers; the GCS last, because all others need it.
     for chosen in (lambda name: name == "raylet", lambda name: name != "gcs_server", lambda name: True):
         group = left(chosen)
         send_signal(group, signal.SIGTERM)
         wait_for_end(group, GRACE_S)
-    for _ in range(3):  # a worker may be born while others die
+    for _ in range(3):  # a worker may start while others end
         group = left()
         if not group:
             break
@@ -68,13 +68,13 @@ def end_processes(find: Callable[[], Iterable[psutil.Process]]) -> list[psutil.P
 def remove_head(record: Path, head: Head) -> None:
     try:
         shutil.rmtree(head.folder)
-    except FileNotFoundError:  # somebody else stops it too
+    except FileNotFoundError:  # another process stops it too
         pass
     record.unlink(missing_ok=True)
 
 
 def run_guard(path: str) -> None:
-    """The session's leader: runs Ray, completes the record, and ends the session when told to or left alone."""
+    """The session's leader: runs Ray, completes the record, and ends the session on request or after its driver."""
     stopping = False
 
     def stop(signum: int, frame: object) -> None:
@@ -115,15 +115,15 @@ def run_guard(path: str) -> None:
                     error = f"its {lost[0]} ended at once"
             if head.address is None and not error and time.monotonic() > next_look:
                 next_look = time.monotonic() + 1
-                error = _taken(head, me.pid)  # the program that has no port would be waited for half a minute
+                error = _taken(head, me.pid)  # Ray would wait half a minute for the program without a port
             if error or lost != head.lost:
                 head = head.model_copy(update={"error": error, "lost": lost})
-                with suppress(OSError):  # a full disk is no reason to end a head
+                with suppress(OSError):  # a head goes on with a full disk
                     write_record(record, head)
             if error or (head.mode == "run" or head.address is None) and find(head.driver) is None:
                 break
             time.sleep(POLL_S)
-    finally:  # a bug here or a full disk must not leave a head that nobody watches
+    finally:  # a bug or a full disk must not leave a head without a guard
         if ray.poll() is None:
             ray.kill()
             ray.wait()
@@ -133,13 +133,13 @@ def run_guard(path: str) -> None:
 
 
 def _promised(head: Head, address: str) -> list[int]:
-    """The ports that people are told of."""
+    """The ports that are shown to people."""
     ports = [split(address)[1], *([head.client_port, head.metrics_port] if head.mode == "up" else [])]
     return ports + ([head.dashboard_port] if head.dashboard_port else [])
 
 
 def _taken(head: Head, session: int) -> str | None:
-    """The port of ours that another program holds by now, if there is one, in a sentence."""
+    """A sentence about a port of ours that another program took, if there is one."""
     for port in (head.client_port, head.metrics_port, head.dashboard_port):
         if port is not None and port_answers(port) and not listens(members_of(session), port):
             return f"another program took port {port} before Ray did"
@@ -147,7 +147,7 @@ def _taken(head: Head, session: int) -> str | None:
 
 
 def _announced(folder: Path) -> str | None:
-    """The address that `ray start` writes as its last act, once everything answers."""
+    """The address that `ray start` writes at its end, when everything answers."""
     try:
         text = (folder / "ray_current_cluster").read_text()
     except FileNotFoundError:

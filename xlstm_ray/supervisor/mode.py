@@ -21,7 +21,7 @@ def ray_mode(
     dashboard_port: int | None = None,
     keep_alive: bool = False,
 ) -> Mode:
-    """The one place that decides where actors live. Raises UsageError for options that cannot be honoured together."""
+    """Decide where actors live. Raises UsageError for options that exclude each other."""
     if dashboard_port is not None and not dashboard:
         raise UsageError(f"`ray_dashboard_port` {dashboard_port} without a dashboard: add `ray_dashboard=True`")
     if address is not None:

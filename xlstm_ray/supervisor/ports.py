@@ -7,7 +7,7 @@ import psutil
 from xlstm_ray.errors import RayError
 
 LOOPBACK = "127.0.0.1"
-DASHBOARD_PORT = 8265  # where people look for it; else the next free one, or any once a start has failed
+DASHBOARD_PORT = 8265  # Ray's usual port; else the next free one, or any free one after a failed start
 PROBE_S = 3.0
 
 
@@ -29,7 +29,7 @@ def is_free(port: int) -> bool:
             server.bind((LOOPBACK, port))
         except OSError:
             return False
-    return not port_answers(port)  # macOS lets us bind beside a listener on all addresses
+    return not port_answers(port)  # macOS allows binding although a listener is on all addresses
 
 
 def port_answers(port: int) -> bool:
@@ -48,7 +48,7 @@ def free_port(first: int | None = None) -> int:
 
 
 def listens(processes: list[psutil.Process], port: int) -> bool:
-    """Whether one of these processes, and not somebody else's, holds the port."""
+    """Whether one of these processes holds the port."""
     for process in processes:
         try:
             connections = process.net_connections("tcp")

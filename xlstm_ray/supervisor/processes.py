@@ -1,4 +1,4 @@
-"""Processes beyond doubt: which machine, which pid and start time; to find, signal and await them."""
+"""Identify processes by machine, pid and start time; find, signal and await them."""
 
 import os
 import platform
@@ -14,31 +14,31 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 POLL_S = 0.1
-GRACE_S = 5.0  # what each group of processes gets between SIGTERM and SIGKILL; Ray's dashboard takes 3
+GRACE_S = 5.0  # between SIGTERM and SIGKILL for each group of processes; Ray's dashboard needs 3
 
 
 class Process(BaseModel):
-    """A process beyond doubt: pids are reused, a pid with its start time is not."""
+    """A process by pid and start time: pids alone are reused."""
 
     model_config = ConfigDict(frozen=True)
 
     pid: int
-    started: float  # seconds since boot: a corrected wall clock does not move it
+    started: float  # seconds since boot, which a corrected wall clock does not change
 
 
 class Machine(BaseModel):
-    """What pids are of: a machine since it was booted, and in it a container's own table of processes."""
+    """The scope of pids: a boot of a machine, and a container's table of processes."""
 
     model_config = ConfigDict(frozen=True)
 
-    id: str  # stays when the machine is renamed or booted; containers may share it
+    id: str  # survives renaming and booting; containers may share it
     boot: str
     processes: str  # the pid namespace; empty where there is none
 
 
 @cache
 def this_machine() -> Machine:
-    """This machine since its boot, and this container's processes in it."""
+    """This machine, its boot, and this container's table of processes."""
     if platform.system() == "Darwin":
         uuid = re.search(
             r'"IOPlatformUUID" = "([^"]+)"', _said_by("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
@@ -82,7 +82,7 @@ def _since_boot(process: psutil.Process) -> float:
 
 
 def find(wanted: Process) -> psutil.Process | None:
-    """The very process, or None when it is gone, is a zombie, or its pid is somebody else's by now."""
+    """The process, or None if it is gone, is a zombie, or its pid was reused."""
     try:
         process = psutil.Process(wanted.pid)
         same = abs(_since_boot(process) - wanted.started) < 0.05  # the clock ticks in 0.01 s
@@ -92,7 +92,7 @@ def find(wanted: Process) -> psutil.Process | None:
 
 
 def members_of(session: int) -> list[psutil.Process]:
-    """The session's processes and their descendants (jobs make sessions of their own), without zombies."""
+    """The session's processes and their descendants (jobs have their own sessions), without zombies."""
     found: dict[int, psutil.Process] = {}
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
@@ -148,7 +148,7 @@ def rss_of(process: psutil.Process) -> int:
 
 
 def send_signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
-    """psutil compares the start time first, so a pid that was reused meanwhile is not hit."""
+    """Signal a process. psutil compares the start time first, so a reused pid is safe."""
     for process in processes:
         try:
             process.send_signal(number)
@@ -157,7 +157,7 @@ def send_signal(processes: Iterable[psutil.Process], number: signal.Signals) -> 
 
 
 def wait_for_end(processes: list[psutil.Process], timeout_s: float) -> None:
-    """Until all are gone or zombies (which psutil.wait_procs would wait for, as their parents may never reap)."""
+    """Wait until all are gone or zombies (psutil.wait_procs would wait for zombies that no parent reaps)."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and any(is_running(p) for p in processes):
         time.sleep(POLL_S / 2)

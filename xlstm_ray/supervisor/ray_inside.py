@@ -1,6 +1,6 @@
-"""The inner parts of Ray that we use, which Ray may change at will. tests/supervisor/test_ray_inside.py has the list.
+"""Ray's internals that we use; Ray may change them at any time. tests/supervisor/test_ray_inside.py has the list.
 
-Each is here because Ray has no public switch for it. Import this only once Ray may be imported.
+Ray has no public switch for any of them. Import this module only when Ray may be imported.
 """
 
 import atexit
@@ -11,21 +11,21 @@ from typing import Any
 
 
 def print_messages_with(show: Callable[..., None]) -> None:
-    """`show(data, ignore_prefix=...)` gets what the cluster has to say, which Ray would write to standard output."""
+    """`show(data, ignore_prefix=...)` gets the cluster's messages, which Ray would print to standard output."""
     from ray._private import worker
 
     worker.print_to_stdstream = show
 
 
 def forget_shutdown_at_exit() -> None:
-    """Ray does not disconnect as the interpreter ends."""
+    """Keep Ray from disconnecting when the interpreter ends."""
     from ray._private import worker
 
     atexit.unregister(worker.shutdown)
 
 
 def job_config(ray: ModuleType, metadata: dict[str, str], path: list[str]) -> Any:
-    """A job whose workers import from `path`, and not from the folder that this process was started in."""
+    """The configuration of a job whose workers import from `path` and not from this process's folder."""
     return ray.job_config.JobConfig(metadata=metadata, _client_job=True, _py_driver_sys_path=path)
 
 

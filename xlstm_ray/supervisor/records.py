@@ -1,4 +1,4 @@
-"""Records of heads of ours: `<state_dir>/heads/<id>.json` and the token, written whole or not at all."""
+"""Records of our heads: `<state_dir>/heads/<id>.json` and the token, written whole or not at all."""
 
 import os
 import secrets
@@ -20,10 +20,10 @@ HOSTS_OWN = "pid:[4026531836]"  # the first pid namespace of a Linux machine has
 
 
 class Head(BaseModel):
-    """The record of one head. Only its guard writes it, once `start_head` has laid it down.
+    """The record of one head. After `start_head` has made it, only its guard writes it.
 
-    `mode` "run" goes with its driver, "up" stays until it is stopped. `address`, `members` and `dashboard_url` are
-    empty until the head answers. `lost` names helpers that ended while the head goes on. `error` says why it ended.
+    `mode`: "run" ends with its driver, "up" stays until it is stopped. `address`, `members` and `dashboard_url` are
+    empty until the head answers. `lost`: helpers that ended while the head goes on. `error`: why the head ended.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,34 +53,34 @@ class Head(BaseModel):
 
     @property
     def dashboard_url(self) -> str | None:
-        """Where the dashboard is, or None without one. It asks for the token; no token is part of an address."""
+        """The dashboard's address, or None. It asks for the token; an address never has a token."""
         return f"http://{LOOPBACK}:{self.dashboard_port}" if self.dashboard_port else None
 
     @property
     def metrics_url(self) -> str:
-        """What Prometheus scrapes. Ray does not authenticate it; it listens on loopback only."""
+        """The address for Prometheus. It needs no token and listens only on loopback."""
         return f"http://{LOOPBACK}:{self.metrics_port}/metrics"
 
 
 def ended_by_itself(head: Head, state_dir: Path) -> str | None:
-    """Why a head is gone that nobody of ours stopped, with where its logs are; None while it runs."""
+    """Why a head ended that we did not stop, and the folder of its logs; None while it runs."""
     now = read_record(record_path(state_dir, head.id))
     return f"{now.error}; logs in {now.folder}" if now and now.error else None
 
 
 def lost_helpers(head: Head, state_dir: Path) -> tuple[str, ...]:
-    """Ray's helpers that have ended while the head goes on: no run needs them."""
+    """Ray's helpers that have ended while the head goes on; runs do not need them."""
     now = read_record(record_path(state_dir, head.id))
     return now.lost if now else ()
 
 
 def dashboard_line(head: Head) -> str:
-    """Where a head's dashboard is, and what it asks for."""
+    """A line with the dashboard's address and the place of its token."""
     return f"dashboard: {head.dashboard_url} (it asks for a token: paste what is in {head.token_path})"
 
 
 def stays_lines(head: Head) -> list[str]:
-    """What to print when a head stays: where it is, how to log in, and how to stop it. The token is not shown."""
+    """Lines for a head that stays: its address, how to log in, how to stop it. The token is not shown."""
     out = [f"Ray's head stays: use it with `ray_address={head.address}`"]
     if head.dashboard_url:
         out.append(dashboard_line(head))
@@ -88,7 +88,7 @@ def stays_lines(head: Head) -> list[str]:
 
 
 def state_of(head: Head, processes: list[psutil.Process]) -> State:
-    if not is_here(head):  # a home directory that several machines share, or a boot that is over
+    if not is_here(head):  # recorded by another machine that shares the home directory, or before a boot
         return "dead" if was_here(head) else "elsewhere"
     driven = find(head.driver) is not None
     if head.error:
@@ -101,13 +101,13 @@ def state_of(head: Head, processes: list[psutil.Process]) -> State:
 
 
 def is_here(head: Head) -> bool:
-    """Whether the record's pids are of the processes that this program can see."""
+    """Whether the record's pids are of processes that this program can see."""
     now = this_machine()
     return (head.machine.boot, head.machine.processes) == (now.boot, now.processes)
 
 
 def was_here(head: Head) -> bool:
-    """Whether the record is of this very machine before it was booted: containers may share a machine's id."""
+    """Whether the record is of this machine before its last boot; containers may share a machine's id."""
     now, then = this_machine(), head.machine
     alone = now.processes in ("", HOSTS_OWN) and now.processes == then.processes
     return alone and now.id != "" and now.id == then.id and now.boot != then.boot
@@ -115,7 +115,7 @@ def was_here(head: Head) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A disk that is full or cannot be written is one line."""
+    """Turn a failed write (a full disk) into an error of one line."""
     try:
         yield
     except OSError as error:
@@ -123,7 +123,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def make_private_directory(path: Path) -> None:
-    """Make it 0700. Raises RayError where it exists and others may enter, or somebody else made it."""
+    """Make a folder with mode 0700. Raises RayError if it exists and others may enter, or somebody else made it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +136,7 @@ def make_private_directory(path: Path) -> None:
 
 
 def own_token(state_dir: Path) -> Path:
-    """The token's file, made at first use with 256 random bits, 0600. Raises RayError where others could read it."""
+    """The token's file; made at first use with 256 random bits and mode 0600. Raises RayError if others can read it."""
     path = state_dir / "auth_token"
     if not path.exists():
         temporary = path.with_name(f".auth_token.{secrets.token_hex(8)}")
@@ -144,7 +144,7 @@ def own_token(state_dir: Path) -> Path:
             try:
                 temporary.touch(mode=0o600, exist_ok=False)
                 temporary.write_text(secrets.token_hex(32))
-                os.link(temporary, path)  # whole, and never over a token that another process made just now
+                os.link(temporary, path)  # whole, and never over a token that another process made
             except FileExistsError:
                 pass
             finally:
@@ -168,7 +168,7 @@ def all_heads(state_dir: Path) -> list[Head]:
 
 
 def read_record(record: Path) -> Head | None:
-    """None when it is not there. Raises RayError for a damaged record: nothing is stopped on a guess."""
+    """Read a record; None if it does not exist. Raises RayError for a damaged record: nothing is stopped on a guess."""
     try:
         return Head.model_validate_json(record.read_bytes())
     except FileNotFoundError:
@@ -186,10 +186,10 @@ def write_record(record: Path, head: Head) -> None:
 
 
 def session_of(head: Head) -> list[psutil.Process]:
-    """Every process of the head. Empty unless a recorded one still is in that session.
+    """Every process of the head. Empty unless a recorded process is still in its session.
 
-    A session's id is not given to another process while the session has members, so one recorded member proves that
-    the id still means our session; without one it may have become a stranger's.
+    A session's id is not reused while the session has members. So one recorded member proves that the session is ours;
+    without one it may be somebody else's.
     """
     if head.guard is None or not is_here(head):
         return []

@@ -1,4 +1,4 @@
-"""Start a head of our own, and wait until it answers."""
+"""Start a Ray head, and wait until it answers."""
 
 import json
 import os
@@ -48,10 +48,10 @@ from xlstm_ray.supervisor.records import (
 from xlstm_ray.supervisor.stop import child_guards, stop_head
 
 MIN_OBJECT_STORE = 75 << 20  # bytes; Ray refuses less
-START_TRIES = 3  # each with other ports, in start_timeout_s together
-LEAST_START_S = 60.0  # but with so much for each, where the first has taken long
-SPACE = 64 << 20  # bytes that Ray's logs and sockets want at least
-# What a system takes as a socket's path, less what Ray puts behind the folder.
+START_TRIES = 3  # each with other ports; all within start_timeout_s
+LEAST_START_S = 60.0  # but each try has at least this time
+SPACE = 64 << 20  # bytes that Ray's logs and sockets need
+# The longest socket path of the system, minus what Ray appends to the folder.
 LONGEST_FOLDER = (103 if platform.system() == "Darwin" else 107) - len(
     "/123456/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 )
@@ -59,17 +59,17 @@ LONGEST_FOLDER = (103 if platform.system() == "Darwin" else 107) - len(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """What a head of ours is to be. Ports left None are chosen free; the object store is bounded in any case."""
+    """Options of a head. A port of None becomes a free port; the object store is always bounded."""
 
     state_dir: Path
-    temp_dir: Path | None = None  # above the head's folder; None: xr-UID in /tmp
+    temp_dir: Path | None = None  # the parent of the head's folder; None: xr-UID in /tmp
     stays: bool = False
     dashboard: bool = False
     dashboard_port: int | None = None
     port: int | None = None
     client_port: int | None = None  # `ray start` cannot leave Ray Client's server out
     metrics_port: int | None = None
-    object_store_bytes: int | None = None  # None: by what memory there is
+    object_store_bytes: int | None = None  # None: by the available memory
     num_cpus: int | None = None
     num_gpus: int | None = None
     resources: dict[str, float] = field(default_factory=dict)
@@ -79,18 +79,18 @@ class HeadOptions:
 def start_head(options: HeadOptions) -> Head:
     """Start a head on loopback, wait until it answers, and return its record.
 
-    Unless `options.stays`, it goes when this process goes. Takes 4 to 10 s. What is free when ports are chosen may be
-    taken when Ray binds them, so a start that fails is tried again with other ports, unless it fails twice for one
-    reason. Raises RayError, with nothing left behind, when Ray is missing, a port is busy, a folder has no room, or Ray
-    does not come up within `options.start_timeout_s`.
+    Unless `options.stays`, it ends when this process ends. Takes 4 to 10 s. A free port may be taken before Ray binds
+    it, so a failed start is tried again with other ports, unless it fails twice for the same reason. Raises RayError and
+    leaves nothing behind if Ray is missing, a port is busy, a folder has no space, or Ray does not answer within
+    `options.start_timeout_s`.
     """
     require_ray()
     require_loopback()
     _check_options(options)
     make_private_directory(options.state_dir)
     token_path = own_token(options.state_dir)
-    # Under /tmp because the paths of Ray's sockets must fit in 103 bytes on macOS. Ray makes its own folders 0777 and
-    # its sockets know no token, so it is our 0700 above them that keeps other users out.
+    # Under /tmp because Ray's socket paths must fit in 103 bytes on macOS. Ray's own folders have mode 0777 and its
+    # sockets need no token, so our folder above them has mode 0700 to keep other users out.
     root = options.temp_dir or Path("/tmp") / f"xr-{os.getuid()}"
     if len(os.fsencode(root)) > LONGEST_FOLDER:
         raise RayError(
@@ -110,7 +110,7 @@ def start_head(options: HeadOptions) -> Head:
                 tries = f" in {len(reasons)} tries" if len(reasons) > 1 else ""
                 said = "; ".join(dict.fromkeys([failed.what, *reasons]))
                 raise RayError(f"Ray's head did not start{tries}: {said}; its output is in {failed.kept}") from None
-            _check_options(options)  # a port that was asked for may have been taken meanwhile
+            _check_options(options)  # a requested port may have been taken in the meantime
             deadline = max(deadline, time.monotonic() + LEAST_START_S)
 
 
@@ -119,7 +119,7 @@ def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: 
     folder = root / identity
     client_port = options.client_port or free_port()
     metrics_port = options.metrics_port or free_port()
-    near = DASHBOARD_PORT if first else None  # where other heads that start just now look too
+    near = DASHBOARD_PORT if first else None  # other heads that start now try the same port
     dashboard_port = (options.dashboard_port or free_port(near)) if options.dashboard else None
     head = Head(
         id=identity,
@@ -154,16 +154,16 @@ def _try_to_start(options: HeadOptions, root: Path, token_path: Path, deadline: 
             )
         child_guards[identity] = guard
         return _await_ready(record, head, guard, deadline)
-    except BaseException:  # Ctrl-C too: a head that nobody was told of must not stay
+    except BaseException:  # Ctrl-C too: a head that nobody knows must not stay
         stop_head(head, options.state_dir)
         raise
 
 
 @contextmanager
 def managed(options: HeadOptions) -> Iterator[Head]:
-    """A head for as long as the block runs; with `options.stays` it is left running. Raises as `start_head`.
+    """A head while the block runs; with `options.stays` it runs on. Raises like `start_head`.
 
-    When Ray ended by itself, its record and logs stay, for `status` to tell and `down` to clear.
+    If Ray ended by itself, its record and logs stay: `status` shows them and `down` clears them.
     """
     if (there := connected_to()) is not None:
         raise RayError(one_connection(there))
@@ -171,27 +171,27 @@ def managed(options: HeadOptions) -> Iterator[Head]:
     token_path = options.state_dir / "auth_token"
     if "ray" in sys.modules and (missing := missing_variables(f"{LOOPBACK}:1", token_path)):
         raise RayError(imported_before("a head of our own", missing))
-    with ThreadPoolExecutor(1) as beside:  # the import takes a second, and so do the processes that are waited for
+    with ThreadPoolExecutor(1) as beside:  # import Ray while its processes start: a second each
         imported = beside.submit(import_ray, f"{LOOPBACK}:1", token_path)
         head, mine = start_head(options), os.getpid()
     try:
         imported.result()
         yield head
-    finally:  # not in a fork, which ends what it has copied; nor as the interpreter ends: then its guard stops it
+    finally:  # not in a fork, and not when the interpreter ends: then the guard stops it
         if os.getpid() == mine and not options.stays and not sys.is_finalizing():
             if ended_by_itself(head, options.state_dir) is None:
                 stop_head(head, options.state_dir)
 
 
 def up(options: HeadOptions) -> Head:
-    """`xlstm-ray up`: one head that stays across runs, however many ask for it at once.
+    """`xlstm-ray up`: start a head that stays across runs; only one, even if several processes ask at once.
 
-    Raises RayError when there is one already.
+    Raises RayError if there is one already.
     """
     make_private_directory(options.state_dir)
     with writing(options.state_dir):
         lock = FileLock(options.state_dir / "up.lock", fallback_to_soft=False).acquire()
-    with lock:  # the kernel lets go of it, however this process ends
+    with lock:  # the kernel frees it in any case when this process ends
         for head in all_heads(options.state_dir):
             if head.mode == "up" and state_of(head, session_of(head)) in ("alive", "starting"):
                 raise RayError(
@@ -202,14 +202,14 @@ def up(options: HeadOptions) -> Head:
 
 
 class _StartFailed(Exception):
-    """A start that came to nothing: what was seen, Ray's own reason, and the file with all that Ray said."""
+    """A failed start: what was seen, Ray's own reason, and the file with all of Ray's output."""
 
     def __init__(self, what: str, reason: str, kept: Path):
         self.what, self.reason, self.kept = what, reason, kept
 
 
 def _await_ready(record: Path, started: Head, guard: subprocess.Popen[bytes], deadline: float) -> Head:
-    """The completed record. Raises _StartFailed, with what Ray said, when it does not come."""
+    """Wait for the completed record. Raises _StartFailed, with Ray's output, if it does not come."""
     what = f"no answer within {deadline - time.monotonic():.0f} s"
     while time.monotonic() < deadline:
         ended = guard.poll() is not None
@@ -220,7 +220,7 @@ def _await_ready(record: Path, started: Head, guard: subprocess.Popen[bytes], de
         if head.address:
             return head
         time.sleep(POLL_S)
-    # The folder goes with the head; what Ray said must stay.
+    # The folder is removed with the head; Ray's output must stay.
     kept = record.parent.parent / "failed-start.log"
     said = _said(started.folder)
     with writing(kept):
@@ -229,7 +229,7 @@ def _await_ready(record: Path, started: Head, guard: subprocess.Popen[bytes], de
 
 
 def _said(folder: Path) -> dict[str, str]:
-    """The last of all that Ray's programs wrote, by file: `ray start` first, then GCS and raylet."""
+    """The last output of Ray's programs, by file: `ray start` first, then GCS and raylet."""
     logs = sorted((folder / "session_latest" / "logs").glob("*.*"), key=lambda p: (p.stem not in VITAL, p.name))
     said = {}
     for path in [folder / "start.log", *(p for p in logs if p.suffix in (".err", ".out", ".log"))]:
@@ -237,13 +237,13 @@ def _said(folder: Path) -> dict[str, str]:
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - (64 << 10)))
                 said[path.name] = file.read().decode(errors="replace")
-        except FileNotFoundError:  # it is being taken away
+        except FileNotFoundError:  # it is being removed
             continue
     return said
 
 
 def _reason(said: dict[str, str]) -> str | None:
-    """The first line that tells of a failure, of the program that comes first; without times and places."""
+    """The first line about a failure, from the first program that has one; without times and places."""
     sign = re.compile(r"No space left|(ddress|ort)\b.* in use|Read-only|Check failed|\w+Error\b|^Error|^Usage: ")
     for text in said.values():
         for line in reversed(text.splitlines()):
@@ -253,7 +253,7 @@ def _reason(said: dict[str, str]) -> str | None:
 
 
 def _object_store() -> int:
-    """A quarter of what memory can be had, at most 1 GiB: it is taken only as it is used, and spills to the disk."""
+    """A quarter of the available memory, at most 1 GiB. Memory is taken only when used, and spills to the disk."""
     return max(MIN_OBJECT_STORE, min(1 << 30, machine_bytes()[0] // 4))
 
 
@@ -262,20 +262,20 @@ def _ray_start(
 ) -> tuple[str, ...]:
     resources = dict(options.resources)
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        resources.setdefault("mps", 1.0)  # one GPU a Mac
+        resources.setdefault("mps", 1.0)  # a Mac has one GPU
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head"]
     command += [f"--node-ip-address={LOOPBACK}", f"--port={options.port or 0}", f"--temp-dir={folder}"]
-    # Ray's own defaults are fixed numbers, which a second head on the machine would meet.
+    # Ray's default ports are fixed: a second head on the machine would collide.
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
     command += [f"--ray-client-server-port={client_port}", f"--metrics-export-port={metrics_port}"]
     command += [f"--include-dashboard={'true' if dashboard_port else 'false'}", f"--dashboard-host={LOOPBACK}"]
     if dashboard_port:
         command.append(f"--dashboard-port={dashboard_port}")
-    if not (options.stays or dashboard_port):  # two processes that nobody asks in a run
+    if not (options.stays or dashboard_port):  # two processes that a run does not need
         command += ["--no-monitor", "--include-log-monitor=false"]
     command.append(
         f"--num-cpus={cores() if options.num_cpus is None else options.num_cpus}"
-    )  # Ray counts half a CPU as none
+    )  # Ray rounds half a CPU down to none
     if options.num_gpus is not None:
         command.append(f"--num-gpus={options.num_gpus}")
     command += [
@@ -286,9 +286,9 @@ def _ray_start(
 
 
 def _environment(token_path: Path) -> dict[str, str]:
-    """Ours, with what Ray must know; the token itself is in no environment and no argument, only its file's path."""
+    """Our environment, plus Ray's variables. It has only the path of the token's file, never the token itself."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-    # Ray makes its workers nicer than other programs (15): beside one that works they would hardly be given a core.
+    # Ray gives its workers niceness 15: next to another busy program they would hardly get a core.
     kept.setdefault("RAY_worker_niceness", "0")
     return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path), CLUSTER: "0"}
 
@@ -312,7 +312,7 @@ def _check_options(options: HeadOptions) -> None:
 
 
 def _require_space(root: Path) -> None:
-    """Raise RayError where Ray's logs, sockets or shared memory would have no place."""
+    """Raise RayError if Ray's logs, sockets or shared memory have no space."""
     free = shutil.disk_usage(root).free
     if free < SPACE:
         raise RayError(

@@ -1,4 +1,4 @@
-"""What is there: heads of ours with their actors and memory, and Ray sessions that are not ours."""
+"""What runs on this machine: our heads with their actors and memory, and other Ray sessions."""
 
 import http.client
 import json
@@ -19,7 +19,7 @@ from xlstm_ray.supervisor.records import Head, State, all_heads, session_of, sta
 
 @dataclass(frozen=True)
 class Actor:
-    """A Ray worker of ours. Without a dashboard only its pid is known, and for its name what it is doing."""
+    """A worker of one of our heads. Without a dashboard, only its pid and its present work (as its name) are known."""
 
     name: str
     class_name: str
@@ -31,21 +31,21 @@ class Actor:
 
 @dataclass(frozen=True)
 class HeadStatus:
-    """A head of ours.
+    """One of our heads.
 
-    starting; alive; orphaned (runs on though its driver is gone); dead (only the record is left);
-    elsewhere (on another machine, or in another container, that shares the state directory)."""
+    state: starting; alive; orphaned (it runs, but its driver is gone); dead (only the record is left);
+    elsewhere (on another machine or in another container that shares the state directory)."""
 
     head: Head
     state: State
     processes: int
-    rss_bytes: int  # summed over processes, so pages that they share count more than once
+    rss_bytes: int  # summed over processes: shared pages count several times
     actors: tuple[Actor, ...]
 
 
 @dataclass(frozen=True)
 class Stranger:
-    """A Ray session on this machine that this project's records do not know. It is never touched."""
+    """A Ray session on this machine without a record of ours. It is never touched."""
 
     session: str
     address: str
@@ -55,7 +55,7 @@ class Stranger:
 
 @dataclass(frozen=True)
 class StatusReport:
-    """All Ray sessions of this machine: ours, and those that are not."""
+    """All Ray sessions of this machine: ours and others."""
 
     heads: tuple[HeadStatus, ...]
     strangers: tuple[Stranger, ...]
@@ -96,7 +96,7 @@ class StatusReport:
 
 
 def status(state_dir: Path) -> StatusReport:
-    """Every Ray session on this machine: heads of ours with their actors and memory, and sessions that are not ours."""
+    """Every Ray session on this machine: our heads with their actors and memory, and other sessions."""
     heads = []
     ours: set[int] = set()
     for head in all_heads(state_dir):
@@ -116,7 +116,7 @@ def status(state_dir: Path) -> StatusReport:
 
 
 def actors_of(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
-    """From Ray's State API where there is a dashboard, else from the titles that Ray gives its workers."""
+    """From Ray's State API if there is a dashboard, else from the titles of Ray's workers."""
     rss = {p.pid: rss_of(p) for p in processes}
     # The token goes only to a port that a process of ours holds.
     if head.dashboard_port and listens(processes, head.dashboard_port):
@@ -126,7 +126,7 @@ def actors_of(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
             OSError,
             ValueError,
             http.client.HTTPException,
-        ):  # a dashboard that hangs or is dying: the titles remain
+        ):  # the dashboard hangs or ends: use the titles
             pass
         else:
             return tuple(
@@ -134,7 +134,7 @@ def actors_of(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
                     name=a["name"] or a["class_name"],
                     class_name=a["class_name"],
                     state=a["state"],
-                    pid=a["pid"] or 0,  # none while it is pending
+                    pid=a["pid"] or 0,  # pending actors have no pid
                     namespace=a["ray_namespace"],
                     rss_bytes=rss.get(a["pid"], 0),
                 )
@@ -149,7 +149,7 @@ def actors_of(head: Head, processes: list[psutil.Process]) -> tuple[Actor, ...]:
 
 
 def _state_api(head: Head, what: str) -> list[dict[str, Any]]:
-    """One question to Ray's State API over HTTP, which works whether or not this process ever imported Ray."""
+    """Ask Ray's State API over HTTP, which works without importing Ray."""
     query = urllib.parse.urlencode(
         {"limit": 1000, "filter_keys": "state", "filter_predicates": "!=", "filter_values": "DEAD"}
     )
@@ -161,7 +161,7 @@ def _state_api(head: Head, what: str) -> list[dict[str, Any]]:
 
 
 def _strangers(ours: set[int]) -> tuple[Stranger, ...]:
-    """Ray sessions by their programs' names, which is good enough for a list and never a reason to stop anything."""
+    """Ray sessions found by program names: good enough for a list, but nothing is ever stopped by it."""
     found: dict[str, dict[str, Any]] = {}
     for process in psutil.process_iter():
         try:
@@ -171,7 +171,7 @@ def _strangers(ours: set[int]) -> tuple[Stranger, ...]:
             arguments = process.cmdline()
         except psutil.NoSuchProcess:
             continue
-        except psutil.AccessDenied:  # another user's, on macOS
+        except psutil.AccessDenied:  # another user's process on macOS
             user, arguments = "another user", []
         flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
         session = flags.get("session-name", f"Ray process {process.pid}")

@@ -1,1 +1,1 @@
-"""Between text and tokens: a tokenizer.json's calls, long texts, pieces of answers, what a row has seen."""
+"""Between text and tokens: the tokenizer, long texts, pieces of answers, hashes of what a row has seen."""

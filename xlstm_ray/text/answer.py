@@ -1,4 +1,4 @@
-"""One row's answer: its tokens to what is shown of them, and where and why it ends."""
+"""One row's answer: turns its tokens into shown text, and decides where and why it ends."""
 
 from collections.abc import Collection
 from typing import Literal, NamedTuple
@@ -9,7 +9,7 @@ from xlstm_ray.text.stop import StopMatcher
 
 
 class Finish(NamedTuple):
-    """Why an answer ended, and for `stop` by which end token or text."""
+    """Why an answer ended; for `stop`, which end token or stop text ended it."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
     by: int | str | None = None
@@ -18,10 +18,10 @@ class Finish(NamedTuple):
 class Answer:
     """Takes an answer's tokens one after the other.
 
-    ends: the end tokens. stream: what makes text of tokens. last: nothing goes on from here, so a character that the
+    ends: the end tokens. stream: turns tokens into text. last: no later call goes on from here, so a character that the
     limit cuts shows as U+FFFD; if False, its bytes wait in `stream`.
-    `tokens` are those made, without the end token; `text` is what was shown, and `said` that and the stop text, if one
-    ended it: what the tokens say. `finish` is None until the answer has ended.
+    `tokens` has no end token. `text` is the shown text, and `said` is the text of all tokens: the shown text and the
+    stop text that ended it. `finish` is None until the answer has ended.
     """
 
     def __init__(self, sampling: Sampling, ends: Collection[int], stream: TextStream, *, last: bool = True):
@@ -33,7 +33,7 @@ class Answer:
         self.finish: Finish | None = None
 
     def step(self, token: int) -> str:
-        """What may be shown after this token. `finish` says whether it was the last one."""
+        """The text to show after this token. `finish` is set if it was the last token."""
         assert self.finish is None
         if token in self._ends:
             return self._end(Finish("stop", token), flush=True)
@@ -46,7 +46,7 @@ class Answer:
         return piece
 
     def end(self, reason: Literal["cancelled", "error"]) -> str:
-        """No token follows: what was held back."""
+        """End the answer without another token; returns the text that was held back."""
         return self._end(Finish(reason), flush=self._last) if self.finish is None else ""
 
     def _end(self, finish: Finish, *, flush: bool = False) -> str:
@@ -60,7 +60,7 @@ class Answer:
 
     def _show(self, said: str) -> str:
         self.said += said
-        # As in vLLM: a text that is complete within the first min_tokens tokens ends nothing.
+        # As in vLLM: a stop text that is complete within the first min_tokens tokens does not end the answer.
         shown = self._stops.feed(said, may_stop=len(self.tokens) > self.sampling.min_tokens)
         self.text += shown
         return shown

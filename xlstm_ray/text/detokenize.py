@@ -1,8 +1,8 @@
-"""Tokens to pieces of text, one after the other: what is joined is what the tokenizer makes of the whole.
+"""Tokens to pieces of text, token by token: the joined pieces are the tokenizer's text of all tokens.
 
-A piece is what decoding a short window of the last tokens has gained, as a text's end depends on little before it. What
-may still change is held back: the mark of a character whose bytes are not all there (U+FFFD), and a run of single-byte
-tokens, which the tokenizer shows as one text or as marks alone, by the whole of the run.
+Only a short window of the last tokens is decoded, since the end of a text depends on little before it. A piece is the
+new text of the window. Text that may still change is held back: the mark of an incomplete character (U+FFFD), and a run
+of single-byte tokens, which the tokenizer shows either as characters or only as marks, depending on the whole run.
 """
 
 import json
@@ -17,14 +17,14 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 MARK = "\ufffd"
-KEPT = 8  # visible tokens that a window keeps of what was printed
+KEPT = 8  # visible printed tokens that a window keeps
 _HIDDEN = -1
-_BYTE = re.compile("<0x([0-9A-Fa-f]{2}|\\+[0-9A-Fa-f])>")  # what the tokenizers library takes for a byte
-LEAST = 4  # characters that they show at least: then three bytes of an unfinished one lie within
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2}|\\+[0-9A-Fa-f])>")  # what the tokenizers library treats as a byte
+LEAST = 4  # least characters that they show, so that three bytes of an unfinished character lie within
 
 
 class TextEnd(BaseModel):
-    """The end of a row's text, to go on from: its last visible tokens, and what of their text is printed already."""
+    """The end of a row's text, to go on from: its last visible tokens, and the part of their text that is printed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -33,9 +33,9 @@ class TextEnd(BaseModel):
 
 
 class Detokenizer:
-    """What is to be known of a tokenizer to turn its tokens into text; hidden (special) tokens show as nothing.
+    """Decodes a tokenizer's tokens; hidden (special) tokens have no text.
 
-    calling: what every decoding by the tokenizers library is made in.
+    calling: a context around every call of the tokenizers library.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, calling: Callable[[], AbstractContextManager] = nullcontext):
@@ -43,7 +43,7 @@ class Detokenizer:
         self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
         decoder = tokenizer.decoder
         self._joins_bytes = decoder is not None and "ByteFallback" in _types(json.loads(decoder.__getstate__()))
-        self._kinds: dict[int, int | None] = {}  # of tokens seen so far: hidden, a byte, or None
+        self._kinds: dict[int, int | None] = {}  # kinds of the tokens seen so far: hidden, a byte, or None
 
     def decode(self, tokens: Sequence[int]) -> str:
         if not tokens:
@@ -55,7 +55,7 @@ class Detokenizer:
         return TextStream(self, end)
 
     def end_of(self, tokens: Sequence[int], before: TextEnd | None = None) -> TextEnd:
-        """The end of a text that a person gave or has seen: that of `tokens`, and of what came before them."""
+        """The end of a text that a person gave or has seen: of `before` and `tokens` together."""
         backwards = self._visible_backwards(tokens, before.tokens if before else [])
         run: list[int] = []
         window: list[int] = []
@@ -73,7 +73,7 @@ class Detokenizer:
         return self._kind(token) == _HIDDEN
 
     def byte(self, token: int) -> int | None:
-        """The byte that this token stands for, where the tokenizer joins neighbours of this kind to characters."""
+        """The byte of this token, if the tokenizer joins neighbouring byte tokens into characters."""
         kind = self._kind(token)
         return None if kind == _HIDDEN else kind
 
@@ -91,27 +91,27 @@ class Detokenizer:
         return (token for part in parts for token in reversed(part) if not self.hidden(token))
 
     def _end_of_run(self, run: list[int]) -> list[int]:
-        """Of a long run of bytes only its last characters, or what makes marks of all of it."""
+        """Shorten a long run of byte tokens to its last characters, or to bytes that turn all of it into marks."""
         data = bytes(self.byte(token) or 0 for token in run)
         if len(data) <= 4 * KEPT:
             return run
         try:
             getincrementaldecoder("utf-8")().decode(data)
-        except UnicodeDecodeError as err:  # four bytes from there are no text, whatever follows
+        except UnicodeDecodeError as err:  # four bytes from there are not text, whatever follows
             return run[err.start : err.start + 4]
         leads = [n for n, value in enumerate(data) if value & 0xC0 != 0x80]
         return run[leads[-KEPT] :]
 
 
 class TextStream:
-    """One row's tokens to pieces of text."""
+    """Turns one row's tokens into pieces of text."""
 
     def __init__(self, detokenizer: Detokenizer, end: TextEnd):
         self._of, self._tokens, self._printed = detokenizer, list(end.tokens), end.printed
         self._checked = 2 * KEPT  # the window's size at which it is shortened
 
     def step(self, token: int) -> str:
-        """What this token adds to the text for good."""
+        """The text that this token adds and that cannot change any more."""
         if self._of.hidden(token):
             return ""
         self._tokens.append(token)
@@ -124,11 +124,11 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What was held back, as it is: nothing follows."""
+        """The text that was held back; call it when no token follows."""
         return self._print(self._of.decode(self._tokens))
 
     def end(self) -> TextEnd:
-        """Where a later run goes on."""
+        """The end of the text, for a later run."""
         return TextEnd(tokens=self._tokens, printed=self._printed)
 
     def _print(self, text: str) -> str:
@@ -139,19 +139,19 @@ class TextStream:
         return piece
 
     def _shorten(self, text: str) -> None:
-        """Forget tokens on which what follows does not depend."""
+        """Forget tokens that the following text does not depend on."""
         kept = self._tokens[-KEPT:]
         shown = self._of.decode(kept)
         held = len(text) - len(self._printed)
         alike = held == 0 or (held == 1 and shown.endswith(MARK))
         if len(shown) >= LEAST and text.startswith(self._printed) and alike:
             self._tokens, self._printed, self._checked = kept, shown[: len(shown) - held], 2 * KEPT
-        else:  # most tokens show nothing: look again when there are twice as many
+        else:  # most tokens have no text: check again at twice the size
             self._checked = 2 * len(self._tokens)
 
 
 def _types(decoder: Any) -> set[str]:
-    """The types of a decoder and of those that it is made of."""
+    """The types of a decoder and of the decoders inside it."""
     if isinstance(decoder, list):
         return set().union(*map(_types, decoder)) if decoder else set()
     return {decoder["type"]} | _types(decoder.get("decoders", [])) if isinstance(decoder, dict) else set()

@@ -1,17 +1,17 @@
-"""A text to tokens, piece by piece: memory for a long text is that of its tokens, four bytes each.
+"""A text to tokens, piece by piece: a long text needs only the memory of its tokens, four bytes each.
 
-Pieces overlap. A piece begins where a word of the one before begins, and is joined to it where from some word on both
-have the same tokens at the same places up to the end of the overlap, but for its last quarter: only what a tokenizer
-sees close to a piece's ends can make them differ. That is the encoding of the whole because
+Pieces overlap. A piece begins at a word of the piece before. Two pieces are joined at a word from which both have the
+same tokens at the same places, up to the overlap's last quarter: their tokens can differ only near a piece's ends. The
+joined tokens are those of the whole text, because
 
-- a tokenizer cuts words from left to right and looks no further back than to where it cut last, so after a common cut
-  both go on alike, and words are encoded apart from each other;
-- where it cuts no words (byte pair encoding of a whole text, or of one endless word) a common token is enough: a row of
-  tokens is the encoding of its text exactly where every two neighbours are that of theirs, and each pair is one in
-  either piece.
+- a tokenizer cuts words from left to right and does not look back beyond its last cut. So after a common cut both
+  pieces have the same cuts, and words are encoded independently;
+- if it cuts no words (byte pair encoding of a whole text, or of one endless word), a common token is enough: tokens are
+  the encoding of their text exactly if every two neighbours are the encoding of theirs, and every pair of neighbours is
+  inside one of the pieces.
 
-Where no such place is found, the piece is doubled: at last it is the whole text. So is a tokenizer's that drops the
-characters which it does not know: it does not say where its tokens are.
+If no such place is found, the piece is doubled, in the end to the whole text. A tokenizer that drops unknown characters
+also gets the whole text at once: it does not report the places of its tokens.
 """
 
 import json
@@ -23,15 +23,15 @@ from itertools import accumulate
 from tokenizers import Encoding, Tokenizer
 
 PIECE = 1 << 16  # characters
-OVERLAP = 1 << 12  # characters: what a tokenizer looks at to cut a word is taken to be shorter
+OVERLAP = 1 << 12  # characters; a tokenizer is assumed to look at fewer to cut a word
 AGREE = 8  # tokens, at least
-IDS = "I"  # as the library counts them, without a sign: an id may be beyond every vocabulary, and the caller says so
+IDS = "I"  # unsigned, as in the library: an id may be outside the vocabulary, which the caller reports
 
 
 class TextEncoder:
     """Encodes texts as `tokenizer.encode` does. The sizes of a piece and of an overlap are in characters.
 
-    calling: what every call of the tokenizers library is made in.
+    calling: a context around every call of the tokenizers library.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class TextEncoder:
         self._plain: Tokenizer | None = None
 
     def encode(self, text: str, on_piece: Callable[[int], object] = lambda done: None) -> "array[int]":
-        """The token ids of the text. on_piece is told after every piece how many characters are done.
+        """The token ids of the text. on_piece is called after every piece with the number of finished characters.
 
-        Raises what the tokenizers library raises.
+        Raises the errors of the tokenizers library.
         """
         if len(text) <= self._piece:
             return self._at_once(text)
         if self._plain is None:
             with self._calling():
                 parts = json.loads(self._whole.to_str())
-                # It changes offsets, and adds tokens at the ends of a text, which pieces are not.
+                # Off: it changes offsets and adds tokens at the ends of a text, but pieces are inside of one.
                 self._plain = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
             self._joins_within_words = _joins_within_words(parts)
             self._knows_places = _knows_places(parts)
@@ -67,7 +67,7 @@ class TextEncoder:
         piece = self._piece_of(text, at, size)
         while piece.end < len(text):
             following, join = self._next(text, piece)
-            if join is None:  # this piece again, twice as long
+            if join is None:  # repeat this piece with twice the length
                 size *= 2
                 longer = self._piece_of(text, at, size)
                 if not longer.begins_as(piece):
@@ -96,7 +96,7 @@ class TextEncoder:
             return _Piece(encoding, start, min(start + size, len(text)))
 
     def _next(self, text: str, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
-        """The piece after this one, and where they join: the place of the same token in both."""
+        """The next piece, and the place of their join: the index of the same token in both."""
         within = [False, True] if self._joins_within_words else [False]
         for anywhere in within:
             cut = piece.last_cut(piece.end - self._overlap, anywhere)
@@ -108,7 +108,7 @@ class TextEncoder:
         return piece, None
 
     def _added(self) -> tuple[list[int], list[int]]:
-        """The ids that are added before and after a text."""
+        """The ids that the tokenizer adds before and after a text."""
         with self._calling():
             encoding = self._whole.encode("a")
         own = [n for n, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
@@ -122,14 +122,14 @@ class _Piece:
 
     def __init__(self, encoding: Encoding, start: int, end: int):
         self.start, self.end = start, end
-        self.first = 0  # the tokens before it are those of the piece before
+        self.first = 0  # tokens before it belong to the piece before
         self.ids = array(IDS, encoding.ids)
         self.begin = array("q", (start + b for b, _ in encoding.offsets))
         ends = [start + e for _, e in encoding.offsets]
         reach = array("q", accumulate(ends, max))
         words = encoding.word_ids
         count = len(self.ids)
-        # Whether the text can be cut before a token, and whether a word begins there.
+        # For each token: can the text be cut before it, and does a word begin there.
         self.cuts = bytearray(
             n == 0 or (reach[n - 1] <= self.begin[n] and self.begin[n - 1] < self.begin[n]) for n in range(count)
         )
@@ -138,12 +138,12 @@ class _Piece:
         )
 
     def begins_as(self, shorter: "_Piece") -> bool:
-        """Whether the first token that counts in `shorter` is in this piece too: it is where this one counts from."""
+        """Whether this piece has the first used token of `shorter` too; if so, this piece is used from there."""
         n = self.first = shorter.first
         return n == 0 or (self.ids[: n + 1] == shorter.ids[: n + 1] and self.begin[: n + 1] == shorter.begin[: n + 1])
 
     def last_cut(self, before: int, anywhere: bool) -> int | None:
-        """The last place up to `before` where a word begins, or a token where it may be anywhere; not the first one."""
+        """The last place up to `before` where a word begins (any token, if cuts may be anywhere); never the first."""
         can = self.cuts if anywhere else self.word_begins
         found = (n for n in range(len(self.ids) - 1, self.first, -1) if can[n] and self.begin[n] <= before)
         n = next(found, None)
@@ -151,7 +151,7 @@ class _Piece:
 
 
 def _join(one: _Piece, two: _Piece, upto: int, anywhere: bool) -> tuple[int, int] | None:
-    """The first token of `two` from which both have the same up to `upto`, as its place in either; None: nowhere."""
+    """The index, in each piece, of the first token from which both agree up to `upto`; None if there is none."""
     a = next((n for n in range(len(one.ids) - 1, -1, -1) if one.begin[n] < upto), None)
     b = next((n for n in range(len(two.ids) - 1, -1, -1) if two.begin[n] < upto), None)
     if a is None or b is None:
@@ -169,7 +169,7 @@ def _join(one: _Piece, two: _Piece, upto: int, anywhere: bool) -> tuple[int, int
 
 
 def _knows_places(parts: dict) -> bool:
-    """Whether the offsets of a tokenizer (its JSON) are right: the library's are not after a character was dropped."""
+    """Whether a tokenizer (its JSON) has right offsets: the library's are wrong after a dropped character."""
     model = parts["model"]
     return (
         model["type"] != "BPE"
@@ -183,7 +183,7 @@ def _has(part: dict | None, kind: str) -> bool:
 
 
 def _joins_within_words(parts: dict) -> bool:
-    """Whether a word may be cut at any token of it: only where merges alone decide, and a word's rest is a word's rest.
+    """Whether a word may be cut at any of its tokens: only if nothing but merges decides its tokens.
 
     parts: a tokenizer's JSON.
     """

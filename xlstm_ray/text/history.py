@@ -1,7 +1,7 @@
-"""What a state knows of the text and the tokens that it has seen: hashes of a fixed size, never the text itself.
+"""What a state knows of its text and tokens: hashes of a fixed size, never the text itself.
 
-They tell whether a prompt goes on from there, and where it differs if not. Hashes at 64 places at most, evenly spaced,
-narrow that down.
+They show whether a prompt continues the state, and where it differs if not: there are hashes at up to 64 evenly spaced
+places.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
 def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
-    """The hash of a prompt lengthened by `tokens`. A chain, so that a saved state can go on without its prompt."""
+    """The hash of a prompt with `tokens` appended. It is a chain, so a saved state can go on without its prompt."""
     link = bytes.fromhex(prompt_hash)
     for token in tokens:
         link = hashlib.blake2b(link + token.to_bytes(8, "little"), digest_size=16).digest()
@@ -28,16 +28,17 @@ def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
 
 
 def extend_text_hash(text_hash: str, text: bytes) -> str:
-    """The hash of a text lengthened by `text`: the number that its bytes are, modulo a prime.
+    """The hash of a text with `text` appended: its bytes as one number, modulo a prime.
 
-    The same for any cut into pieces, fast in bulk. It only words errors; tokens are what a state is accepted by.
+    It is the same for any split into pieces, and fast. It is used only in error messages: tokens decide whether a state
+    fits.
     """
     value = int(text_hash, 16) * pow(256, len(text), _PRIME) + int.from_bytes(text, "big")
     return f"{value % _PRIME:032x}"
 
 
 class Trail(BaseModel):
-    """The hash of a sequence, and those of its beginnings at every step-th place (8 digits each)."""
+    """The hash of a sequence, and hashes of its beginnings at every step-th place (8 digits each)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -48,11 +49,11 @@ class Trail(BaseModel):
 
     @staticmethod
     def lengthened(before: str, units: Any) -> str:
-        """The hash of a sequence whose hash was `before`, with `units` behind it."""
+        """The hash of a sequence with hash `before`, with `units` appended."""
         raise NotImplementedError
 
     def extend(self, units: Any) -> Self:
-        """The trail of this sequence, lengthened."""
+        """The trail of this sequence with `units` appended."""
         length, step, places = self.length + len(units), self.step, self.places
         while length // step > PLACES:
             step *= 2
@@ -65,7 +66,7 @@ class Trail(BaseModel):
         return self.model_copy(update={"length": length, "hash": value, "step": step, "places": places})
 
     def difference(self, units: Any) -> tuple[int, int] | None:
-        """None where `units` begins with this sequence; or (a, b): they are alike to a, and no longer at b."""
+        """None if `units` begins with this sequence; else (a, b): they agree up to a, and differ before b."""
         value, alike = type(self)().hash, 0
         for n in range(0, len(self.places), 8):
             place = alike + self.step
@@ -82,7 +83,7 @@ class Trail(BaseModel):
 
 
 class TokenTrail(Trail):
-    """Of token ids."""
+    """The trail of token ids."""
 
     hash: Hash = EMPTY_PROMPT
 
@@ -92,7 +93,7 @@ class TokenTrail(Trail):
 
 
 class TextTrail(Trail):
-    """Of a text's bytes in UTF-8."""
+    """The trail of a text's bytes in UTF-8."""
 
     hash: Hash = "0" * 32
 
@@ -102,11 +103,11 @@ class TextTrail(Trail):
 
 
 class Row(BaseModel):
-    """What a state knows of one of its rows, beside the tensors.
+    """What a state knows of one of its rows, besides the tensors.
 
-    tokens: those that it has seen. text: what they were given as and printed as; None where they were given as ids, or
-    the prefill has not ended. end: where the text goes on. appended_to: the tokens before those that were appended,
-    while not all of these have been seen; text and end are then those before them too.
+    tokens: the tokens that it has seen. text: their text; None if ids were given or the prefill has not ended. end: the
+    end of the text. appended_to: while appended tokens are only partly seen, the tokens before them; text and end are
+    then also those before them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -1,4 +1,4 @@
-"""What a caller may give as a prompt: a text or token ids, one or a batch."""
+"""Prompts as a caller may give them: a text or token ids, one or a batch."""
 
 from collections.abc import Sequence
 from operator import index
@@ -21,7 +21,7 @@ def as_batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def require_text(prompt: str) -> None:
     try:
         prompt.encode("utf-8")
-    except UnicodeEncodeError as err:  # bytes of the command line that are no text, or half a pair in JSON
+    except UnicodeEncodeError as err:  # command-line bytes that are not text, or half a surrogate pair in JSON
         raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
 
 

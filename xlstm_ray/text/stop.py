@@ -1,23 +1,23 @@
-"""Texts that end an answer, found across pieces: what may be the beginning of one is held back."""
+"""Stop texts, found across pieces: text that may begin a stop text is held back."""
 
 from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Takes an answer's text piece by piece, and gives what may be shown: all before the first stop text, and no more.
+    """Takes an answer's text piece by piece, and returns what may be shown: all text before the first stop text.
 
-    The first is the one that is complete first, and of those that end at one place the longest: so it hangs on the
-    text alone, not on how it was cut. `found` is that text, or None.
+    The first stop text is the one that is complete first; of several that end at one place, the longest. So it depends
+    only on the text, not on the pieces. `found` is the stop text, or None.
     """
 
     def __init__(self, stops: Sequence[str] = ()):
         self._stops = stops
-        self._held = ""  # the longest end of the text so far that begins a stop text
-        self._early = 0  # characters of it before which no stop text may end
+        self._held = ""  # the longest end of the text that is the beginning of a stop text
+        self._early = 0  # no stop text may end within this many characters of it
         self.found: str | None = None
 
     def feed(self, piece: str, *, may_stop: bool = True) -> str:
-        """What this piece lets be shown. may_stop: False for a piece in which no stop text may end."""
+        """The text that may be shown after this piece. may_stop: False if no stop text may end in it."""
         if self.found is not None:
             return ""
         text = self._held + piece
@@ -38,11 +38,11 @@ class StopMatcher:
         return shown
 
     def finish(self) -> str:
-        """What was held back: nothing follows."""
+        """The text that was held back; call it when no piece follows."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _begun(text: str, stop: str) -> int:
-        """How many of the text's last characters begin this stop text."""
+        """The number of the text's last characters that are the beginning of this stop text."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""A model's tokenizer.json, loaded and called so that each of its failures is one line."""
+"""A model's tokenizer.json. Each of its failures becomes an error of one line."""
 
 import os
 from array import array
@@ -31,9 +31,9 @@ class NextToken(NamedTuple):
 
 
 class Text:
-    """One model's texts to tokens and back. Raises CheckpointError for a tokenizer.json that cannot be worked with.
+    """A model's texts to tokens and back. Raises CheckpointError for an unusable tokenizer.json.
 
-    between: told between two pieces of a long text how many characters are done, of how many; it may raise.
+    between: called between two pieces of a long text with the finished and total number of characters; it may raise.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Text:
         self._detokenizer = Detokenizer(self.tokenizer, calling=calling)
 
     def tokens(self, prompt: Prompt) -> Tensor:
-        """A prompt's tokens (T,) int32, with the begin token where the model's configuration asks for it.
+        """A prompt's tokens (T,) int32, with the begin token if the model's configuration asks for it.
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
         return self._checked(prompt, self._encoded(prompt) if isinstance(prompt, str) else token_ids(prompt))
 
     def more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
-        """The tokens of what goes on after the tokens `after`: no begin token, nor any other that frames a text.
+        """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
 
-        A tokenizer may put a space before a text's first word; here the text is taken as it is, where that can be had.
+        Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
         if not isinstance(more, str):
             return self._checked(more, token_ids(more)).tolist()
@@ -75,19 +75,19 @@ class Text:
         return self._checked(more, tokens).tolist()
 
     def likeliest(self, logits: Tensor, count: int) -> list[NextToken]:
-        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Of equals the lowest id first,
-        as greedy decoding takes it."""
+        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Equal ones are in the order of
+        their ids, as in greedy decoding."""
         best = logits.sort(descending=True, stable=True).indices[:count]
         chances = torch.log_softmax(logits.double(), -1)[best]
         return [NextToken(i, self.text_of(i), p) for p, i in zip(chances.tolist(), best.tolist(), strict=True)]
 
     def text_of(self, token: int) -> str:
-        """A token's own text, a special one's too."""
+        """A token's own text, also of a special token."""
         with tokenizing(self._file):
             return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def stream(self, end: TextEnd) -> TextStream:
-        """What turns tokens into pieces of text, after a text that ends so."""
+        """A stream that turns tokens into pieces of text, after a text with this end."""
         return self._detokenizer.stream(end)
 
     def end_of(self, tokens: Sequence[int], before: TextEnd | None = None) -> TextEnd:
@@ -109,7 +109,7 @@ class Text:
         return tokens
 
     def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
-        """These tokens of the prompt, int32, where the model has them all."""
+        """The prompt's tokens, int32, if all are in the vocabulary."""
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         vocabulary = self._config.vocab_size
@@ -127,13 +127,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     read_json(path, CheckpointError)
     with tokenizing(path), held_stderr():
         tokenizer = Tokenizer.from_file(str(path))
-        # A file may ask for these, and a prompt would be cut, filled up or changed at random without a word.
+        # A file may ask for these, and a prompt would silently be cut, padded or changed at random.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if isinstance(tokenizer.model, BPE):
             tokenizer.model.dropout = None
-        # Panics come here, before anything is loaded, also those that a longer text without digits brings out; a
-        # character that the vocabulary lacks is no reason to refuse.
+        # Panics happen here, before anything is loaded; some need a longer text without digits. A character that the
+        # vocabulary lacks is not an error.
         for text in ("A word, 1 \u00e9\u8a9e\n", "Once upon a time there were some more words in a row. " * 4):
             with suppress(Exception):
                 tokenizer.decode(tokenizer.encode(text).ids)
@@ -142,9 +142,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 @contextmanager
 def tokenizing(path: Path) -> Iterator[None]:
-    """Every failure of the tokenizers library becomes a CheckpointError; it raises nothing narrower than Exception.
+    """Turn every failure of the tokenizers library into a CheckpointError; it raises nothing narrower than Exception.
 
-    A panic of its Rust code, which arrives as a BaseException whose class cannot be imported, is one of them.
+    This includes panics of its Rust code: they are a BaseException whose class cannot be imported.
     """
     try:
         yield
@@ -156,9 +156,9 @@ def tokenizing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held_stderr() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2 and drop it after an exception: a panic prints its backtrace.
+    """Hold back output to file descriptor 2, and drop it after an exception: a panic prints its backtrace.
 
-    Of the whole process, so only while a model is loaded.
+    It affects the whole process, so it is used only while a model is loaded.
     """
     with _STDERR, TemporaryFile() as held:
         try:
@@ -170,7 +170,7 @@ def held_stderr() -> Iterator[None]:
         try:
             yield
             held.seek(0)
-            os.write(kept, held.read())  # of other threads
+            os.write(kept, held.read())  # output of other threads
         finally:
             os.dup2(kept, 2)
             os.close(kept)
