@@ -25,7 +25,7 @@ def partition(count: int, parts: int) -> list[range]:
 
 
 def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Shard]]:
-    """The shards, The shards, The shards, [stage][band]: every block and head once. The last band may have fewer heads."""
+    """The shards, [stage][band]: every block and head once. The last band may have fewer heads."""
     starts = range(0, config.num_heads, heads_per_band)
     heads = [range(a, min(a + heads_per_band, config.num_heads)) for a in starts]
     ffn = [

@@ -80,8 +80,8 @@ def start_head(options: HeadOptions) -> Head:
     """Start a head on loopback, wait until it answers, and return its record.
 
     Unless `options.stays`, it ends when this process ends. Takes 4 to 10 s. A free port may be taken before Ray binds
-    it, so a failed start is tried again with other ports, unless it fails twice for the same reason. Raises RayError and
-    leaves nothing behind if Ray is missing, a port is busy, a folder has no space, or Ray does not answer within
+    it, so a failed start is tried again with other ports, unless it fails twice for the same reason. Raises RayError,
+    with nothing left behind, if Ray is missing, a port is busy, a folder has no space, or Ray does not answer within
     `options.start_timeout_s`.
     """
     require_ray()
