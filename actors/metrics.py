@@ -1,7 +1,7 @@
 """A run's figures as Ray's metrics, which Prometheus reads with `ray_` before each name.
 
-deploy/grafana-dashboard.json draws these names. All are gauges, counts and the histogram too: Ray's agent forgets a
-gauge 20 s after the run that set it, and keeps a counter for as long as the head lives.
+deploy/grafana-dashboard.json draws these names. All are gauges, even counts and the histogram: Ray's agent forgets a
+gauge 20 s after its run, but keeps a counter as long as the head lives.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ TILE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]  # bounds of the histog
 
 
 class GridMetrics:
-    """Made after Ray is connected; every figure carries the run's name as a tag."""
+    """Made after Ray is connected. Every figure has the run's name as a tag."""
 
     def __init__(self, run: str):
         from ray.util.metrics import Gauge
@@ -25,11 +25,11 @@ class GridMetrics:
         self._tiles = make("tiles_total", "Tiles done.")
         self._tokens = make("tokens_total", "Tokens done, over all rows of a batch and all prompts.")
         self._prompt = make("prompt_tokens", "New tokens of the prompt that is read, over all rows of a batch.")
-        self._left = make("prompt_tokens_left", "Of these, the tokens that are still to be read.")
-        self._rate = make("tokens_per_second", "Of the last tile.")
+        self._left = make("prompt_tokens_left", "Of these, the tokens left to read.")
+        self._rate = make("tokens_per_second", "Rate of the last tile.")
         self._buckets = make("tile_seconds_bucket", "Tiles by the time between two results.", "le")
         self._depth = make("queue_depth", "Tiles under way.")
-        self._memory = make("actor_memory_bytes", "What an actor, or the process that works, holds.", "actor", "kind")
+        self._memory = make("actor_memory_bytes", "Memory of an actor, or of the working process.", "actor", "kind")
         self._restarts = make("restarts_total", "Actors that were replaced.")
         self._limits = make("memory_events_total", "Memory limits that were met.", "limit")
 
@@ -44,7 +44,7 @@ class GridMetrics:
         self._depth.set(under_way)
 
     def progress(self, done: int, total: int) -> None:
-        """So many of the prompt's new tokens have been read."""
+        """Part of the prompt's new tokens has been read."""
         self._prompt.set(total)
         self._left.set(total - done)
 

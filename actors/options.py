@@ -14,16 +14,16 @@ class GridOptions:
 
     run: str  # names this run's actors
     actors_per_device: int = 1
-    cpus: float | None = None  # what an actor asks of Ray; None: a CPU for each thread
+    cpus: float | None = None  # CPUs that an actor requests; None: a CPU for each thread
     place_timeout_s: float = 10.0
     answer_timeout_s: float = 5.0
-    patience_s: float = PATIENCE_S  # for an actor that may be behind a network that is away
+    patience_s: float = PATIENCE_S  # for an actor that may be behind a broken network
     start_timeout_s: float = 120.0
     load_timeout_s: float | None = None  # for actors to read their weights; None: by the size of the model's files
     least_deadline_s: float = 30.0  # the least deadline of a tile, which is 20 times the median of the last tiles
     first_deadline_s: float = 900.0  # before any tile was measured
     retries: int = 3  # recoveries without a new tile in between
-    limits: Callable[[int, int | None], Limits] | None = None  # as the watchdog wants them; None: no watchdog
+    limits: Callable[[int, int | None], Limits] | None = None  # for the watchdog; None: no watchdog
     watch_every_s: float = 0.2
     empty_cache: bool = True
     on_event: Callable[[Event], None] = lambda event: None  # called between tiles

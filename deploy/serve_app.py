@@ -4,7 +4,7 @@
     curl -N -H @HEADER_WITH_THE_TOKEN -d '{"prompt": "The capital of France is"}' http://127.0.0.1:8000/
 
 The answer is the text, piece by piece. A replica works on one request at a time, since prefill uses the whole device;
-a few more wait, and the next is told 503. Serve's proxy lets anybody in, so this asks for a token itself.
+a few more wait, and others get 503. Serve's proxy has no authentication, so this app asks for a token itself.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class Generate:
         if not self.token:
             raise ValueError(f"{options.token_file} is empty: it must hold the token that callers give")
         self.engine = load(options.model, device=options.device)
-        self.lock = Lock()  # a request whose caller has gone ends at its next tile; the one after it waits for that
+        self.lock = Lock()  # a request without its caller ends at its next tile; the next request waits for that
 
     async def __call__(self, request: Request) -> Response:
         """POST a Question -> 200 and a stream of text; 400 for a mistake in it, 401 without the token."""

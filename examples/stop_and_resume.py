@@ -1,4 +1,4 @@
-"""Stop a prefill at a tile's end, save what is there, and go on later, to the bits of a run that was never stopped.
+"""Stop a prefill at a tile's end, save its state, and go on later, to the same bits as a run that was never stopped.
 
 python examples/stop_and_resume.py [MODEL]        (the demo model without one)
 """

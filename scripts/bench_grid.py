@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""The grid against one process: actors on Ray beside the queued backend, the same random model, alternating rounds.
+"""The grid against one process: actors on Ray and the queued backend, the same random model, alternating rounds.
 
     python scripts/bench_grid.py                                     # 2 stages, then 2 bands, against 2 threads
     python scripts/bench_grid.py --device cuda --grids stages:2 --hidden 4096 --blocks 32 --heads 8 --vocab 50304 \\
         --tokens 131072 --tile-size 2048 --chunk-size 256            # two GPUs against one
 
-Every contestant is a process of its own that has loaded, compiled and run once; the grid has a Ray head of its own. A
-round runs one after the other; medians over rounds, and the ratio of medians. Beside it: what a call of Ray costs, how
-many calls a tile takes, and what share of a tile's time that is at most.
+Every contestant is a separate process that has loaded, compiled and run once; the grid has its own Ray head. In a
+round, contestants run one after the other. The output has medians over rounds and their ratio; also the cost of a call
+of Ray, the number of calls for a tile, and their largest share of a tile's time.
 """
 
 import argparse

@@ -4,16 +4,16 @@
     python scripts/bench_prefill.py                      # speed on 8192 tokens, memory at 4096 and 65536
     python scripts/bench_prefill.py --tokens 2048 --rounds 3 --memory-tokens ''
 
-Every contestant runs in a process of its own and the rounds alternate between them, so that a machine whose speed
-drifts treats all alike; medians over the rounds, ratios of medians. Contestants:
+Every contestant runs in its own process, and rounds alternate, so that a drift of the machine's speed affects all
+alike. The output has medians over rounds, and ratios of medians. Contestants:
 
     this float32, this bfloat16    lm.prefill of the whole prompt, last logits and state kept
     transformers float32           backbone over the whole prompt with its cache, last logits; native torch kernels
     products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
-                                   (the faster of the two), on prepared operands: what no prefill can be faster than
+                                   (the faster of the two), on prepared operands: the upper limit of any prefill
 
 Peak memory: the process's high-water mark of resident memory during a prefill (on cuda: the allocator's), without the
-weights; each length in a process of its own that has loaded and compiled before the mark was reset.
+weights; each length in its own process, which has loaded and compiled before the mark was reset.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def _is_there(module: str) -> bool:
 
 
 def make_model(directory: Path, args: argparse.Namespace) -> None:
-    """A random model in the Hugging Face layout, a shard a block, drawn on the GPU where there is one."""
+    """A random model in the Hugging Face layout, with a shard for each block; drawn on the GPU if there is one."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""What becomes of a run on Ray when something under it dies, hangs or is ended: exit code, state, digest on resuming.
+"""A run on Ray when something under it dies, hangs or is ended: its exit code, state, and digest after resuming.
 
     python scripts/chaos_ray.py                          # every fault once, a table in Markdown
     python scripts/chaos_ray.py --repeats 10             # ten times each, at random moments
     python scripts/chaos_ray.py --faults raylet-killed,gcs-frozen --seed 7
     python scripts/chaos_ray.py --repeats 10 --at-once 8 # eight runs side by side, each on an eighth of the CPUs
-    python scripts/chaos_ray.py --soak 50 --load 8       # fifty runs without a fault, beside eight busy loops
+    python scripts/chaos_ray.py --soak 50 --load 8       # fifty runs without a fault, with eight busy loops
 
-Each run is a process with a Ray head of its own, a small random model and `--state-out`. After some tiles one fault is
-made, with real signals to this head's own processes. Good is: exit 0 with the digest of an undisturbed run; or the exit
-code that RUNBOOK names, with a state from which a run in one process comes to that digest. In both cases no traceback,
-and nothing left over: no record, no folder of Ray's, no process that was started in the run's folder. After a fault
-`xlstm-ray down` has tidied up before that is looked at, after a run of the soak nobody has.
+Each run is a process with its own Ray head, a small random model and `--state-out`. After some tiles, one fault is
+made with real signals to this head's processes. A run is good if it exits with 0 and the digest of an undisturbed run;
+or with the exit code that RUNBOOK names and a state from which a run in one process reaches that digest. In both cases
+there must be no traceback and nothing left over: no record, no folder of Ray, no process that was started in the run's
+folder. After a fault, `xlstm-ray down` cleans up before this check; after a run of the soak, nothing does.
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Fault:
 
     parts: tuple[str, ...]
     number: int
-    codes: tuple[int, ...]  # that are right
+    codes: tuple[int, ...]  # the right exit codes
     flags: tuple[str, ...] = ()
-    once: bool = False  # the first such process only
+    once: bool = False  # only the first such process
 
 
 RAYLET, GCS = "/raylet/raylet", "/gcs/gcs_server"
@@ -73,7 +73,7 @@ FAULTS = {
     "an actor frozen": Fault(("ray::ShardActor",), STOP, (0,), once=True),
     "all actors killed": Fault(("ray::ShardActor",), KILL, (0,)),
     "watchdog killed": Fault(("ray::NodeWatchdog",), KILL, (0,)),
-    "log monitor killed": Fault(("/log_monitor.py",), KILL, (0,), DASHBOARD),  # which a run without one does not have
+    "log monitor killed": Fault(("/log_monitor.py",), KILL, (0,), DASHBOARD),  # only runs with a dashboard have it
     "client server killed": Fault(("ray.util.client.server",), KILL, (0,)),
     "autoscaler's monitor killed": Fault(("/_private/monitor.py",), KILL, (0,), DASHBOARD),
     "dashboard killed": Fault(("/dashboard/dashboard.py", "ray-dashboard"), KILL, (0,), DASHBOARD),
@@ -91,7 +91,7 @@ def command(home: Path, *words: object) -> "subprocess.Popen[str]":
 
 @contextmanager
 def within(seconds: float, process: "subprocess.Popen[str]") -> Iterator[None]:
-    """A process that hangs is killed, which its exit code tells."""
+    """Wait for a process; one that hangs is killed, as its exit code shows."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     try:
@@ -114,7 +114,7 @@ def strike(head, fault: Fault, rng: random.Random) -> int:
 
 
 def processes_in(folder: Path) -> list[str]:
-    """What runs there: whatever its title, parent and session have become, a process keeps its folder."""
+    """Processes that run in a folder: a process keeps its folder, even if its title, parent and session change."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -124,7 +124,7 @@ def processes_in(folder: Path) -> list[str]:
 
 
 def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Path, expected: str) -> dict:
-    """A run with this fault, and its resume; what came of it."""
+    """A run with this fault, and its resume; returns the outcome."""
     from xlstm_ray.supervisor.records import all_heads
 
     rng = random.Random(f"{args.seed} {name} {number}")
@@ -145,7 +145,7 @@ def one(name: str, fault: Fault, args: argparse.Namespace, number: int, work: Pa
                 (head,) = all_heads(records)
                 folder, ran = head.folder, len(processes_in(home))
                 hit = strike(head, fault, rng)
-                if hit or not fault.parts:  # else again after the next tile: a title may just have been changing
+                if hit or not fault.parts:  # else try again after the next tile: a title may just have changed
                     struck = time.monotonic()
         out = process.stdout.read()
         code = process.wait()
@@ -186,7 +186,7 @@ def table(rows: list[dict]) -> str:
 
 
 def slots(n: int) -> Iterator[set[int]]:
-    """The CPUs in n parts, so that each run is as on a small machine; all for each where there are fewer than n."""
+    """The CPUs in n parts, so that each run is as on a small machine; all CPUs for each if there are fewer than n."""
     cpus = sorted(os.sched_getaffinity(0))
     each = len(cpus) // n
     yield from ({*cpus[i * each : (i + 1) * each]} or {*cpus} for i in range(n))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What works on this Mac's GPU, how exactly and how fast: one block to paste into a report.
+"""Check this Mac's GPU: what works, how exact and how fast. Prints one block to paste into a report.
 
     ./scripts/check_on_mac.sh                                          # the demo model
     ./scripts/check_on_mac.sh --model path/to/xlstm-7b --lengths 2048,8192,32768
 
 The machine and the Metal kernels (doctor --kernels); the demo model's results on mps against the eager float32
-reference on the CPU; prefill at the given lengths, each in a process of its own so that peak memory is that length's.
-Exit code 1 where a result on mps is wrong.
+reference on the CPU; prefill at the given lengths, each in its own process so that the memory peak is of that length.
+Exit code 1 if a result on mps is wrong.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SELF = Path(__file__).resolve()
 sys.path.insert(0, str(SELF.parents[1]))
 
 TEXT = "The capital of France is Paris, and the river that flows through it is the Seine. "
-# Largest difference of a log probability among the likeliest tokens; float32 sums in another order, bfloat16 rounds.
+# Largest difference of a log probability among the likeliest tokens: float32 sums in another order, bfloat16 rounds.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
@@ -63,7 +63,7 @@ def prefill(length: int, model: Path | None, tile_size: int | None) -> dict[str,
 
 
 def report(args: argparse.Namespace) -> bool:
-    """Print the block; whether all is well."""
+    """Print the block; returns whether all is well."""
     from xlstm_ray.choose import setup_of
     from xlstm_ray.measure.doctor import kernel_report, machine
     from xlstm_ray.plan import choose_plan
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory [default: the demo model]")
     parser.add_argument("--lengths", default="512,2048,8192", help="prompt lengths in tokens, with commas between")
-    parser.add_argument("--tile-size", type=int, help="tokens a task [default: as xlstm-ray]")
+    parser.add_argument("--tile-size", type=int, help="tokens of a tile [default: as xlstm-ray]")
     parser.add_argument("--prefill", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
 

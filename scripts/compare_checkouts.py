@@ -5,7 +5,7 @@
     python scripts/compare_checkouts.py ../before .
 
 Run it in an environment that both checkouts can use. Prompts: a short one, one of 10,000 tokens, and a batch of five
-lengths. Exit code 1 where a digest differs, or a checkout cannot run one of them.
+lengths. Exit code 1 if a digest differs or a checkout cannot run one of them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def prompts(folder: Path) -> dict[str, list[str]]:
 
 
 def digests(checkout: Path, words: list[str], folder: Path) -> list[str]:
-    """What this checkout makes of it: a digest a row, in the rows' order."""
+    """This checkout's digests: one for each row, in the rows' order."""
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "XLSTM_RAY_LOCAL_MODE": "1"}
     command = [sys.executable, "-P", "-c", PROGRAM, "prefill", "--json", "--progress", "none", *words]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@
 
     PYTHONPATH=. PYTORCH_ENABLE_MPS_FALLBACK=0 python scripts/run_hf_xlstm_metal.py
 
-All options of `xlstm-ray generate` work beside those below, and the Apple guide's --max_new_tokens.
+All options of `xlstm-ray generate` work too, and the Apple guide's --max_new_tokens.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repo", default="NX-AI/xLSTM-7b", help="owner/name [default: %(default)s]")
     parser.add_argument("--revision", help="a branch, tag or commit [default: main]")
     parser.add_argument("--cache-dir", type=Path, help="where models are kept [default: the hub's own, see HF_HOME]")
-    parser.add_argument("--offline", action="store_true", help="take the model from the cache and ask nobody")
+    parser.add_argument("--offline", action="store_true", help="use only the cache")
     args, words = parser.parse_known_args()
     from xlstm_ray.hub import download
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """mLSTM kernels and backends on this machine's device against the float64 reference: `xlstm-ray parity mlstm`.
 
-Its options follow: --device cpu, --json. Exit code 1 where one is over its tolerance.
+Its options follow: --device cpu, --json. Exit code 1 if one is over its tolerance.
 """
 
 import sys

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "PrefillResult", "RecurrentState", "Request", "Sampling", "load"]
 __version__ = "0.1.0"
 
-calm_threads()  # here, since the package comes before its modules, and so before torch, in every process
+calm_threads()  # here: the package is imported before its modules, and so before torch, in every process
 
 _HOME = {
     "Engine": "engine.engine",
@@ -38,7 +38,7 @@ _HOME = {
 
 
 def load(model: "str | Path | None" = None, **options: Any) -> "Engine":
-    """A model directory (none: the demo model that ships with the package) -> Engine.
+    """Load a model directory (None: the package's demo model).
 
     options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
     chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.

@@ -44,9 +44,9 @@ def bits(model: Model, rows: list[np.ndarray], *, batch: int = 64) -> float:
 
 
 def bits_of_stream(model: Model, documents: Documents, *, tile: int = 2048) -> list[float]:
-    """Bits per byte of each quarter of all documents as one prompt, END between them, the state carried from tile to
-    tile: a model that loses its footing on long prompts would get worse from quarter to quarter. All quarters are
-    taken to have the same bytes a token."""
+    """Bits per byte of each quarter of all documents as one prompt, END between them, with the state carried from tile
+    to tile: a model that degrades on long prompts would get worse from quarter to quarter. All quarters are assumed to
+    have the same bytes for each token."""
     device = model.blocks[0].qkvo.device
     tokens = torch.from_numpy(documents.tokens.astype(np.int64)).to(device).unsqueeze(0)
     losses, state = [], None
@@ -55,7 +55,7 @@ def bits_of_stream(model: Model, documents: Documents, *, tile: int = 2048) -> l
         x, state = model.hidden(window[:, :-1], state=state)
         losses.append(F.cross_entropy(model.logits(x[0]), window[0, 1:], reduction="none").double())
     loss = torch.cat(losses)
-    text = tokens[0, 1:] != 0  # END costs bits but is no text; what it costs is left out, as in `bits`
+    text = tokens[0, 1:] != 0  # END costs bits but is not text; its cost is left out, as in `bits`
     per_token = documents.utf8_bytes / int(text.sum())
     quarters = zip(loss.chunk(4), text.chunk(4), strict=True)
     return [part[real].mean().item() / math.log(2) / per_token for part, real in quarters]

@@ -1,7 +1,7 @@
-"""The project's model, whole and differentiable: what train.py trains and evaluate.py asks.
+"""The project's model, whole and differentiable: train.py trains it and evaluate.py evaluates it.
 
-Its mathematics is xlstm_ray.model over xlstm_ray.kernels.chunkwise as it is. What stands apart is the way from
-tensors to weights: xlstm_ray.checkpoint copies slices out of files, which no gradient passes.
+Its mathematics is xlstm_ray.model with xlstm_ray.kernels.chunkwise, unchanged. Only the way from tensors to weights is
+different: xlstm_ray.checkpoint copies slices out of files, and no gradient passes through that.
 """
 
 from dataclasses import dataclass
