@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--faults", help="names with commas between; '-' may stand for a space")
     parser.add_argument("--soak", type=int, metavar="RUNS", help="this many runs without a fault, instead")
     parser.add_argument("--at-once", type=int, default=1, metavar="RUNS")
-    parser.add_argument("--load", type=int, default=0, metavar="LOOPS", help="busy loops beside the runs")
+    parser.add_argument("--load", type=int, default=0, metavar="LOOPS", help="busy loops during the runs")
     parser.add_argument("--tiles", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=300.0, help="for each run: then it is killed, and is bad")

@@ -74,7 +74,7 @@ def _containers(machine_bytes: int) -> tuple[tuple[int, Path, Path, str], ...]:
 
 
 def share_of_cpus(nodes: Sequence[float], actors: int) -> float | None:
-    """The largest part of a CPU, at most a whole one, that all actors can have on nodes of so many CPUs each, or None.
+    """The largest share of a CPU, at most 1, with which all actors fit on these nodes (CPUs of each), or None.
 
     Ray counts CPUs in steps of 0.0001.
     """

@@ -42,7 +42,7 @@ from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
 
-CACHE_MEMORY_MB = 256  # beside a directory, where nothing else is said
+CACHE_MEMORY_MB = 256  # besides a directory, if nothing else is given
 
 
 class Watch(NamedTuple):

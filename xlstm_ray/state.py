@@ -28,7 +28,7 @@ KEPT = 4  # states of interrupted runs to keep, one for each model
 
 
 class Numerics(BaseModel):
-    """What decides the bits of a result beside model and prompt: the same numerics give a prompt the same bits."""
+    """What decides the bits of a result besides model and prompt: the same numerics give a prompt the same bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -1,4 +1,4 @@
-"""A conversation: a state that grows turn by turn, and can be forked, saved and gone on from."""
+"""A conversation: a state that grows turn by turn, and can be forked, saved and resumed."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Keeps the state between turns where it is, on the device: nothing is computed twice.
+    """Keeps the state on the device between turns: nothing is computed twice.
 
-    state: to begin from; it stays as it is. sampling: of all answers, fields of `Sampling` by name. Texts are taken as
-    they are: a model's roles and turns are the caller's to write.
+    state: to begin from; it does not change. sampling: fields of `Sampling` by name, for all answers. Texts are not
+    changed: the caller writes a model's marks of roles and turns.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Chat:
 
     @property
     def state(self) -> RecurrentState:
-        """The state after all that was said. Raises UsageError before anything was."""
+        """The state after everything that was said. Raises UsageError before the first turn."""
         if self._state is None:
             raise UsageError("nothing has been said in this conversation yet, so it has no state")
         return self._state
@@ -33,7 +33,7 @@ class Chat:
     def say(self, text: str, **sampling: Any) -> Iterator[str]:
         """Say something, and iterate over the pieces of the answer.
 
-        sampling: of this answer, over the conversation's. An answer that is not heard to its end is part of the
+        sampling: for this answer, over the conversation's. An answer that is not read to its end is part of the
         conversation as far as it was made.
         """
         given = {"prompt": text} if self._state is None else {"append": text, "state": self._state}
@@ -44,9 +44,9 @@ class Chat:
             self._state = generation.state()
 
     def fork(self) -> "Chat":
-        """Another conversation that goes on from here: both stay what they are alone."""
+        """Another conversation that goes on from here; they do not affect each other."""
         return Chat(self._engine, state=self._state, sampling=self._sampling)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> str:
-        """Write its state, as `--state-out` does; returns the digest."""
+        """Write its state, like `--state-out`; returns the digest."""
         return self.state.save(path, overwrite=overwrite)

@@ -14,7 +14,7 @@ from xlstm_ray.engine.driver import Hooks, Progress, Sizes, Snapshot
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
-from xlstm_ray.engine.result import Beside, PrefillResult, Statistics
+from xlstm_ray.engine.result import OtherTimes, PrefillResult, Statistics
 from xlstm_ray.engine.resume import Going
 from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
@@ -216,8 +216,8 @@ class Prefill:
 
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
         """The figures so far, when the first token is chosen."""
-        beside = Beside(self._compile_s, self._paused_s, self._encode_s + chosen_s)
-        stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, beside)
+        other = OtherTimes(self._compile_s, self._paused_s, self._encode_s + chosen_s)
+        stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, other)
         stats.first_token_at, stats.row_cache = time(), self._reuse.uses()
         return stats
 

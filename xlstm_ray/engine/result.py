@@ -22,7 +22,7 @@ class Use(NamedTuple):
     reason: str | None = "off"
 
 
-class Beside(NamedTuple):
+class OtherTimes(NamedTuple):
     """Seconds of a run besides its windows. paused_s: the part of compile_s after the first window."""
 
     compile_s: float = 0.0
@@ -30,7 +30,7 @@ class Beside(NamedTuple):
     first_s: float = 0.0  # cutting the prompt into tokens, and choosing the first one
 
 
-NOTHING = Beside()
+NOTHING = OtherTimes()
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Statistics:
         row_resumed: list[int],
         running: Running,
         outcome: BatchOutcome | None = None,
-        beside: Beside = NOTHING,
+        other: OtherTimes = NOTHING,
     ) -> "Statistics":
         """The figures of a run so far; outcome is None if nothing was computed."""
         seconds = outcome.seconds if outcome else 0.0
@@ -70,15 +70,15 @@ class Statistics:
         return cls(
             row_tokens,
             row_resumed,
-            beside.compile_s,
-            prefill_s=seconds - beside.paused_s,
-            ttft_s=seconds + beside.first_s,
+            other.compile_s,
+            prefill_s=seconds - other.paused_s,
+            ttft_s=seconds + other.first_s,
             peak_memory_bytes=running.executor.peak_memory_bytes,
             tile_seconds=outcome.tile_seconds if outcome else [],
             restarts=running.executor.restarts if outcome else 0,
             tile_tokens=outcome.tile_tokens if outcome else [],
             tile_whole=outcome.tile_whole if outcome else [],
-            row_ttft_s=[s + beside.first_s for s in outcome.ready_s] if outcome else nothing,
+            row_ttft_s=[s + other.first_s for s in outcome.ready_s] if outcome else nothing,
             row_prefill_s=outcome.group_s if outcome else nothing,
             peak_process_bytes=peak_process_bytes(),
             peak_device_bytes=peak_device_bytes(device) if device is not None and device.type != "cpu" else None,

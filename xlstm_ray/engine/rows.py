@@ -9,28 +9,28 @@ from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, Step
 
 
 class Batch:
-    """Rows in one state. A place without a task is idle. buckets: how many rows a call may have."""
+    """Rows in one state. A place without a task is idle. buckets: the allowed numbers of rows of a call."""
 
     def __init__(self, executor: Executor, buckets: Sequence[int]):
         self._executor, self._buckets = executor, sorted(buckets)
         self.state: StateRef | None = None
         self.places: list[Task | None] = []
         self.joining: list[Task] = []
-        self.under_way = False  # a step of it has no result yet
+        self.under_way = False  # a step of it is in flight
 
     @property
     def tasks(self) -> list[Task]:
         return [task for task in (*self.places, *self.joining) if task is not None]
 
     def size_for(self, rows: int) -> int:
-        """The smallest call that holds so many rows."""
+        """The size of the smallest call for this many rows."""
         return next((bucket for bucket in self._buckets if bucket >= rows), self._buckets[-1])
 
     def has(self, task: Task) -> bool:
         return any(there is task for there in self.tasks)
 
     def arrange(self) -> int | None:
-        """Give rows that have come their places, in the smallest call that holds all; its size, where it changed."""
+        """Give new rows their places, in the smallest call for all rows. Returns its size, if it changed."""
         tasks = self.tasks
         size = self.size_for(len(tasks))
         if not self.joining and self.state is not None and size == len(self.places):
@@ -44,7 +44,7 @@ class Batch:
         return size
 
     def step(self, chunk_size: int) -> None:
-        """Submit the step that takes every row's last token in."""
+        """Submit a step with every row's last token."""
         tokens = torch.zeros(len(self.places), 1, dtype=torch.long)
         active = torch.zeros(len(self.places), dtype=torch.long)
         for n, task in enumerate(self.places):
@@ -56,7 +56,7 @@ class Batch:
         self.under_way = True
 
     def remove(self, task: Task, *, keep: bool) -> None:
-        """The row leaves; keep: with a state of its own."""
+        """Remove the task's row; keep: give the task its own state."""
         for n, there in enumerate(self.places):
             if there is task:
                 if keep:

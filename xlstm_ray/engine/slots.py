@@ -1,4 +1,4 @@
-"""The sampler's slots, of which each request that makes an answer has one."""
+"""The sampler's slots: one for each request that makes an answer."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ class Slots:
         self._sampler: Sampler | None = None  # on the device of the first logits
 
     def take(self, task: Task) -> None:
-        """A free slot is the task's."""
+        """Give the task a free slot."""
         task.slot = self._tasks.index(None)
         self._tasks[task.slot] = task
         if self._sampler is not None:
             self._put(self._sampler, task)
 
     def give_back(self, task: Task) -> None:
-        """The task's slot is free, if it had one."""
+        """Free the task's slot, if it has one."""
         if task.slot is not None:
             if self._sampler is not None:
                 self._sampler.clear(task.slot)
@@ -36,7 +36,7 @@ class Slots:
             task.slot = None
 
     def choose(self, logits: Tensor, tasks: Sequence[Task]) -> tuple[list[int], list[Made | None]]:
-        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities where they are wanted."""
+        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested."""
         if self._sampler is None:
             self._sampler = Sampler(len(self._tasks), self._vocabulary, ends=self._ends, device=logits.device)
             for task in filter(None, self._tasks):

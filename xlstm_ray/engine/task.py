@@ -1,4 +1,4 @@
-"""A request on its way through an engine's thread."""
+"""A request that an engine's thread works on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,25 +18,25 @@ from xlstm_ray.text.tokenizer import Text
 
 @dataclass
 class Task:
-    """A request on its way. state: its own, of one row, where it is not in a batch."""
+    """A request in work. state: its own state of one row, while it is not in a batch."""
 
     request: Request
     handle: Handle
     going: Going
-    rows: HeldRows  # where it goes on from
+    rows: HeldRows  # where it starts from
     logits: Tensor | None  # (vocabulary,) after the last token that the state has seen
     windows: Iterator[Window]
-    made: float = field(default_factory=perf_counter)  # the clock's time
+    made: float = field(default_factory=perf_counter)  # perf_counter time
     began: float | None = None
     first_token: float | None = None
     resumed: int = 0
-    read: int = 0  # tokens of the prompt in the state, with the windows under way
-    last: bool = False  # the last window has been submitted
+    read: int = 0  # tokens of the prompt in the state, including windows in flight
+    last: bool = False  # True if the last window was submitted
     state: StateRef | None = None
     answer: Answer | None = None
     slot: int | None = None
-    hidden: Tensor | None = None  # (1, D) of the last token whose window has a result
-    under_way: int = 0  # its windows that have no result yet
+    hidden: Tensor | None = None  # (1, D) after the last window with a result
+    under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
 
     @property
@@ -44,14 +44,14 @@ class Task:
         return len(self.going.tokens)
 
     def known(self, text: Text) -> Row:
-        """What is known of the prompt, as far as it has been read."""
+        """What a state knows of the prompt, as far as it was read."""
         if self.resumed == self.total:
             return self.going.row
         self.going.advance(self.read)
         return self.going.known(text, complete=self.read == self.total)
 
     def usage(self) -> Usage:
-        """Its figures, as it ends."""
+        """The figures of the request, at its end."""
         now = perf_counter()
         return Usage(
             prompt_tokens=self.total,

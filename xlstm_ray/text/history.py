@@ -123,7 +123,7 @@ class Place(BaseModel):
 
     key: of the tokens seen. after: of those of the kept state before it; "" where there is none. rows, tiles: the
     calls that made it; tiles -1: it is the state of no prefill from the first token on. machine: what else decides
-    the bits of such a state, beside its numerics.
+    the bits of such a state, besides its numerics.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
