@@ -12,7 +12,7 @@ import pytest
 from tiny import make_model
 
 import xlstm_ray
-from xlstm_ray import Engine
+from xlstm_ray import Engine, Request, Sampling
 from xlstm_ray.engine.tree import DISK, MEMORY
 from xlstm_ray.errors import UsageError
 from xlstm_ray.state import RecurrentState
@@ -368,3 +368,30 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_nothing_else_changes(pl
             plain(cache_every=3)
         assert lm.prefill(OTHER[:150]).state.digest() != digest
     assert len([note for note in notes if "the cache has not written a state" in note]) == 1
+
+
+def test_requests_share_what_they_have_in_common(load, tmp_path):
+    prompts = [BOOK[:150], BOOK[:150], BOOK[:250], [*BOOK[:70], *OTHER[:80]], OTHER[:40], BOOK[:150]]
+    sampling = Sampling(max_new_tokens=5)
+    with load() as cold:
+        alone = [cold.submit(Request(p, sampling=sampling, keep=True)).result() for p in prompts]
+        digest = cold.prefill(BOOK[:150]).state.digest()
+    with load(cache_dir=tmp_path) as lm:
+        ends = [lm.submit(Request(p, sampling=sampling, keep=True)).result() for p in prompts]
+        assert [end.usage.cache.hit_tokens for end in ends] == [0, 150, 128, 64, 0, 150]
+        assert [end.usage.resumed_tokens for end in ends] == [0, 150, 128, 64, 0, 150]
+        assert [end.tokens for end in ends] == [end.tokens for end in alone]
+        assert [end.state.digest() for end in ends] == [end.state.digest() for end in alone]
+        assert [end.state.rows for end in ends] == [end.state.rows for end in alone]
+        read = lm.submit(Request(BOOK[:150], keep=True)).result()  # no answer, nothing to compute
+        assert read.state.digest() == digest
+        assert lm.prefill(BOOK[:250]).stats.row_cache[0].hit_tokens == 250  # calls and requests share too
+        handles = [lm.submit(Request([n, *BOOK[:200]], sampling=sampling, tenant=str(n))) for n in range(6)]
+        for handle in handles[::2]:
+            handle.cancel()
+        for handle in handles:
+            handle.result()
+        assert not any(e.leases for e in cached(lm)._tree.entries if DISK in e.tiers)
+    with load(cache_dir=tmp_path) as lm:
+        end = lm.submit(Request(BOOK[:150], sampling=sampling)).result()
+        assert (end.usage.cache, end.tokens) == ((150, "disk", None), alone[0].tokens)

@@ -1,7 +1,7 @@
 """What a caller asks of an engine that serves many, and what it is told."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xlstm_ray.engine.decode import Made
+from xlstm_ray.engine.result import Use
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import RecurrentState
@@ -23,7 +24,8 @@ class Request:
     """A prompt to read, and an answer to make where `sampling` is given.
 
     prompt: the whole of it, a text or token ids; append: only what comes after `state`, in its place. state: to go on
-    from; it stays as it is. priority: a higher one comes first. keep: whether the state after it is wanted.
+    from; it stays as it is. priority: a higher one comes first. keep: whether the state after it is wanted. tenant,
+    keep_at: of the cache, where the engine has one, as in `Engine.prefill`.
     """
 
     prompt: Prompt | None = None
@@ -32,6 +34,8 @@ class Request:
     sampling: Sampling | None = None
     priority: int = 0
     keep: bool = False
+    tenant: str = ""
+    keep_at: Sequence[int] = ()
 
 
 class Queued(NamedTuple):
@@ -60,11 +64,12 @@ class Usage:
     """Tokens, and seconds since the request was made: to its first window, to the prompt's end and to its own."""
 
     prompt_tokens: int
-    resumed_tokens: int  # of the prompt, found in the given state
+    resumed_tokens: int  # of the prompt, found in the given state or in the cache
     answer_tokens: int
     queued_s: float
     first_token_s: float | None
     total_s: float
+    cache: Use = Use()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xlstm_ray.engine.cache import Cache, Hit, Start
-from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.driver import Snapshot, Tail
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going
@@ -35,7 +35,8 @@ class Reuse:
             return
         ends = [len(one.tokens) for one in going]
         for group in groups:
-            if any(begun[b] for b in group.rows):  # the bits are those of the state that was given
+            # Of a given state the bits are its own.
+            if any(begun[b] or isinstance(going[b].tokens, Tail) for b in group.rows):
                 continue
             runs = {
                 b: Run.in_group(group, b, ends, tile=numerics.tile_size, chunk=numerics.chunk_size) for b in group.rows
@@ -63,6 +64,11 @@ class Reuse:
             )
             for b, run in runs.items()
         }
+
+    @property
+    def found(self) -> bool:
+        """Whether some row goes on from a state that was found."""
+        return any(hit.start is not None for hit in self.hits.values())
 
     @property
     def exact(self) -> bool:

@@ -174,6 +174,8 @@ class Service:
     # -- arrivals ------------------------------------------------------------------------------------------------------
     def _arrive(self, number: int, task: Task) -> None:
         self._tasks[number] = task
+        with self._core.turn.of("bring"):
+            task.look_up(self._core)
         filled = task.read == task.total
         self._scheduler.arrive(number, priority=task.request.priority, filled=filled)
         task.handle.tell(Queued(self._scheduler.place(number)))
@@ -207,8 +209,10 @@ class Service:
         task.read = min(window.start + window.size, task.total)
         task.last = task.read == task.total
         core.warm_up(1, [window.size])
-        step = Step(*part, core.plan.numerics.chunk_size, window.number, "last" if task.last else "none")
-        task.state = executor.submit(task.state, step)
+        wanted = task.wants(window)  # with the result it comes before actors go on
+        keep = wanted and not executor.local
+        step = Step(*part, core.plan.numerics.chunk_size, window.number, "last" if task.last else "none", keep)
+        state = task.state = executor.submit(task.state, step)
         task.under_way += 1
         read, last = task.read, task.last
 
@@ -218,6 +222,10 @@ class Service:
             if result.logits is not None:
                 task.logits = result.logits[0]
             task.hidden = result.hidden
+            if wanted:
+                logits = executor.logits(result.hidden)[0] if result.logits is None else result.logits[0]
+                ref, tensors = (state, None) if result.state is None else (None, result.state)
+                task.keep(core, read, core.states.rows(ref, 1, tensors), logits)
             if task.cancelled and not task.under_way:
                 self._finish(number, task, Finish("cancelled"))
             elif last and not task.cancelled:
@@ -319,6 +327,7 @@ class Service:
         """Its last event; it is forgotten."""
         del self._tasks[number]
         self._scheduler.leave(number)
+        task.release()
         keep = task.request.keep
         self._take_out(task, keep=keep)
         state, answer = self._state_of(task) if keep else None, task.answer
@@ -333,7 +342,7 @@ class Service:
     def _state_of(self, task: Task) -> RecurrentState | None:
         """The state after all that it has seen, the last token of its answer too."""
         core, executor, answer = self._core, self._core.running.executor, task.answer
-        if task.state is None:  # nothing was computed
+        if task.state is None and not task.found:  # nothing was computed
             return task.request.state
         self._drain()
         if task.logits is None:
@@ -342,6 +351,7 @@ class Service:
         complete, known = task.read == task.total, task.known(core.text)
         if answer is not None and answer.tokens:
             if not (answer.finish is not None and isinstance(answer.finish.by, int)):  # its last token was not fed
+                assert task.state is not None
                 one, none = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
                 core.warm_up(1, [1])
                 step = Step(torch.tensor([answer.tokens[-1:]]), none, one, core.plan.numerics.chunk_size, logits="last")
@@ -351,11 +361,12 @@ class Service:
                 task.logits = result.logits[0]
             seen = None if known.text is None else known.text.extend(answer.said.encode())
             known = Row(tokens=known.tokens.extend(answer.tokens), text=seen, end=answer.stream.end())
-        snapshot = Snapshot([known.tokens.length], task.logits.unsqueeze(0).cpu(), core.states.rows(task.state, 1))
+        rows = core.states.rows(task.state, 1) if task.state is not None else task.rows
+        snapshot = Snapshot([known.tokens.length], task.logits.unsqueeze(0).cpu(), rows)
         sampling = None if answer is None else answer.sampling.lasting()
-        made = core.state(snapshot, [known], core.plan.numerics, sampling, complete=complete)
+        made = core.state(snapshot, [known], task.numerics(core), sampling, complete=complete)
         if not complete:
-            made.begun = [task.resumed]
+            made.begun = [task.begun]
         return made
 
     def _drain(self) -> None:
@@ -375,6 +386,7 @@ class Service:
         for number, task in list(self._tasks.items()):
             self._scheduler.leave(number)
             del self._tasks[number]
+            task.release()
             text, tokens = (task.answer.text, task.answer.tokens) if task.answer else ("", [])
             task.handle.tell(End(finish, text, tokens, task.usage(), error=self._failed))
         self._under_way.clear()

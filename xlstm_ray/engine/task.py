@@ -4,16 +4,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
+from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.request import Handle, Request, Usage
+from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going
-from xlstm_ray.engine.windows import Window
+from xlstm_ray.engine.reuse import Reuse, Share
+from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.runtime.executor import StateRef
+from xlstm_ray.state import Numerics
 from xlstm_ray.text.answer import Answer
 from xlstm_ray.text.history import Row
 from xlstm_ray.text.tokenizer import Text
+
+ALONE = Group([0], 1)
 
 
 @dataclass
@@ -29,7 +37,8 @@ class Task:
     made: float = field(default_factory=perf_counter)  # perf_counter time
     began: float | None = None
     first_token: float | None = None
-    resumed: int = 0
+    begun: int = 0  # tokens before the first window of its run
+    resumed: int = 0  # tokens before the first window that is computed here
     read: int = 0  # tokens of the prompt in the state, including windows in flight
     last: bool = False  # True if the last window was submitted
     state: StateRef | None = None
@@ -38,6 +47,7 @@ class Task:
     hidden: Tensor | None = None  # (1, D) after the last window with a result
     under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
+    reuse: Reuse | None = None  # what the cache has for it, and gets of it
 
     @property
     def total(self) -> int:
@@ -45,7 +55,7 @@ class Task:
 
     def known(self, text: Text) -> Row:
         """What a state knows of the prompt, as far as it was read."""
-        if self.resumed == self.total:
+        if self.resumed == self.total and not self.found:
             return self.going.row
         self.going.advance(self.read)
         return self.going.known(text, complete=self.read == self.total)
@@ -60,4 +70,44 @@ class Task:
             queued_s=(self.began or now) - self.made,
             first_token_s=None if self.first_token is None else self.first_token - self.made,
             total_s=now - self.made,
+            cache=self.reuse.uses()[0] if self.reuse else Use(),
         )
+
+    def look_up(self, core: Core) -> None:
+        """Go on from the longest kept state, where that is longer than what was given."""
+        state, numerics = self.request.state, core.plan.numerics
+        self.begun = 0 if state is None else (state.begun or state.tokens)[0]
+        self.reuse = Reuse(core.cache, [self.going], Share(self.request.tenant, self.request.keep_at))
+        self.reuse.find([ALONE], [self.begun], numerics)
+        if self.reuse.found:
+            nothing = torch.zeros(1, core.plan.config.vocab_size)
+            start = self.reuse.start(Snapshot([self.resumed], nothing, self.rows))
+            self.resumed = self.read = start.consumed[0]
+            self.rows, self.logits = start.rows, start.logits[0]
+            sizes = {"tile_size": numerics.tile_size, "chunk_size": numerics.chunk_size}
+            self.windows = plan_windows([self.read], [self.total], **sizes)
+
+    @property
+    def found(self) -> bool:
+        """Whether it goes on from a state that the cache had."""
+        return self.reuse is not None and self.reuse.found
+
+    def release(self) -> None:
+        """It has ended."""
+        if self.reuse is not None:
+            self.reuse.release()
+
+    def wants(self, window: Window) -> bool:
+        """Whether the state at this window's end is to be kept for others."""
+        at_end = window.start + window.size >= self.total
+        return self.reuse is not None and bool(self.reuse.hits) and (at_end or self.reuse.wants(ALONE, window))
+
+    def keep(self, core: Core, read: int, rows: HeldRows, logits: Tensor) -> None:
+        """For others, the state after so many tokens. logits: (vocabulary,)."""
+        assert self.reuse is not None
+        self.reuse.keep(ALONE, Snapshot([read], logits.unsqueeze(0).cpu(), rows), cold=True)
+
+    def numerics(self, core: Core) -> Numerics:
+        """Those of its state."""
+        mixed = self.reuse is not None and not self.reuse.exact
+        return core.plan.numerics.model_copy(update={"mixed": mixed})

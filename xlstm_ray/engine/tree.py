@@ -311,7 +311,9 @@ class Tree:
 
     def fit(self, tier: str, new: int = 0) -> list[Entry]:
         """Evict what is worth the least until so many bytes more are within the budget, or only leased ones stay."""
-        gone = []
+        gone: list[Entry] = []
+        if self.used[tier] + new <= self.budgets[tier]:
+            return gone
         for entry in self.lowest(tier):
             if self.used[tier] + new <= self.budgets[tier]:
                 break
