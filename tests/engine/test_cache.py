@@ -196,6 +196,24 @@ def test_nearest_goes_on_from_any_state(plain):
         assert not lm.prefill(BOOK[:150]).state.numerics.mixed
 
 
+@pytest.mark.parametrize("stop", [None, 3])
+def test_nearest_goes_on_from_an_answers_end(plain, stop):
+    with plain() as cold, plain(cache_memory_mb=64, cache_match="nearest") as lm:
+        answer = lm.submit(Request(BOOK[:50], sampling=Sampling(max_new_tokens=9))).result().tokens
+        if stop is not None:  # what ends an answer is not a part of it
+            first = answer[:stop] if answer[stop] not in answer[:stop] else answer[: answer.index(answer[stop])]
+            lm._service._ends = (answer[stop],)
+            end = lm.submit(Request(BOOK[:50], sampling=Sampling(max_new_tokens=9), tenant="a")).result()
+            assert end.tokens == first
+            answer, tenant, fed = first, "a", len(first)
+        else:
+            tenant, fed = "", len(answer) - 1
+        turn = [*BOOK[:50], *answer, *OTHER[:30]]
+        result, reference = lm.prefill(turn, tenant=tenant), cold.prefill(turn)
+        assert hits(result) == [(50 + fed, "host")]
+        assert (result.logits - reference.logits).abs().max() < 1e-4
+
+
 def test_a_state_is_kept_where_the_caller_asks(plain):
     with plain(cache_memory_mb=64, cache_every=100) as lm:
         lm.prefill(BOOK[:300], keep_at=[70])

@@ -1,14 +1,17 @@
 """What one prefill takes from the engine's cache, and what it leaves there."""
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from xlstm_ray.engine.cache import Cache, Hit, Start
 from xlstm_ray.engine.driver import Snapshot, Tail
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going
-from xlstm_ray.engine.tree import Run
+from xlstm_ray.engine.tree import Chain, Run
 from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.state import Numerics
 
@@ -106,6 +109,21 @@ class Reuse:
             trail = self._going[b].row.tokens
             row = Start(part.rows.pick([n]), part.logits[n], trail)
             self._cache.keep(hit, seen, row, cold=cold and hit.exact)
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the state after an answer is of use: no cold run has its bits."""
+        return self._cache is not None and not self._cache.plan.exact and 0 in self.hits
+
+    def keep_answer(self, answer: Sequence[int], rows: HeldRows, logits: Tensor) -> None:
+        """For others, the state after the only row and these tokens of its answer. logits: (vocabulary,)."""
+        assert self._cache is not None
+        going, hit = self._going[0], self.hits[0]
+        going.advance(len(going.tokens))
+        tokens = array("i", [*going.ids, *answer])
+        run, chain = hit.run._replace(length=len(tokens)), Chain(hit.chain.root, memoryview(tokens))
+        start = Start(rows, logits, going.row.tokens.extend(answer))
+        self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
 
     def release(self) -> None:
         """The run has ended."""

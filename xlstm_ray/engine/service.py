@@ -329,7 +329,8 @@ class Service:
         self._scheduler.leave(number)
         task.release()
         keep = task.request.keep
-        self._take_out(task, keep=keep)
+        self._take_out(task, keep=keep or task.fed > 0)
+        task.keep_answer(self._core)
         state, answer = self._state_of(task) if keep else None, task.answer
         if answer is not None and answer.finish is None:
             text = answer.end("cancelled")

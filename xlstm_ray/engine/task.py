@@ -107,6 +107,20 @@ class Task:
         assert self.reuse is not None
         self.reuse.keep(ALONE, Snapshot([read], logits.unsqueeze(0).cpu(), rows), cold=True)
 
+    @property
+    def fed(self) -> int:
+        """How many tokens of an answer are in the state, if it is to be kept for others: its next turn may begin so."""
+        if self.reuse is None or not self.reuse.keeps_answers or self.answer is None:
+            return 0
+        finish, made = self.answer.finish, len(self.answer.tokens)
+        return made if finish is not None and isinstance(finish.by, int) else max(0, made - 1)
+
+    def keep_answer(self, core: Core) -> None:
+        """For others, the state after an answer. Its own step is not taken for that, so a last token is left out."""
+        if self.fed and self.answer and self.state is not None and self.logits is not None and self.reuse is not None:
+            rows = core.states.rows(self.state, 1)
+            self.reuse.keep_answer(self.answer.tokens[: self.fed], rows, self.logits.cpu())
+
     def numerics(self, core: Core) -> Numerics:
         """Those of its state."""
         mixed = self.reuse is not None and not self.reuse.exact
