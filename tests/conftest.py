@@ -72,6 +72,7 @@ MARKED = {
     "slow": """
         test_bench
         test_turn
+        test_two_processes_on_one_directory_do_not_hurt_each_other
         test_interrupted
         test_packages
         test_readme
