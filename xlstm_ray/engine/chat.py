@@ -1,27 +1,29 @@
 """A conversation: a state that grows turn by turn, and can be forked, saved and resumed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from xlstm_ray.engine.generation import Generation
 from xlstm_ray.errors import UsageError
 from xlstm_ray.state import RecurrentState
-
-if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine
 
 
 class Chat:
     """Keeps the state on the device between turns: nothing is computed twice.
 
-    state: to begin from; it does not change. sampling: fields of `Sampling` by name, for all answers. Texts are not
-    changed: the caller writes a model's marks of roles and turns.
+    generate: Engine.generate. state: to begin from; it does not change. sampling: fields of `Sampling` by name, for all
+    answers. Texts are not changed: the caller writes a model's marks of roles and turns.
     """
 
     def __init__(
-        self, engine: "Engine", *, state: RecurrentState | None = None, sampling: Mapping[str, Any] | None = None
+        self,
+        generate: Callable[..., Generation],
+        *,
+        state: RecurrentState | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ):
-        self._engine, self._state, self._sampling = engine, state, dict(sampling or {})
+        self._generate, self._state, self._sampling = generate, state, dict(sampling or {})
 
     @property
     def state(self) -> RecurrentState:
@@ -37,7 +39,7 @@ class Chat:
         conversation as far as it was made.
         """
         given = {"prompt": text} if self._state is None else {"append": text, "state": self._state}
-        generation = self._engine.generate(**given, sampling={**self._sampling, **sampling}, last=False)
+        generation = self._generate(**given, sampling={**self._sampling, **sampling}, last=False)
         try:
             yield from generation
         finally:
@@ -45,7 +47,7 @@ class Chat:
 
     def fork(self) -> "Chat":
         """Another conversation that goes on from here; they do not affect each other."""
-        return Chat(self._engine, state=self._state, sampling=self._sampling)
+        return Chat(self._generate, state=self._state, sampling=self._sampling)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> str:
         """Write its state, like `--state-out`; returns the digest."""

@@ -196,7 +196,7 @@ class Engine:
     ) -> Chat:
         """A conversation, from its beginning or from a state or a file of one; sampling: of its answers, by name."""
         begun = RecurrentState.load(state) if isinstance(state, str | Path) else state
-        return Chat(self, state=begun, sampling=sampling)
+        return Chat(self.generate, state=begun, sampling=sampling)
 
     # -- requests ------------------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> Handle:

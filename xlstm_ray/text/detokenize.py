@@ -11,10 +11,12 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
-from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MARK = "\ufffd"
 KEPT = 8  # visible printed tokens that a window keeps
@@ -38,7 +40,7 @@ class Detokenizer:
     calling: a context around every call of the tokenizers library.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, calling: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(self, tokenizer: "Tokenizer", *, calling: Callable[[], AbstractContextManager] = nullcontext):
         self._tokenizer, self._calling = tokenizer, calling
         self._special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
         decoder = tokenizer.decoder
