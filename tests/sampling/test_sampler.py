@@ -281,3 +281,12 @@ def test_no_step_waits_for_the_device_or_has_a_shape_that_hangs_on_it(device):
 def test_a_bias_of_a_token_that_is_not_there_is_refused():
     with pytest.raises(UsageError, match="`logit_bias` has token 61"):
         one(Sampling(logit_bias={V: 1}))
+
+
+def test_an_end_token_outside_the_vocabulary_ends_nothing():
+    sampler = Sampler(1, 8, ends=(300, 2))
+    sampler.put(0, Sampling(min_tokens=2), position=0)
+    logits = torch.zeros(1, 8)
+    logits[0, 2] = 1
+    chosen = [int(sampler.choose(logits, torch.tensor([0]))) for _ in range(3)]
+    assert chosen == [0, 0, 2]  # 2 is forbidden for two tokens

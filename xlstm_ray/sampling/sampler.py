@@ -62,7 +62,7 @@ class Sampler:
         self._wholes = torch.tensor([[0, 0, 0, vocabulary, 1 << HALF, 0]], device=device).repeat(slots + 1, 1)
         self._moves = torch.tensor([0, 1, 1, 0, 0, 0], device=device)  # each token moves position and made by one
         self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self._ends[list(ends)] = True
+        self._ends[[token for token in ends if token < vocabulary]] = True  # published lists may name others
         self._made: Tensor | None = None
         self._seen: Tensor | None = None
         self._bias: Tensor | None = None
