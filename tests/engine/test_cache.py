@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model
+from engines import SIZES, model
 
 import xlstm_ray
 from xlstm_ray import Engine, Request, Sampling
@@ -17,8 +17,9 @@ from xlstm_ray.engine.tree import DISK, MEMORY
 from xlstm_ray.errors import UsageError
 from xlstm_ray.state import RecurrentState
 
-TILE, CHUNK = 32, 16
-OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": TILE, "chunk_size": CHUNK}
+__all__ = ["model"]
+
+TILE, CHUNK = SIZES["tile_size"], SIZES["chunk_size"]
 BACKENDS = {
     "native": {"chunkwise_backend": "native"},
     "chunks": {"chunkwise_backend": "queued_compiled_chunks"},
@@ -29,17 +30,10 @@ BOOK = [_random.randrange(256) for _ in range(400)]
 OTHER = [_random.randrange(256) for _ in range(400)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
 @pytest.fixture(params=BACKENDS)
 def load(request: pytest.FixtureRequest, model: Path, eager: None) -> Callable[..., Engine]:
     def made(**more: Any) -> Engine:
-        return xlstm_ray.load(model, **{**OPTIONS, **BACKENDS[request.param], **more})
+        return xlstm_ray.load(model, **{**SIZES, **BACKENDS[request.param], **more})
 
     return made
 
@@ -49,7 +43,7 @@ def plain(model: Path, eager: None) -> Callable[..., Engine]:
     """The reference backend alone, for what does not depend on it."""
 
     def made(**more: Any) -> Engine:
-        return xlstm_ray.load(model, **{**OPTIONS, "chunkwise_backend": "native", **more})
+        return xlstm_ray.load(model, **{**SIZES, "chunkwise_backend": "native", **more})
 
     return made
 
@@ -363,7 +357,7 @@ def test_two_processes_on_one_directory_do_not_hurt_each_other(model, tmp_path):
     pair[2].communicate()
     assert [process.returncode for process in pair[:2]] == [0, 0]
     assert len(lines) == 7  # each prompt has one digest
-    with xlstm_ray.load(model, **OPTIONS, chunkwise_backend="native", threads=1, cache_dir=tmp_path) as lm:
+    with xlstm_ray.load(model, **SIZES, chunkwise_backend="native", threads=1, cache_dir=tmp_path) as lm:
         size = cached(lm)._size
         assert sum(path.stat().st_size for path in files(tmp_path)) <= 6 * size
         for path in files(tmp_path):

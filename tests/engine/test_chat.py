@@ -1,30 +1,15 @@
 """A conversation: turns, forks and files, with nothing computed twice."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-from tiny import make_model
+from engines import OPTIONS, lm, model
 
 import xlstm_ray
 from xlstm_ray.errors import UsageError
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
+__all__ = ["lm", "model"]
+
 TURNS = ["How do you do? ", "And what is this? ", "Well, then. "]
 LIMIT = {"max_new_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
-@pytest.fixture
-def lm(model: Path):
-    with xlstm_ray.load(model, **OPTIONS) as engine:
-        yield engine
 
 
 def by_hand(lm: xlstm_ray.Engine, turns: list[str]) -> tuple[list[str], str]:

@@ -3,11 +3,10 @@
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model
+from engines import OPTIONS, lm, model
 
 import xlstm_ray
 from xlstm_ray import Engine
@@ -15,21 +14,9 @@ from xlstm_ray.engine.request import End, Handle, Piece, Queued, Reading, Reques
 from xlstm_ray.errors import GridLost, StateError, UsageError
 from xlstm_ray.sampling import Sampling
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
+__all__ = ["lm", "model"]
+
 TEXTS = [bytes(range(33 + n, 120 - n)).decode() * (1 + n % 3) for n in range(9)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
-@pytest.fixture
-def lm(model: Path):
-    with xlstm_ray.load(model, **OPTIONS) as engine:
-        yield engine
 
 
 def sampling_of(n: int) -> Sampling:

@@ -2,18 +2,18 @@
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import make_model
+from engines import SIZES, model
 
 import xlstm_ray
 from xlstm_ray import Engine
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.memory.need import HELD_ROWS
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "tile_size": 32, "chunk_size": 16}
+__all__ = ["model"]
+
 BACKENDS = {
     "native": {"chunkwise_backend": "native"},
     "chunks": {"chunkwise_backend": "queued_compiled_chunks"},
@@ -23,16 +23,9 @@ BACKENDS = {
 PROMPTS = [bytes(range(33 + n, 120 - n)).decode() for n in range(3)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
 @pytest.fixture(params=BACKENDS)
 def lm(request: pytest.FixtureRequest, model: Path, eager: None):
-    with xlstm_ray.load(model, **OPTIONS, **BACKENDS[request.param]) as engine:
+    with xlstm_ray.load(model, **SIZES, **BACKENDS[request.param]) as engine:
         yield engine
 
 
@@ -142,7 +135,7 @@ def test_a_state_outlives_its_engine(lm, model):
     lm.close()
     assert (result.state.digest(), state.digest()) == digests
     with xlstm_ray.load(
-        model, **OPTIONS, chunkwise_backend=lm.backend.name, heads_per_band=lm.numerics.heads_per_band
+        model, **SIZES, chunkwise_backend=lm.backend.name, heads_per_band=lm.numerics.heads_per_band
     ) as new:
         assert "".join(new.generate(state=state, max_new_tokens=3))
 

@@ -3,30 +3,17 @@
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model
+from engines import OPTIONS, lm, model
 
 import xlstm_ray
 from xlstm_ray.errors import UsageError
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
+__all__ = ["lm", "model"]
+
 PROMPTS = [bytes(range(32 + n, 120)).decode() * 4 for n in range(4)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
-@pytest.fixture
-def lm(model: Path):
-    with xlstm_ray.load(model, **OPTIONS) as engine:
-        yield engine
 
 
 def test_prefills_of_several_threads_give_what_each_gives_alone(lm):
