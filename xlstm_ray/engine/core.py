@@ -100,6 +100,15 @@ class Core:
                 "use the same settings, or leave them out to take the state's"
             )
 
+    def require_whole(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
+        """As `check`, for a state to which nothing is added: its prompt must have been read to its end, too."""
+        self.check(state, any_numerics=any_numerics)
+        if not state.complete:
+            raise StateError(
+                f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
+                "give the same prompt to go on"
+            )
+
     def going_on(
         self,
         prompt: Prompt | Sequence[Prompt] | None,

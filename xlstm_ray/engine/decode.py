@@ -43,6 +43,18 @@ class Made:
     likeliest: list[tuple[int, float]]
 
 
+def made_of(logits: Tensor, chosen: Tensor, counts: Sequence[int | None]) -> list[Made | None]:
+    """logits (rows, vocabulary), the tokens chosen (rows,), how many of the likeliest each row asks for -> its Made.
+
+    None for a row that asks for none.
+    """
+    asked = [count for count in counts if count is not None]
+    if not asked:
+        return [None] * len(counts)
+    rows = zip(*(part.tolist() for part in logprobs(logits, chosen, max(asked))), counts, strict=True)
+    return [None if n is None else Made(own, list(zip(ids[:n], top[:n], strict=True))) for own, ids, top, n in rows]
+
+
 @dataclass(frozen=True)
 class Start:
     """The end of a prefill, where decoding starts. seen: for each row, the number of tokens that its state has seen."""
@@ -148,20 +160,16 @@ class Decoder:
         pieces = [""] * len(self._answers)
         logits = self._logits_of(going)
         chosen = sampler.choose(logits, torch.tensor(going) - self.now.rows.start)
-        counts = [self._answers[b].sampling.logprobs for b in going]
-        asked = [count for count in counts if count is not None]
-        found = [part.tolist() for part in logprobs(logits, chosen, max(asked))] if asked else None
-        for n, (b, token) in enumerate(zip(going, chosen.tolist(), strict=True)):
+        all_made = made_of(logits, chosen, [self._answers[b].sampling.logprobs for b in going])
+        for b, token, made in zip(going, chosen.tolist(), all_made, strict=True):
             answer = self._answers[b]
             before = len(answer.tokens)
             pieces[b] = answer.step(token)
             self._behind[b] = len(answer.tokens) > before  # the state never sees an end token
             if answer.finish is not None and not self._behind[b]:
                 self.logits[b] = self.logits[b].clone()  # a view would keep the logits of the whole call alive
-            count = counts[n]
-            if self._behind[b] and found is not None and count is not None:
-                of_row = found[0][n], found[1][n][:count], found[2][n][:count]
-                self.made[b].append(Made(of_row[0], list(zip(*of_row[1:], strict=True))))
+            if self._behind[b] and made is not None:
+                self.made[b].append(made)
         return pieces
 
     def _logits_of(self, rows: list[int]) -> Tensor:

@@ -27,7 +27,7 @@ from xlstm_ray.engine.service import BUCKETS, Service
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.wanted import Wanted
 from xlstm_ray.engine.windows import group_size
-from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.errors import UsageError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
 from xlstm_ray.launch import Running
@@ -175,12 +175,7 @@ class Engine:
         """
         core = self._core
         if prompt is None and append is None and state is not None:
-            core.check(state, any_numerics=any_numerics)
-            if not state.complete:
-                raise StateError(
-                    f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
-                    "give the same prompt to go on"
-                )
+            core.require_whole(state, any_numerics=any_numerics)
             _ = self.executor  # it may have been closed
             stats = Statistics.of(state.tokens, state.tokens, core.running)
             return PrefillResult(state, state.logits, stats)

@@ -22,7 +22,7 @@ from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.windows import plan_windows
-from xlstm_ray.errors import StateError, UsageError, XlstmRayError
+from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.runtime.executor import Step, StepResult
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
@@ -72,18 +72,14 @@ class Service:
             request.sampling.require_vocabulary(core.plan.config.vocab_size)
         state = request.state
         if request.prompt is None and request.append is None and state is not None and state.batch == 1:
-            core.check(state)
-            if not state.complete:
-                raise StateError(
-                    f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens; "
-                    "give the same prompt to go on"
-                )
+            core.require_whole(state)
             going = unchanged(state)
         else:
             (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
         numerics, seen, end = core.plan.numerics, going.seen, len(going.tokens)
         rows = core.rows_of(state) if state is not None else HeldRows([None])
         task = Task(
+            number,
             request,
             handle,
             going,
@@ -95,7 +91,7 @@ class Service:
         )
         with self._gate:  # what is put in is taken out
             self._require_open()
-            self._inbox.put(lambda: self._arrive(number, task))
+            self._inbox.put(lambda: self._arrive(task))
         return handle
 
     def close(self) -> None:
@@ -155,7 +151,7 @@ class Service:
             self._held = None
             match action:
                 case Fill(number):
-                    self._fill(number, self._tasks[number])
+                    self._fill(self._tasks[number])
                 case Decode() | Park() if any(batch.under_way for batch in self._batches):
                     self._held = action
                     break
@@ -164,23 +160,32 @@ class Service:
                 case Park(number):
                     self._park(self._tasks[number])
                 case Resume(number):
-                    self._resume(number, self._tasks[number])
+                    self._resume(self._tasks[number])
                 case None:
                     break
         if self._under_way:
-            result = executor.result()
-            self._under_way.popleft()(result)
+            self._take_result()
+
+    def _take_result(self) -> None:
+        """Wait for the oldest result under way."""
+        result = self._core.running.executor.result()
+        self._under_way.popleft()(result)
+
+    def _drain(self) -> None:
+        """Take all results under way: of those that leave meanwhile, too."""
+        while self._under_way:
+            self._take_result()
 
     # -- arrivals ------------------------------------------------------------------------------------------------------
-    def _arrive(self, number: int, task: Task) -> None:
-        self._tasks[number] = task
+    def _arrive(self, task: Task) -> None:
+        self._tasks[task.number] = task
         with self._core.turn.of("bring"):
             task.look_up(self._core)
         filled = task.read == task.total
-        self._scheduler.arrive(number, priority=task.request.priority, filled=filled)
-        task.handle.tell(Queued(self._scheduler.place(number)))
+        self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
+        task.handle.tell(Queued(self._scheduler.place(task.number)))
         if filled and task.request.sampling is None:  # its state is given, and nothing is wanted but that
-            self._prompt_read(number, task)
+            self._prompt_read(task)
 
     def _cancel(self, number: int) -> None:
         task = self._tasks.get(number)
@@ -188,18 +193,18 @@ class Service:
             return
         task.cancelled = True
         if not task.under_way and not any(batch.under_way and batch.has(task) for batch in self._batches):
-            self._finish(number, task, Finish("cancelled"))
+            self._finish(task, Finish("cancelled"))
 
     def _began(self, task: Task) -> None:
         if task.began is None:
             task.began = perf_counter()
 
     # -- prompts -------------------------------------------------------------------------------------------------------
-    def _fill(self, number: int, task: Task) -> None:
+    def _fill(self, task: Task) -> None:
         """Submit the next window of its prompt."""
         core, executor = self._core, self._core.running.executor
         if task.last or task.cancelled:  # its results are still to come
-            self._held_off(number)
+            self._take_result()
             return
         self._began(task)
         if task.state is None:
@@ -225,34 +230,33 @@ class Service:
             if wanted:
                 logits = executor.logits(result.hidden)[0] if result.logits is None else result.logits[0]
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
-                task.keep(core, read, core.states.rows(ref, 1, tensors), logits)
+                task.keep(read, core.states.rows(ref, 1, tensors), logits)
             if task.cancelled and not task.under_way:
-                self._finish(number, task, Finish("cancelled"))
+                self._finish(task, Finish("cancelled"))
             elif last and not task.cancelled:
-                self._scheduler.filled(number)
-                self._prompt_read(number, task)
+                self._scheduler.filled(task.number)
+                self._prompt_read(task)
 
         self._under_way.append(take)
 
-    def _held_off(self, number: int) -> None:
-        """Nothing can be asked for this request before its results have come: take one."""
-        assert self._under_way
-        self._under_way.popleft()(self._core.running.executor.result())
-
-    def _prompt_read(self, number: int, task: Task) -> None:
+    def _prompt_read(self, task: Task) -> None:
         """The state has seen all of the prompt: choose the first token, where one is wanted."""
         assert task.logits is not None
         require_finite(task.logits, self._core.plan.model)
         sampling = task.request.sampling
         if sampling is None:
-            self._finish(number, task, Finish("stop"))
+            self._finish(task, Finish("stop"))
             return
         end = task.known(self._core.text).end
         task.answer = Answer(sampling, self._ends, self._core.text.stream(end), last=not task.request.keep)
         self._slots.take(task)
         self._choose(task.logits.unsqueeze(0), [task])
         if task.answer.finish is None:
-            min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
+            self._join(task)
+
+    def _join(self, task: Task) -> None:
+        """It decodes with those that have the fewest beside them."""
+        min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
 
     # -- decoding ------------------------------------------------------------------------------------------------------
     def _decode(self) -> None:
@@ -281,7 +285,6 @@ class Service:
 
     def _choose(self, logits: Tensor, tasks: list[Task]) -> None:
         """The next token of these rows, by their logits (rows, vocabulary)."""
-        numbers = {id(task): number for number, task in self._tasks.items()}
         for task, token, made in zip(tasks, *self._slots.choose(logits, tasks), strict=True):
             answer = task.answer
             assert answer is not None
@@ -295,7 +298,7 @@ class Service:
             if task.cancelled and answer.finish is None:
                 answer.end("cancelled")
             if answer.finish is not None:
-                self._finish(numbers[id(task)], task, answer.finish)
+                self._finish(task, answer.finish)
 
     # -- leaving -------------------------------------------------------------------------------------------------------
     def _park(self, task: Task) -> None:
@@ -308,14 +311,14 @@ class Service:
                 if row is not None:
                     row.held.evict()
 
-    def _resume(self, number: int, task: Task) -> None:
+    def _resume(self, task: Task) -> None:
         self._began(task)
         task.state = self._core.states.copy_of(task.rows)
         if task.answer is None:  # its state was given, with the logits to choose from
-            self._prompt_read(number, task)
+            self._prompt_read(task)
             return
         self._slots.take(task)
-        min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
+        self._join(task)
 
     def _take_out(self, task: Task, *, keep: bool = True) -> None:
         """Out of its batch; keep: with a state of its own."""
@@ -323,10 +326,10 @@ class Service:
             batch.remove(task, keep=keep)
         self._slots.give_back(task)
 
-    def _finish(self, number: int, task: Task, finish: Finish) -> None:
+    def _finish(self, task: Task, finish: Finish) -> None:
         """Its last event; it is forgotten."""
-        del self._tasks[number]
-        self._scheduler.leave(number)
+        del self._tasks[task.number]
+        self._scheduler.leave(task.number)
         task.release()
         keep = task.request.keep
         self._take_out(task, keep=keep or task.fed > 0)
@@ -370,11 +373,6 @@ class Service:
             made.begun = [task.begun]
         return made
 
-    def _drain(self) -> None:
-        """Take all results under way: of those that leave meanwhile, too."""
-        while self._under_way:
-            self._under_way.popleft()(self._core.running.executor.result())
-
     def _end_all(self) -> None:
         """Nothing is done any more: those that are left end, cancelled or by what has failed."""
         with self._gate:
@@ -384,9 +382,9 @@ class Service:
             if call is not None:
                 call()
         finish = Finish("error" if self._failed else "cancelled")
-        for number, task in list(self._tasks.items()):
-            self._scheduler.leave(number)
-            del self._tasks[number]
+        for task in list(self._tasks.values()):
+            del self._tasks[task.number]
+            self._scheduler.leave(task.number)
             task.release()
             text, tokens = (task.answer.text, task.answer.tokens) if task.answer else ("", [])
             task.handle.tell(End(finish, text, tokens, task.usage(), error=self._failed))

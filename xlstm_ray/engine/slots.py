@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xlstm_ray.engine.decode import Made
+from xlstm_ray.engine.decode import Made, made_of
 from xlstm_ray.engine.driver import Tail
 from xlstm_ray.engine.task import Task
-from xlstm_ray.sampling.logprobs import logprobs
 from xlstm_ray.sampling.sampler import Sampler
 
 
@@ -44,13 +43,7 @@ class Slots:
         slots = torch.tensor([task.slot for task in tasks], device=logits.device)
         chosen = self._sampler.choose(logits, slots)
         counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
-        asked = [count for count in counts if count is not None]
-        if not asked:
-            return chosen.tolist(), [None] * len(tasks)
-        rows = zip(*(part.tolist() for part in logprobs(logits, chosen, max(asked))), counts, strict=True)
-        return chosen.tolist(), [
-            None if n is None else Made(own, list(zip(ids[:n], top[:n], strict=True))) for own, ids, top, n in rows
-        ]
+        return chosen.tolist(), made_of(logits, chosen, counts)
 
     @staticmethod
     def _put(sampler: Sampler, task: Task) -> None:

@@ -28,6 +28,7 @@ ALONE = Group([0], 1)
 class Task:
     """A request in work. state: its own state of one row, while it is not in a batch."""
 
+    number: int  # the scheduler's name of it
     request: Request
     handle: Handle
     going: Going
@@ -102,7 +103,7 @@ class Task:
         at_end = window.start + window.size >= self.total
         return self.reuse is not None and bool(self.reuse.hits) and (at_end or self.reuse.wants(ALONE, window))
 
-    def keep(self, core: Core, read: int, rows: HeldRows, logits: Tensor) -> None:
+    def keep(self, read: int, rows: HeldRows, logits: Tensor) -> None:
         """For others, the state after so many tokens. logits: (vocabulary,)."""
         assert self.reuse is not None
         self.reuse.keep(ALONE, Snapshot([read], logits.unsqueeze(0).cpu(), rows), cold=True)
