@@ -200,7 +200,7 @@ def test_no_setting_is_without_a_variable():
 NOT_OURS = {
     "XLSTM_WORKERS": "did you mean XLSTM_MPS_WORKERS",
     "XLSTM_MEM_SOFT_PERCENT": "did you mean XLSTM_MEM_SOFT_PCT",
-    "XLSTM_QQQ": "xlstm-ray config --json has the names",
+    "XLSTM_QQQ": "xlstm-ray config --json lists the names",
 }
 
 

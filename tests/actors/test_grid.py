@@ -4,6 +4,7 @@ Nothing here connects in pytest's own process: Ray fixes its authentication at i
 beside a head of ours and print a JSON line for each thing they saw.
 """
 
+import contextlib
 import importlib.util
 import os
 from collections import ChainMap
@@ -330,7 +331,11 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
 
 
 def test_actors_are_gone_when_a_run_has_ended(grid, head):
-    titles = [" ".join(p.cmdline()) for p in psutil.process_iter() if os.getsid(p.pid) == head.pid]
+    titles = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # others' processes end meanwhile
+            if os.getsid(process.pid) == head.pid:
+                titles.append(" ".join(process.cmdline()))
     assert titles
     assert not [title for title in titles if "ShardActor" in title or "Watchdog" in title]
 

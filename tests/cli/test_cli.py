@@ -1052,5 +1052,5 @@ def test_a_damaged_compile_cache_is_one_line(tmp_path):
     for path in damaged:
         path.write_bytes(b"not what was here")
     said = run_it()
-    assert said == "[2.0, 2.0, 2.0]" or f"its cache may be damaged or full: remove {tmp_path}" in said
+    assert said == "[2.0, 2.0, 2.0]" or f"the cache may be damaged or full: remove {tmp_path}" in said
     assert "\n" not in said

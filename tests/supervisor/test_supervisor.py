@@ -3,6 +3,7 @@
 Nothing here connects in pytest's own process: Ray fixes its authentication at import, for every test file.
 """
 
+import contextlib
 import http.client as http_client
 import importlib.util
 import json
@@ -98,6 +99,15 @@ def in_session(session: int | None) -> list[psutil.Process]:
     return found
 
 
+def names_in(session: int) -> set[str]:
+    """The names of its processes; one that ends meanwhile has none."""
+    names = set()
+    for process in in_session(session):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.add(process.name())
+    return names
+
+
 def gone(head: Head) -> bool:
     return not in_session(head.pid) and not head.folder.exists()
 
@@ -120,7 +130,7 @@ class Other:
     session: int
 
     def intact(self) -> bool:
-        alive = {p.name() for p in in_session(self.session)}
+        alive = names_in(self.session)
         with socket.socket() as client:
             host, port = self.address.split(":")
             return {"raylet", "gcs_server"} <= alive and client.connect_ex((host, int(port))) == 0
@@ -148,7 +158,8 @@ def other() -> Iterator[Other]:
     assert until(lambda: marker.exists() and marker.read_text() != "", 150)
     yield Other(marker.read_text(), process.pid)
     for member in in_session(process.pid):
-        member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
     shutil.rmtree(folder)
 
@@ -503,9 +514,9 @@ def test_one_head_of_two_that_are_asked_for_at_once_and_its_life_under_another_n
 
         parts = {"dashboard.py": "dashboard", "log_monitor.py": "log monitor", "client.server": "client server"}
         for process in in_session(head.pid):
-            line = " ".join(process.cmdline())
-            if any(part in line for part in parts):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # some of a head's processes are short
+                if any(part in " ".join(process.cmdline()) for part in parts):
+                    process.kill()
         assert until(lambda: set(lost_helpers(head, state_dir)) == set(parts.values()), 10)
         time.sleep(3)  # `ray start --block` looked once a second
         (item,) = status(state_dir).heads
@@ -647,9 +658,10 @@ def test_actors_are_listed_with_name_pid_and_memory(head: Head, state_dir: Path)
 def listeners(head: Head) -> list[tuple[str, int]]:
     found = []
     for process in in_session(head.pid):
-        for c in process.net_connections("inet"):
-            if c.status == psutil.CONN_LISTEN or (c.type == socket.SOCK_DGRAM and not c.raddr):
-                found.append((c.laddr.ip.removeprefix("::ffff:"), c.laddr.port))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for c in process.net_connections("inet"):
+                if c.status == psutil.CONN_LISTEN or (c.type == socket.SOCK_DGRAM and not c.raddr):
+                    found.append((c.laddr.ip.removeprefix("::ffff:"), c.laddr.port))
     return found
 
 
@@ -794,7 +806,8 @@ def test_the_token_is_in_its_file_and_nowhere_else(head: Head, state_dir: Path) 
     assert stat.S_IMODE(state_dir.stat().st_mode) == 0o700
     assert stat.S_IMODE(head.folder.parent.stat().st_mode) == 0o700  # Ray makes its own folders 0777
     for process in in_session(head.pid):
-        assert token not in " ".join(process.cmdline())
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert token not in " ".join(process.cmdline())
         assert token not in str(process.environ())
     files = [p for p in (*head.folder.rglob("*"), *state_dir.rglob("*")) if p.is_file() and p != head.token_path]
     assert len(files) > 10
