@@ -63,12 +63,29 @@ def test_lines_may_have_their_own_sampling(run, words, tmp_path):
     assert not {"max_new_tokens", "stop", "logit_bias", "temperature"} & {*first, *second, *fourth}
 
 
+def test_several_answers_to_a_prompt_are_lines_with_their_place(run, words, tmp_path):
+    hot = ["-n", 6, "--temperature", 2.0, "--seed", 4]
+    ran = run(*words, *hot, "--n", 3)
+    rows = [json.loads(line) for line in ran.out.splitlines()]
+    assert [(row["index"], row["answer"]) for row in rows] == [(0, 0), (0, 1), (0, 2)]
+    alone = [run(*words, *hot, "--seed", seed, "--json").row["text"] for seed in (4, 5, 6)]
+    assert [row["text"] for row in rows] == alone
+    assert len(run(*words, *hot, "--n", 3, "--json", "--state-out", tmp_path / "state").out.splitlines()) == 3
+    more = run("generate", *words[1:-2], "--state-in", tmp_path / "state", "-n", 1)
+    assert [json.loads(line)["prompt_tokens"] for line in more.out.splitlines()] == [len(PROMPT) + 6] * 3
+    (tmp_path / "lines").write_text('{"prompt": "' + PROMPT + '", "id": "a", "n": 2}\n"' + PROMPT + '"\n')
+    ran = run(*words[:-2], "--prompt-file", tmp_path / "lines", "--jsonl", *hot)
+    lines = sorted(map(json.loads, ran.out.splitlines()), key=lambda row: (row["index"], row["answer"]))
+    assert [(row["index"], row.get("id"), row["answer"]) for row in lines] == [(0, "a", 0), (0, "a", 1), (1, None, 0)]
+    assert [row["text"] for row in lines] == [alone[0], alone[1], alone[0]]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ('{"prompt": "a", "temperature": 1000}', "line 1: temperature is 1000; allowed: 0 (greedy) to 100"),
         ('{"prompt": "a", "temperature": "hot"}', "line 1: temperature is hot; allowed"),
-        ('{"prompt": "a", "n": 2}', "line 1: 'n' is not a key"),
+        ('{"prompt": "a", "n": 0}', "line 1: n is 0; allowed: 1 to 128"),
         ('{"prompt": "a", "temprature": 1}', "line 1: 'temprature' is not a key; did you mean temperature?"),
         ('{"prompt": "a", "stop": [""]}', "line 1: stop is ['']; allowed: texts that are not empty"),
     ],
@@ -103,6 +120,7 @@ def test_a_prefill_chooses_no_tokens(run, words, tmp_path):
         (["--logit-bias", "A=1"], ("--logit-bias", "'A=1'", "ID=NUMBER")),
         (["--logit-bias", "999=1"], ("--logit-bias", "token 999", "vocabulary of 259")),
         (["--stop", ""], ("--stop", "not empty")),
+        (["--n", "0"], ("--n is 0", "1 to 128")),
         (["--min-tokens", "9", "-n", "8"], ("--min-tokens is 9", "--max-new-tokens", "8")),
         (["--logprobs", "3"], ("--logprobs", "--json")),
         (["--logprobs", "21", "--json"], ("--logprobs is 21", "0 to 20")),

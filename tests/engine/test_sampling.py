@@ -109,6 +109,27 @@ def test_rows_with_their_own_sampling_answer_as_alone(lm):
     assert [len(tokens) for tokens in together.tokens] == [8, 8, 8, 3, 8, 8]
 
 
+def test_several_answers_read_their_prompt_once_and_are_those_of_as_many_calls(lm):
+    fields = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
+    prompts = PROMPT, PROMPT + "!"
+    together = lm.generate(prompts, sampling=fields, own_sampling=[{"n": 3, "logprobs": 1}, {"n": 2, "seed": 30}])
+    pieces = list(together.rows())
+    assert together.prefill.stats.row_tokens == [len(prompt) for prompt in prompts]
+    assert together.prompts == [0, 0, 0, 1, 1]
+    seeds = 3, 4, 5, 30, 31
+    for b, seed in enumerate(seeds):
+        alone = lm.generate(prompts[together.prompts[b]], sampling={**fields, "seed": seed})
+        assert "".join(alone) == together.texts[b] == "".join(row[b] for row in pieces)
+        assert together.tokens[b] == alone.tokens[0]
+        assert (together.logprobs(b) is None) == (together.prompts[b] == 1)
+    assert len(set(together.texts)) == 5
+    state = together.state()
+    assert state.tokens == [len(prompts[b]) + 6 for b in together.prompts]
+    assert [state.rows[b].text for b in (0, 4)] == [
+        lm.prefill(prompts[together.prompts[b]] + together.texts[b]).state.rows[0].text for b in (0, 4)
+    ]
+
+
 def test_log_probabilities_are_those_of_the_whole_text_in_float64(lm):
     made = answer(lm, logprobs=3, temperature=1.0, seed=2)
     ids = lm.encode(PROMPT)
@@ -142,7 +163,7 @@ def test_a_state_does_not_know_the_tokens_of_its_prompt_and_it_is_told(lm):
     ("options", "said"),
     [
         ({"sampling": {"logit_bias": {259: 1.0}}}, "`logit_bias` has token 259, .*vocabulary of 259"),
-        ({"sampling": {"n": 2}}, "`n` is 2; allowed here: 1"),
+        ({"sampling": {"n": 129}}, "`n` is 129; allowed: 1 to 128"),
         ({"own_sampling": [{}, {}]}, "`own_sampling` is of 2 rows, and there are 1"),
         ({"own_sampling": [{"top_p": 2.0}]}, "`top_p` is 2.0"),
         ({"sampling": {"topp": 2.0}}, "'topp' is not a field"),

@@ -15,6 +15,7 @@ class Asked:
     tokens: int  # after the first, which comes with the prompt's end
     priority: int
     leaves: int | None  # before this decision it is cancelled
+    answers: int  # behind it, which go on from its prompt's end; 0: it decodes itself
 
 
 REQUESTS = st.lists(
@@ -25,6 +26,7 @@ REQUESTS = st.lists(
         tokens=st.integers(0, 6),
         priority=st.integers(-1, 2),
         leaves=st.none() | st.integers(0, 60),
+        answers=st.integers(0, 2),
     ),
     min_size=1,
     max_size=12,
@@ -38,16 +40,24 @@ def test_any_requests_get_through_and_every_rule_holds(asked, slots, fills):
     left: dict[int, list[int]] = {}  # windows and tokens to go, of those that are there
     begun: list[int] = []
     on_device: set[int] = set()
+    behind: dict[int, list[int]] = {}
+    priority = {n: request.priority for n, request in enumerate(asked)}
     coming, since_decode, decisions = sorted(range(len(asked)), key=lambda n: asked[n].arrives), 0, 0
     while coming or left:
         while coming and (asked[coming[0]].arrives <= decisions or not left):
             number = coming.pop(0)
-            left[number] = [asked[number].windows, asked[number].tokens]
-            scheduler.arrive(number, priority=asked[number].priority)
-        for number in [n for n in left if asked[n].leaves is not None and asked[n].leaves <= decisions]:
-            scheduler.leave(number)
-            del left[number]
-            on_device.discard(number)
+            one = asked[number]
+            left[number] = [one.windows, 0 if one.answers else one.tokens]
+            scheduler.arrive(number, priority=one.priority)
+            behind[number] = [100 * (number + 1) + k for k in range(one.answers)]
+            for answer in behind[number]:
+                left[answer], priority[answer] = [0, one.tokens + 1], one.priority
+                scheduler.arrive(answer, priority=one.priority, behind=True)
+        for number in [n for n in left if n < 100 and asked[n].leaves is not None and asked[n].leaves <= decisions]:
+            for one in (number, *behind[number]):
+                scheduler.leave(one)
+                del left[one]
+                on_device.discard(one)
         if not left:
             assert scheduler.next() is None
             continue
@@ -65,6 +75,8 @@ def test_any_requests_get_through_and_every_rule_holds(asked, slots, fills):
                 left[number][0] -= 1
                 if left[number][0] == 0:
                     scheduler.filled(number)
+                    for answer in behind[number]:
+                        scheduler.follow(answer)
                     if left[number][1] == 0:
                         scheduler.leave(number)
                         del left[number]
@@ -80,13 +92,10 @@ def test_any_requests_get_through_and_every_rule_holds(asked, slots, fills):
                         on_device.discard(number)
             case Park(number):
                 assert scheduler.phase(number) == "parked"
-                assert any(
-                    asked[n].priority > asked[number].priority
-                    for n in left
-                    if scheduler.phase(n) in ("waiting", "parked")
-                )
+                assert any(priority[n] > priority[number] for n in left if scheduler.phase(n) in ("waiting", "parked"))
                 on_device.discard(number)
             case Resume(number):
+                assert left[number][1] > 0
                 on_device.add(number)
             case None:
                 raise AssertionError("there is work, and nothing is done")
@@ -109,6 +118,21 @@ def test_a_request_that_waits_long_enough_comes_before_more_important_ones():
             break
         scheduler.leave(action.request)
     assert AGE <= number <= AGE + 1
+
+
+def test_who_is_behind_has_the_place_of_its_arrival():
+    scheduler = Scheduler(2)
+    scheduler.arrive(0)
+    scheduler.arrive(10, behind=True)
+    scheduler.arrive(11, behind=True)
+    scheduler.arrive(1)
+    assert scheduler.waiting == 2
+    assert [scheduler.next() for _ in range(2)] == [Fill(0)] * 2
+    scheduler.filled(0)
+    scheduler.follow(10)
+    scheduler.follow(11)
+    scheduler.leave(0)
+    assert [scheduler.next(), scheduler.next(), scheduler.next()] == [Resume(10), Resume(11), Decode((10, 11))]
 
 
 def test_only_a_more_important_request_takes_a_slot_and_it_is_given_back():

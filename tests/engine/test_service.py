@@ -11,6 +11,8 @@ from engines import OPTIONS, lm, model
 import xlstm_ray
 from xlstm_ray import Engine
 from xlstm_ray.engine.request import End, Handle, Piece, Queued, Reading, Request
+from xlstm_ray.engine.task import Task
+from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import GridLost, StateError, UsageError
 from xlstm_ray.sampling import Sampling
 
@@ -146,6 +148,123 @@ def test_a_more_important_request_goes_first_and_who_made_room_loses_no_bit(lm):
     urgent.result(60)
     assert not any(handle.done for handle in handles)
     assert [what(handle.result(60)) for handle in handles] == alone
+
+
+def counted(lm: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each window that is submitted from here on; 1: a step of decoding."""
+    windows: list[int] = []
+    plain = lm.executor.submit
+
+    def submit(state, step):
+        windows.append(step.tokens.shape[1])
+        return plain(state, step)
+
+    monkeypatch.setattr(lm.executor, "submit", submit)
+    return windows
+
+
+def test_several_answers_read_their_prompt_once_and_each_is_what_it_is_alone(lm, monkeypatch):
+    lm.serve(slots=4, buckets=(4,))
+    sampling = Sampling(max_new_tokens=9, temperature=1.0, seed=5, n=6)
+    alone = [lm.submit(Request(TEXTS[0], sampling=one, keep=True)).result(60) for one in sampling.one_by_one()]
+    assert len({end.text for end in alone}) == 6
+    windows = counted(lm, monkeypatch)
+    lm.submit(Request(TEXTS[0])).result(60)
+    read = [size for size in windows if size > 1]
+    windows.clear()
+    others = [ask(lm, n) for n in range(4)]
+    for other in others:
+        other.result(60)
+    beside = [size for size in windows if size > 1]
+    windows.clear()
+    others, handles = [ask(lm, n) for n in range(4)], lm.submit_n(Request(TEXTS[0], sampling=sampling, keep=True))
+    ends = [handle.result(60) for handle in handles]
+    for other in others:
+        other.result(60)
+    assert [what(end) for end in ends] == [what(end) for end in alone]
+    assert sorted(size for size in windows if size > 1) == sorted(read + beside)
+    for end in ends:
+        assert (end.usage.prompt_tokens, end.usage.answer_tokens) == (len(TEXTS[0]), 9)
+        assert 0 <= end.usage.queued_s <= end.usage.first_token_s <= end.usage.total_s
+    with pytest.raises(UsageError, match="`n` is 6, and submit is for one answer"):
+        lm.submit(Request("a", sampling=sampling))
+    (one,) = lm.submit_n(Request(TEXTS[0], sampling=sampling.one_by_one()[1], keep=True))
+    assert what(one.result(60)) == what(alone[1])
+
+
+def test_several_answers_go_on_from_a_given_state_and_from_what_they_share(lm):
+    lm.serve(slots=4, buckets=(4,))
+    sampling = Sampling(max_new_tokens=5, temperature=1.0, n=3)
+    state = lm.prefill(TEXTS[1]).state
+    whole = [handle.result(60).text for handle in lm.submit_n(Request(TEXTS[1], sampling=sampling))]
+    assert [handle.result(60).text for handle in lm.submit_n(Request(state=state, sampling=sampling))] == whole
+    events = list(lm.submit_n(Request(append="why?", state=state, sampling=sampling))[2])
+    assert [type(event) for event in events[:2]] == [Queued, Reading]
+    assert events[-1].usage.resumed_tokens == len(TEXTS[1])
+
+
+def test_an_answer_among_several_is_cancelled_and_with_the_last_one_their_prompt(lm):
+    lm.serve(slots=4, buckets=(4,))
+    sampling, long = Sampling(max_new_tokens=5, temperature=1.0, n=3), TEXTS[0] * 6
+    whole = [handle.result(60).text for handle in lm.submit_n(Request(long, sampling=sampling))]
+    for begun in (Queued, Reading, Piece):
+        handles = lm.submit_n(Request(long, sampling=sampling))
+        next(event for event in handles[1] if isinstance(event, begun))
+        handles[1].cancel()
+        assert [handles[n].result(60).text for n in (0, 2)] == [whole[n] for n in (0, 2)]
+        assert begun is Piece or handles[1].result(60).finish.reason == "cancelled"
+    handles = lm.submit_n(Request(long, sampling=sampling))
+    read = 0
+    for event in handles[0]:
+        if isinstance(event, Reading):
+            read = event.tokens_done
+            for handle in handles:
+                handle.cancel()
+    assert [handle.result(60).finish.reason for handle in handles] == ["cancelled"] * 3
+    assert 0 < read < len(long)
+    lm.submit(Request("a")).result(60)
+    assert not lm._service._work.left
+    assert not lm._service._work._tasks
+
+
+def test_a_parked_request_that_is_cancelled_leaves_a_state_to_go_on_from(lm):
+    lm.serve(slots=1, buckets=(1,))
+    sampling = Sampling(max_new_tokens=30, seed=2, temperature=0.7)
+    whole = lm.submit(Request(TEXTS[0], sampling=sampling, keep=True)).result(60)
+    handle = lm.submit(Request(TEXTS[0], sampling=sampling, keep=True))
+    while not isinstance(next(iter(handle)), Piece):
+        pass
+    urgent = lm.submit(Request(TEXTS[5] * 9, sampling=Sampling(max_new_tokens=1), priority=1))
+    while not isinstance(next(iter(urgent)), Reading):
+        pass
+    handle.cancel()
+    end = handle.result(60)
+    assert not urgent.done
+    assert end.finish.reason == "cancelled"
+    assert end.state.tokens == [len(TEXTS[0]) + len(end.tokens)]
+    left = sampling.model_copy(update={"max_new_tokens": 30 - len(end.tokens)})
+    more = lm.submit(Request(state=end.state, sampling=left, keep=True)).result(60)
+    assert what(more)[1:] == (whole.tokens[len(end.tokens) :], "length", whole.state.digest())
+
+
+def test_an_urgent_request_may_come_at_any_step_also_with_two_in_flight_as_on_a_device(lm, monkeypatch):
+    """A row may end by the very step that is under way when another one is to have its slot."""
+    sampling = Sampling(max_new_tokens=3)
+    requests = [Request("a", sampling=sampling), Request(TEXTS[0]), Request("b", sampling=sampling, priority=1)]
+    alone = [lm.submit(request).result(60) for request in requests]
+    monkeypatch.setattr(lm.executor, "_depth", 2)
+    for steps in range(8):
+        work = Work(lm._core, ends=(), slots=2, buckets=(2,), fills_per_decode=1)
+        *first, urgent = tasks = [Task.of(lm._core, one, n, Handle(lambda: None)) for n, one in enumerate(requests)]
+        with lm._core.turn.of("serve"):
+            for task in first:
+                work.arrive(task)
+            for _ in range(steps):
+                work.step()
+            work.arrive(urgent)
+            while work.left:
+                work.step()
+        assert [task.handle.result(0).tokens for task in tasks] == [end.tokens for end in alone]
 
 
 def test_asyncio_callers_wait_for_many_at_once(lm):

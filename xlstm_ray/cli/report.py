@@ -89,7 +89,8 @@ def answers_of(
     result, texts, tokens = generation.prefill, generation.texts, generation.tokens
     reasons, stops, stop_texts = generation.finish_reasons, generation.stop_tokens, generation.stop_texts
     for b in rows:
-        row = summary_of(engine, result.row(b) if result.state.batch > 1 else result, state_out, digest)
+        of_prompt = result.row(generation.prompts[b]) if result.state.batch > 1 else result
+        row = summary_of(engine, of_prompt, state_out, digest)
         row["compile_s"] += generation.compile_s
         yield {
             **row,

@@ -146,9 +146,10 @@ def generate(
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
     own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
-    check_generation(sampling or {}, own, printed=json_output or jsonl)
-    with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
-        a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
+    each = check_generation(sampling or {}, own, printed=json_output or jsonl)
+    rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
+    with open_engine(settings, state_in, state_out, asked, progress, rows) as (start, engine, report):
+        a_line_each = a_line_each or max(each) > 1 or ("state" in start and start["state"].batch > 1)
         streams = not (json_output or a_line_each)
         printed: set[int] = set()
 
@@ -157,7 +158,9 @@ def generate(
             new = [b for b in rows if b not in printed]
             for b, answer in zip(new, answers_of(engine, generation, new, state_out, None) if new else (), strict=True):
                 printed.add(b)
-                json_line({**(names[b] if names else {"index": b}), **answer})
+                place = generation.prompts[b]
+                name = names[place] if names else {"index": place}
+                json_line({**name, "answer": b - generation.prompts.index(place), **answer})
 
         with stop_on_signals(report.at_once, lambda: rescued_state(engine, state_out, settings)) as stop, report:
             generation = engine.generate(
@@ -209,12 +212,12 @@ def generate(
             if state_out:
                 tell(f"state {state_out} (digest {digest})")
         elif a_line_each:
-            answers(range(result.state.batch))  # the rows that were stopped
+            answers(range(len(generation.tokens)))  # the rows that were stopped
         else:
             json_line(next(answers_of(engine, generation, [0], state_out, digest)))
         if ended:
             engine.discard_journal()
-            go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl"), before="; ")
+            go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl", "--n"), before="; ")
             raise stopped_by(f"stopped after {sum(map(len, generation.tokens))} new tokens; {saved.said}{go_on}", stop)
         finish(engine, saved)
 

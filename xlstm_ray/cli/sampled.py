@@ -11,7 +11,6 @@ from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 
 SHORT = {"max_new_tokens": "-n"}
-NONE = {"n"}  # only for requests to a service; here a prompt has one answer
 MORE = {  # what the help says after the field's own text
     "max_new_tokens": "[default: 64]",
     "temperature": "[default: the state's, then the model's, else 0; 1 with --top-p, --top-k, --min-p or --seed]",
@@ -24,11 +23,12 @@ MORE = {  # what the help says after the field's own text
     "frequency_penalty": "[default: 0.0]",
     "logit_bias": "Repeat it for more tokens.",
     "stop": "Repeat it for more texts.",
+    "n": "It is read once; a line of JSON is printed for each answer. [default: 1]",
     "logprobs": "With --json and --jsonl.",
 }
 KINDS: dict[str, Any] = {"logit_bias": list[str], "stop": list[str]}
 METAVAR = {"logit_bias": "ID=NUMBER", "stop": "TEXT"}
-KEYS = tuple(name for name in Sampling.model_fields if name not in NONE)
+KEYS = tuple(Sampling.model_fields)
 
 
 def samples(command: Callable) -> Callable:

@@ -38,17 +38,18 @@ def require_places(
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
 
 
-def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, printed: bool) -> None:
-    """Refuse wrong sampling before a model is read. own: fields of each line of --jsonl.
+def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, printed: bool) -> list[int]:
+    """Refuse wrong sampling before a model is read; returns how many answers each line gets (or each prompt).
 
-    printed: whether results are printed as JSON, which log-probabilities need.
+    own: fields of each line of --jsonl; [] without lines. printed: whether results are printed as JSON, which
+    log-probabilities need.
     """
     from xlstm_ray.sampling.params import Sampling, over
 
-    for fields in [{}, *own]:
-        Sampling.make(over(sampling, fields))
+    usual, *lines = [Sampling.make(over(sampling, fields)).n for fields in [{}, *own]]
     if "logprobs" in sampling and not printed:
         raise UsageError("`logprobs` are printed with --json and --jsonl; add one, or leave it out")
+    return lines or [usual]
 
 
 @contextmanager

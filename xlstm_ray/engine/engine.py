@@ -199,10 +199,20 @@ class Engine:
 
         Raises UsageError or StateError for what cannot be asked for.
         """
+        return self._serving().submit(request)
+
+    def submit_n(self, request: Request) -> list[Handle]:
+        """As `submit`, for each of the `n` answers that the sampling asks for: their prompt is read once.
+
+        Each sampled answer has the next seed. A handle's figures of the prompt are the same for all.
+        """
+        return self._serving().submit_n(request)
+
+    def _serving(self) -> Service:
         if self._service is None:
             self.serve()
         assert self._service is not None
-        return self._service.submit(request)
+        return self._service
 
     def serve(self, *, slots: int | None = None, buckets: Sequence[int] = BUCKETS, fills_per_decode: int = 1) -> int:
         """Begin to serve requests; returns the largest number of states at once.
@@ -252,9 +262,9 @@ class Engine:
 
         Sampling parameters that are not given come from the state's last answer, else from the model's
         generation_config.json. Otherwise decoding is greedy, unless temperature, top_p, top_k, min_p or a seed is
-        given. sampling: more fields of `Sampling`. own_sampling: for every row, its own fields, which win. last: no
-        later call goes on from here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in
-        `state()`.
+        given. sampling: more fields of `Sampling`. own_sampling: for every row, its own fields, which win. With `n`,
+        each prompt is read once, and its answers are rows that follow each other. last: no later call goes on from
+        here, so a character that the limit cuts shows as U+FFFD; if False, its bytes wait in `state()`.
         """
         _ = self.executor  # it may have been closed
         given = prompt if append is None else append
@@ -262,7 +272,8 @@ class Engine:
         named = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         wanted = self._wanted({"max_new_tokens": max_new_tokens, **named, **sampling}, own_sampling, state, batch)
         # The need of decoding, with the prompts' states kept. The prefill checks its own need.
-        self.plan.room.require(batch, [(group_size(batch), 1)], kept=batch if batch == 1 else 2 * batch)
+        answers = sum(row.n for row in wanted.rows)
+        self.plan.room.require(answers, [(group_size(answers), 1)], kept=1 if answers == 1 else batch + answers)
         prefill = self.prefill(
             prompt,
             append=append,

@@ -19,7 +19,11 @@ from xlstm_ray.text.tokenizer import NextToken
 
 
 class Generation:
-    """What `generate` returns: iterate for pieces of text (one prompt) or lists of pieces (a batch)."""
+    """What `generate` returns: iterate for pieces of text (one answer) or lists of pieces (a batch).
+
+    A row is an answer. Answers to one prompt follow each other; `prompts` has for each row its prompt's place in
+    `prefill`.
+    """
 
     def __init__(
         self,
@@ -35,13 +39,18 @@ class Generation:
         self.sampling = wanted.usual
         self._core, self._should_stop = core, should_stop
         before = prefill.state
-        streams = [core.text.stream(row.end) for row in before.rows]
-        asked = zip(wanted.rows, streams, strict=True)
-        self._answers = [Answer(sampling, end_tokens, stream, last=last) for sampling, stream in asked]
+        asked = [(b, one) for b, sampling in enumerate(wanted.rows) for one in sampling.one_by_one()]
+        places = self.prompts = [b for b, _ in asked]
+        self._answers = [Answer(one, end_tokens, core.text.stream(before.rows[b].end), last=last) for b, one in asked]
         self._decoder = Decoder(
             core.running.executor,
             core.states,
-            Start(core.rows_of(before), prefill.logits, before.tokens, wanted.prompts),
+            Start(
+                core.rows_of(before).pick(places),
+                prefill.logits if places == list(range(before.batch)) else prefill.logits[places],
+                [before.tokens[b] for b in places],
+                [wanted.prompts[b] for b in places],
+            ),
             self._answers,
             end_tokens,
             model=core.plan.model,
@@ -49,7 +58,7 @@ class Generation:
         )
         if prefill.complete and any(sampling.max_new_tokens > 1 for sampling in wanted.rows):
             # Compile before text is shown; smaller calls are compiled on first use.
-            self._decoder.compile_s = core.warm_up(group_size(before.batch), [1])
+            self._decoder.compile_s = core.warm_up(group_size(len(places)), [1])
 
     def rows(self) -> Iterator[list[str]]:
         """A piece of text for each row, step by step. 16 rows are decoded at a time; other rows get ''."""
@@ -158,7 +167,7 @@ class Generation:
             _ = self._core.running.executor  # it may have been closed
             held = self._decoder.rows()
         rows = []
-        for row, answer in zip(before.rows, self._answers, strict=True):
+        for row, answer in zip((before.rows[b] for b in self.prompts), self._answers, strict=True):
             seen = None if row.text is None else row.text.extend(answer.said.encode())
             rows.append(Row(tokens=row.tokens.extend(answer.tokens), text=seen, end=answer.stream.end()))
         tokens = [row.tokens.length for row in rows]

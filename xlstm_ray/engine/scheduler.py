@@ -2,7 +2,8 @@
 
 A request waits, is filled (its prompt is read, a window at a time), decodes, and ends. A slot is room for one state on
 the device: whoever is filled or decodes has one. A row that decodes can be parked, its state copied away and its slot
-given to a request that is more important; it goes on later from where it was.
+given to a request that is more important; it goes on later from where it was. Of several answers to one prompt, one
+request reads it and the others are behind that one, until they go on from its end.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple
 
 AGE = 64  # decisions after which a request that waits counts as one step more important
 
-Phase = Literal["waiting", "filling", "decoding", "parked"]
+Phase = Literal["behind", "waiting", "filling", "decoding", "parked"]
 
 
 class Fill(NamedTuple):
@@ -65,15 +66,22 @@ class Scheduler:
     _arrivals: int = 0
     _fills: int = 0  # since those that decode had a token
 
-    def arrive(self, request: int, *, priority: int = 0, filled: bool = False) -> None:
-        """A request that waits from now on. filled: nothing of its prompt is left to read, so it can decode at once."""
-        phase: Phase = "parked" if filled else "waiting"
+    def arrive(self, request: int, *, priority: int = 0, filled: bool = False, behind: bool = False) -> None:
+        """A request that waits from now on. filled: nothing of its prompt is left to read, so it can decode at once.
+
+        behind: another one reads its prompt; it waits for `follow`.
+        """
+        phase: Phase = "behind" if behind else "parked" if filled else "waiting"
         self._entries[request] = _Entry(request, priority, self._arrivals, self._decisions, phase)
         self._arrivals += 1
 
     def filled(self, request: int) -> None:
         """All of its prompt has been read."""
         self._entries[request].phase = "decoding"
+
+    def follow(self, request: int) -> None:
+        """The prompt that it was behind has been read: it can decode."""
+        self._entries[request].phase, self._entries[request].since = "parked", self._decisions
 
     def leave(self, request: int) -> None:
         """It has ended, or nobody wants it any more."""

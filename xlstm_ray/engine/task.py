@@ -1,7 +1,7 @@
 """A request that an engine's thread works on."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -10,23 +10,27 @@ from torch import Tensor
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
-from xlstm_ray.engine.request import Handle, Request, Usage
+from xlstm_ray.engine.request import Event, Handle, Request, Usage
 from xlstm_ray.engine.result import Use
-from xlstm_ray.engine.resume import Going
+from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.runtime.executor import StateRef
 from xlstm_ray.state import Numerics
 from xlstm_ray.text.answer import Answer
 from xlstm_ray.text.history import Row
+from xlstm_ray.text.prompt import Prompt
 from xlstm_ray.text.tokenizer import Text
 
 ALONE = Group([0], 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
-    """A request in work. state: its own state of one row, while it is not in a batch."""
+    """A request in work. state: its own state of one row, while it is not in a batch.
+
+    Of several answers to one prompt, each is a task, and one more reads the prompt for them.
+    """
 
     number: int  # the scheduler's name of it
     request: Request
@@ -49,6 +53,44 @@ class Task:
     under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
     reuse: Reuse | None = None  # what the cache has for it, and gets of it
+    answers: list["Task"] = field(default_factory=list)  # that wait for the prompt which this one reads
+    reader: "Task | None" = None  # who reads its prompt, until that is read
+
+    @classmethod
+    def of(cls, core: Core, request: Request, number: int, handle: Handle) -> "Task":
+        """Raises UsageError or StateError for what cannot be asked for."""
+        state = request.state
+        if request.prompt is None and request.append is None and state is not None and state.batch == 1:
+            core.require_whole(state)
+            going = unchanged(state)
+        else:
+            (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
+        numerics, seen, end = core.plan.numerics, going.seen, len(going.tokens)
+        return cls(
+            number,
+            request,
+            handle,
+            going,
+            core.rows_of(state) if state is not None else HeldRows([None]),
+            None if state is None else state.logits[0],
+            plan_windows([seen], [end], tile_size=numerics.tile_size, chunk_size=numerics.chunk_size),
+            resumed=seen,
+            read=seen,
+        )
+
+    def answer_of(self, number: int, request: Request, handle: Handle) -> None:
+        """One more answer to the prompt that this one reads."""
+        self.answers.append(replace(self, number=number, request=request, handle=handle, answers=[], reader=self))
+
+    def follow(self, reader: "Task", rows: HeldRows) -> None:
+        """The prompt has been read: go on from its end, the state in `rows`."""
+        self.rows, self.logits, self.read, self.reader = rows, reader.logits, self.total, None
+        self.begun, self.resumed, self.began, self.reuse = reader.begun, reader.resumed, reader.began, reader.reuse
+
+    def tell(self, event: Event) -> None:
+        """Something has happened to it, and so to those that wait for it."""
+        for task in self.answers or [self]:
+            task.handle.tell(event)
 
     @property
     def total(self) -> int:
@@ -126,3 +168,7 @@ class Task:
         """Those of its state."""
         mixed = self.reuse is not None and not self.reuse.exact
         return core.plan.numerics.model_copy(update={"mixed": mixed})
+
+
+def _one(prompt: Prompt | None) -> list[Prompt] | None:
+    return None if prompt is None else [prompt]

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.sampling.params import Published, over
 
@@ -35,10 +34,6 @@ class Wanted:
         usual, *rows = [Sampling.make(fields, before=before, published=published) for fields in given]
         for row in rows:
             row.require_vocabulary(vocabulary)
-            if row.n > 1:
-                raise UsageError(
-                    f"`n` is {row.n}; allowed here: 1, since a row has one answer; give its prompt {row.n} times"
-                )
         return cls(rows, usual.lasting(), [()] * len(rows))
 
     @property

@@ -1,0 +1,304 @@
+"""What an engine's thread does for many requests: it reads their prompts and decodes their rows together."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.decode import require_finite
+from xlstm_ray.engine.driver import Snapshot, make_part
+from xlstm_ray.engine.held import HeldRows
+from xlstm_ray.engine.request import End, Piece, Queued, Reading
+from xlstm_ray.engine.rows import Batch
+from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
+from xlstm_ray.engine.slots import Slots
+from xlstm_ray.engine.task import Task
+from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.runtime.executor import Step, StepResult
+from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.answer import Answer, Finish
+from xlstm_ray.text.history import Row
+
+
+class Work:
+    """The requests of a service. Only its thread uses this, while it has the engine's turn. Arguments as in Service."""
+
+    def __init__(self, core: Core, *, ends: Sequence[int], slots: int, buckets: Sequence[int], fills_per_decode: int):
+        self._core, self._ends = core, tuple(ends)
+        self._scheduler = Scheduler(slots, fills_per_decode)
+        self._tasks: dict[int, Task] = {}
+        executor = core.running.executor
+        self._batches = [Batch(executor, buckets) for _ in range(executor.parallel)]
+        self._under_way: deque[Callable[[StepResult], None]] = deque()  # what takes each result
+        self._held: Decode | Park | None = None  # decided, and waits for the step before
+        self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the executor works on something."""
+        return bool(self._under_way)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is something to do."""
+        return self.under_way or bool(len(self._scheduler))
+
+    def step(self) -> None:
+        """Ask the executor for as much as keeps it busy, then take a result."""
+        executor = self._core.running.executor
+        while executor.has_room:
+            action = self._held or (None if self._core.turn.wanted else self._scheduler.next())
+            self._held = None
+            match action:
+                case Fill(number):
+                    self._fill(self._tasks[number])
+                case Decode() | Park() if any(batch.under_way for batch in self._batches):
+                    self._held = action
+                    break
+                case Decode():
+                    self._decode()
+                case Park(number):
+                    if number in self._tasks:  # it may have ended by the step before
+                        self._park(self._tasks[number])
+                case Resume(number):
+                    self._resume(self._tasks[number])
+                case None:
+                    break
+        if self._under_way:
+            self._take_result()
+
+    def _take_result(self) -> None:
+        """Wait for the oldest result under way."""
+        result = self._core.running.executor.result()
+        self._under_way.popleft()(result)
+
+    def _drain(self) -> None:
+        """Take all results under way: of those that leave meanwhile, too."""
+        while self._under_way:
+            self._take_result()
+
+    # -- arrivals ------------------------------------------------------------------------------------------------------
+    def arrive(self, task: Task) -> None:
+        self._tasks[task.number] = task
+        with self._core.turn.of("bring"):
+            task.look_up(self._core)
+        filled = task.read == task.total
+        self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
+        for answer in task.answers:
+            self._tasks[answer.number] = answer
+            self._scheduler.arrive(answer.number, priority=task.request.priority, behind=True)
+        task.tell(Queued(self._scheduler.place(task.number)))
+        if filled and task.request.sampling is None:  # its state is given, and nothing is wanted but that
+            self._prompt_read(task)
+
+    def cancel(self, number: int) -> None:
+        task = self._tasks.get(number)
+        if task is None or task.cancelled:
+            return
+        task.cancelled = True
+        if task.reader is not None:
+            task.reader.answers.remove(task)
+            if not task.reader.answers:  # nobody waits for it any more
+                self.cancel(task.reader.number)
+        if not task.under_way and not any(batch.under_way and batch.has(task) for batch in self._batches):
+            self._finish(task, Finish("cancelled"))
+
+    def _began(self, task: Task) -> None:
+        if task.began is None:
+            task.began = perf_counter()
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+    def _fill(self, task: Task) -> None:
+        """Submit the next window of its prompt."""
+        core, executor = self._core, self._core.running.executor
+        if task.last or task.cancelled:  # its results are still to come
+            self._take_result()
+            return
+        self._began(task)
+        if task.state is None:
+            task.state = core.states.state_of(task.rows)
+        window = next(task.windows)
+        part = make_part(window, [task.going.tokens], [task.resumed])
+        task.read = min(window.start + window.size, task.total)
+        task.last = task.read == task.total
+        core.warm_up(1, [window.size])
+        wanted = task.wants(window)  # with the result it comes before actors go on
+        keep = wanted and not executor.local
+        step = Step(*part, core.plan.numerics.chunk_size, window.number, "last" if task.last else "none", keep)
+        state = task.state = executor.submit(task.state, step)
+        task.under_way += 1
+        read, last = task.read, task.last
+
+        def take(result: StepResult) -> None:
+            task.under_way -= 1
+            task.tell(Reading(read, task.total))
+            if result.logits is not None:
+                task.logits = result.logits[0]
+            task.hidden = result.hidden
+            if wanted:
+                logits = executor.logits(result.hidden)[0] if result.logits is None else result.logits[0]
+                ref, tensors = (state, None) if result.state is None else (None, result.state)
+                task.keep(read, core.states.rows(ref, 1, tensors), logits)
+            if task.cancelled and not task.under_way:
+                self._finish(task, Finish("cancelled"))
+            elif last and not task.cancelled:
+                self._scheduler.filled(task.number)
+                self._prompt_read(task)
+
+        self._under_way.append(take)
+
+    def _prompt_read(self, task: Task) -> None:
+        """The state has seen all of the prompt: choose the first token, where one is wanted."""
+        assert task.logits is not None
+        require_finite(task.logits, self._core.plan.model)
+        for answer in task.answers:
+            answer.follow(task, self._rows_of(task))
+            self._scheduler.follow(answer.number)
+        sampling = task.request.sampling
+        if sampling is None:
+            self._finish(task, Finish("stop"))
+            return
+        end = task.known(self._core.text).end
+        task.answer = Answer(sampling, self._ends, self._core.text.stream(end), last=not task.request.keep)
+        self._slots.take(task)
+        self._choose(task.logits.unsqueeze(0), [task])
+        if task.answer.finish is None:
+            self._join(task)
+
+    def _join(self, task: Task) -> None:
+        """It decodes with those that have the fewest beside them."""
+        min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+    def _decode(self) -> None:
+        """A token more for all that decode: submit the steps of all batches."""
+        for batch in self._batches:
+            if batch.tasks:
+                size = batch.arrange()
+                if size is not None:
+                    self._core.warm_up(size, [1])
+                batch.step(self._core.plan.numerics.chunk_size)
+                self._under_way.append(partial(self._decoded, batch))
+
+    def _decoded(self, batch: Batch, result: StepResult) -> None:
+        batch.under_way = False
+        assert result.logits is not None
+        active = [(n, task) for n, task in enumerate(batch.places) if task is not None]
+        if not active:
+            return
+        logits = result.logits
+        if len(active) < len(batch.places):
+            logits = logits[torch.tensor([n for n, _ in active], device=logits.device)]
+        require_finite(logits, self._core.plan.model)
+        for (_, task), row in zip(active, logits, strict=True):
+            task.logits = row
+        self._choose(logits, [task for _, task in active])
+
+    def _choose(self, logits: Tensor, tasks: list[Task]) -> None:
+        """The next token of these rows, by their logits (rows, vocabulary)."""
+        for task, token, made in zip(tasks, *self._slots.choose(logits, tasks), strict=True):
+            answer = task.answer
+            assert answer is not None
+            if task.first_token is None:
+                task.first_token = perf_counter()
+            before = len(answer.tokens)
+            text = answer.step(token)
+            new = len(answer.tokens) > before  # an end token is not among them
+            if new or text:
+                task.handle.tell(Piece(text, token if new else None, made if new else None))
+            if task.cancelled and answer.finish is None:
+                answer.end("cancelled")
+            if answer.finish is not None:
+                self._finish(task, answer.finish)
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+    def _park(self, task: Task) -> None:
+        """Its state goes where there is room, its slot to another."""
+        self._take_out(task)
+        assert task.state is not None
+        task.rows, task.state = self._core.states.rows(task.state, 1), None
+        if not self._core.running.executor.on_host:
+            for row in task.rows:
+                if row is not None:
+                    row.held.evict()
+
+    def _resume(self, task: Task) -> None:
+        self._began(task)
+        task.state = self._core.states.copy_of(task.rows)
+        if task.answer is None:  # its state was given, with the logits to choose from
+            self._prompt_read(task)
+            return
+        self._slots.take(task)
+        self._join(task)
+
+    def _take_out(self, task: Task, *, keep: bool = True) -> None:
+        """Out of its batch; keep: with a state of its own."""
+        for batch in self._batches:
+            batch.remove(task, keep=keep)
+        self._slots.give_back(task)
+
+    def _finish(self, task: Task, finish: Finish) -> None:
+        """Its last event; it is forgotten."""
+        del self._tasks[task.number]
+        self._scheduler.leave(task.number)
+        task.release()
+        keep = task.request.keep
+        self._take_out(task, keep=keep or task.fed > 0)
+        task.keep_answer(self._core)
+        state, answer = self._state_of(task) if keep else None, task.answer
+        if answer is not None and answer.finish is None:
+            text = answer.end("cancelled")
+            if text:
+                task.handle.tell(Piece(text, None))
+        tokens, text = (answer.tokens, answer.text) if answer else ([], "")
+        logits = None if task.logits is None else task.logits.cpu()
+        task.handle.tell(End(finish, text, tokens, task.usage(), logits, state))
+
+    def _rows_of(self, task: Task) -> HeldRows:
+        """Its state, wherever that is."""
+        return self._core.states.rows(task.state, 1) if task.state is not None else task.rows
+
+    def _state_of(self, task: Task) -> RecurrentState | None:
+        """The state after all that it has seen, the last token of its answer too."""
+        core, executor, answer = self._core, self._core.running.executor, task.answer
+        if task.began is None and not task.found:  # nothing was computed
+            return task.request.state
+        self._drain()
+        if task.logits is None:
+            assert task.hidden is not None
+            task.logits = executor.logits(task.hidden)[0]
+        complete, known = task.read == task.total, task.known(core.text)
+        if answer is not None and answer.tokens:
+            if not (answer.finish is not None and isinstance(answer.finish.by, int)):  # its last token was not fed
+                state = task.state or core.states.state_of(task.rows)
+                one, none = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+                core.warm_up(1, [1])
+                step = Step(torch.tensor([answer.tokens[-1:]]), none, one, core.plan.numerics.chunk_size, logits="last")
+                task.state = executor.submit(state, step)
+                result = executor.result()
+                assert result.logits is not None
+                task.logits = result.logits[0]
+            seen = None if known.text is None else known.text.extend(answer.said.encode())
+            known = Row(tokens=known.tokens.extend(answer.tokens), text=seen, end=answer.stream.end())
+        snapshot = Snapshot([known.tokens.length], task.logits.unsqueeze(0).cpu(), self._rows_of(task))
+        sampling = None if answer is None else answer.sampling.lasting()
+        made = core.state(snapshot, [known], task.numerics(core), sampling, complete=complete)
+        if not complete:
+            made.begun = [task.begun]
+        return made
+
+    def end_all(self, error: XlstmRayError | None) -> None:
+        """Nothing is done any more: requests that are left end, cancelled or with this error."""
+        finish = Finish("error" if error else "cancelled")
+        for task in list(self._tasks.values()):
+            del self._tasks[task.number]
+            self._scheduler.leave(task.number)
+            task.release()
+            text, tokens = (task.answer.text, task.answer.tokens) if task.answer else ("", [])
+            task.handle.tell(End(finish, text, tokens, task.usage(), error=error))
+        self._under_way.clear()
+        self._batches = []
