@@ -1,15 +1,19 @@
 #!/usr/bin/env python
 """Many requests in one engine against the same requests one after another, in this process.
 
-    python scripts/bench_serving.py                            # the demo model, 48 requests, 16 slots
-    python scripts/bench_serving.py --requests 200 --rate 20   # which arrive at random, 20 a second
+    python scripts/bench_serving.py                              # all tables, the demo model, 16 slots
+    python scripts/bench_serving.py --only mixed --requests 200 --rate 20 --png serving.png
+    python scripts/bench_serving.py --only memory --many 1000
     python scripts/bench_serving.py --model DIR --device cuda --slots 64
 
-Workloads, each in turn with one slot (one request after the other) and with all slots, alternating, medians of rounds:
+Tables (medians of rounds; all contestants are engines of this process, which take turns):
 
-    streams     so many requests at once as there are slots, of one short prompt and --answer tokens each
-    mixed       requests of prompts of 8 to 2,048 tokens and answers of 8 to 96, which arrive at random (--rate)
-    long        streams, and one prompt of --long tokens that is read beside them
+    streams   as many requests at once as there are slots, of a short prompt and --answer tokens each, against one slot
+    mixed     prompts of 8 to 2,048 tokens and answers of 8 to 96, which arrive at random (--rate), against one slot
+    long      streams, and one prompt of --long tokens that is read beside them, against streams alone
+    unique    prompts that never repeat, with a cache of states and without
+    hit       a prompt that was seen and a new end of 64 tokens, against the same length unseen; and an exact repeat
+    memory    --many requests through one engine: resident memory on the way, and the computed need
 
 Figures: tokens a second over all, time to the first token (TTFT) and between two tokens (ITL), p50 and p99.
 """
@@ -19,11 +23,16 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xlstm_ray.engine.request import End, Piece
+import psutil
+
+from xlstm_ray.engine.request import End, Piece, Reading
+
+SUFFIX = 64  # tokens after a prompt that was seen
 
 
 @dataclass
@@ -72,15 +81,197 @@ def run(lm: Any, requests: list[tuple[float, Any, bool]]) -> Seen:
         pause = seen.began + at - time.perf_counter()
         if pause > 0:
             time.sleep(pause)
-        watched = Watched(seen, count, done)
-        lm.submit(request).listen(watched)
+        lm.submit(request).listen(Watched(seen, count, done))
     for _ in requests:
         done.acquire()
     return seen
 
 
+class Bench:
+    """The engines, by what sets them apart, and the requests; each is made when a table asks for it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rng, self.engines = args, random.Random(args.seed), {}
+        self.drawn: dict[str, list[tuple[str, Seen]]] = {}  # for the picture
+
+    def engine(self, slots: int, *, cache_mb: int = 0) -> Any:
+        import xlstm_ray
+
+        key = slots, cache_mb
+        if key not in self.engines:
+            options = {"cache_memory_mb": cache_mb} if cache_mb else {}
+            lm = xlstm_ray.load(self.args.model, device=self.args.device, dtype=self.args.dtype, **options)
+            lm.serve(slots=slots, buckets=sorted({1, min(4, slots), slots}))
+            tile = lm.numerics.tile_size
+            for size in sorted({1, min(4, slots), slots}):  # compile
+                run(lm, [(0.0, self.request(lm, tile + 1, 4), True)] * size)
+            self.engines[key] = lm
+        return self.engines[key]
+
+    def tokens(self, lm: Any, count: int) -> list[int]:
+        return [self.rng.randrange(1, lm.config.vocab_size) for _ in range(count)]
+
+    def request(self, lm: Any, prompt: int | list[int], answer: int) -> Any:
+        from xlstm_ray import Request, Sampling
+
+        tokens = self.tokens(lm, prompt) if isinstance(prompt, int) else prompt
+        return Request(tokens, sampling=Sampling(max_new_tokens=answer, ignore_eos=True))
+
+    def close(self) -> None:
+        for lm in self.engines.values():
+            lm.close()
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+    def compare(self, name: str, contestants: dict[str, tuple[Any, Callable[[], list]]]) -> None:
+        """Run each contestant's requests on its engine, in turn; print a row for each, and the ratio of first to last.
+
+        The rounds' requests are those of the workload's own seed, so every contestant has the same.
+        """
+        found: dict[str, list[Seen]] = {title: [] for title in contestants}
+        for number in range(self.args.rounds):
+            for title, (lm, requests) in contestants.items():
+                self.rng.seed(self.args.seed + number)
+                found[title].append(run(lm, requests()))
+        print(f"\n| {name} | tok/s | TTFT p50, p99 ms | ITL p50, p99 ms |\n| --- | --- | --- | --- |")
+        for title, runs in found.items():
+            every = Seen(0.0, 1.0, 0, [t for s in runs for t in s.ttft], [t for s in runs for t in s.itl])
+            self.drawn.setdefault(name, []).append((title, every))
+            ttft, itl = ([percent(values, p) * 1e3 for p in (0.5, 0.99)] for values in (every.ttft, every.itl))
+            rate = statistics.median(seen.tok_s for seen in runs)
+            print(f"| {title} | {rate:,.0f} | {ttft[0]:,.0f}, {ttft[1]:,.0f} | {itl[0]:.1f}, {itl[1]:.1f} |")
+        rates = [statistics.median(seen.tok_s for seen in runs) for runs in found.values()]
+        print(f"| last / first | {rates[-1] / rates[0]:.2f} | | |", flush=True)
+
+    def _streams(self, lm: Any) -> list:
+        return [(0.0, self.request(lm, 16, self.args.answer), True) for _ in range(self.args.slots)]
+
+    def streams(self) -> None:
+        one, many = self.engine(1), self.engine(self.args.slots)
+        sides = {f"{n} slot(s)": (lm, lambda lm=lm: self._streams(lm)) for n, lm in ((1, one), (self.args.slots, many))}
+        self.compare("streams", sides)
+
+    def mixed(self) -> None:
+        def requests(lm: Any) -> list:
+            at, made = 0.0, []
+            for _ in range(self.args.requests):
+                made.append((at, self.request(lm, 2 ** self.rng.randrange(3, 12), self.rng.randrange(8, 97)), True))
+                at += self.rng.expovariate(self.args.rate)
+            return made
+
+        one, many = self.engine(1), self.engine(self.args.slots)
+        sides = {f"{n} slot(s)": (lm, lambda lm=lm: requests(lm)) for n, lm in ((1, one), (self.args.slots, many))}
+        self.compare("mixed", sides)
+
+    def long(self) -> None:
+        lm = self.engine(self.args.slots)
+
+        def beside() -> list:
+            return [*self._streams(lm)[:-1], (0.2, self.request(lm, self.args.long, 1), False)]
+
+        self.compare("long", {"15 streams": (lm, lambda: self._streams(lm)[:-1]), "and a long prompt": (lm, beside)})
+        tile = lm.numerics.tile_size
+        seconds = statistics.median(self._read(lm, tile)[0] for _ in range(5))
+        print(f"a tile of {tile} tokens takes {seconds * 1e3:.0f} ms")
+
+    def _read(self, lm: Any, prompt: int | list[int]) -> tuple[float, Any]:
+        """Seconds to read a prompt and choose one token; the request's usage."""
+        began = time.perf_counter()
+        end = lm.submit(self.request(lm, prompt, 1)).result()
+        return time.perf_counter() - began, end.usage
+
+    def unique(self) -> None:
+        sides = {"no cache": self.engine(1), "a cache": self.engine(1, cache_mb=256)}
+        lengths = [self.args.prompt // n for n in (8, 4, 2, 1)]
+        ratios = []
+        for number in range(5 * self.args.rounds):
+            times = {}
+            for title in list(sides)[:: 1 if number % 2 else -1]:
+                lm = sides[title]
+                prompts = [self.tokens(lm, n) for n in lengths]
+                times[title] = sum(self._read(lm, prompt)[0] for prompt in prompts)
+            ratios.append(times["a cache"] / times["no cache"])
+        low, middle, high = (percent(ratios, share) for share in (0.25, 0.5, 0.75))
+        print(
+            f"\nunique prompts of {', '.join(map(str, lengths))} tokens: time with a cache / without, {len(ratios)} "
+            f"pairs: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}",
+            flush=True,
+        )
+
+    def hit(self) -> None:
+        lm = self.engine(1, cache_mb=256)
+        found: dict[str, list[float]] = {"cold": [], "hit": [], "repeat": []}
+        length, tile, computed = self.args.prompt, lm.numerics.tile_size, 0
+        for _ in range(2 * self.args.rounds + 1):
+            book = self.tokens(lm, length)
+            asked = [*book, *self.tokens(lm, SUFFIX)]
+            found["cold"].append(self._read(lm, book)[0])
+            seconds, usage = self._read(lm, asked)
+            found["hit"].append(seconds)
+            computed = len(asked) - usage.resumed_tokens
+            found["repeat"].append(self._read(lm, asked)[0])
+        cold, hit, repeat = (statistics.median(seconds) * 1e3 for seconds in found.values())
+        limit = f"1.25 x their share + 10 ms: {1.25 * cold * computed / (length + SUFFIX) + 10:.1f}"
+        print(
+            f"\n| hit, {length} tokens and {SUFFIX} more, tiles of {tile} | TTFT ms |\n| --- | --- |\n"
+            f"| cold | {cold:.1f} |\n| {computed} tokens computed | {hit:.1f} ({limit}) |"
+            f"\n| an exact repeat | {repeat:.1f} |",
+            flush=True,
+        )
+
+    def memory(self) -> None:
+        lm = self.engine(self.args.slots)
+        process, seen, many = psutil.Process(), {}, self.args.many
+        peak, ended = 0, threading.Semaphore(self.args.slots * 2)
+
+        def watch(event: Any) -> None:
+            nonlocal peak
+            if isinstance(event, Reading | End):
+                peak = max(peak, process.memory_info().rss)
+            if isinstance(event, End):
+                ended.release()
+
+        for number in range(1, many + 1):
+            ended.acquire()
+            prompt, answer = self.rng.randrange(8, 1024), self.rng.randrange(2, 24)
+            lm.submit(self.request(lm, prompt, answer)).listen(watch)
+            if number in (many // 10, many // 2, many):
+                seen[number] = process.memory_info().rss
+        for _ in range(self.args.slots * 2):
+            ended.acquire()
+        need = lm.plan.room.serving(self.args.slots).total
+        print(
+            f"\nmemory after {', '.join(f'{n:,} requests: {rss >> 20} MiB' for n, rss in seen.items())}; peak "
+            f"{peak >> 20} MiB; the computed need {need >> 20} MiB",
+            flush=True,
+        )
+
+    def draw(self, path: Path) -> None:
+        """Each workload's TTFT and ITL, as shares of requests and tokens below a time."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(len(self.drawn), 2, figsize=(10, 3.2 * len(self.drawn)), squeeze=False)
+        for (name, sides), row in zip(self.drawn.items(), axes, strict=True):
+            for axis, what in zip(row, ("ttft", "itl"), strict=True):
+                for title, seen in sides:
+                    values = sorted(getattr(seen, what))
+                    shares = [(n + 1) / len(values) for n in range(len(values))]
+                    axis.step([1e3 * value for value in values], shares, label=title)
+                axis.set(xscale="log", xlabel=f"{what.upper()}, ms", ylabel="share below", title=name, ylim=(0, 1))
+                axis.grid(alpha=0.3)
+                axis.legend()
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+
+TABLES = "streams", "mixed", "long", "unique", "hit", "memory"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(TABLES), help="tables, with commas between")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -89,49 +280,25 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second")
     parser.add_argument("--answer", type=int, default=64, help="tokens of a stream's answer")
     parser.add_argument("--long", type=int, default=16384, help="tokens of the long prompt")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the longest prompt of unique and hit")
+    parser.add_argument("--many", type=int, default=1000, help="requests of the memory's table")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()
-
-    import xlstm_ray
-    from xlstm_ray import Request, Sampling
-
-    engines = {}
-    for slots in (1, args.slots):
-        engines[slots] = lm = xlstm_ray.load(args.model, device=args.device, dtype=args.dtype)
-        lm.serve(slots=slots, buckets=sorted({1, min(4, slots), slots}))
-    vocabulary, rng = lm.config.vocab_size, random.Random(args.seed)
-
-    def request(prompt: int, answer: int) -> Any:
-        tokens = [rng.randrange(1, vocabulary) for _ in range(prompt)]
-        return Request(tokens, sampling=Sampling(max_new_tokens=answer, ignore_eos=True))
-
-    streams = [(0.0, request(16, args.answer), True) for _ in range(args.slots)]
-    at, mixed = 0.0, []
-    for _ in range(args.requests):
-        mixed.append((at, request(2 ** rng.randrange(3, 12), rng.randrange(8, 97)), True))
-        at += rng.expovariate(args.rate)
-    long = [*streams[:-1], (0.2, request(args.long, 1), False)]
-    workloads = {"streams": streams, "mixed": mixed, "long": long}
-    for lm in engines.values():  # compile, warm caches and pools
-        run(lm, [*streams, *mixed[:4], *long[-1:]])
-
-    print(f"{lm.device.type}, {lm.numerics.dtype}, medians of {args.rounds}")
-    print("| workload | slots | tok/s | TTFT p50, p99 ms | ITL p50, p99 ms |\n| --- | --- | --- | --- | --- |")
-    for name, workload in workloads.items():
-        found: dict[int, list[Seen]] = {slots: [] for slots in engines}
-        for _ in range(args.rounds):
-            for slots, lm in engines.items():
-                found[slots].append(run(lm, workload))
-        for slots, runs in found.items():
-            ttft = [percent([t for seen in runs for t in seen.ttft], p) * 1e3 for p in (0.5, 0.99)]
-            itl = [percent([t for seen in runs for t in seen.itl], p) * 1e3 for p in (0.5, 0.99)]
-            rate = statistics.median(seen.tok_s for seen in runs)
-            print(f"| {name} | {slots} | {rate:,.0f} | {ttft[0]:,.0f}, {ttft[1]:,.0f} | {itl[0]:.1f}, {itl[1]:.1f} |")
-        one, many = (statistics.median(seen.tok_s for seen in found[slots]) for slots in engines)
-        print(f"| {name} | ratio | {many / one:.2f} | | |")
-    for lm in engines.values():
-        lm.close()
+    asked = args.only.split(",")
+    if unknown := [name for name in asked if name not in TABLES]:
+        parser.error(f"--only {unknown[0]}: not one of {', '.join(TABLES)}")
+    bench = Bench(args)
+    first = bench.engine(args.slots)
+    print(
+        f"{first.model_path.name} on {first.device.type}, {first.numerics.dtype}, {args.rounds} rounds, {time.ctime()}"
+    )
+    for name in asked:
+        getattr(bench, name)()
+    bench.close()
+    if args.png is not None:
+        bench.draw(args.png)
 
 
 if __name__ == "__main__":

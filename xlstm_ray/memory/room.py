@@ -78,8 +78,11 @@ class Room:
         if self.where != "process" or self.force:
             return most
         room, _ = self._room()
-        calls = {n: [(n, 1), (1, self.loaded.tile)] for n in range(1, most + 1)}
-        return max((n for n in calls if self.need(2 * n, calls[n]).total <= room), default=1)
+        return max((n for n in range(1, most + 1) if self.serving(n).total <= room), default=1)
+
+    def serving(self, slots: int) -> Need:
+        """The memory of so many requests at once, in this process (on cuda, on the device)."""
+        return self.need(2 * slots, [(slots, 1), (1, self.loaded.tile)])
 
     def require_start(self) -> None:
         """Raise MemoryLimitError where a tile of one prompt cannot fit, with the arithmetic."""
