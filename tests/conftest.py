@@ -54,6 +54,8 @@ MARKED = {
         test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates
         test_no_kernel_reads_memory_that_nobody_wrote
         test_a_second_compilation_of_a_kernel_is_refused
+        test_compiled_kernels_of_many_threads_are_all_seen_to_run
+        test_a_function_that_torch_skips_is_not_taken_for_a_compiled_one
         test_two_window_sizes_and_one_for_decoding_are_compiled_and_never_again
         test_compiled_splits_equal_the_reference
         test_a_compiled_batch_equals_one_by_one_and_resumes_to_the_bit

@@ -4,12 +4,15 @@ Relative error means ||out - reference|| / ||reference||, the worst of all heads
 exp(m), and any m may be chosen with it: what is compared is C exp(m), and m itself apart from it.
 """
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlstm_ray.errors import KernelError, UsageError
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, chunkwise_backend, sequence_kernel, step_kernel
@@ -395,6 +398,31 @@ def test_a_second_compilation_of_a_kernel_is_refused():
     assert kernel(torch.ones(2)).tolist() == [2, 2]
     with pytest.raises(KernelError, match="kernel once"):
         kernel(torch.ones(3))
+
+
+def test_compiled_kernels_of_many_threads_are_all_seen_to_run():
+    """Bands have threads. torch 2.13 counts the compiled code that runs for all of them in one number."""
+    kernels = [compile_strict(lambda x: x + 1, f"of thread {n}") for n in range(3)]
+    for kernel in kernels:
+        kernel(torch.ones(2))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            threads = [pool.submit(lambda k: [k(torch.ones(2)) for _ in range(20_000)], kernel) for kernel in kernels]
+            assert all(y.tolist() == [2, 2] for thread in threads for y in thread.result())
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_function_that_torch_skips_is_not_taken_for_a_compiled_one():
+    class Skips(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    kernel = compile_strict(lambda x: x + 1, "skipped")
+    with Skips(), pytest.raises(RuntimeError, match="found no compiled frames"):
+        kernel(torch.ones(2))
 
 
 def test_the_closed_form_has_gradients_for_training():

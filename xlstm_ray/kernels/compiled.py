@@ -23,6 +23,7 @@ from xlstm_ray.errors import KernelError
 from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code
 from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
 
+TRIES, NOTHING_RAN = 10, "fullgraph=True found no compiled frames"
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
 
@@ -87,7 +88,7 @@ def compile_strict(
         try:
             with first or nullcontext():
                 loaded = len(loaded_modules()) if first and counter else 0
-                result = compiled(*args, **kwargs)
+                result = _surely(compiled, args, kwargs)
                 if first and counter and launches is None:  # only the first thread that had the lock
                     launches = launches_of(loaded_modules()[loaded:])
             first = None
@@ -106,6 +107,21 @@ def compile_strict(
             ) from err
 
     return call
+
+
+def _surely(compiled: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call `compiled`, and call it again if torch saw no compiled code run.
+
+    torch 2.13 has one count of compiled code for all threads, and threads may reset each other's (pytorch#185138 makes
+    it one for each thread). For a function that torch did not compile, the count is 0 at every try.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return compiled(*args, **kwargs)  # compiled functions change nothing, so they may run twice
+        except RuntimeError as err:
+            if NOTHING_RAN not in str(err):
+                raise
+    return compiled(*args, **kwargs)
 
 
 def compile_each(fn: Callable, name: str, compiler: Compiler = compile_strict) -> Callable:
