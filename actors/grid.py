@@ -38,14 +38,14 @@ class RayExecutor:
         link = Link(ray)
         self.placement = Placement(link, spec, layout, options)
         self._pipeline = Pipeline(link, self.placement)
-        self._watch = Watch(link, self.placement.seats, options)
-        self.recovery = Recovery(link, self.placement, self._pipeline, self._watch, options)
-        self.metrics = self._watch.metrics
+        self.watch = Watch(link, self.placement.seats, options)
+        self.recovery = Recovery(link, self.placement, self._pipeline, self.watch, options)
+        self.metrics = self.watch.metrics
         self.parallel = len(layout)  # a stage each
         self._names = Names(self.recovery.free)
         try:
             self.placement.open()
-            self._watch.place()
+            self.watch.place()
         except BaseException as error:  # Ctrl-C too: actors and their placement group must not stay
             self.close()
             if isinstance(error, link.failure):
@@ -94,7 +94,7 @@ class RayExecutor:
 
         Returns in bounded time in any state of Ray and raises nothing: the results are already there.
         """
-        self._watch.close()
+        self.watch.close()
         self._pipeline.close()
         self.placement.close()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from xlstm_ray.actors.link import PATIENCE_S
 from xlstm_ray.actors.watchdog import Event
-from xlstm_ray.memory.watchdog import Limits
+from xlstm_ray.memory.watchdog import Limits, Seen
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,4 @@ class GridOptions:
     watch_every_s: float = 0.2
     empty_cache: bool = True
     on_event: Callable[[Event], None] = lambda event: None  # called between tiles
+    on_seen: Callable[[Seen], None] | None = None  # called with each sample of memory; None: they stay where they are

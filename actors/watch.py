@@ -8,8 +8,9 @@ from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.metrics import GridMetrics
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.placement import END_S, Seat
-from xlstm_ray.actors.watchdog import NodeWatchdog
+from xlstm_ray.actors.watchdog import NodeWatchdog, Report
 from xlstm_ray.errors import GridLost
+from xlstm_ray.memory.sample import Sample
 from xlstm_ray.runtime.executor import Step
 
 
@@ -22,6 +23,7 @@ class Watch:
         self._watchdogs: dict[str, Any] = {}  # by node id
         self._reports: dict[str, Any] = {}  # by node id: reports that were requested and have not come
         self._next_look = 0.0
+        self.used: dict[str, Sample] = {}  # by actor: its last sample
 
     def place(self) -> None:
         """Call after actors were started: tells each watchdog which actors are on its node."""
@@ -41,16 +43,35 @@ class Watch:
                 self._watchdogs.pop(node, None)
                 self.place()
                 continue
-            for name, sample in report.samples.items():
-                self.metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
-            for event in report.events:
-                self.metrics.limit(event.level)
-                self._options.on_event(event)
+            self._take(report)
         if monotonic() >= self._next_look:
             self._next_look = monotonic() + self._options.watch_every_s
-            for node, watchdog in self._watchdogs.items():
-                if node not in self._reports:
-                    self._reports[node] = watchdog.report.remote()
+            self._request()
+
+    def last_look(self) -> None:
+        """Wait, for a short time, for what the watchdogs have seen until now."""
+        for _ in range(2 if self._watchdogs else 0):  # a report that was requested before, and one of now
+            self._request()
+            reports, self._reports = list(self._reports.values()), {}
+            with suppress(GridLost, self._link.failure):
+                for report in self._link.get(reports, self._options.answer_timeout_s):
+                    self._take(report)
+
+    def _request(self) -> None:
+        for node, watchdog in self._watchdogs.items():
+            if node not in self._reports:
+                self._reports[node] = watchdog.report.remote()
+
+    def _take(self, report: Report) -> None:
+        for name, sample in report.samples.items():
+            self.metrics.memory(name, sample.process_bytes, sample.device_driver_bytes)
+        self.used.update(report.samples)
+        for event in report.events:
+            self.metrics.limit(event.level)
+            self._options.on_event(event)
+        if self._options.on_seen is not None:
+            for seen in report.seen:
+                self._options.on_seen(seen)
 
     def close(self) -> None:
         """End the watchdogs. Returns in bounded time in any state of Ray, and raises nothing."""
@@ -77,6 +98,6 @@ class Watch:
                         name=f"xlstm-ray {o.run} watchdog {node[:8]}",
                         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                     )
-                    .remote(node[:8], o.limits, o.watch_every_s, empty_cache=o.empty_cache)
+                    .remote(node[:8], o.limits, o.watch_every_s, empty_cache=o.empty_cache, logs=o.on_seen is not None)
                 )
             self._watchdogs[node].watch.remote({s.name: s.handle for s in self._seats if s.node == node})

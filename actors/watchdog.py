@@ -5,16 +5,20 @@ too. The driver acts on a hard limit: it stops between two tiles. Nothing here i
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from time import time
 from typing import Any, NamedTuple
 
 import psutil
 
 from xlstm_ray.memory.sample import Sample
-from xlstm_ray.memory.watchdog import Event, Level, Limits
+from xlstm_ray.memory.watchdog import Event, Level, Limits, Seen
 from xlstm_ray.supervisor.processes import Machine, Process
+
+MOST_SEEN = 1 << 14
 
 
 class ActorSample(NamedTuple):
@@ -30,10 +34,14 @@ class ActorSample(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A watchdog's report since the one before: the last sample of each actor, and events in order."""
+    """A watchdog's report since the one before: the last sample of each actor; events, and all it has seen, in order.
+
+    seen: empty unless it was asked for.
+    """
 
     samples: dict[str, Sample]
     events: list[Event]
+    seen: list[Seen]
 
 
 class NodeWatchdog:
@@ -41,10 +49,14 @@ class NodeWatchdog:
 
     limits: makes limits from the memory of the node and of an actor's device (None if it has none), in bytes. They
     bound each actor, and the sum of a node's actors: together these are like one process of local mode.
+    logs: keep all samples for the next report, at most the last MOST_SEEN.
     """
 
-    def __init__(self, node: str, limits: Callable[[int, int | None], Limits], poll_s: float, *, empty_cache: bool):
+    def __init__(
+        self, node: str, limits: Callable[[int, int | None], Limits], poll_s: float, *, empty_cache: bool, logs: bool
+    ):
         self.node, self.limits, self.poll_s, self.empty_cache = node, limits, poll_s, empty_cache
+        self._seen: deque[Seen] = deque(maxlen=MOST_SEEN if logs else 0)
         self._actors: dict[str, Any] = {}
         self._over: dict[str, Level | None] = {}
         self._samples: dict[str, Sample] = {}
@@ -64,8 +76,9 @@ class NodeWatchdog:
     def report(self) -> Report:
         """What happened since the last report."""
         with self._lock:
-            report = Report(dict(self._samples), self._events)
+            report = Report(dict(self._samples), self._events, list(self._seen))
             self._events = []
+            self._seen.clear()
         return report
 
     def _loop(self) -> None:
@@ -106,6 +119,7 @@ class NodeWatchdog:
         """The exceeded limit or None; adds an event if that is new."""
         level = limits.exceeded(sample)
         with self._lock:
+            self._seen.append(Seen(who, time(), sample, level))
             known, self._over[who] = self._over.get(who), level
             if level is not None and level != known:
                 self._events.append(Event(who, level, sample, limits, container))

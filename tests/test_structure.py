@@ -1,4 +1,4 @@
-"""The house keeps its rooms: the order of imports, who reads settings, who knows actors, and how large things may be.
+"""The rules of the structure: the order of imports, who reads settings, who knows actors, and how large things are.
 
 All of it over ast: nothing is imported. A table below may name what a rule does not hold for, and why. Each rule is
 shown to catch a planted violation.
@@ -41,6 +41,7 @@ MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",
     "supervisor.start": "the environment of a head's processes",
 }
+WITHOUT_TORCH = "engine.scheduler engine.tree cachefiles supervisor actors.watchdog"  # with all that they import
 MAY_SAY_FLAGS = r"cli\..*"  # all others mark a field's name, `tile_size`, which cli.flags makes a flag of
 A_FLAG = r"--[a-z][a-z-]*[a-z]"
 A_COMMAND = r"xlstm-ray [a-z]+( --[a-z-]+)*"  # is for a shell, whoever reads it
@@ -69,16 +70,16 @@ def trees(root: Path) -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """What a module imports, wherever in it: `a.b.name` for `from a.b import name`."""
+    """What a module imports, wherever in it: `a.b.name` for `from a.b import name`. No import may be relative."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:
-    """(module, module that it imports) inside the library. What the package offers to users is no arrow."""
+    """(module, module that it imports) inside the library, without the names that the package offers to users."""
     there = trees(root)
     found = set()
     for module, tree in there.items():
@@ -98,18 +99,33 @@ def strings(tree: ast.Module) -> Iterator[str]:
             yield node.value
 
 
-def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef
+
+
+def functions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for node in ast.iter_child_nodes(tree):
         name = f"{within}.{getattr(node, 'name', '')}".strip(".")
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, FUNCTION):
             yield name, node
-        yield from functions(node, name if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else within)
+        yield from functions(node, name if isinstance(node, (*FUNCTION, ast.ClassDef)) else within)
+
+
+def needed(tree: ast.AST) -> Iterator[str]:
+    """What a module imports when it is imported: not inside functions, and not for types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imports(ast.Module([node], []))
+        elif not isinstance(node, FUNCTION) and not (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            yield from needed(node)
 
 
 # -- the rules: each gives what breaks it ------------------------------------------------------------------------------
 def order(root: Path) -> set[str]:
     floor = {room: n for n, rooms in enumerate(FLOORS) for room in rooms.split()}
-    wrong = set()
+    relative = {name for name, tree in trees(root).items() if any(i.startswith(".") for i in imports(tree))}
+    wrong = {f"{name} has a relative import" for name in relative}
     for a, b in arrows(root):
         above, below = a.split(".")[0], b.split(".")[0]
         wrong |= {f"{room} has no floor" for room in (above, below) if room not in floor}
@@ -119,7 +135,7 @@ def order(root: Path) -> set[str]:
 
 
 def circles(root: Path) -> set[str]:
-    """Modules that import each other, on whatever way."""
+    """Modules that import each other, directly or through others."""
     reached: dict[str, set[str]] = {}
     for a, b in arrows(root):
         reached.setdefault(a, set()).add(b)
@@ -141,6 +157,21 @@ def ray(root: Path) -> set[str]:
     return {name for name in users if not re.fullmatch(MAY_IMPORT_RAY, name)} | inside
 
 
+def torch(root: Path) -> set[str]:
+    """Modules that must not need torch, but import it or import a module that needs it."""
+    there = trees(root)
+    given = {name: {*needed(tree)} for name, tree in there.items()}
+
+    def has(name: str, seen: set[str]) -> bool:
+        seen.add(name)
+        own = {i.removeprefix("xlstm_ray.") for i in given[name] if i.startswith("xlstm_ray.")}
+        inner = {next((t for t in (i, i.rpartition(".")[0]) if t in there), name) for i in own} - seen
+        return any(i.split(".")[0] == "torch" for i in given[name]) or any(has(i, seen) for i in inner)
+
+    inside = [n for n in there for room in WITHOUT_TORCH.split() if n == room or n.startswith(f"{room}.")]
+    return {name for name in inside if has(name, set())}
+
+
 def environment(root: Path) -> set[str]:
     """Modules that read or write variables of the environment, however they call os."""
     found = set()
@@ -153,17 +184,16 @@ def environment(root: Path) -> set[str]:
 
 
 def settings(root: Path) -> set[str]:
-    """Modules that import settings, or read one of what they are given."""
+    """Modules that import settings, or take them from what they are given."""
     readers = {a for a, b in arrows(root) if b == "settings"}
     for name, tree in trees(root).items():
-        read = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-        if any("settings" in (getattr(of, "id", ""), getattr(of, "attr", "")) for of in read):
+        if any("settings" in (getattr(node, "id", ""), getattr(node, "attr", "")) for node in ast.walk(tree)):
             readers.add(name)
     return {name for name in readers if not re.fullmatch(MAY_READ_SETTINGS, name)}
 
 
 def flags(root: Path) -> set[str]:
-    """Modules that call a flag of ours by its name, and how many of their texts do. Ray's own flags are not ours.
+    """Modules with texts that name a flag of this program, and how many texts. Ray's own flags do not count.
 
     A text that is a flag and nothing else is in the table that flags are made from, where it is in settings.
     """
@@ -205,7 +235,9 @@ def parameters(root: Path) -> set[str]:
     return many
 
 
-RULES: list[Callable[[Path], set[str]]] = [order, circles, actors, ray, environment, settings, flags, lines, parameters]
+RULES: list[Callable[[Path], set[str]]] = [
+    *(order, circles, actors, ray, torch, environment, settings, flags, lines, parameters),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -215,12 +247,16 @@ def test_the_house_is_as_it_should_be(rule):
 
 PLANTED = [
     ("order", "model.py", "def f():\n    from xlstm_ray.engine.engine import Engine\n", "model -> engine.engine"),
+    ("order", "model.py", "from .engine.engine import Engine\n", "model has a relative import"),
     ("circles", "engine/driver.py", "from xlstm_ray.engine.engine import Engine\n", "engine.driver engine.engine"),
     ("actors", "measure/bench.py", "from xlstm_ray.actors.grid import RayExecutor\n", "measure.bench -> actors.grid"),
     ("ray", "choose.py", "def f():\n    import ray\n", "choose"),
+    ("torch", "engine/tree.py", "from xlstm_ray.engine.driver import run\n", "engine.tree"),
+    ("torch", "engine/scheduler.py", "class A:\n    from torch import Tensor\n", "engine.scheduler"),
     ("environment", "state.py", "from os import getenv as g\n\nhome = g('HOME')\n", "state"),
     ("settings", "state.py", "from xlstm_ray.settings import Settings\n", "state"),
     ("settings", "engine/driver.py", "def f(setup):\n    return setup.settings.dtype\n", "engine.driver"),
+    ("settings", "engine/driver.py", "def f(setup):\n    return g(setup.settings)\n", "engine.driver"),
     (
         "flags",
         "settings.py",
@@ -229,12 +265,14 @@ PLANTED = [
     ),
     ("flags", "model.py", '"""--tile-size here is fine."""\nerror = f"--tile-size {1}: no"\n', "model 1"),
     ("lines", "model.py", "\n" * 401, "xlstm_ray/model.py"),
+    ("parameters", "model.py", "async def f(a, b, c, d, e, f, g, h): ...\n", "model.f"),
     ("parameters", "model.py", "class A:\n    def f(self, a, b, c, d, e, f, *, g, h): ...\n", "model.A.f"),
 ]
 HOUSE = {
     "settings.py": "class Settings:\n    tile_size: int\n",
     "engine/engine.py": "from xlstm_ray.engine.driver import run\n\nclass Engine: ...\n",
-    "engine/driver.py": "from xlstm_ray.model import f\n",
+    "engine/driver.py": "import torch\nfrom xlstm_ray.model import f\n",
+    "engine/tree.py": "if TYPE_CHECKING:\n    import torch\n\ndef f():\n    import torch\n",
     "model.py": "from xlstm_ray.settings import Settings\n",
     "actors/grid.py": "import ray\n",
     "choose.py": "from xlstm_ray.settings import Settings\n",

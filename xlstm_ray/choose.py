@@ -15,7 +15,6 @@ from xlstm_ray.directories import default_state_dir
 from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
 from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
-from xlstm_ray.memory.watchdog import Limit
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, table
 from xlstm_ray.supervisor.mode import Mode, ray_mode
 from xlstm_ray.supervisor.ports import is_loopback
@@ -61,6 +60,10 @@ class Setup(NamedTuple):
         """Raise OutputError unless every output file may be written to its place."""
         check_outputs(self.settings.outputs(), self.settings.inputs(), overwrite=self.settings.overwrite)
 
+    def device(self) -> "torch.device":
+        """The device of a run in this process."""
+        return choose_device(self.settings)
+
 
 class Cluster(NamedTuple):
     """A cluster's total resources, and the CPUs of each node."""
@@ -86,6 +89,11 @@ def choose_setup(settings: Settings) -> Setup:
         raise UsageError(
             f"{settings.named('journal_every')} has no effect in one process without `journal` or `resume`; "
             "leave it out"
+        )
+    if not settings.warmup and settings.source("warmup").kind == "flag" and not backend.compiled:
+        raise UsageError(
+            f"{settings.named('warmup')} has no effect: {backend.name} is not compiled; leave it out, or use another "
+            "`chunkwise_backend`"
         )
     if settings.stages > config.num_blocks:
         raise UsageError(
@@ -182,6 +190,8 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     if backend.executor != "ray":
         if not settings.ray_dashboard:  # with a dashboard there is a head, which has these settings
             for_actors += " ray_dashboard_port ray_keep_alive"
+        if settings.source("ray_local_mode").kind == "flag":  # the variable is for other runs, too
+            for_actors += " ray_local_mode"
         for name in for_actors.split():
             if getattr(settings, name) != table()[name].default:
                 raise UsageError(
@@ -314,26 +324,6 @@ def choose_streams(settings: Settings, workers: int, device: "torch.device") -> 
 def choose_workers(settings: Settings, config: ModelConfig, heads: int) -> int:
     """The number of threads that work on bands of `heads` heads: at most one for each band."""
     return min(settings.workers, -(-config.num_heads // heads))
-
-
-class AskedLimits(NamedTuple):
-    """The memory limits from the settings: the first arguments of `Limits.make`."""
-
-    soft: Limit
-    hard: Limit
-    soft_asked: bool
-
-
-def choose_limits(settings: Settings) -> AskedLimits:
-    """Limits in MiB if they are given, else fractions."""
-
-    def limit(which: str) -> Limit:
-        mb, share = getattr(settings, f"mem_{which}_mb"), getattr(settings, f"mem_{which}_pct")
-        name, value = (f"mem_{which}_pct", share) if mb is None else (f"mem_{which}_mb", mb)
-        return Limit(mb, share, f"{settings.named(name)} {value}")
-
-    asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
-    return AskedLimits(limit("soft"), limit("hard"), asked)
 
 
 def choose_steps(

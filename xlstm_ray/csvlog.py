@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 
 from xlstm_ray.files import LOG, require_replaceable
 
@@ -20,15 +21,17 @@ class CsvLog:
 
     def __init__(self, path: Path, names: Iterable[str], *, append: bool = False, overwrite: bool = False):
         self.failure: OSError | None = None
+        self._lock = Lock()
         require_replaceable(path, LOG, overwrite=overwrite)
         self._file = open(path, "a" if append else "w", newline="")
         self._rows = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
             self._write("time", *names)
 
-    def row(self, *values: object) -> None:
-        """Write one row with the current time."""
-        self._write(now(), *values)
+    def row(self, *values: object, at: float | None = None) -> None:
+        """Write one row, of any thread. at: its time in seconds since 1970; None: now."""
+        with self._lock:
+            self._write(now(at), *values)
 
     def _write(self, *values: object) -> None:
         if self.failure is None:
@@ -44,6 +47,7 @@ class CsvLog:
             self._file.close()
 
 
-def now() -> str:
-    """The time in ISO 8601, with this machine's offset from UTC."""
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+def now(at: float | None = None) -> str:
+    """The time in ISO 8601, with this machine's offset from UTC; of another moment, in seconds since 1970."""
+    when = datetime.now() if at is None else datetime.fromtimestamp(at)
+    return when.astimezone().isoformat(timespec="milliseconds")

@@ -1,5 +1,6 @@
 """Start what a plan needs: the executor in this process or over actors, our Ray head, metrics."""
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +14,7 @@ from xlstm_ray.choose import Cluster, Setup
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.inductor import LaunchCounter
-from xlstm_ray.memory.watchdog import Limits
+from xlstm_ray.memory.watchdog import Event, Limits, Seen
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.executor import Executor
@@ -27,7 +28,7 @@ from xlstm_ray.supervisor.start import managed
 if TYPE_CHECKING:
     from xlstm_ray.actors.grid import RayExecutor
     from xlstm_ray.actors.metrics import GridMetrics
-    from xlstm_ray.actors.watchdog import Event
+    from xlstm_ray.actors.watch import Watch
 
 
 class Running:
@@ -47,7 +48,9 @@ class Running:
         self.stays: Head | None = None  # our head, if it stays after this run
         self.metrics: GridMetrics | None = None  # only with Ray, which shows them
         self.launches: LaunchCounter | None = None  # None if launches cannot be counted
+        self._watch: Watch | None = None  # of the grid
         self._events: list[Event] = []  # reported by the watchdogs of the grid's nodes
+        self._seen: deque[Seen] = deque(maxlen=1 << 16)  # what they have seen, if it is to be logged
 
     @property
     def executor(self) -> Executor:
@@ -90,11 +93,22 @@ class Running:
         self._executor = executor = self._over_actors(ray, plan, checkpoint)
         self.metrics = executor.metrics
 
-    def events(self) -> "list[Event]":
+    def events(self) -> list[Event]:
         """Events that the watchdogs of the grid's nodes reported since the last call."""
         events = self._events[:]
         del self._events[: len(events)]
         return events
+
+    def seen(self, *, at_end: bool = False) -> list[Seen]:
+        """What the watchdogs of the grid's nodes have seen since the last call. at_end: wait for the rest, too."""
+        if at_end and self._watch is not None:
+            self._watch.last_look()
+        return [self._seen.popleft() for _ in range(len(self._seen))]
+
+    def actors_use(self) -> tuple[int, int] | None:
+        """Bytes of all actors together, of their processes and on devices, as last reported; None if not reported."""
+        used = [] if self._watch is None else list(self._watch.used.values())
+        return (sum(s.process_bytes for s in used), sum(s.device_driver_bytes for s in used)) if used else None
 
     def helpers_lost(self) -> list[str]:
         """A line for each of Ray's helpers that ended since the last call. The run goes on without them."""
@@ -161,6 +175,7 @@ class Running:
                 "limits": partial(Limits.make, *plan.watch.limits),
                 "watch_every_s": plan.watch.every_s,
                 "empty_cache": "empty_cache" in plan.watch.actions,
+                "on_seen": self._seen.append if "mem_log" in plan.logs else None,
             }
         options = GridOptions(
             run=token_hex(3),
@@ -169,7 +184,9 @@ class Running:
             on_event=self._events.append,
             **watched,
         )
-        return RayExecutor(ray, spec, plan.layout, options)
+        executor = RayExecutor(ray, spec, plan.layout, options)
+        self._watch = executor.watch
+        return executor
 
 
 def job_metadata(model: Path, stages: int) -> dict[str, str]:

@@ -10,7 +10,6 @@ import torch
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import (
     ActorPlan,
-    AskedLimits,
     Cluster,
     Dtype,
     RunSizes,
@@ -19,7 +18,6 @@ from xlstm_ray.choose import (
     choose_device,
     choose_dtype,
     choose_head,
-    choose_limits,
     choose_model,
     choose_sizes,
     choose_steps,
@@ -35,7 +33,7 @@ from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
 from xlstm_ray.memory.room import Room
 from xlstm_ray.memory.sample import device_total_bytes, take_sample
-from xlstm_ray.memory.watchdog import Limits
+from xlstm_ray.memory.watchdog import Limit, Limits
 from xlstm_ray.settings import Settings, Source, table
 from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
@@ -43,6 +41,26 @@ from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
 
 CACHE_MEMORY_MB = 256  # besides a directory, if nothing else is given
+
+
+class AskedLimits(NamedTuple):
+    """The memory limits from the settings: the first arguments of `Limits.make`."""
+
+    soft: Limit
+    hard: Limit
+    soft_asked: bool
+
+
+def choose_limits(settings: Settings) -> AskedLimits:
+    """Limits in MiB if they are given, else fractions."""
+
+    def limit(which: str) -> Limit:
+        mb, share = getattr(settings, f"mem_{which}_mb"), getattr(settings, f"mem_{which}_pct")
+        name, value = (f"mem_{which}_pct", share) if mb is None else (f"mem_{which}_mb", mb)
+        return Limit(mb, share, f"{settings.named(name)} {value}")
+
+    asked = any(settings.source(f"mem_soft_{of}").kind != "default" for of in ("mb", "pct"))
+    return AskedLimits(limit("soft"), limit("hard"), asked)
 
 
 class Watch(NamedTuple):

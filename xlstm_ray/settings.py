@@ -254,6 +254,10 @@ class Settings(BaseSettings):
             if self.source(name).kind == "flag" and not any(there):
                 ways = " or ".join(f"`{way}`" for way in [*cached][:needs])
                 raise UsageError(f"{self.named(name)} has no effect without a cache; add {ways}, or leave it out")
+        for which in ("soft", "hard"):
+            share, mb = f"mem_{which}_pct", f"mem_{which}_mb"
+            if self.source(share).kind == self.source(mb).kind == "flag":
+                raise UsageError(f"{self.named(share)} has no effect beside {self.named(mb)}; leave one of them out")
         off, fixed = not self.mem_watchdog, not self.shrink_on_soft
         for name in (name for name, source in self.sources.items() if source.kind == "flag"):
             of_shrinking = name == "min_chunk" or (name == "shrink_on_soft" and self.shrink_on_soft)

@@ -1,11 +1,11 @@
-"""What the tests of the grid on real Ray share: sizes, a prompt, programs in processes of their own, fixtures."""
+"""Helpers for tests on real Ray: sizes, a prompt, programs in their own processes, fixtures."""
 
 import json
 import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def script(home: Path, text: str, *arguments: object) -> list[Any]:
-    """What a fresh Python says: the JSON lines that it prints."""
+    """Run a text as a Python program; returns the JSON lines that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
         env=environment(home),
@@ -42,13 +42,42 @@ def script(home: Path, text: str, *arguments: object) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def program(*words: object) -> list[str]:
+    return [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)]
+
+
 def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)]
-    return subprocess.run(program, env=environment(home), capture_output=True, text=True, timeout=240)
+    return subprocess.run(program(*words), env=environment(home), capture_output=True, text=True, timeout=240)
+
+
+def after_tiles(
+    tiles: int, act: Callable[[subprocess.Popen[str]], object], home: Path, *words: object, **variables: object
+) -> subprocess.CompletedProcess[str]:
+    """Run the program, and call `act` with its process after this many tiles. stderr comes without the progress."""
+    run = subprocess.Popen(
+        program(*words, "--progress", "ndjson"),
+        env=environment(home) | {name: str(value) for name, value in variables.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stderr is not None
+    said, acted = [], False
+    for line in run.stderr:
+        if not line.startswith("{"):
+            said.append(line)
+        elif not acted and json.loads(line).get("tiles_done", 0) >= tiles:
+            act(run)
+            acted = True
+    out = run.stdout.read()
+    code = run.wait(120)
+    assert acted, said
+    return subprocess.CompletedProcess(run.args, code, out, "".join(said))
 
 
 class InProcess(dict[int, dict[str, Any]]):
-    """By heads a band, once asked for: what the queued backend gives, compiled with one thread as the actors are."""
+    """By heads a band: the queued backend's results, computed on first use, compiled for one thread like actors."""
 
     def __init__(self, models: dict[int, Path]):
         self.models = models
@@ -74,7 +103,7 @@ class InProcess(dict[int, dict[str, Any]]):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four heads, three blocks: two stages leave unequal parts. Blocks of the sizes that the hybrid's have."""
+    """Four heads and three blocks, so that two stages are unequal. The blocks have the hybrid's sizes."""
     directory = tmp_path_factory.mktemp("model")
     make_model(directory, seed=5, hidden_size=64, ffn_proj_factor=2.0, ffn_round_up_to_multiple_of=8)
     return directory
@@ -82,7 +111,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By heads a band: the model, and one with an sLSTM block, which bands of three heads cut unequally."""
+    """By heads a band: the model, and one with an sLSTM block, whose bands of three heads are unequal."""
     return {4: model, 3: write_model(tmp_path_factory.mktemp("hybrid"), **CASES["hybrid"])}
 
 

@@ -1,4 +1,4 @@
-"""A dashboard beside work in this process: it is told of at once, shows how far a prompt is, and forgets ended runs."""
+"""A dashboard beside a run in one process: its address is printed first, it shows progress, and forgets ended runs."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ RUN = """
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], Head, "subprocess.Popen[str]"]]:
-    """A prefill of 8 tiles that has done 3 and waits: what it said, its head, itself."""
+    """A prefill of 8 tiles that waits after 3: its output, its head, its process."""
     home = tmp_path_factory.mktemp("home")
     make_model(home / "a-model", hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
     env = {**os.environ, "HOME": str(home), "RAY_metrics_report_interval_ms": "1000"}
@@ -75,7 +75,7 @@ def asked(url: str, head: Head | None = None) -> str:
 
 
 def figures(head: Head) -> dict[str, float]:
-    """Our metrics by name, and of memory by kind."""
+    """Our metrics by name; those of memory by name and kind."""
     rows = re.findall(r"^ray_xlstm_ray_(\w+)\{(.*?)\} (\S+)$", asked(head.metrics_url), re.MULTILINE)
     kinds = [(name, re.search(r'kind="(\w+)"', labels), value) for name, labels, value in rows if "bucket" not in name]
     return {name + (f" {kind[1]}" if kind else ""): float(value) for name, kind, value in kinds}

@@ -1,4 +1,4 @@
-"""The grid on real Ray: same bits as in process, whatever happens to its actors.
+"""The grid on real Ray gives the bits of one process, also when actors die or hang.
 
 Nothing here connects in pytest's own process: Ray fixes its authentication at import, for every test file. Scripts run
 beside a head of ours and print a JSON line for each thing they saw.
@@ -114,7 +114,7 @@ def test_an_actor_refuses_another_model_than_the_drivers(model):
 # -- on a head ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=[(2, 4), (2, 3)], ids=["2 stages", "hybrid, 2 stages x 2 bands"])
 def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[int, Path]) -> tuple[int, dict[str, Any]]:
-    """Everything that one grid does: (heads a band, what it said). Most faults on the first grid only, for time."""
+    """All runs of one grid: (heads a band, what it printed). To save time, only the first grid has all faults."""
     stages, heads = request.param
     text = (
         GRID
@@ -349,7 +349,7 @@ def test_cpus_are_shared_where_there_are_fewer_than_actors(nodes, actors, share)
 
 
 def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
-    """The actors are over it from the beginning; a watchdog says so, and the driver goes on with half a tile."""
+    """The actors are over the limit from the start; the watchdog reports it, and the driver halves the tile."""
     text = (
         GRID.replace("tile_size=16", "tile_size=32").replace(
             "journal_every=3)", "journal_every=3, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20)"

@@ -1,5 +1,6 @@
-"""What may happen to a run on a head of ours: places, deadlines, limits, connections, journals, full disks."""
+"""Runs on a head of ours: places, deadlines, memory limits, connections, journals, full disks."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -10,7 +11,22 @@ import time
 import pytest
 import torch
 from containers import container, needs_containers
-from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, head, home, in_process, model, models, script
+from grids import (
+    CHUNK,
+    PROMPT,
+    SIZES,
+    TILE,
+    after_tiles,
+    command,
+    environment,
+    head,
+    home,
+    in_process,
+    model,
+    models,
+    program,
+    script,
+)
 from safetensors.torch import load_file
 
 import xlstm_ray
@@ -25,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home, head, model, in_process, tmp_path):
-    """It is stopped when it is about to load: at the start of a grid, and where it is to replace a dead one."""
+    """The actor is suspended just before it loads: at the start of a grid, and as the replacement of a dead one."""
     said = script(
         home,
         """
@@ -111,6 +127,7 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
         home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
         "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
         "--mem-poll-ms", 50, "--no-mem-shrink", "--state-out", tmp_path / "kept.state",
+        "--mem-log", tmp_path / "memory.csv", "--stats-log", tmp_path / "tiles.csv",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
@@ -120,6 +137,25 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
     (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
     assert kept % TILE == 0
     assert 0 < kept < 40 * len(PROMPT)
+    # The logs have the actors' memory, and that of a node's actors together, which ended the run.
+    samples = list(csv.DictReader(open(tmp_path / "memory.csv", newline="")))
+    most = {row["who"]: 0 for row in samples}
+    for row in samples:
+        most[row["who"]] = max(most[row["who"]], int(row["process_bytes"]))
+    own, (together,) = most.pop("this process"), [most.pop(who) for who in [*most] if who.startswith("all actors of ")]
+    for who in [who for who in most if who.startswith("the container of ")]:
+        del most[who]
+    assert sorted(who[-len("stage 0, blocks 0-0, heads 0-3") :] for who in most) == [
+        "stage 0, blocks 0-0, heads 0-3",
+        "stage 1, blocks 1-2, heads 0-3",
+    ]
+    assert together > 700 << 20 > max(own, *most.values()) > 100 << 20
+    assert {row["level"] for row in samples if row["who"].startswith("all actors of ")} >= {"hard"}
+    tiles = list(csv.DictReader(open(tmp_path / "tiles.csv", newline="")))
+    used = [int(row["process_bytes"]) for row in tiles if row["process_bytes"]]
+    assert used
+    assert max(used) <= sum(most.values())
+    assert max(used) > max(most.values())
 
 
 OURS = ("actors", "band", "executor", "engine", "xlstm", "watchdog", "metrics", "state", "settings", "errors", "model")
@@ -135,8 +171,8 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
     (tmp_path / "beside").mkdir()
     for name in OURS:  # beside a program, whatever does not name a library that it needs
         (tmp_path / "beside" / f"{name}.py").write_text(f"raise ImportError('{name} beside the program')")
-    program = tmp_path / "beside" / "program.py"
-    program.write_text(
+    beside = tmp_path / "beside" / "program.py"
+    beside.write_text(
         "import sys, xlstm_ray\n"
         "lm = xlstm_ray.load(sys.argv[1], ray_address=sys.argv[2], chunkwise_backend='ray_compiled_chunks',\n"
         "    device='cpu', threads=1, tile_size=16, chunk_size=16)\n"
@@ -146,7 +182,7 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
         "-P", "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model, *SIZES,
         "--ray-address", head.address, "--chunkwise-backend", "ray_compiled_chunks", "--prompt", PROMPT, "--json",
     ]  # fmt: skip
-    for words in (by_command, [program, model, head.address, PROMPT]):
+    for words in (by_command, [beside, model, head.address, PROMPT]):
         done = subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=tmp_path / "here",
@@ -163,12 +199,11 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
 def test_two_stages_run_where_there_is_less_than_one_cpu(home, model, in_process):
     with container(cpus=0.99) as prefix:
         words = [
-            *prefix, sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", "prefill", "--model", model,
-            *SIZES[:2], *SIZES[4:], "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
-            "--prompt", PROMPT,
+            "prefill", "--model", model, *SIZES[:2], *SIZES[4:], "--chunkwise-backend", "ray_compiled_chunks",
+            "--stages", 2, "--json", "--prompt", PROMPT,
         ]  # fmt: skip
         done = subprocess.run(
-            [str(word) for word in words], env=environment(home), capture_output=True, text=True, timeout=400
+            [*prefix, *program(*words)], env=environment(home), capture_output=True, text=True, timeout=400
         )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state_digest"] == in_process[4]["digest"]
@@ -227,20 +262,7 @@ def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model,
         "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--journal-every", 2,
         "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--prompt", PROMPT, "--json",
     ]  # fmt: skip
-    program = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()"]
-    run = subprocess.Popen(
-        [*program, *map(str, words), "--journal", str(journal), "--progress", "ndjson"],
-        env=environment(home),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert run.stderr is not None
-    for line in run.stderr:  # killed at some moment after the first snapshots
-        if line.startswith("{") and json.loads(line).get("tiles_done", 0) >= 5:
-            break
-    run.kill()
-    run.communicate()
+    after_tiles(5, subprocess.Popen.kill, home, *words, "--journal", journal)  # some time after the first snapshots
     kept = RecurrentState.load(journal / "prefill.state")
     assert 0 < sum(kept.tokens) < len(PROMPT)
 
@@ -299,26 +321,15 @@ def test_a_disk_that_fills_up_under_the_snapshots_costs_neither_the_run_nor_its_
         words = [
             "prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
             "--ray-address", head.address, "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3,
-            "--progress", "ndjson",
         ]  # fmt: skip
-        run = subprocess.Popen(
-            [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)],
-            env=environment(home) | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert run.stdout is not None
-        assert run.stderr is not None
-        said = []
-        for line in run.stderr:
-            if not line.startswith("{"):
-                said.append(line)
-            elif json.loads(line).get("tiles_done") == 8:
-                assert list(disk.iterdir())
-                subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=4k"], capture_output=True)
-        found = json.loads(run.stdout.read())
-        assert run.wait(60) == 1, said
+
+        def fill(_run: object) -> None:
+            assert list(disk.iterdir())
+            subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=4k"], capture_output=True)
+
+        done = after_tiles(8, fill, home, *words, XDG_CACHE_HOME=tmp_path / "cache")
+        said, found = done.stderr.splitlines(), json.loads(done.stdout)
+        assert done.returncode == 1, said
         assert found["state_digest"] == in_process[4]["digest"]
         assert found["state_path"] is None
         (note,) = [line for line in said if line.startswith("note: a snapshot is missing")]

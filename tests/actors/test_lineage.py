@@ -1,4 +1,4 @@
-"""The lineage of states: whatever was made, dropped and brought to the host, what is needed makes it all again."""
+"""The lineage of states: after any makes, drops and copies to the host, its plan makes every needed state again."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def a_step(order: int) -> Step:
 
 
 def do(made: Made, store: dict[int, Value]) -> None:
-    """What an actor does, on values that can be told apart."""
+    """An actor's operations, on values that show how they were made."""
     for number in made.drop:
         del store[number]
     if made.step is not None:

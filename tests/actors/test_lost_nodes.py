@@ -1,4 +1,4 @@
-"""Nodes, networks and Ray's own processes that are lost, with real signals and name spaces."""
+"""Lost nodes, networks and Ray processes, with real signals and name spaces."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import CHUNK, PROMPT, SIZES, TILE, command, environment, in_process, model, models, script
+from grids import CHUNK, PROMPT, SIZES, TILE, after_tiles, command, environment, in_process, model, models, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -122,7 +122,7 @@ FAR = """
 def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_another_machine(
     model, in_process, tmp_path
 ):
-    """The other node's actor has a pid that a bystander here has; the link is down for 8 s in the middle."""
+    """The other node's actor has the pid of a process here; the link is down for 8 s during the run."""
     name = f"xr{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", name + "a"], capture_output=True).returncode:
         pytest.skip("`ip netns add` is not permitted here: it takes Linux and root")
@@ -195,40 +195,29 @@ def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_ano
     ("name", "number", "code"), [("raylet", signal.SIGKILL, 4), ("gcs_server", signal.SIGSTOP, 0)], ids=str
 )
 def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_process, tmp_path):
-    """A raylet that is gone makes Ray end the run's process; a GCS that hangs must not keep the result from us."""
+    """If the raylet dies, Ray ends the run's process; if the GCS hangs, the result must still come."""
     state_dir, kept = tmp_path / ".local" / "state" / "xlstm-ray", tmp_path / "kept.state"
     words = [
         "prefill", "--model", model, *SIZES, "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--json",
-        "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3, "--progress", "ndjson",
+        "--prompt", PROMPT, "--state-out", kept, "--journal-every", 3,
     ]  # fmt: skip
-    run = subprocess.Popen(
-        [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)],
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert run.stderr is not None
-    said = []
-    for line in run.stderr:
-        if not line.startswith("{"):
-            said.append(line)
-        elif json.loads(line).get("tiles_done") == 8:
-            (head,) = all_heads(state_dir)
-            (process,) = [p for p in session_of(head) if p.name() == name]
-            process.send_signal(number)
-    assert run.stdout is not None
-    out = run.stdout.read()
-    assert run.wait(120) == code, said
+
+    def signal_it(_run: object) -> None:
+        (head,) = all_heads(state_dir)
+        (process,) = [p for p in session_of(head) if p.name() == name]
+        process.send_signal(number)
+
+    done = after_tiles(8, signal_it, tmp_path, *words)
+    assert done.returncode == code, done.stderr
     lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
     digest = lm.prefill(PROMPT, state=RecurrentState.load(kept)).state.digest()
     torch.set_num_threads(os.cpu_count() or 1)
     assert digest == in_process[4]["digest"]
     if code == 0:
-        assert json.loads(out)["state_digest"] == digest
+        assert json.loads(done.stdout)["state_digest"] == digest
     else:
-        assert out == ""
-        error = "".join(said)
+        assert done.stdout == ""
+        error = done.stderr
         assert "error: " in error
         assert "Traceback" not in error
         assert f"state in {kept}" in error
@@ -238,7 +227,7 @@ def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_proc
 
 
 def test_a_full_disk_under_rays_folder_is_named(model, tmp_path):
-    """Actors end at once where Ray cannot write: the error says why, beside what Ray says."""
+    """If Ray cannot write, actors end at once; the error gives the reason besides Ray's message."""
     disk, home = Path(tempfile.mkdtemp()), tmp_path  # a short path: Ray's sockets are in it
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m,mode=700", "tmpfs", disk], capture_output=True)
     if mounted.returncode != 0:

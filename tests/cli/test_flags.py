@@ -1,4 +1,4 @@
-"""A caller from Python reads the names of fields, a person at a terminal the flags, of the same mistake."""
+"""For the same mistake, a caller from Python reads names of fields, and a person at a terminal reads flags."""
 
 import inspect
 import json
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(options: dict[str, Any]) -> list[str]:
-    """Options of Python as a command takes them, from the table of settings and our convention of names."""
+    """Options of Python as words of a command, by the table of settings and the convention of names."""
     given: list[str] = []
     for name, value in options.items():
         flags = table()[name].flags if name in table() else "--" + name.replace("_", "-")
@@ -62,6 +62,17 @@ LOADING: dict[str, tuple[dict[str, Any], str, str]] = {
     "no journal": ({"journal_every": 3}, "without `journal` or `resume`", "without --journal or --resume"),
     "a switch": ({"shrink_on_soft": False, "min_chunk": 8}, "(`shrink_on_soft=False`)", "(--no-mem-shrink)"),
     "limits": ({"mem_soft_mb": 9, "mem_hard_mb": 8}, "`mem_soft_mb` 9", "--mem-soft-mb 9"),
+    "two limits": (
+        {"mem_soft_mb": 900, "mem_soft_pct": 0.5},
+        "`mem_soft_pct` has no effect beside `mem_soft_mb`",
+        "--mem-soft-pct has no effect beside --mem-soft-mb",
+    ),
+    "nothing to compile": ({"warmup": False}, "`warmup=False` has no effect: native", "--no-warmup has no effect: nat"),
+    "no actors": (
+        {"ray_local_mode": False},
+        "`ray_local_mode=False` is for the ray_ backends",
+        "--no-ray-local-mode is for the ray_ backends",
+    ),
     "not ours": ({"stats_log": "notes"}, "or `overwrite=True`", "or --overwrite"),
     "two of one name": ({"stats_log": "a", "mem_log": "a"}, "`stats_log` and `mem_log`", "--stats-log and --mem-log"),
 }

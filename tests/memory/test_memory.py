@@ -1,4 +1,4 @@
-"""Memory: samples against what the system says, limits, the watchdog on real allocations, the computed need."""
+"""Memory: samples against the system's figures, limits, the watchdog on real allocations, the computed need."""
 
 import csv
 import json
@@ -17,11 +17,11 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
-from xlstm_ray.choose import choose_limits
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.memory.sample import Sample, take_sample
 from xlstm_ray.memory.watchdog import Limits
+from xlstm_ray.plan import choose_limits
 from xlstm_ray.settings import Settings
 
 
@@ -168,7 +168,8 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
     whole = plain(model).prefill([*tokens, *range(40)])
     assert (further.logits - whole.logits).norm() / whole.logits.norm() < 1e-4
     assert {"soft"} == {row["level"] for row in samples}
-    assert list(samples[0]) == ["time", *(f.name for f in fields(Sample)), "level"]
+    assert list(samples[0]) == ["time", *(f.name for f in fields(Sample)), "level", "who"]
+    assert {row["who"] for row in samples} == {"this process"}
     moments = [datetime.fromisoformat(row["time"]) for row in samples]
     assert moments == sorted(moments)
     seconds = [float(row["seconds"]) for row in samples]

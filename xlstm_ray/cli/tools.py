@@ -28,9 +28,10 @@ def doctor(
 ) -> None:
     """Show this machine's devices; with --kernels, the Metal kernels of a model on Apple's GPU."""
     settings = Settings.make(**asked)
-    given = next((name for name, value in asked.items() if value is not None and name in table()), None)
+    given = next((name for name, value in asked.items() if value is not None), None)
     if given and not kernels:
-        raise UsageError(f"{settings.named(given)} is for the table of kernels: add --kernels, or leave it out")
+        named = settings.named(given) if given in table() else f"`{given}`"
+        raise UsageError(f"{named} is for the table of kernels: add --kernels, or leave it out")
     from xlstm_ray.choose import choose_device, choose_setup
     from xlstm_ray.measure.doctor import kernel_report, machine
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xlstm_ray.autoscale import autoscale
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import Dtype, Setup, choose_device
+from xlstm_ray.choose import Dtype, Setup
 from xlstm_ray.engine.chat import Chat
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Progress
@@ -79,7 +79,7 @@ class Engine:
             kept.journal = Journal(path, option=named, resumes=resumes, note=lambda text: self.on_note(text))
         cluster = running.attach(setup)
         if cluster is None and setup.backend.compiled:
-            require_compiler(setup.backend.name, choose_device(setup.settings))
+            require_compiler(setup.backend.name, setup.device())
         text = Text(setup.model, setup.config, lambda done, of: self._core.between_pieces(done, of))
         checkpoint = Checkpoint(setup.model, setup.config)
         choose = partial(

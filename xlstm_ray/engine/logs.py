@@ -4,28 +4,18 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol
-
-import torch
 
 from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.engine.driver import Progress, Sizes
 from xlstm_ray.errors import UsageError
+from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import take_sample
-from xlstm_ray.memory.watchdog import LOG_COLUMNS
+from xlstm_ray.memory.watchdog import LOG_COLUMNS, Seen, log_sample
 from xlstm_ray.plan import LogFile
 
 TILE_COLUMNS = (
     "tile tokens_done tokens_total tile_s seconds tile_size chunk_size process_bytes device_driver_bytes".split()
 )
-
-
-class Metrics(Protocol):
-    """The figures that a dashboard shows."""
-
-    def progress(self, done: int, total: int) -> None: ...
-    def tile(self, tokens: int, seconds: float, under_way: int) -> None: ...
-    def memory(self, actor: str, process_bytes: int, device_bytes: int) -> None: ...
 
 
 class RunLogs:
@@ -50,8 +40,10 @@ class RunLogs:
     ) -> None:
         self._files.close()
 
-    def progress(self, p: Progress, sizes: Sizes, metrics: Metrics | None, device: torch.device | None) -> None:
-        """Log a finished tile. device: this process's device; None if actors do the work, with their own figures."""
+    def progress(self, p: Progress, sizes: Sizes, running: Running) -> None:
+        """Log a finished tile, and what watchdogs of other processes have seen."""
+        self.seen(running.seen())
+        metrics, device = running.metrics, running.plan.own_device  # no device if actors do the work
         if self._tiles is None and metrics is None:
             return
         sample = take_sample(device)
@@ -63,7 +55,14 @@ class RunLogs:
             self._done = p.tokens_done
         if self._tiles is not None:
             row = p.tiles_done, p.tokens_done, p.tokens_total, p.tile_seconds, p.seconds
-            self._tiles.row(*row, *sizes, sample.process_bytes, sample.device_driver_bytes)
+            own = sample.process_bytes, sample.device_driver_bytes
+            self._tiles.row(*row, *sizes, *(own if device is not None else running.actors_use() or ("", "")))
+
+    def seen(self, seen: Iterable[Seen]) -> None:
+        """Log samples of other processes."""
+        for one in seen:
+            if self.memory is not None:
+                log_sample(self.memory, one)
 
     def _open(self, asked: dict[str, LogFile], name: str, columns: Iterable[str], files: ExitStack) -> CsvLog | None:
         if name not in asked:

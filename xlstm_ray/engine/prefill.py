@@ -104,6 +104,7 @@ class Prefill:
                     next=lambda: self._next(guard),
                 ),
             )
+            logs.seen(core.running.seen(at_end=logs.memory is not None))
         if outcome.lost and not any(outcome.end.rows):
             raise outcome.lost  # no snapshot yet: nothing to keep
         chosen = perf_counter()
@@ -185,7 +186,7 @@ class Prefill:
 
     # -- what is told and kept -----------------------------------------------------------------------------------------
     def _progress(self, p: Progress, logs: RunLogs) -> None:
-        logs.progress(p, self._sizes, self._core.running.metrics, self._core.plan.own_device)
+        logs.progress(p, self._sizes, self._core.running)
         if self._asked.on_progress is not None:
             self._asked.on_progress(p)
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
+from time import time
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from xlstm_ray.csvlog import CsvLog
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Level = Literal["soft", "hard"]
 LEVELS: tuple[Level | None, ...] = None, "soft", "hard"
 
-LOG_COLUMNS = *(f.name for f in fields(Sample)), "level"
+LOG_COLUMNS = *(f.name for f in fields(Sample)), "level", "who"
 
 
 class Limit(NamedTuple):
@@ -72,6 +73,20 @@ class Limits:
             if sample.process_bytes > process or (device is not None and sample.device_driver_bytes > device):
                 return level
         return None
+
+
+class Seen(NamedTuple):
+    """A sample of a process, or of all actors of a node together. at: when it was taken, in seconds since 1970."""
+
+    who: str
+    at: float
+    sample: Sample
+    level: Level | None
+
+
+def log_sample(log: CsvLog, seen: Seen) -> None:
+    """Write a row with LOG_COLUMNS."""
+    log.row(*astuple(seen.sample), seen.level or "", seen.who, at=seen.at)
 
 
 class Event(NamedTuple):
@@ -183,4 +198,4 @@ class MemoryWatchdog:
             if self._worst is None or (found[0], sample.process_bytes) > (self._worst[0], self._worst[1].process_bytes):
                 self._worst = found
             if self._log is not None:
-                self._log.row(*astuple(sample), level or "")
+                log_sample(self._log, Seen("this process", time(), sample, level))
