@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# Threads that wait by spinning make every small test five times as slow where the cores are shared. Read with torch.
+# Spinning threads make small tests five times as slow on shared cores. OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Inductor tries in every process what the compiler makes of the vectors of this CPU, for a second. Wrong is an error.
+# Otherwise Inductor tests this CPU's vector instructions in each process, which takes a second.
 if sys.platform == "linux":
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
@@ -28,7 +28,7 @@ __all__ = ["mps", "simulator"]
 hypothesis.settings.register_profile("busy", deadline=None)  # a machine that is busy is not a failure
 hypothesis.settings.load_profile("busy")
 
-# What Inductor has compiled is kept from one test run to the next: most of a first run is C++ compilation.
+# Keep Inductor's compiled code for later test runs: C++ compilation is most of a first run's time.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlstm-ray" / "tests" / "inductor"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 os.environ.pop("XDG_STATE_HOME", None)  # records of heads are under the HOME that a test gives
@@ -37,8 +37,8 @@ os.environ.pop("XDG_STATE_HOME", None)  # records of heads are under the HOME th
 logging.getLogger("torch.__trace").propagate = True
 
 
-# What `./scripts/test fast` leaves out, by folder, file, fixture or name; pyproject.toml says what each marker means.
-# Slow is what takes some seconds of a core, most often for a process that imports torch.
+# `./scripts/test fast` leaves these out: folders, files, fixtures or names. pyproject.toml explains the markers.
+# Slow tests take some seconds of a core, most often for a process that imports torch.
 MARKED = {
     "ray": "test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container",
     "metal": "metal mps simulator",
@@ -149,7 +149,7 @@ LONGEST = """
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: where files run side by side, none of them is still at work when the others are done."""
+    """Run the longest files first, so that parallel workers end at about the same time."""
     longest = LONGEST.split()
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
     markers = {name: marker for marker, names in MARKED.items() for name in names.split()}
@@ -161,14 +161,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported lives as long as the process: to look through it ever again takes a tenth of a compilation."""
+    """Keep imported objects out of garbage collection: otherwise it takes a tenth of each compilation."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
 
 
 class Ran(NamedTuple):
-    """What a run of the program left."""
+    """The exit code and output of a run of the program."""
 
     code: int
     out: str
@@ -183,7 +183,7 @@ class Ran(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that says what is wrong; nothing else was printed."""
+        """The error line; nothing else was printed."""
         assert self.code != 0, self
         assert self.out == ""
         (line,) = self.err.splitlines()
@@ -208,14 +208,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
 @pytest.fixture
 def eager() -> Iterator[None]:
-    """Compiled kernels run as the plain torch that they are made of: breadth without a compilation a shape."""
+    """Compiled kernels run as plain torch, so that many shapes can be tested without compiling."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Fresh memory holds NaN, in torch and in compiled code; yields how many buffers the compiled code asked for."""
+    """New memory holds NaN, in torch and in compiled code; yields the sizes of the buffers of compiled code."""
     asked: list[int] = []
     plain = torch._C._dynamo.guards._empty_strided_cpu
 

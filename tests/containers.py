@@ -1,4 +1,4 @@
-"""A container for a test: control groups of version 1, and a mount namespace that has them at its root."""
+"""A container for a test: control groups (version 1), and a mount namespace that shows them at its root."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ needs_containers = pytest.mark.skipif(not can_make, reason="only root can make c
 
 @contextmanager
 def container(*, memory_mb: int | None = None, cpus: float | None = None) -> Iterator[list[str]]:
-    """What to put before a command so that it runs with this much memory, without swap, and this share of CPUs."""
+    """Words before a command that run it with this much memory, without swap, and with this many CPUs."""
     name = f"xlstm-ray-test-{os.getpid()}-{os.urandom(3).hex()}"
     groups = []
     try:

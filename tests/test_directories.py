@@ -18,7 +18,7 @@ CACHES = {"linux": "/home/me/.cache/xlstm-ray", "darwin": "/home/me/Library/Cach
 
 
 def directories(system: str, **variables: str) -> list[str]:
-    """Of caches and of records, as a program says them that believes to be on that system."""
+    """The directories of caches and records, from a program that takes its system for this one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
     env |= {"HOME": "/home/me", **variables}
     done = subprocess.run([sys.executable, "-c", CODE, system], stdout=subprocess.PIPE, env=env, text=True, check=True)
@@ -37,5 +37,5 @@ def test_xdg_is_honoured_alike(system):
 
 @pytest.mark.parametrize("system", CACHES)
 def test_a_relative_directory_is_passed_over_as_xdg_says(system):
-    """Else records of heads would depend on the current folder."""
+    """A relative one would make the place of records depend on the current folder."""
     assert directories(system, XDG_CACHE_HOME="c", XDG_STATE_HOME="s") == directories(system)

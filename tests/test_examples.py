@@ -1,4 +1,4 @@
-"""The examples run, with the demo model and kernels that need not be compiled, and do what they say."""
+"""The examples run, with the demo model and uncompiled kernels, and print what they promise."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""What is built and installed: a source distribution that can be tested, a wheel of one name, three ways to start."""
+"""Packages: the sdist has its tests, the wheel installs one name, and the program starts in three ways."""
 
 import ast
 import os
@@ -26,14 +26,14 @@ VERSION = xlstm_ray.__version__
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """The files below a directory by their names there, links followed; what Python keeps for itself is left out."""
+    """The files below a directory, by relative name; links are followed, and Python's caches are left out."""
     found = (Path(at, name) for at, _, names in os.walk(directory, followlinks=True) for name in names)
     return {str(file.relative_to(directory)): file for file in found if "__pycache__" not in file.parts}
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: what a build leaves behind does not get into the next one."""
+    """A copy of the checkout, so that no build finds files of an earlier one."""
     tree = tmp_path_factory.mktemp("checkout") / "xlstm-ray"
     tree.mkdir()
     for entry in ROOT.iterdir():
@@ -45,7 +45,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """The one file that the build backend makes of `source`: kind is sdist or wheel."""
+    """Build `source` with its backend; kind is sdist or wheel."""
     code = f"import sys; from setuptools.build_meta import build_{kind}; build_{kind}(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, out], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, made from the source distribution as an index's users make it."""
+    """The wheel, built from the source distribution, as users of an index build it."""
     return build("wheel", sdist, tmp_path_factory.mktemp("wheel"))
 
 
@@ -98,7 +98,7 @@ def test_the_wheel_has_one_name_and_the_whole_package(tree: Path, wheel: Path) -
 def test_every_way_of_installing_starts_and_finds_the_actors(
     way: str, tree: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """In an environment that has the dependencies of this one, and nothing of ours."""
+    """Run in an environment with the dependencies of this one, without this project."""
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
@@ -131,7 +131,7 @@ def test_every_way_of_installing_starts_and_finds_the_actors(
 
 
 def test_every_import_is_declared() -> None:
-    """What the program imports is Python's, its own, or of a distribution that pyproject.toml names."""
+    """The program imports only itself, Python's library, and distributions that pyproject.toml names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [text for name in ("bench", "serve") for text in project["optional-dependencies"][name]]
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"] + extras}

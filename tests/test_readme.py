@@ -1,4 +1,4 @@
-"""README's commands and its Python example run as they stand, in an environment like the one that its first makes."""
+"""README's commands and Python example run unchanged, in an environment like the one of its first command."""
 
 import os
 import re
@@ -73,7 +73,7 @@ def needed(requirements: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Variables under which Python has what the first command installs and nothing else."""
+    """Variables with which Python finds only the distributions that the first command installs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     there = needed(project["dependencies"]) | {"xlstm-ray", "pip", "setuptools"}
     others = [

@@ -1,4 +1,4 @@
-"""What runs the checks elsewhere: workflows and hooks, against the files and versions that they name."""
+"""Workflows and hooks name files and versions that exist."""
 
 import re
 import tomllib

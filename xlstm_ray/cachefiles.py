@@ -1,7 +1,7 @@
-"""A directory of kept states: what is there, by the files' headers, and how it stays within its bytes. No torch.
+"""A directory of kept states: reads the files' headers, and keeps it within its bytes. No torch.
 
-Every file is whole or absent and its name is a hash, so processes that share a directory need no order among them; who
-adds or removes holds its lock, so that all of them together keep within the budget.
+Every file is whole or absent and its name is a hash, so processes can share a directory. A process that adds or removes
+files holds the lock, so that all processes together stay within the budget.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ LARGEST_HEADER = 16 << 20  # bytes
 
 
 class KeptFile(NamedTuple):
-    """A kept state by its header. size: in bytes. used: when it was of use last, in seconds since 1970."""
+    """A kept state's header. size: in bytes. used: the time of its last use, in seconds since 1970."""
 
     name: str
     size: int
@@ -39,11 +39,11 @@ class KeptFile(NamedTuple):
 
 
 class Folder:
-    """The directory of a cache; made where it is not there. Raises OutputError where that cannot be."""
+    """The directory of a cache. make: create it if it does not exist. Raises OutputError if it cannot be used."""
 
     def __init__(self, path: Path, *, make: bool = True):
         self.path = path
-        self._seen: dict[str, tuple[float, int]] = {}  # name: time and size of what was read
+        self._seen: dict[str, tuple[float, int]] = {}  # by name: time and size of the files that were read
         try:
             if make:
                 path.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ class Folder:
             raise OutputError(f"{path}: the cache cannot be used ({err.strerror}); choose another directory") from None
 
     def file(self, name: str) -> Path:
-        """The place of a state of that name."""
+        """The path of the state with this name."""
         assert NAME.fullmatch(name)
         return self.path / name
 
@@ -61,16 +61,16 @@ class Folder:
         return self.path.stat().st_mtime_ns
 
     def bytes(self) -> int:
-        """What the state files take."""
+        """The bytes of all state files."""
         return sum(info.st_size for info in self.entries().values())
 
     def lock(self) -> FileLock:
-        """Held by who adds or removes. Raises OSError where the directory has gone and cannot be made again."""
+        """The lock for adding and removing. Raises OSError if the directory is gone and cannot be created."""
         self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / LOCK_FILE, mode=0o600, fallback_to_soft=False)
 
     def entries(self) -> dict[str, os.stat_result]:
-        """The state files that are there, by name."""
+        """The state files by name."""
         found = {}
         with os.scandir(self.path) as entries:
             for entry in entries:
@@ -82,9 +82,9 @@ class Folder:
         return found
 
     def read(self) -> tuple[list[KeptFile], list[str], Collection[str]]:
-        """What is new since the last call; the names of files that are not whole states; and all names that there are.
+        """The new states since the last call; the names of files that are not whole states; and the names of all files.
 
-        Header by header: a file's contents are checked when it is used.
+        Only headers are read: a file's contents are checked when it is used.
         """
         there, new, refused = self.entries(), [], []
         for name, info in there.items():
@@ -102,7 +102,7 @@ class Folder:
         return new, refused, there.keys()
 
     def remove(self, names: Collection[str]) -> int:
-        """Let these go; returns the bytes that they took."""
+        """Remove these files; returns their bytes."""
         freed = 0
         for name in names:
             path = self.file(name)
@@ -114,7 +114,7 @@ class Folder:
     def make_room(self, size: int, budget: int, order: Sequence[str] = (), spare: Collection[str] = ()) -> list[str]:
         """Remove files until `size` bytes more are within the budget; the lock is held. Returns the names that went.
 
-        order: what goes first; then the others, the longest unused first, but for those to spare.
+        order: the files to remove first; then others follow, the longest unused first. Files in `spare` stay.
         """
         there = self.entries()
         total, gone = sum(info.st_size for info in there.values()), []
@@ -128,7 +128,7 @@ class Folder:
         return gone
 
     def tidy(self) -> None:
-        """Temporary files of killed writers go."""
+        """Remove temporary files of killed writers."""
         sweep(self.path)
 
     def _header(self, name: str, info: os.stat_result) -> KeptFile:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The demo model's corpus: WordNet's meanings and GeoNames' countries as texts, a tokenizer, the texts as tokens.
 
-xlstm_ray/demo/README.md says where the two packages come from, and has the commands that made the model in it. Needs
-neither torch nor a network. sources.py makes the texts; `write_corpus` makes a corpus folder of any texts.
+xlstm_ray/demo/README.md says where the two packages come from, and has the commands that made the model in it. It needs
+neither torch nor a network. sources.py makes the texts; `write_corpus` makes a corpus folder from any texts.
 """
 
 import argparse
@@ -23,12 +23,15 @@ END = "<|endoftext|>"  # id 0: stands before every document of the training stre
 
 
 def words_of(text: str) -> list[str]:
-    """Words of four letters or more in lower case: shorter ones are words too easily. The last may be cut off."""
+    """The words of four letters or more, in lower case: shorter letter runs are too often words by chance.
+
+    A word at the text's end is left out, since it may be cut off.
+    """
     return re.findall(r"(?<![a-z])[a-z]{4,}(?=[^a-z])", text.lower())
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text has tokens, and every token sequence decodes to the text's bytes."""
+    """Train a byte-level BPE tokenizer: it has tokens for every text, and decodes them to the text's bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,10 +55,10 @@ def write_corpus(
     vocab_size: int,
     famous: Iterable[str] = (),
 ) -> dict[str, dict[str, int]]:
-    """What train.py and evaluate.py read; returns how much text each kind of document has.
+    """Write the files that train.py and evaluate.py read; returns the amount of text of each kind of document.
 
-    documents: by kind: train, capitals (an epoch repeats them), development, heldout (neither is learned)
-    asked: the rows of the question for capitals: name, capital, forty (whether it counts for the headline figure)
+    documents: by kind: train; capitals, which an epoch repeats; development and heldout, which are not learned
+    asked: the questions for capitals: name, capital, forty (whether the headline figure counts it)
     famous: more text for the tokenizer, which learns from the first two kinds
     """
     tokenizer = make_tokenizer([*documents["train"], *documents["capitals"], *famous], vocab_size)
@@ -84,7 +87,7 @@ class Documents:
 
     tokens: np.ndarray  # (N,) uint16
     lengths: np.ndarray  # (documents,) int64, END included
-    utf8_bytes: int  # of all texts together, END not counted
+    utf8_bytes: int  # of all texts together, without END
 
     @classmethod
     def read(cls, path: Path) -> "Documents":
@@ -103,7 +106,7 @@ class Documents:
         return np.split(self.tokens, self.starts[1:])
 
     def shuffled(self, repeats: "Documents", times: int, rng: np.random.Generator) -> "Documents":
-        """These documents and `repeats` that many times, in a new order."""
+        """These documents and `times` copies of `repeats`, in a random order."""
         tokens = np.concatenate([self.tokens, *[repeats.tokens] * times])
         lengths = np.concatenate([self.lengths, *[repeats.lengths] * times])
         order = rng.permutation(len(lengths))

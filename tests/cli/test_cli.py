@@ -1,4 +1,4 @@
-"""The command line as its user meets it: what it prints, where, in which order, and with which exit code.
+"""The command line from outside: its output, the order of it, and its exit codes.
 
 Most calls run in this process, through the entry point; what only a process of its own shows (signals, terminals,
 closed files, a machine without a compiler) runs in one. The eager backend is used: compilation is not the point here.
@@ -54,13 +54,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(model: Path) -> tuple[str, ...]:
-    """What every run here needs."""
+    """Options of every run here."""
     return "--model", str(model), "--chunkwise-backend", "native", "--device", "cpu"
 
 
 @contextmanager
 def start(*words: object, **how: Any) -> Iterator[subprocess.Popen[str]]:
-    """The program, in a process of its own, which does not outlive the test."""
+    """The program in its own process, which ends with the test."""
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
     with subprocess.Popen([str(PROGRAM), *map(str, words)], **how) as process:
         try:
@@ -93,7 +93,7 @@ for line in json.loads(sys.argv[1]):
 
 
 def modules_after(lines: Sequence[str], folder: Path) -> dict[str, tuple[int, set[str], str]]:
-    """By command line: exit code, the modules that are imported when the program has run, and what it printed."""
+    """By command line: its exit code, the imported modules, and its output."""
     done = subprocess.run(
         [sys.executable, "-c", EACH, json.dumps(lines)], cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -387,7 +387,7 @@ def test_a_text_of_another_encoding_is_refused_by_its_line(data, said, run, opti
 
 @pytest.fixture
 def standard_input(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    """Puts an open file, or a pipe's end, in the place of this process's standard input."""
+    """Replaces this process's standard input by an open file or a pipe's end."""
     kept = os.dup(0)
 
     def put(file: Any) -> None:
@@ -640,7 +640,7 @@ def test_without_progress_nothing_is_said(kind, run, options):
 
 
 def test_a_bar_on_a_terminal(options):
-    """Standard error is a terminal, standard output is not: the bar must not get into the JSON."""
+    """Only standard error is a terminal: the bar must not be in the JSON."""
     ours, theirs = pty.openpty()
     shown: list[bytes] = []
 
@@ -737,7 +737,7 @@ def test_generate_goes_on_from_its_own_state(run, options, tmp_path):
 # -- states ------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def state(run: Callable[..., Ran], options: tuple[str, ...], tmp_path: Path) -> Path:
-    """Of PROMPT, with numerics of its own."""
+    """A state of PROMPT, with other numerics than the defaults."""
     numerics = ("--tile-size", 32, "--heads-per-band", 1)
     run("prefill", *options, *numerics, "--json", "--prompt", PROMPT, "--state-out", tmp_path / "state").row  # noqa: B018
     return tmp_path / "state"
@@ -824,7 +824,7 @@ def test_a_state_that_cannot_be_written_is_found_before_the_work(place, run, tmp
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 def interrupt_after(process: subprocess.Popen[str], tiles: int, number: int) -> list[dict[str, Any]]:
-    """Send the signal when so many tiles are done; returns the lines of progress until then."""
+    """Send the signal after this many tiles; returns the progress lines until then."""
     assert process.stderr is not None
     rows: list[dict[str, Any]] = []
     while len(rows) < tiles:  # a slow machine has lines of phases too
@@ -836,7 +836,7 @@ def interrupt_after(process: subprocess.Popen[str], tiles: int, number: int) -> 
 
 @pytest.fixture(scope="module")
 def uninterrupted(model: Path) -> PrefillResult:
-    """LONG at one go."""
+    """The digest of LONG without a stop."""
     return xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=128).prefill(LONG)
 
 
@@ -877,7 +877,7 @@ def test_a_stopped_prefill_goes_on_by_the_command_that_it_prints(number, code, u
 
 
 def test_a_closed_terminal_stops_a_prefill_at_a_tile_boundary_with_a_state(options, model, tmp_path):
-    """The program leads its terminal's session and draws its bar there when the terminal goes away."""
+    """The program is the leader of its terminal's session and draws a bar when the terminal is closed."""
     longer = LONG * 3  # or the run may have ended when the bar has been read
     (tmp_path / "prompt").write_text(longer)
     path = tmp_path / "state"
@@ -930,7 +930,7 @@ def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
     [("numpy._core", "native"), ("torch._tensor", "native"), ("torch._inductor.graph", "queued_compiled_chunks")],
 )
 def test_an_interrupt_before_the_first_tile_ends_it_at_once(sign, backend, model, tmp_path):
-    """In the middle of imports, where libraries swallow exceptions, and of compiling, which takes long."""
+    """During imports, where libraries swallow exceptions, and during a long compilation."""
     words = ("prefill", "--model", model, "--device", "cpu", "--chunkwise-backend", backend, "--prompt", PROMPT)
     # Python says on standard error what it has imported, and so how far it has come.
     env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}

@@ -1,4 +1,4 @@
-"""Runs that end early, and files that cannot be written: results come out, work is kept, the exit code tells."""
+"""Runs that end early, and files that cannot be written: results are printed, work is kept, exit codes are right."""
 
 import json
 import os
@@ -44,13 +44,13 @@ def words(model: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def digest(model: Path) -> str:
-    """Of LONG at one go."""
+    """The digest of LONG without a stop."""
     return xlstm_ray.load(model, **PLAIN).prefill(LONG).state.digest()
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> dict[str, str]:
-    """The environment of a program whose cache directory is empty, found by its name."""
+    """An environment with an empty cache directory."""
     path = f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": path}
 
@@ -135,7 +135,7 @@ def test_a_second_interrupt_leaves_the_last_whole_tile(words, home, tmp_path):
 
 
 def test_what_an_interrupt_leaves_is_the_state_of_that_tile(model, digest):
-    """From Python: whatever ends a prefill, the engine knows what was done."""
+    """From Python: after any end of a prefill, the engine has the last state."""
     lm = xlstm_ray.load(model, **PLAIN, heads_per_band=1)
     seen = 0
 
@@ -196,7 +196,7 @@ LIMITED = """
 
 
 def limited(size: int, *command: object, env: dict[str, str]) -> Ran:
-    """The program, where no file may be larger than `size` bytes, which no look at the file system tells."""
+    """Run the program with a limit of `size` bytes for each file, which the file system does not show."""
     program = [sys.executable, "-c", textwrap.dedent(LIMITED), str(size), *map(str, command)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=env)
     return Ran(done.returncode, done.stdout, done.stderr)
@@ -237,7 +237,7 @@ def test_a_run_goes_on_without_snapshots_that_cannot_be_written(words, home, dig
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 KiB, real: less than a state of the model."""
+    """A real file system of 12 KiB, which is smaller than a state of the model."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", disk], capture_output=True).returncode != 0:

@@ -1,4 +1,4 @@
-"""Files that a run writes: never in the place of what this program did not write, and none left behind."""
+"""A run's outputs never replace files of other programs, and leave no temporary files."""
 
 import os
 import shutil
@@ -188,7 +188,7 @@ def test_temporary_files_of_killed_writers_go_and_no_others(run, options, tmp_pa
 
 @pytest.fixture
 def somebody_elses() -> Callable[[Path], bool]:
-    """Give a file to another user, where this one may."""
+    """Give a file to another user, if that is permitted."""
 
     def give(path: Path) -> bool:
         if os.geteuid() != 0:

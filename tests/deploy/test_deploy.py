@@ -1,4 +1,4 @@
-"""What is in deploy/, against the schema or the parser of the tool that reads it."""
+"""The files in deploy/, checked by the schema or the parser of the tool that reads them."""
 
 import ast
 import importlib.metadata
@@ -130,7 +130,7 @@ print(json.dumps([flag for parameter in start.params for flag in parameter.opts]
 
 
 def launcher(config: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """What Ray's cluster launcher says to this file; on stdout, the options of `ray start`."""
+    """Ray's cluster launcher reads this file; on stdout are the options of `ray start`."""
     text = yaml.safe_dump(config)
     return subprocess.run([sys.executable, "-c", LAUNCHER], input=text, capture_output=True, text=True, timeout=60)
 
@@ -261,7 +261,7 @@ def test_prometheus_reads_where_the_heads_write() -> None:
 
 
 def test_grafana_knows_every_field_of_the_dashboard() -> None:
-    """Read and written by the classes that Grafana makes of its own schemas: a field that they do not know is lost."""
+    """Read and written by Grafana's own classes: they would drop an unknown field."""
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     register_default_plugins()
     known = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))

@@ -1,4 +1,4 @@
-"""What tests of an engine share: a model that takes no time, and an engine that needs no compiler."""
+"""Helpers for tests of an engine: a tiny model, and an engine without a compiler."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A saved book can be asked: what is appended goes on as the whole would, its text and its random numbers too."""
+"""Text appended to a saved state gives the results of the whole text, with the same random numbers."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ BOOK = "The heir is Anne, says the will.\n"
 
 
 def letters() -> dict[str, int]:
-    """How byte-level vocabularies write each byte, with the byte as its id."""
+    """The characters for bytes in byte-level vocabularies, with the byte as id."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spare = iter(c for c in alphabet if ord(c) > 255)
     return {chr(b) if chr(b) in alphabet else next(spare): b for b in range(256)}
@@ -59,7 +59,7 @@ def through_a_file(state: RecurrentState, path: Path) -> RecurrentState:
 
 
 def close(a: RecurrentState, b: RecurrentState) -> bool:
-    """The same tokens, and tensors within rounding: tails went through other windows."""
+    """The tokens are equal, and the tensors within rounding: tails had other windows."""
     assert (a.prompt_hash, a.tokens) == (b.prompt_hash, b.tokens)
     return all(torch.allclose(x, b.tensors[name], rtol=1e-4, atol=1e-5) for name, x in a.tensors.items())
 
@@ -161,7 +161,7 @@ def test_python_refuses_the_same(lm):
 
 
 def test_text_with_a_space_of_its_own_is_appended_as_it_is(tmp_path):
-    """A sentencepiece-like tokenizer puts a space before every text; what is appended goes on within a word."""
+    """A tokenizer like sentencepiece puts a space before every text; an appended text may go on within a word."""
     pieces = {f"<0x{b:02X}>": b for b in range(256)}
     pieces |= {piece: 256 + n for n, piece in enumerate(["\u2581", *"Parishot", "\u2581Par", "Par", "is"])}
     tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True))

@@ -1,4 +1,4 @@
-"""Batches: which rows go together, what is compiled for them, and that a row's result is its own."""
+"""Batches: which rows go together, what is compiled for them, and that each row has its own result."""
 
 import json
 import shutil
@@ -160,7 +160,7 @@ QUESTIONS = [prompt(4 + b, seed=b) for b in range(20)]
 
 @pytest.fixture(scope="module")
 def answers(oracle) -> list[list[int]]:
-    """What transformers makes of QUESTIONS, greedily: nine tokens each."""
+    """Nine greedy tokens of transformers for each of QUESTIONS."""
 
     def answer(made: list[int], n: int) -> list[int]:
         for _ in range(n):
@@ -173,7 +173,7 @@ def answers(oracle) -> list[list[int]]:
 
 @pytest.fixture
 def ends(lm, answers, monkeypatch) -> tuple[int, ...]:
-    """End tokens at which the first 16 answers end at different steps, but for two."""
+    """End tokens with which the first 16 answers end at different steps, except two."""
     tokens = tuple({made[2 + b % 5] for b, made in enumerate(answers[:16]) if b not in (3, 11)})
     monkeypatch.setattr(lm, "end_tokens", tokens)
     return tokens
@@ -268,7 +268,7 @@ def test_the_state_after_a_batch_has_every_row_and_goes_on(lm, tmp_path):
 
 
 def test_an_answer_is_printed_when_its_group_has_ended(oracle, lm, tmp_path):
-    """The seventeenth row goes on for hours when the lines of the sixteen before it are read."""
+    """The lines of sixteen rows are printed while the seventeenth row is still decoded."""
     made = {}
     for text, n in ("a", 20), ("number", 200):
         generation = lm.generate(text, max_new_tokens=n)

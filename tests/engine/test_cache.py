@@ -1,4 +1,4 @@
-"""States that an engine keeps for prompts to come: a hit has the bits of a cold run, whatever holds it."""
+"""States that an engine keeps for later prompts: a hit has the bits of a cold run, in every tier."""
 
 import random
 import shutil
@@ -40,7 +40,7 @@ def load(request: pytest.FixtureRequest, model: Path, eager: None) -> Callable[.
 
 @pytest.fixture
 def plain(model: Path, eager: None) -> Callable[..., Engine]:
-    """The reference backend alone, for what does not depend on it."""
+    """The reference backend only, for tests that do not depend on the backend."""
 
     def made(**more: Any) -> Engine:
         return xlstm_ray.load(model, **{**SIZES, "chunkwise_backend": "native", **more})
@@ -84,7 +84,7 @@ def test_a_hit_has_the_bits_of_a_cold_run(tier, load, tmp_path):
 
 
 def forget_memory(lm: Engine) -> None:
-    """As if other prompts had taken the room in memory; what is written is on the disk alone."""
+    """Evict all states from memory, as if other prompts needed the room; written ones stay on the disk."""
     cache = lm._core.cache
     assert cache is not None
     for _, future in cache._writes:

@@ -13,7 +13,7 @@ LIMIT = {"max_new_tokens": 6}
 
 
 def by_hand(lm: xlstm_ray.Engine, turns: list[str]) -> tuple[list[str], str]:
-    """The same turns by generate alone."""
+    """The same turns, by generate without chat."""
     state, answers = None, []
     for turn in turns:
         given = {"prompt": turn} if state is None else {"append": turn, "state": state}

@@ -1,4 +1,4 @@
-"""The dtype that nobody asked for: what the model says of itself, and what this CPU computes faster."""
+"""The dtype if none is given: by the model, and by what this CPU computes faster."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A cache directory of the test's own; a call says what this machine is remembered to find."""
+    """An empty cache directory; a call writes a remembered measurement into it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "cache" / "xlstm-ray" / "products.json"
 
@@ -44,7 +44,7 @@ def cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def variant(tiny: Path, to: Path, narrow: str, config: dict[str, object]) -> Path:
-    """The model, stored in bfloat16 where a tensor's name has `narrow` in it, and with other keys in config.json."""
+    """The model, with bfloat16 for tensors whose name contains `narrow`, and with these keys in config.json."""
     to.mkdir()
     tensors = {n: t.bfloat16() if narrow in n else t for n, t in load_file(tiny / "model.safetensors").items()}
     save_file(tensors, to / "model.safetensors", {"format": "pt"})

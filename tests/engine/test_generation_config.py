@@ -30,7 +30,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(plain: Path) -> list[int]:
-    """What the model says, greedily, where nothing ends it."""
+    """The model's greedy answer without an end token."""
     with load(plain, **NUMERICS) as lm:
         made = lm.generate(PROMPT, max_new_tokens=10)
         list(made)

@@ -1,4 +1,4 @@
-"""Which model a state is of: any bit of any weight, the configuration and the tokenizer tell models apart."""
+"""A state's model: models differ by any bit of a weight, by the configuration and by the tokenizer."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def state(model: Path) -> RecurrentState:
 
 
 def edited(model: Path, to: Path, name: str, at: int) -> Path:
-    """A copy whose tensor has another value at one place, the sign of a tiny amount."""
+    """A copy with another value at one place of a tensor: the sign of a tiny number."""
     shutil.copytree(model, to)
     tensors = load_file(to / "model.safetensors")
     bits = tensors[name].view(-1).view(torch.int32)
@@ -73,7 +73,7 @@ def test_another_tokenizer_makes_another_model(model, state, tmp_path):
 
 
 def test_what_was_read_on_the_way_is_what_a_reading_for_it_alone_finds(model, state):
-    """Loading by bands reads slices; whoever has loaded nothing reads all."""
+    """Bands load slices; without loaded weights, all tensors are read."""
     config = ModelConfig.from_file(model / "config.json")
     for heads in (1, 3, 4):
         loaded = Checkpoint(model, config)
@@ -97,7 +97,7 @@ def test_a_state_of_an_earlier_version_says_so(state, tmp_path, monkeypatch):
 # -- a band's share ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of a few rows, as tensors of real models have many."""
+    """Small units of digests, since tensors of real models have many units."""
     monkeypatch.setattr(checkpoint, "UNIT", 1024)
 
 
@@ -140,7 +140,7 @@ def test_an_actor_refuses_another_configuration_or_type(model, tmp_path):
 # -- kept digests ------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Digests of small and fresh files are kept too, here."""
+    """Keep digests of small and new files too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "KEPT_FROM", 1)
     monkeypatch.setattr(digests, "SETTLED_NS", 0)
@@ -148,7 +148,7 @@ def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fingerprint(directory: Path) -> tuple[str, int]:
-    """And how many tensors were read for it."""
+    """The fingerprint, and how many tensors were read for it."""
     reader, read = Checkpoint(directory, ModelConfig.from_file(directory / "config.json")), []
     plain = reader._read
     reader._read = lambda name, *where: (read.append(name), plain(name, *where))[1]

@@ -44,7 +44,7 @@ IDS: list[int] = torch.randint(0, 256, (200,), generator=torch.Generator().manua
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two blocks, sizes small enough for hundreds of runs: those of test_parity.py, which compiles the same kernels."""
+    """Two small blocks, for hundreds of runs, with the sizes of test_parity.py, which compiles the same kernels."""
     directory = tmp_path_factory.mktemp("model")
     make_model(directory, seed=3, num_hidden_layers=2)
     return directory
@@ -62,7 +62,7 @@ def relative(out: Tensor, reference: Tensor) -> float:
 
 
 def assert_same(result: PrefillResult, reference: PrefillResult, tolerance: float = 1e-4) -> None:
-    """Logits and every tensor of the state, within the tolerance; tokens and their hashes, exactly."""
+    """Logits and tensors of the state are equal within the tolerance; tokens and hashes exactly."""
     assert result.complete
     assert result.state.tokens == reference.state.tokens
     assert result.state.prompt_hash == reference.state.prompt_hash
@@ -73,7 +73,7 @@ def assert_same(result: PrefillResult, reference: PrefillResult, tolerance: floa
 
 @cache
 def reference(directory: Path, length: int) -> PrefillResult:
-    """The prompt's first tokens by the step-by-step reference, all in one tile."""
+    """The reference for the prompt's first tokens, step by step in one tile."""
     return load(directory, chunkwise_backend="native", tile_size=256, chunk_size=256).prefill(IDS[:length])
 
 
@@ -107,7 +107,7 @@ def test_any_tiles_and_bands_give_the_same(model, length, backend, numerics):
 @given(cuts=st.lists(LENGTHS, min_size=1, max_size=4), backend=BACKENDS, numerics=NUMERICS)
 @settings(max_examples=30, deadline=None)
 def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, numerics):
-    """A prompt that grows from state to state: the cuts lie anywhere, in the middle of tiles and chunks too."""
+    """A prompt grows from state to state; the cuts are anywhere, also within tiles and chunks."""
     with torch.compiler.set_stance("force_eager"):
         lm, result, done = engine_of(model, backend, numerics), None, 0
         for cut in sorted(cuts):
@@ -132,7 +132,7 @@ def test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow(model, lengths
 
 
 def by_hand(lm: Engine, heads_per_band: int, stages: int, ids: list[int]) -> dict[str, Tensor]:
-    """A prefill on a grid with several stages, which no engine makes yet."""
+    """A prefill in several stages in this process, without an engine."""
     checkpoint, cpu = Checkpoint(lm.model_path, lm.config), torch.device("cpu")
     kernels = Kernels(lm.backend, t_inner=8)
     layout = make_layout(lm.config, heads_per_band=heads_per_band, stages=stages)
@@ -173,7 +173,7 @@ def test_an_empty_prompt_is_an_error(empty, model):
 
 # -- 1. the same numerics give the same bits ---------------------------------------------------------------------------
 def stop_after(tiles: int) -> dict[str, Callable]:
-    """Arguments for a prefill that is stopped when so many tiles are done."""
+    """Arguments for a prefill that stops after this many tiles."""
     seen: list[object] = []
     return {"on_progress": seen.append, "should_stop": lambda: len(seen) >= tiles}
 
@@ -186,7 +186,7 @@ def through_a_file(state: RecurrentState, path: Path) -> RecurrentState:
 
 
 def assert_cancel_and_resume_keep_every_bit(lm: Engine, prompt: Any, path: Path) -> None:
-    """Stopped after every number of tiles, and after every tile, saved and resumed: one and the same digest."""
+    """Stop after each number of tiles, and after each tile; save and resume: the digest is always the same."""
     rows = prompt if isinstance(prompt[0], list) else [prompt]
     sizes = {"tile_size": TILE, "chunk_size": CHUNK}
     windows, at = [], [0] * len(rows)  # the places of all rows before each window
@@ -227,7 +227,7 @@ def test_cancel_save_and_resume_keep_every_bit(options, prompt, model, tmp_path,
 
 
 def test_a_prefix_that_ends_at_a_windows_end_keeps_every_bit(model, tmp_path, eager):
-    """What a cached prefix is: the state of another, shorter prompt."""
+    """A cached prefix is the state of a shorter prompt."""
     lm = load(model)
     whole = lm.prefill(IDS[:150]).state.digest()
     for prefix in (TILE, 3 * TILE):
@@ -247,7 +247,7 @@ def test_a_batch_resumed_where_rows_begin_far_apart_keeps_every_bit(model, tmp_p
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_worker_threads_gives_the_same(workers, model, eager):
-    """Within the tolerance: a product's bits may depend on how many cores a thread has, at larger sizes than these."""
+    """Within the tolerance: at larger sizes, a product's bits may depend on a thread's cores."""
     assert_same(load(model, heads_per_band=1, workers=workers).prefill(IDS[:93]), reference(model, 93))
 
 
@@ -375,7 +375,7 @@ def test_a_compiled_batch_equals_one_by_one_and_resumes_to_the_bit(model):
     ids=["chunks", "bands", "steps", "native"],
 )
 def test_nothing_is_read_that_nobody_wrote(options, model, poisoned, eager):
-    """Loading, prefill of a batch, resume and decoding, with NaN in all fresh memory."""
+    """Loading, prefill of a batch, resume and decoding, with NaN in all new memory."""
     lm = xlstm_ray.load(model, device="cpu", tile_size=TILE, chunk_size=CHUNK, **options)
     result = lm.prefill(GROWN, all_logits=True)
     generation = lm.generate([row + [7] for row in GROWN], state=result.state, max_new_tokens=3)
@@ -388,7 +388,7 @@ def test_nothing_is_read_that_nobody_wrote(options, model, poisoned, eager):
 
 # -- 3. memory ---------------------------------------------------------------------------------------------------------
 def run_child(program: str, *args: object) -> list[float]:
-    """Run a program in a process of its own; the numbers that it prints."""
+    """Run a program in its own process; returns the numbers that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
         capture_output=True,
@@ -416,7 +416,7 @@ PEAK_OF_A_PREFILL = """
 
 @pytest.mark.parametrize("heads_per_band", [4, 2], ids=["one band", "two bands"])
 def test_peak_memory_of_64_tiles_is_that_of_4(heads_per_band, tmp_path):
-    """A tile's residual stream is 0.5 MiB, so 30 MiB more if one a tile were kept; malloc's pools grow by a few."""
+    """A tile's residual stream is 0.5 MiB: keeping one for each tile takes 30 MiB, malloc's pools only a few."""
     make_model(tmp_path, hidden_size=256, num_hidden_layers=1)
     few, many = run_child(PEAK_OF_A_PREFILL, tmp_path, heads_per_band)
     assert many - few < 12

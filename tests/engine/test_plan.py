@@ -1,4 +1,4 @@
-"""The plan: which tokens go into which window. Integers only, so hypothesis can be thorough."""
+"""Windows: which tokens go into which window. Integers only, so hypothesis can try many."""
 
 from hypothesis import given
 from hypothesis import strategies as st

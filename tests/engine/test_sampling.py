@@ -1,4 +1,4 @@
-"""How an engine's answers are chosen and where they end: against transformers, and a row among others."""
+"""How an engine's answers are chosen and end: compared with transformers, and in a batch with a row alone."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Many requests in one engine: each gets what it would have got alone, whoever else is served."""
+"""Many requests in one engine: each gets the answer that it gets alone."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""States are values: whoever has one goes on from it, whatever else the engine does in between."""
+"""States are values: each can be continued, and other work of the engine does not change it."""
 
 import random
 from pathlib import Path
@@ -30,7 +30,7 @@ def lm(request: pytest.FixtureRequest, model: Path, eager: None):
 
 
 def elsewhere(lm: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The executor's states are treated as those of a device are; returns a list that counts copies to the host."""
+    """Treat the executor's states like those of a GPU; returns a list with an entry for each copy to the host."""
     saved: list[int] = []
     plain = lm.executor.save
 

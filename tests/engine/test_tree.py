@@ -1,4 +1,4 @@
-"""The tree of states against a brute force that knows all tokens and goes through all windows."""
+"""The tree of states against a brute-force search that has all tokens and goes through all windows."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ Tokens = tuple[int, ...]
 
 @pytest.fixture(autouse=True, scope="module")
 def small_steps():
-    """Places where prompts part are known to four tokens, so that short prompts have many."""
+    """Remember places every four tokens, so that short prompts have many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STEP", STEP)
         yield
@@ -36,7 +36,7 @@ def windows(begun: list[int], ends: list[int], place: int) -> list[tuple[int, in
 
 
 class Kept:
-    """What the brute force knows of an entry."""
+    """An entry of the brute-force search."""
 
     def __init__(self, entry: Entry, tokens: Tokens, rows: int, way: list[tuple[int, int]], salt: str, numerics: str):
         self.entry, self.tokens, self.rows, self.way, self.salt, self.numerics = (
@@ -50,7 +50,7 @@ class Kept:
 
 
 def usable(kept: Kept, tokens: Tokens, rows: int, ends: list[int], salt: str, numerics: str) -> bool:
-    """Whether a cold run of `tokens` in a group of these ends comes through the very windows of that state."""
+    """Whether a cold run of `tokens` in a group with these ends goes through all windows of that state."""
     length = len(kept.tokens)
     if (salt, numerics, rows) != (kept.salt, kept.numerics, kept.rows) or tokens[:length] != kept.tokens:
         return False
@@ -145,7 +145,7 @@ def check_reason(found: Found, tokens: Tokens, there: list[Kept], lost: list[Kep
 def check_points(
     points: set[int], tokens: Tokens, ends: list[int], found: Found, every: int | None, asked: list[int]
 ) -> None:
-    """Each is a window's end behind what was found; the promised ones are among them."""
+    """Each point is a window's end after the found state; the promised ones are there."""
     length = len(tokens)
     way = windows([0] * len(ends), ends, length)
     possible = {min(start + size, length) for start, size in way}

@@ -1,4 +1,4 @@
-"""An engine does one call at a time: threads wait for each other, and what cannot be waited for is refused."""
+"""An engine does one call at a time: threads wait for each other, and a call inside another is refused."""
 
 import multiprocessing
 import threading

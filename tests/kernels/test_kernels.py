@@ -73,7 +73,7 @@ def assert_close(
 def make_run(
     B: int, NH: int, T: int, K: int, V: int, *, dtype: torch.dtype = torch.float32, fresh: bool = False, seed: int = 0
 ) -> Run:
-    """Random inputs, laid out in memory as the model's projections give them; a fresh state or one of some past.
+    """Random inputs with the memory layout of the model's projections; a fresh state or a used one.
 
     In bfloat16 q, k and n are positive: where q.n is close to 0, h is ill-conditioned, and rounding alone moves it.
     """
@@ -117,7 +117,7 @@ def backend_cell(name: str, T: int, L: int) -> Callable:
 
 
 def positional(cell: Callable) -> Callable:
-    """A plain function of a cell: what compile_strict takes."""
+    """A cell as a plain function, for compile_strict."""
     return lambda q, k, v, i, f, state, eps: cell(q, k, v, i=i, f=f, state=state, eps=eps)
 
 
@@ -208,7 +208,7 @@ def test_a_run_in_parts_equals_the_run(kernel, eager):
 
 # -- padding -----------------------------------------------------------------------------------------------------------
 def pad(inputs: Run, tokens: slice, garbage: float) -> Run:
-    """These tokens made padding, with `garbage` in their q, k and v."""
+    """Make these tokens padding, with `garbage` in their q, k and v."""
     q, k, v, i, f, state = (x.clone() if isinstance(x, Tensor) else x for x in inputs)
     i[:, :, tokens], f[:, :, tokens] = PAD_I, PAD_F
     for x in (q, k, v):
@@ -249,7 +249,7 @@ LONG = 20_000
 
 
 def long_gates() -> dict[str, tuple[Tensor, Tensor]]:
-    """i and f of 20,000 tokens, a head each: the corners of the caps, and mixtures."""
+    """i and f of 20,000 tokens for each head: the corners of the caps, and mixtures."""
     g = torch.Generator().manual_seed(0)
 
     def all_of(x: float) -> Tensor:
@@ -321,7 +321,7 @@ MANY, AT_THE_CAP = 40_000, {
 
 @pytest.mark.parametrize("kernel", AT_THE_CAP)
 def test_what_a_gate_at_its_cap_forgets_does_not_drift(kernel):
-    """A token keeps exp(-3e-7), which float32 rounds to one side: 1e-4 of the state in so many tokens."""
+    """A token keeps exp(-3e-7), which float32 always rounds the same way: 1e-4 of the state over this many tokens."""
     g = torch.Generator().manual_seed(7)
     i = torch.stack([torch.full((MANY,), 15.0), torch.zeros(MANY), torch.rand(MANY, generator=g) * 4 - 3]).unsqueeze(0)
     q, k, v = (torch.randn(1, 3, MANY, 8, generator=g).abs() for _ in "qkv")

@@ -1,4 +1,4 @@
-"""Autoscale: what is picked is measured, said, remembered for this model and machine, and never overrides a wish."""
+"""Autoscale measures, reports and remembers its choice for a model and machine, and never overrides a given setting."""
 
 import json
 import sys

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(*words: object, code: int = 0, **environment: str) -> str:
-    """What it prints: on standard output, or the one line of its error."""
+    """Its standard output, or its error line."""
     env = {**os.environ, **environment}
     done = subprocess.run([PROGRAM, "bench", *map(str, words)], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == code, done.stderr

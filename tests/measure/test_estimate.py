@@ -1,4 +1,4 @@
-"""`xlstm-ray plan`: its arithmetic against what was measured, counted by torch, or computed by the engine."""
+"""`xlstm-ray plan`: its arithmetic against measurements, torch's counts, and the engine's own figures."""
 
 import json
 import re
@@ -30,7 +30,7 @@ XLSTM_7B = {"model_type": "xlstm", "vocab_size": 50304, "hidden_size": 4096, "nu
 
 @pytest.fixture(scope="module")
 def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration alone."""
+    """A config.json without weights."""
     directory = tmp_path_factory.mktemp("7b")
     (directory / "config.json").write_text(json.dumps(XLSTM_7B))
     return directory

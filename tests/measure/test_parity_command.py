@@ -1,4 +1,4 @@
-"""`xlstm-ray parity`: every name of the registry is there, and what is wrong is found, by name and with exit code 1."""
+"""`xlstm-ray parity` compares every name of the registry, and names a wrong kernel with exit code 1."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_compiled_for_the_simulated_metal_device(parity, simulator: Simulator):
 
 # -- what is wrong is found --------------------------------------------------------------------------------------------
 def swapped(x: Tensor, **rest: Any) -> Any:
-    """An sLSTM whose input and forget gates have changed places."""
+    """An sLSTM with exchanged input and forget gates."""
     return slstm_sequence(x[..., [1, 0, 2, 3], :], **rest)
 
 
@@ -83,7 +83,7 @@ def forgets_padding(x: Tensor, *, token: Tensor, **rest: Any) -> Any:
 
 
 def stale(x: Tensor, *, state: Any, **rest: Any) -> Any:
-    """The outputs are right, the state is that of the token before the last."""
+    """The outputs are right, but the state lacks the last token."""
     h, _ = slstm_sequence(x, state=state, **rest)
     rest["token"] = rest["token"].clone()
     rest["token"][:, :, -1] = False

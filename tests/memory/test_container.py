@@ -1,4 +1,4 @@
-"""A grid in real containers: its need is computed before it starts, and what runs out ends it with a state."""
+"""A grid in real containers: its memory need is checked before it starts, and a full container leaves a state."""
 
 import importlib.util
 import json

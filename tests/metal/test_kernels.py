@@ -189,7 +189,7 @@ def random_weights(dtype: torch.dtype) -> BlockWeights:
 
 
 def random_slstm_weights(dtype: torch.dtype, head: int | None = None) -> SlstmWeights:
-    """Of all heads, or of a band of one."""
+    """A block's functions for all heads, or for a band of one head."""
     g = torch.Generator().manual_seed(3)
     D, DH, heads = CONFIG.hidden_size, CONFIG.dh, slice(head, None if head is None else head + 1)
     shared = random_weights(dtype)
@@ -277,7 +277,7 @@ def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: to
     ],
 )
 def test_slstm_block(simulator: Simulator, T: int, batch: int, head: int | None, dtype: torch.dtype) -> None:
-    """All heads in one call, or the band of one head: its own channels, and 0 in the other's."""
+    """All heads in one call, or one head: its own channels, and 0 in the other ones."""
     weights = random_slstm_weights(dtype, head)
     g = torch.Generator().manual_seed(2)
     x = torch.randn(batch, T, CONFIG.hidden_size, generator=g).to(dtype)

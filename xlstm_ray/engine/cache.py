@@ -1,7 +1,7 @@
-"""The states that an engine keeps for prompts to come: in memory and, where it has a folder, in files.
+"""The states that an engine keeps for later prompts: in memory and, if it has a folder, in files.
 
-The tree says which; here they are taken from and brought to where they are. The engine's thread does all of it but
-writing, which one thread does behind it.
+The tree knows which states are kept; this module stores, loads and evicts them. Files are written by one thread of its
+own. The engine's thread does everything else.
 """
 
 import json
@@ -25,14 +25,12 @@ from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import Place, Row, TokenTrail
 
-LOCK_S = 30.0  # how long another process may hold the folder's lock before a state is not written
-
-
-COMPARED = 4  # states of earlier processes that a prompt is compared with, to tell where it parts
+LOCK_S = 30.0  # if another process holds the folder's lock for longer, a state is not written
+COMPARED = 4  # states of earlier processes with which a prompt is compared, to find where they part
 
 
 class Maker(NamedTuple):
-    """What decides a state's bits, beside its tokens: the model's fingerprint, the numerics, and the machine's part."""
+    """What decides a state's bits besides its tokens: the model's fingerprint, the numerics, and the machine."""
 
     model: str
     numerics: Numerics
@@ -40,7 +38,7 @@ class Maker(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A state of one row that a prompt goes on from, and what is known of its tokens. logits: (vocabulary,) float32."""
+    """A state of one row, from which a prompt goes on, and the trail of its tokens. logits: (vocabulary,) float32."""
 
     rows: HeldRows
     logits: Tensor
@@ -49,44 +47,44 @@ class Start(NamedTuple):
 
 @dataclass
 class Hit:
-    """What was found for a prompt; leased until `Cache.release`. points: where its run is to keep its states."""
+    """The state found for a prompt, leased until `Cache.release`. points: positions whose states its run must keep."""
 
     use: Use
     chain: Chain
     run: Run
     start: Start | None
-    exact: bool  # whether a cold run would have had this state
+    exact: bool  # whether a cold run has the same bits
     points: set[int]
     entry: Entry | None
 
 
 @dataclass
 class _What:
-    """Of an entry: its state where that is in memory, and the trail of its tokens where it is of an earlier process."""
+    """An entry's state if it is in memory, and the trail of its tokens if an earlier process wrote it."""
 
     start: Start | None = None
     trail: TokenTrail | None = None
 
 
 class _Written(NamedTuple):
-    gone: list[str]  # names of files that made room
+    gone: list[str]  # names of files that were removed to make room
     failure: str | None
 
 
 @dataclass
 class Counts:
-    """What the cache did so far."""
+    """The cache's counts so far."""
 
     queries: int = 0
     hit_tokens: Counter[str] = field(default_factory=Counter)  # by tier
-    reasons: Counter[str] = field(default_factory=Counter)  # why not more
-    refused: int = 0  # files that were damaged, or not what their names say
-    unwritten: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # why a hit was not longer
+    refused: int = 0  # files that were damaged, or had the name of another state
+    unwritten: int = 0  # states that could not be written
 
 
 class Cache:
-    """Of one engine. check: raises StateError for a state that is not of the model. size: the bytes of a state of one
-    row, or a little more. note: told what a person should know."""
+    """The cache of one engine. check: raises StateError for a state of another model. size: at least the bytes of a
+    state of one row. note: called with remarks for people."""
 
     def __init__(
         self,
@@ -109,7 +107,7 @@ class Cache:
             self._folder = Folder(plan.folder)
             self._folder.tidy()
             self._writer = ThreadPoolExecutor(1, "cache")
-        self._looked: int | None = None  # the folder's time when it was read last
+        self._looked: int | None = None  # the folder's time when it was last read
         self._look()
 
     # -- for a prompt --------------------------------------------------------------------------------------------------
@@ -123,9 +121,9 @@ class Cache:
         whole: bool = True,
         asked: Iterable[int] = (),
     ) -> Hit:
-        """The longest state to go on from. tokens: int32. salt: whose it is; after, whole: as in Tree.longest.
+        """Find the longest state to go on from, and lease it.
 
-        asked: places whose states are to be kept.
+        tokens: int32. salt: the tenant. after, whole: as in Tree.longest. asked: positions whose states must be kept.
         """
         self._settle()
         self._look()
@@ -146,7 +144,7 @@ class Cache:
         return Hit(use, chain, run, start, exact, points, found.entry)
 
     def _compared(self, found: Found, root: bytes, tokens: memoryview) -> Found:
-        """Where a prompt parts from those of earlier processes: of them the tree knows only where states are."""
+        """Add where a prompt parts from prompts of earlier processes: of these, the tree has only the kept states."""
         others = [e for e in self._tree.entries if e.root == root and e.length > found.known and e.what.trail]
         best, parted = found.known, False
         for entry in sorted(others, key=lambda e: e.used)[-COMPARED:]:
@@ -156,7 +154,7 @@ class Cache:
         return found._replace(known=best, reason=f"diverged at {best}" if parted else found.reason)
 
     def count(self, hit: Hit) -> None:
-        """This hit is taken."""
+        """Count a hit that is used."""
         self.counts.queries += 1
         if hit.use.tier is not None:
             self.counts.hit_tokens[hit.use.tier] += hit.use.hit_tokens
@@ -164,15 +162,15 @@ class Cache:
             self.counts.reasons[hit.use.reason.partition(" at ")[0]] += 1
 
     def release(self, hit: Hit) -> None:
-        """The run that went on from there has ended."""
+        """End the lease of a hit; its run has ended."""
         entry, hit.entry = hit.entry, None
         if entry is not None:
             entry.leases -= 1
-            self._tree.drop(entry)  # if it is nowhere by now
+            self._tree.drop(entry)  # if it is in no tier any more
             self._fit()
 
     def keep(self, hit: Hit, length: int, start: Start, *, cold: bool = True) -> None:
-        """Keep the state after `length` tokens of a prompt. cold: whether its windows are those of a cold run."""
+        """Keep the state after `length` tokens of a prompt. cold: whether a cold run has the same windows."""
         if not cold and self.plan.exact:
             return
         self._settle()
@@ -190,7 +188,7 @@ class Cache:
         start = Start(rows, start.logits.clone(), start.trail)
         if on_host:
             for row in filter(None, rows):
-                row.held.evict()  # as tensors it is of use after a run of any layout, and no copy
+                row.held.evict()  # tensors fit any layout, and here they are not copied
         if self._folder is not None and self._writer is not None:
             self._write(entry, start)
         self._put(entry, start)
@@ -201,9 +199,9 @@ class Cache:
             self._tree.drop(entry)
 
     def close(self) -> None:
-        """Wait for what is being written, and let all go."""
+        """Wait until all states are written, and drop everything."""
         for _, future in self._writes:
-            future.exception()  # waits; a bug of it shows below
+            future.exception()  # waits; `_settle` raises a bug
         self._settle()
         if self._writer is not None:
             self._writer.shutdown()
@@ -212,7 +210,7 @@ class Cache:
 
     # -- memory --------------------------------------------------------------------------------------------------------
     def _start_of(self, entry: Entry) -> tuple[str | None, Start | None]:
-        """Where an entry's state is, and it; None: it cannot be used, and is gone from the tree."""
+        """An entry's tier and state. None: it cannot be used, and was dropped from the tree."""
         if MEMORY not in entry.tiers:
             start = self._load(entry)
             if start is not None:
@@ -222,19 +220,19 @@ class Cache:
             return DISK, start
         start = entry.what.start
         held = start.rows[0].held
-        if held.lost:  # with its actors
+        if held.lost:  # together with its actors
             self._tree.drop(entry, MEMORY)
             return None, None
         return "device" if held.ref is not None and not self._states.executor().on_host else "host", start
 
     def _put(self, entry: Entry, start: Start) -> None:
-        """Into memory, where that has room for it."""
+        """Put a state into memory, if there is room."""
         if self._fit(entry.size):
             entry.what.start = start
             self._tree.put(entry, MEMORY)
 
     def _fit(self, new: int = 0) -> bool:
-        """Make room for so many bytes; False: there is none."""
+        """Make room for this many bytes in memory; False if that is not possible."""
         if new > self.plan.memory_bytes:
             return False
         while True:
@@ -244,12 +242,12 @@ class Cache:
                 return True
             if not self._writes:
                 return False
-            self._writes[0][1].exception()  # waits for the disk: memory is not to grow
+            self._writes[0][1].exception()  # wait for the disk, so that memory does not grow
             self._settle()
 
     # -- disk ----------------------------------------------------------------------------------------------------------
     def _look(self) -> None:
-        """Learn what other processes, or earlier ones, have written or removed."""
+        """Update the tree with files that other or earlier processes have written or removed."""
         if self._folder is None:
             return
         try:
@@ -258,7 +256,7 @@ class Cache:
                 return
             self._looked = now
             new, refused, there = self._folder.read()
-        except OSError:  # somebody has taken it away; what cannot be written says so
+        except OSError:  # the folder was removed; a failed write will report it
             new, refused, there = [], [], ()
         for name in refused:
             self._refuse(name, "is not a whole state of a cache")
@@ -300,7 +298,7 @@ class Cache:
                 self._refuse(name, str(err))
             return None
         with suppress(OSError):
-            os.utime(path)  # it was of use now
+            os.utime(path)  # the time of its last use
         tensors = {key: tensor for key, tensor in state.tensors.items() if key != "logits"}
         return Start(self._states.rows(None, 1, tensors), state.logits[0], state.rows[0].tokens)
 
@@ -340,7 +338,7 @@ class Cache:
         self._writes.append((entry, future))
 
     def _settle(self) -> None:
-        """Learn what has been written by now."""
+        """Update the tree with the writes that are done."""
         while self._writes and self._writes[0][1].done():
             entry, future = self._writes.popleft()
             entry.leases -= 1
@@ -360,7 +358,7 @@ class Cache:
 def _write(
     folder: Folder, name: str, state: RecurrentState, size: int, budget: int, order: list[str], spare: set[str]
 ) -> _Written:
-    """In the writer's thread."""
+    """Write a state; runs in the writer's thread."""
     gone: list[str] = []
     try:
         with folder.lock().acquire(timeout=LOCK_S):

@@ -1,4 +1,4 @@
-"""What a caller asks of an engine that serves many, and what it is told."""
+"""A caller's request to an engine that serves many, and its events."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -21,11 +21,11 @@ from xlstm_ray.text.prompt import Prompt
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to read, and an answer to make where `sampling` is given.
+    """A prompt to read and, if `sampling` is given, an answer to make.
 
-    prompt: the whole of it, a text or token ids; append: only what comes after `state`, in its place. state: to go on
-    from; it stays as it is. priority: a higher one comes first. keep: whether the state after it is wanted. tenant,
-    keep_at: of the cache, where the engine has one, as in `Engine.prefill`.
+    prompt: the whole prompt, a text or token ids. append: instead of it, only the part that follows `state`. state: the
+    state to go on from; it is not changed. priority: higher ones come first. keep: whether to return the state at the
+    end. tenant, keep_at: for the cache, as in `Engine.prefill`.
     """
 
     prompt: Prompt | None = None
@@ -39,20 +39,20 @@ class Request:
 
 
 class Queued(NamedTuple):
-    """It waits behind so many others."""
+    """It waits behind `ahead` other requests."""
 
     ahead: int
 
 
 class Reading(NamedTuple):
-    """So many of the prompt's tokens are in the state."""
+    """The number of the prompt's tokens that the state has seen."""
 
     tokens_done: int
     tokens_total: int
 
 
 class Piece(NamedTuple):
-    """What a token adds to the text that is shown, which may be nothing yet."""
+    """The text that a token adds; it may be empty, until more tokens come."""
 
     text: str
     token: int | None  # None for text that was held back until the end
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens, and seconds since the request was made: to its first window, to the prompt's end and to its own."""
+    """Numbers of tokens, and seconds from the request to its first window, to its first token and to its end."""
 
     prompt_tokens: int
     resumed_tokens: int  # of the prompt, found in the given state or in the cache
@@ -74,10 +74,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class End:
-    """The last event. finish: of the answer; reason `stop` with nothing else where only the prompt was to be read.
+    """The last event. finish: why the answer ended; its reason is `stop` if only a prompt was read.
 
-    logits (vocabulary,) float32 after the prompt's last token. state: where it was to be kept; of a request that was
-    cancelled while its prompt was read it is what resumes there. error: for the reason `error`.
+    logits: (vocabulary,) float32, after the last token that was read. state: if `keep` was set; after a cancel in the
+    prompt, it resumes there. error: if the reason is `error`.
     """
 
     finish: Finish
@@ -93,9 +93,9 @@ Event = Queued | Reading | Piece | End
 
 
 class Handle:
-    """A request on its way: iterate over its events, or wait for its `result`; in asyncio, `async for` or `await`.
+    """A request in work: iterate over its events, or wait for its `result`; in asyncio, `async for` or `await`.
 
-    Every event is handed out once, to whichever of these asks.
+    Each event is handed out once, to the first of these that asks.
     """
 
     def __init__(self, cancel: Callable[[], None]):
@@ -106,11 +106,11 @@ class Handle:
         self._end: Future[End] = Future()
 
     def cancel(self) -> None:
-        """It is not wanted any more. Its last event comes all the same: `cancelled`, if that was in time."""
+        """Cancel the request. Its last event still comes: `cancelled`, unless it had ended before."""
         self._cancel()
 
     def result(self, timeout_s: float | None = None) -> End:
-        """Its end. Raises its error, where it has one, and TimeoutError after timeout_s."""
+        """Wait for its end. Raises its error if it has one, and TimeoutError after timeout_s."""
         end = self._end.result(timeout_s)
         if end.error is not None:
             raise end.error
@@ -144,14 +144,14 @@ class Handle:
         return self.result()
 
     def listen(self, listener: Callable[[Event], object]) -> None:
-        """Call this with every event, those that have come too, instead of keeping them. From the engine's thread."""
+        """Call `listener` with every event, also past ones, instead of queueing them; in the engine's thread."""
         with self._lock:
             self._listener = listener
             while not self._events.empty():
                 listener(self._events.get())
 
     def tell(self, event: Event) -> None:
-        """The engine's: something has happened."""
+        """Add an event; only the engine calls this."""
         with self._lock:
             if self._listener is not None:
                 self._listener(event)

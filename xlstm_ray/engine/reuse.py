@@ -1,4 +1,4 @@
-"""What one prefill takes from the engine's cache, and what it leaves there."""
+"""The states that one prefill takes from the engine's cache, and the states that it adds."""
 
 from array import array
 from collections.abc import Sequence
@@ -18,34 +18,34 @@ from xlstm_ray.state import Numerics
 
 @dataclass(frozen=True)
 class Share:
-    """salt: with whom states are shared. keep_at: tokens of a prompt, after which a state is kept, or just before."""
+    """salt: the tenant; its prompts share states. keep_at: positions in a prompt; the last state up to each is kept."""
 
     salt: str = ""
     keep_at: Sequence[int] = ()
 
 
 class Reuse:
-    """The hits of a prefill's rows. cache: None where it is off, then there are none."""
+    """The hits of a prefill's rows. cache: None if it is off; then there are no hits."""
 
     def __init__(self, cache: Cache | None, going: Sequence[Going], share: Share):
         self._cache, self._going, self._share = cache, going, share
         self.hits: dict[int, Hit] = {}
 
     def find(self, groups: Sequence[Group], begun: Sequence[int], numerics: Numerics) -> None:
-        """Look up the rows that a cold run would begin at their first tokens; begun: where it would."""
+        """Look up the rows that a cold run begins at their first tokens. begun: where a cold run begins each row."""
         cache, going = self._cache, self._going
         if cache is None:
             return
         ends = [len(one.tokens) for one in going]
         for group in groups:
-            # Of a given state the bits are its own.
+            # A row with a given state has that state's bits, not those of a cold run.
             if any(begun[b] or isinstance(going[b].tokens, Tail) for b in group.rows):
                 continue
             runs = {
                 b: Run.in_group(group, b, ends, tile=numerics.tile_size, chunk=numerics.chunk_size) for b in group.rows
             }
             hits = self._look_up(cache, runs, whole=True)
-            # What is left of a group goes through the windows of all of it as long as each row has something left.
+            # Rows of a group share windows only if each row has tokens left.
             if len(runs) > 1 and any(ends[b] == hit.use.hit_tokens for b, hit in hits.items()):
                 if any(ends[b] != hit.use.hit_tokens for b, hit in hits.items()):
                     for hit in hits.values():
@@ -70,20 +70,20 @@ class Reuse:
 
     @property
     def found(self) -> bool:
-        """Whether some row goes on from a state that was found."""
+        """Whether any row goes on from a found state."""
         return any(hit.start is not None for hit in self.hits.values())
 
     @property
     def exact(self) -> bool:
-        """Whether every state that was found is that of a cold run."""
+        """Whether every found state has the bits of a cold run."""
         return all(hit.exact for hit in self.hits.values())
 
     def uses(self) -> list[Use]:
-        """What the cache was to each row."""
+        """The use of the cache for each row."""
         return [self.hits[b].use if b in self.hits else Use() for b in range(len(self._going))]
 
     def start(self, start: Snapshot) -> Snapshot:
-        """Where the rows go on from: from what was found, where something was."""
+        """The snapshot to go on from: `start`, with found states in place of its own."""
         consumed, logits, rows = list(start.consumed), start.logits, list(start.rows)
         for b, hit in self.hits.items():
             if hit.start is not None:
@@ -94,12 +94,12 @@ class Reuse:
         return Snapshot(consumed, logits, HeldRows(rows))
 
     def wants(self, group: Group, window: Window) -> bool:
-        """Whether some row's state at this window's end is to be kept. That at a row's own end comes with its group."""
+        """Whether any row's state at this window's end must be kept. At a row's own end, it comes with its group."""
         end = window.start + window.size
         return any(b in self.hits and end in self.hits[b].points for b in group.rows)
 
     def keep(self, group: Group, part: Snapshot, *, cold: bool) -> None:
-        """part: of the group's rows, at a window's end or at theirs."""
+        """Keep the states that the cache needs. part: the group's rows, at a window's end or at their own end."""
         for n, b in enumerate(group.rows):
             hit, seen = self.hits.get(b), part.consumed[n]
             if self._cache is None or hit is None or seen not in hit.points:
@@ -112,11 +112,11 @@ class Reuse:
 
     @property
     def keeps_answers(self) -> bool:
-        """Whether the state after an answer is of use: no cold run has its bits."""
+        """Whether states after answers are kept: only without `exact`, since no cold run has their bits."""
         return self._cache is not None and not self._cache.plan.exact and 0 in self.hits
 
     def keep_answer(self, answer: Sequence[int], rows: HeldRows, logits: Tensor) -> None:
-        """For others, the state after the only row and these tokens of its answer. logits: (vocabulary,)."""
+        """Keep the state after the only row and these tokens of its answer. logits: (vocabulary,)."""
         assert self._cache is not None
         going, hit = self._going[0], self.hits[0]
         going.advance(len(going.tokens))
@@ -126,7 +126,7 @@ class Reuse:
         self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
 
     def release(self) -> None:
-        """The run has ended."""
+        """End all leases; the run has ended."""
         for hit in self.hits.values():
             if self._cache is not None:
                 self._cache.release(hit)

@@ -1,16 +1,16 @@
-"""Whose turn it is among many requests. Integers only: no torch, no device, no clock.
+"""Decides which of many requests is next. Integers only: no torch, no device, no clock.
 
 A request waits, is filled (its prompt is read, a window at a time), decodes, and ends. A slot is room for one state on
-the device: whoever is filled or decodes has one. A row that decodes can be parked, its state copied away and its slot
-given to a request that is more important; it goes on later from where it was. Of several answers to one prompt, one
-request reads it and the others are behind that one, until they go on from its end.
+the device; a request that is filled or decodes has a slot. A request that decodes can be parked: its state is copied
+away, and a more important request gets its slot. It is resumed later. Several answers to one prompt are several
+requests: one more reads the prompt, and the others are behind it until then.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-AGE = 64  # decisions after which a request that waits counts as one step more important
+AGE = 64  # after this many decisions, a waiting request's priority counts one more
 
 Phase = Literal["behind", "waiting", "filling", "decoding", "parked"]
 
@@ -22,7 +22,7 @@ class Fill(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """One token more for each of these requests."""
+    """Decode one token for each of these requests."""
 
     requests: tuple[int, ...]
 
@@ -47,16 +47,16 @@ class _Entry:
     request: int
     priority: int
     order: int  # of arrival
-    since: int  # the decision at which it began to wait
+    since: int  # the number of the decision when it began to wait
     phase: Phase = "waiting"
 
 
 @dataclass
 class Scheduler:
-    """slots: states at once. fills_per_decode: windows of prompts between two tokens of those that decode, at most.
+    """slots: the most states at once. fills_per_decode: the most windows of prompts between two decoding steps.
 
-    Of requests that wait the most important one comes first, of equals the one that came first. AGE decisions of
-    waiting make up for one step of priority. Only a higher priority takes another's slot.
+    The waiting request with the highest priority is first; of equal ones, the oldest. AGE decisions of waiting count as
+    one more priority. Only a higher priority takes another request's slot.
     """
 
     slots: int
@@ -64,27 +64,27 @@ class Scheduler:
     _entries: dict[int, _Entry] = field(default_factory=dict)
     _decisions: int = 0
     _arrivals: int = 0
-    _fills: int = 0  # since those that decode had a token
+    _fills: int = 0  # since the last decoding step
 
     def arrive(self, request: int, *, priority: int = 0, filled: bool = False, behind: bool = False) -> None:
-        """A request that waits from now on. filled: nothing of its prompt is left to read, so it can decode at once.
+        """Add a request. filled: its whole prompt has been read, so it can decode at once.
 
-        behind: another one reads its prompt; it waits for `follow`.
+        behind: another request reads its prompt, and it waits for `follow`.
         """
         phase: Phase = "behind" if behind else "parked" if filled else "waiting"
         self._entries[request] = _Entry(request, priority, self._arrivals, self._decisions, phase)
         self._arrivals += 1
 
     def filled(self, request: int) -> None:
-        """All of its prompt has been read."""
+        """Note that its whole prompt has been read."""
         self._entries[request].phase = "decoding"
 
     def follow(self, request: int) -> None:
-        """The prompt that it was behind has been read: it can decode."""
+        """Note that the request before it has read the prompt, so that it can decode."""
         self._entries[request].phase, self._entries[request].since = "parked", self._decisions
 
     def leave(self, request: int) -> None:
-        """It has ended, or nobody wants it any more."""
+        """Remove a request that has ended or was cancelled."""
         del self._entries[request]
 
     def __len__(self) -> int:
@@ -95,23 +95,23 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many have not begun."""
+        """The number of requests that have not begun."""
         return sum(True for _ in self._of("waiting"))
 
     def place(self, request: int) -> int:
-        """How many will begin before this one, as things are."""
+        """How many waiting requests are before this one."""
         ahead = [entry.request for entry in sorted(self._of("waiting"), key=self._rank)]
         return ahead.index(request) if request in ahead else 0
 
     def next(self) -> Action | None:
-        """What to do next; None: nothing, until a request comes."""
+        """The next action; None if there is nothing to do."""
         decoding = tuple(entry.request for entry in self._of("decoding"))
         if decoding and self._fills >= self.fills_per_decode:
             return self._decode(decoding)
         wants = next(iter(sorted((*self._of("filling"), *self._of("waiting", "parked")), key=self._rank)), None)
         if wants is not None and wants.phase != "filling" and self._used >= self.slots:
             victim = self._victim(wants)
-            if victim is None:  # it has to wait; who has a slot goes on
+            if victim is None:  # it must wait; requests with slots go on
                 wants = next(iter(sorted(self._of("filling"), key=self._rank)), None)
             else:
                 self._decisions += 1
@@ -141,11 +141,11 @@ class Scheduler:
         return sum(True for _ in self._of("filling", "decoding"))
 
     def _rank(self, entry: _Entry) -> tuple[int, int]:
-        """The smallest is first."""
+        """The sort key: the smallest is first."""
         aged = 0 if entry.phase == "filling" else (self._decisions - entry.since) // AGE
         return -(entry.priority + aged), entry.order
 
     def _victim(self, wants: _Entry) -> _Entry | None:
-        """Who gives its slot up: the least important that decodes, of equals the one that came last."""
+        """The decoding request that gives its slot up: the one with the least priority; of equal ones, the newest."""
         lower = [entry for entry in self._of("decoding") if entry.priority < wants.priority]
         return min(lower, key=lambda entry: (entry.priority, -entry.order), default=None)

@@ -29,10 +29,10 @@ ALONE = Group([0], 1)
 class Task:
     """A request in work. state: its own state of one row, while it is not in a batch.
 
-    Of several answers to one prompt, each is a task, and one more reads the prompt for them.
+    Several answers to one prompt are several tasks, and one more task reads the prompt for them.
     """
 
-    number: int  # the scheduler's name of it
+    number: int  # its number in the scheduler
     request: Request
     handle: Handle
     going: Going
@@ -52,13 +52,13 @@ class Task:
     hidden: Tensor | None = None  # (1, D) after the last window with a result
     under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
-    reuse: Reuse | None = None  # what the cache has for it, and gets of it
-    answers: list["Task"] = field(default_factory=list)  # that wait for the prompt which this one reads
-    reader: "Task | None" = None  # who reads its prompt, until that is read
+    reuse: Reuse | None = None  # its use of the cache
+    answers: list["Task"] = field(default_factory=list)  # the tasks for which this one reads the prompt
+    reader: "Task | None" = None  # the task that reads its prompt, until it is read
 
     @classmethod
     def of(cls, core: Core, request: Request, number: int, handle: Handle) -> "Task":
-        """Raises UsageError or StateError for what cannot be asked for."""
+        """The task of a request. Raises UsageError or StateError for a wrong one."""
         state = request.state
         if request.prompt is None and request.append is None and state is not None and state.batch == 1:
             core.require_whole(state)
@@ -79,16 +79,16 @@ class Task:
         )
 
     def answer_of(self, number: int, request: Request, handle: Handle) -> None:
-        """One more answer to the prompt that this one reads."""
+        """Add an answer to the prompt that this task reads."""
         self.answers.append(replace(self, number=number, request=request, handle=handle, answers=[], reader=self))
 
     def follow(self, reader: "Task", rows: HeldRows) -> None:
-        """The prompt has been read: go on from its end, the state in `rows`."""
+        """Go on from the prompt's end, which `reader` has read; `rows` has the state."""
         self.rows, self.logits, self.read, self.reader = rows, reader.logits, self.total, None
         self.begun, self.resumed, self.began, self.reuse = reader.begun, reader.resumed, reader.began, reader.reuse
 
     def tell(self, event: Event) -> None:
-        """Something has happened to it, and so to those that wait for it."""
+        """Send an event to its handle, or to those of the answers for which it reads."""
         for task in self.answers or [self]:
             task.handle.tell(event)
 
@@ -97,7 +97,7 @@ class Task:
         return len(self.going.tokens)
 
     def known(self, text: Text) -> Row:
-        """What a state knows of the prompt, as far as it was read."""
+        """The row's history for a state, as far as the prompt was read."""
         if self.resumed == self.total and not self.found:
             return self.going.row
         self.going.advance(self.read)
@@ -117,7 +117,7 @@ class Task:
         )
 
     def look_up(self, core: Core) -> None:
-        """Go on from the longest kept state, where that is longer than what was given."""
+        """Go on from the longest kept state, if it is longer than the given one."""
         state, numerics = self.request.state, core.plan.numerics
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
         self.reuse = Reuse(core.cache, [self.going], Share(self.request.tenant, self.request.keep_at))
@@ -132,40 +132,40 @@ class Task:
 
     @property
     def found(self) -> bool:
-        """Whether it goes on from a state that the cache had."""
+        """Whether it goes on from a state of the cache."""
         return self.reuse is not None and self.reuse.found
 
     def release(self) -> None:
-        """It has ended."""
+        """End its lease; the request has ended."""
         if self.reuse is not None:
             self.reuse.release()
 
     def wants(self, window: Window) -> bool:
-        """Whether the state at this window's end is to be kept for others."""
+        """Whether the cache keeps the state at this window's end."""
         at_end = window.start + window.size >= self.total
         return self.reuse is not None and bool(self.reuse.hits) and (at_end or self.reuse.wants(ALONE, window))
 
     def keep(self, read: int, rows: HeldRows, logits: Tensor) -> None:
-        """For others, the state after so many tokens. logits: (vocabulary,)."""
+        """Give the cache the state after `read` tokens. logits: (vocabulary,)."""
         assert self.reuse is not None
         self.reuse.keep(ALONE, Snapshot([read], logits.unsqueeze(0).cpu(), rows), cold=True)
 
     @property
     def fed(self) -> int:
-        """How many tokens of an answer are in the state, if it is to be kept for others: its next turn may begin so."""
+        """How many tokens of the answer the state has seen, if the cache keeps states of answers; else 0."""
         if self.reuse is None or not self.reuse.keeps_answers or self.answer is None:
             return 0
         finish, made = self.answer.finish, len(self.answer.tokens)
         return made if finish is not None and isinstance(finish.by, int) else max(0, made - 1)
 
     def keep_answer(self, core: Core) -> None:
-        """For others, the state after an answer. Its own step is not taken for that, so a last token is left out."""
+        """Give the cache the state after the answer's tokens that were fed; no step is made for the last one."""
         if self.fed and self.answer and self.state is not None and self.logits is not None and self.reuse is not None:
             rows = core.states.rows(self.state, 1)
             self.reuse.keep_answer(self.answer.tokens[: self.fed], rows, self.logits.cpu())
 
     def numerics(self, core: Core) -> Numerics:
-        """Those of its state."""
+        """The numerics of its state."""
         mixed = self.reuse is not None and not self.reuse.exact
         return core.plan.numerics.model_copy(update={"mixed": mixed})
 

@@ -1,7 +1,7 @@
-"""The tree of states: which are kept, by the tokens that they have seen. Hashes and integers: no torch, no file.
+"""The tree of states: which states are kept, by the tokens that they have seen. Only hashes and integers, no torch.
 
-A prompt's beginnings are known by hashes of them, so the tree needs no tokens and no splitting: a node is a beginning
-that some prompt had, at every STEP tokens and where a state is kept. How prompts part is seen from that.
+The tree stores hashes of prompts' beginnings, so it needs no tokens and never splits a node. A node is a beginning of
+some prompt: at every STEP tokens, and where a state is kept. The nodes show where prompts part.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 from xlstm_ray.engine.windows import Group, plan_windows
 
-STEP = 64  # tokens: how finely it is known where two prompts part
+STEP = 64  # tokens: the place where two prompts part is known to this precision
 NODES = 1 << 16  # beginnings without a state that are remembered
-EVICTED = 256  # states that are gone and remembered
-KEPT_A_PROMPT = 8  # states along a long prompt, at most
+EVICTED = 256  # evicted states that are remembered
+KEPT_A_PROMPT = 8  # the most states that are kept along a long prompt
 
 MEMORY, DISK = "memory", "disk"
 
 
 def root_of(model: str, salt: str) -> bytes:
-    """What the hashes of a tenant's prompts begin with: tenants, and models, share nothing."""
+    """The first hash of all prompts of a model and tenant: models and tenants share nothing."""
     return hashlib.blake2b(f"xlstm-ray tree {model} {salt}".encode(), digest_size=16).digest()
 
 
@@ -45,35 +45,35 @@ class Chain:
 
 
 class Run(NamedTuple):
-    """The windows that a row goes through from its first token on, `rows` in a call: beside the numerics, its bits."""
+    """The windows of a row from its first token on, in calls of `rows` rows. With the numerics they decide its bits."""
 
     length: int  # tokens
     tile: int
     chunk: int
-    tiled: int  # tokens: where its windows of a tile's size end
+    tiled: int  # tokens in its windows of a tile's size; smaller windows follow
     rows: int = 1
 
     @classmethod
     def alone(cls, length: int, *, tile: int, chunk: int) -> "Run":
-        """A prompt of so many tokens by itself."""
+        """The run of one prompt of this many tokens."""
         return cls.in_group(Group([0], 1), 0, [length], tile=tile, chunk=chunk)
 
     @classmethod
     def in_group(cls, group: Group, b: int, ends: Sequence[int], *, tile: int, chunk: int) -> "Run":
-        """Row b of a group whose rows begin at 0. ends: of all rows of the batch."""
+        """The run of row b of a group whose rows begin at 0. ends: the lengths of all rows of the batch."""
         windows = plan_windows([0] * len(group.rows), [ends[r] for r in group.rows], tile_size=tile, chunk_size=chunk)
         tiled = max((w.start + w.size for w in windows if w.size == tile), default=0)
         return cls(ends[b], tile, chunk, tiled, group.size)
 
     def tiles(self, place: int) -> int | None:
-        """How many windows of a tile's size lead to this place; None: no window of this run ends there."""
+        """The number of windows of a tile's size before this place; None if no window of this run ends there."""
         size = self.tile if place <= self.tiled else self.chunk
         if place > self.length or (place < self.length and place % size):
             return None
         return min(-(-place // self.tile), self.tiled // self.tile)
 
     def end_before(self, place: int) -> int:
-        """The last window's end that is not after this place."""
+        """The end of the last window that ends at this place or before."""
         place = min(place, self.length)
         if place == self.length or place <= self.tiled:
             return place if place == self.length else place // self.tile * self.tile
@@ -82,9 +82,9 @@ class Run(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """A kept state. rows, tiles: the calls that made it, as in Run; tiles -1: no prefill from the first token on did.
+    """A kept state. rows, tiles: the calls that made it, as in Run; tiles is -1 if no cold run makes it.
 
-    saved: tokens that would have to be computed again without it. what: the owner's.
+    saved: the tokens to compute again without it. what: the owner's data.
     """
 
     key: bytes  # the hash of its tokens
@@ -107,15 +107,15 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Of its file: made of hashes, so it is a name and not a path, whatever a salt is."""
+        """Its file's name: a hash, so that no salt can make it a path."""
         text = f"{self.key.hex()} {self.length} {self.numerics} {self.rows} {self.tiles}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Found(NamedTuple):
-    """entry: the state to go on from; None: there is none. reason: why not from a later place; None: it is the end.
+    """entry: the state to go on from; None: there is none. reason: why it is not longer; None: it is the whole prompt.
 
-    known: tokens that some earlier prompt began with too.
+    known: the number of tokens that some earlier prompt began with too.
     """
 
     entry: Entry | None
@@ -128,7 +128,7 @@ class Found(NamedTuple):
 
 
 class _Node:
-    """A beginning. next: how many tokens the shortest known beginning after it has; 0: there is none."""
+    """A beginning. next: the tokens of the shortest known beginning that continues it; 0: there is none."""
 
     __slots__ = ("entries", "next")
 
@@ -153,10 +153,10 @@ class Tree:
     def longest(
         self, chain: Chain, run: Run, numerics: str, *, exact: bool = True, after: int = 0, whole: bool = True
     ) -> Found:
-        """The state of the most tokens that a prompt can go on from, beyond `after`.
+        """The state with the most tokens, more than `after`, from which a prompt can go on.
 
-        exact: where a cold run of this prompt would have had its very bits. whole: all of the prompt will do, for then
-        nothing is to be computed.
+        exact: only states with the bits of a cold run of this prompt. whole: the state may be that of the whole prompt,
+        so that nothing is computed.
         """
         last, other, best = run.length if whole else run.length - 1, False, None
         known = self._known(chain)
@@ -188,12 +188,12 @@ class Tree:
         return Found(best, known, f"diverged at {known}" if parted else "none seen")
 
     def _known(self, chain: Chain) -> int:
-        """So many tokens, by whole steps, that an earlier prompt began with."""
+        """The number of tokens, in whole steps, that an earlier prompt began with too."""
         places = range(chain.length // STEP * STEP, 0, -STEP)
         return next((n for n in places if chain.at(n) in self._nodes), 0)
 
     def see(self, chain: Chain) -> None:
-        """Remember how this prompt goes on: a later one may part from it, which makes a place worth keeping."""
+        """Remember this prompt's beginnings: where a later prompt parts from it, a state is worth keeping."""
         before = None
         for place in range(STEP, chain.length + 1, STEP):
             before = self._link(before, chain.at(place), place)
@@ -203,10 +203,10 @@ class Tree:
                 del self._nodes[key]
 
     def points(self, run: Run, found: Found, *, every: int | None = None, asked: Iterable[int] = ()) -> set[int]:
-        """Where a run that goes on from there is to keep its states.
+        """The positions where a run that goes on from `found` must keep its state.
 
-        Every so many tiles (none given: at most KEPT_A_PROMPT a prompt, at places that prompts of all
-        lengths share), at its last whole tile and its end, where it parts from an earlier prompt, where a caller asks.
+        They are: every `every` tiles (None: at most KEPT_A_PROMPT, at places that prompts of all lengths share), its
+        last whole tile, its end, where it parts from an earlier prompt, and where the caller asks (`asked`).
         """
         if every is None:
             every = 1
@@ -219,9 +219,9 @@ class Tree:
 
     # -- what is kept --------------------------------------------------------------------------------------------------
     def add(self, chain: Chain, run: Run, numerics: str, length: int, *, size: int, tiles: int | None = None) -> Entry:
-        """The entry of the state after so many tokens of a run; it is in no tier yet, unless it was there before.
+        """The entry of the state after `length` tokens of a run; a new entry is in no tier yet.
 
-        tiles: -1 where that is the state of no cold run.
+        tiles: -1 if no cold run has that state.
         """
         made = run.tiles(length) if tiles is None else tiles
         assert made is not None
@@ -230,14 +230,14 @@ class Tree:
         near = (self._nodes.get(chain.at(n)) for n in shorter)
         parents = (e for node in near if node for e in node.entries if e.numerics == numerics)
         entry = self.insert(entry, next(parents, None))
-        if entry.parent is not None:  # what lay behind that place lies behind this one now
+        if entry.parent is not None:  # it becomes the parent of the entries that follow it
             for child in [c for c in entry.parent.children if length < c.length <= chain.length]:
                 if child is not entry and chain.at(child.length) == child.key:
                     self.adopt(entry, child)
         return entry
 
     def insert(self, entry: Entry, parent: Entry | None) -> Entry:
-        """Put an entry in its place; the one that is there already wins."""
+        """Add an entry to its node; an equal entry that is there already is returned instead."""
         node = self._nodes.setdefault(entry.key, _Node())
         same = [e for e in node.entries if e.name == entry.name]
         if same:
@@ -253,7 +253,7 @@ class Tree:
         return entry
 
     def adopt(self, parent: Entry, child: Entry) -> None:
-        """The one is the nearest state before the other."""
+        """Make one entry the parent of another: the nearest state before it."""
         self._link(self._nodes.get(parent.key), child.key, child.length)
         if child.parent is not None:
             child.parent.children.discard(child)
@@ -266,18 +266,18 @@ class Tree:
         return next((e for e in node.entries if e.numerics == numerics), None) if node else None
 
     def touch(self, entry: Entry) -> None:
-        """It was of use now."""
+        """Note that it was used now."""
         self._clock += 1
         entry.used = self._clock
 
     def put(self, entry: Entry, tier: str) -> None:
-        """It is in this tier now."""
+        """Note that it is in this tier now."""
         if tier not in entry.tiers:
             entry.tiers.add(tier)
             self.used[tier] += entry.size
 
     def drop(self, entry: Entry, tier: str = "") -> None:
-        """It is no longer in this tier; an entry that is in none is forgotten, but not that it was there."""
+        """Note that it is no longer in this tier. An entry in no tier is removed, and remembered as evicted."""
         assert not (entry.leases and tier == MEMORY)
         if tier in entry.tiers:
             entry.tiers.remove(tier)
@@ -302,15 +302,15 @@ class Tree:
                 entry.parent.children.add(child)
 
     def lowest(self, tier: str) -> list[Entry]:
-        """What may leave this tier, what is worth the least first: tokens saved a byte, by how long ago it was of use.
+        """The entries that may leave this tier, the least valuable first: saved tokens a byte, over the time since use.
 
-        What runs is leased and never among them.
+        Leased entries are in use and never among them.
         """
         free = [e for e in self.entries if tier in e.tiers and not e.leases]
         return sorted(free, key=lambda e: e.saved / max(e.size, 1) / (self._clock - e.used + 1))
 
     def fit(self, tier: str, new: int = 0) -> list[Entry]:
-        """Evict what is worth the least until so many bytes more are within the budget, or only leased ones stay."""
+        """Evict the least valuable entries until `new` more bytes are in the budget, or only leased ones are left."""
         gone: list[Entry] = []
         if self.used[tier] + new <= self.budgets[tier]:
             return gone
@@ -330,5 +330,5 @@ class Tree:
 
 
 def _same(entry: Entry, run: Run) -> bool:
-    """Whether a run from the first token on goes through the calls that made this state."""
+    """Whether this run from its first token on makes the same calls as the run that made this state."""
     return entry.rows == run.rows and entry.tiles == run.tiles(entry.length)
