@@ -1,4 +1,4 @@
-"""Settings: which of a flag, a variable, a file, a profile and a default wins, and what is said of a wrong one."""
+"""Settings: which source wins (flag, variable, file, profile, default), and the errors for wrong values."""
 
 import json
 import os
@@ -385,7 +385,7 @@ def test_without_warm_up_kernels_compile_on_first_use(tmp_path):
     ],
 )
 def test_threads_that_wait_for_each_other_sleep_soon(given, first, said):
-    """What OpenMP itself says that it has read."""
+    """The variables that OpenMP reports to have read."""
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     env |= {"OMP_DISPLAY_ENV": "verbose"} | given
     code = f"import {first}; import torch"

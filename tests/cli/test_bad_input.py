@@ -426,7 +426,7 @@ def text_corruptions(file: str, model: str = "single") -> Iterator[Corruption]:
     for name, data in texts.items():
         yield Corruption(f"{file} {name}", file, write(file, data), model=model)
     for what in ("a directory", "a pipe", "a link to itself", "a dangling link", "nothing"):
-        # Without an index there simply are no weights, and it is the directory that is named.
+        # Without an index there are no weights, and the error names the directory.
         named = "has neither" if file == INDEX_FILE else file
         yield Corruption(f"{file} {what}", named, instead(file, what), model=model)
     for n in range(8):
@@ -695,7 +695,7 @@ def tokenizer_corruptions() -> Iterator[Corruption]:
         "an added token with a negative id": (added(id=-1), REFUSE),
         "an added token with an id of 2^32": (added(id=2**32), REFUSE),
         "an added token that is a word": ({"added_tokens": ["and"]}, REFUSE),
-        "added tokens that are no list": ({"added_tokens": 7}, REFUSE),
+        "added tokens that are not a list": ({"added_tokens": 7}, REFUSE),
         "all is stripped": ({"normalizer": {"type": "Replace", "pattern": {"Regex": ".+"}, "content": ""}}, REFUSE),
         "a begin token beyond the vocabulary": (
             {"post_processor": {"type": "BertProcessing", "sep": ["x", 9999], "cls": ["y", 300]}},

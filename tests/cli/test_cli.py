@@ -685,7 +685,7 @@ def test_text_that_the_terminal_cannot_show(run, options, monkeypatch):
         assert run("generate", *options, "--json", "--prompt", PROMPT, "--max-new-tokens", 40).code == 0
     narrow.flush()
     written = narrow.buffer.getvalue().decode("ascii")
-    assert "\\ufffd" in written  # the model makes bytes at random, so some are no text
+    assert "\\ufffd" in written  # the model makes random bytes, and some are not text
     assert json.loads(written.splitlines()[-1])["new_tokens"] == 40
 
 

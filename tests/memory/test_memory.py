@@ -308,4 +308,4 @@ def test_the_computed_need_is_the_measured_peak_within_15_percent(tmp_path):
     make_model(tmp_path, hidden_size=512, num_hidden_layers=1)  # of a width where a tile's activations count
     need, tile, peak = map(float, run_child(NEED_AND_PEAK, tmp_path).stdout.split())
     assert 0.85 < need / peak < 1.15
-    assert tile > 0.25 * need  # what is computed is no small part of it
+    assert tile > 0.25 * need  # the computed part is not small

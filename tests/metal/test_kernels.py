@@ -208,7 +208,7 @@ def random_slstm_weights(dtype: torch.dtype, head: int | None = None) -> SlstmWe
 
 
 def cast(weights: Weights, to: torch.dtype | str) -> Weights:
-    """To a device; or to a dtype, but for the sLSTM's offset, which is no number of the model's."""
+    """Move to a device or dtype; the sLSTM's offset keeps its dtype, since it is not a weight."""
     parts = (w if w is None or isinstance(to, torch.dtype) and w.dtype == torch.long else w.to(to) for w in weights)
     return type(weights)._make(parts)
 
@@ -217,7 +217,7 @@ def run_block(
     backend: str, weights: Weights, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, one_band: bool,
     head: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The residual stream after a block and the state, on the CPU in float64; rows[b] of row b are no padding.
+    """The residual stream after a block and the state, on the CPU in float64; rows[b]: row b's tokens without padding.
 
     head: where the weights are of a band of this head only; then all of the feed-forward is this band's.
     """

@@ -1,4 +1,4 @@
-"""The last product: logits are float32 whatever the weights' dtype, and equals have one order, the lowest id first."""
+"""The last product: logits are float32 for any dtype of weights, and of equal logits the lowest id is first."""
 
 from collections import Counter
 from pathlib import Path

@@ -119,7 +119,7 @@ def assert_equal_to_transformers(result: PrefillResult, ref: Reference) -> None:
 
 @pytest.mark.parametrize("case", ["usual", "one head", "biases", "all at once"])
 def test_the_random_models_are_worth_comparing(case, reference):
-    """Gates come near their caps, and the first of 77 tokens is still felt by the last."""
+    """Random weights with which gates come near their caps, and the last of 77 tokens still depends on the first."""
     ref = reference(case)
     gates: list[Tensor] = []
     hooks = [
@@ -201,7 +201,7 @@ def copy_model(source: Path, target: Path) -> Path:
 
 
 def fuse(directory: Path) -> None:
-    """Rewrite a checkpoint of weight mode single as fused: rows of several projections one under the other."""
+    """Rewrite a checkpoint of weight mode single as fused: stack the rows of several projections."""
     tensors = load_file(directory / "model.safetensors")
     together = {
         "mlstm_layer.qkv_opreact": ["mlstm_layer.q", "mlstm_layer.k", "mlstm_layer.v", "mlstm_layer.ogate_preact"],
@@ -234,7 +234,7 @@ def test_fused_weights_equal_their_unfused_twin(case, heads_per_band, reference,
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_tied_embeddings_are_the_head_where_there_is_no_other(stages, reference, eager, tmp_path):
-    """transformers ties nothing in this model, whatever the configuration says; so the reference is tied here."""
+    """transformers never ties weights in this model, so tie the reference here."""
     ref = reference("usual")
     directory = copy_model(ref.directory, tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
@@ -305,7 +305,7 @@ def test_the_begin_token_is_inserted_where_the_configuration_forces_it(reference
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
 def transformers_greedy(model: xLSTMForCausalLM, ids: list[int], count: int) -> list[int]:
-    """transformers' own greedy continuation, whose choices must be clear enough to compare."""
+    """transformers' greedy continuation; its best two tokens must differ enough to compare."""
     prompt = torch.tensor([ids])
     out = model.generate(
         prompt,
@@ -368,7 +368,7 @@ def test_an_end_token_of_minus_one_is_how_exporters_say_none(written, meant, ref
 
 # -- bfloat16 ----------------------------------------------------------------------------------------------------------
 def in_bfloat16(ref: Reference, directory: Path) -> tuple[xLSTMForCausalLM, Reference]:
-    """The model stored in bfloat16, and its float32 reference: equal weights, so what is left is the arithmetic."""
+    """The model stored in bfloat16, and its float32 reference with equal weights: only the arithmetic differs."""
     copy_model(ref.directory, directory)
     tensors = {k: v.bfloat16() for k, v in load_file(directory / "model.safetensors").items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -389,7 +389,7 @@ def test_one_block_in_bfloat16_is_within_2_percent_of_float32(backend, reference
 @pytest.mark.parametrize("options", [{"heads_per_band": 3}, *BACKENDS.values()], ids=str)
 @pytest.mark.parametrize("case", ["usual", "all at once"])
 def test_bfloat16_is_about_as_close_to_float32_as_transformers(case, options, reference, eager, tmp_path):
-    """Random blocks multiply what the blocks before them have rounded; another program's error is the measure."""
+    """Random blocks multiply earlier rounding errors, so the error of transformers is the measure."""
     exact, expected = in_bfloat16(reference(case), tmp_path / "model")
     result = load(expected.directory, dtype="bfloat16", **options).prefill(expected.ids, all_logits=True)
     theirs = relative(ask_transformers(exact.bfloat16(), expected.ids)[0], expected.logits)

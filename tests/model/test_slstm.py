@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 
 def make_run(B: int, NH: int, T: int, DH: int, *, fresh: bool = False, seed: int = 0) -> Run:
-    """Random inputs, laid out in memory as the model's projections give them; a fresh state or one of some past."""
+    """Random inputs with the memory layout of the model's projections; a fresh state or a used one."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -88,7 +88,7 @@ def relative(out: Tensor, reference: Tensor) -> float:
 def assert_close(
     out: tuple[Tensor, tuple], reference: tuple[Tensor, tuple], tolerance: float, stored: float | None = None
 ) -> None:
-    """c and n have the scale exp(m), and any m will do: what is compared is c exp(m), and m itself loosely.
+    """c and n have the scale exp(m) for any m: compare c exp(m), and m itself loosely.
 
     stored: the tolerance of these, where it is another than that of the outputs, in which the scale cancels.
     """
@@ -103,7 +103,7 @@ def assert_close(
 
 @cache
 def kernel(name: str) -> Callable:
-    """One of each for all tests, so that a shape is compiled once; T_inner 4 leaves 2 of 10 steps over."""
+    """One kernel for all tests, so that each shape is compiled once; with T_inner 4, 2 of 10 steps are left."""
     return slstm_kernel(name, t_inner=4)
 
 
@@ -138,7 +138,7 @@ def test_the_reference_in_float64_equals_the_published_recurrence():
 
 @pytest.mark.parametrize("shape", [(2, 3, 10, 5), (2, 1, 10, 4)], ids=str)
 def test_the_compiled_kernel_equals_float64_and_keeps_padding_out(shape):
-    """10 tokens with T_inner 4: kernels of 4 and of 2 steps, compiled once each, for fresh states and others."""
+    """10 tokens with T_inner 4: kernels of 4 and 2 steps are compiled once each, for fresh and used states."""
     unrolled = kernel("native_compiled")
     for fresh in (False, True):
         run = make_run(*shape, fresh=fresh)
@@ -167,7 +167,7 @@ def test_a_run_in_parts_keeps_every_bit(eager):
 @pytest.mark.parametrize("padded", [slice(0, 3), slice(3, 10), slice(0, 10)], ids=["before", "after", "all"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_padding_changes_no_bit_of_the_state_and_makes_nothing_infinite(name, padded, eager):
-    """Also before the first token, where n is 0, and whatever is in the padding."""
+    """Also before the first token, where n is 0, and with any values in the padding."""
     for fresh in (False, True):
         run = make_run(2, 2, 10, 4, fresh=fresh)
         run.token[1, :, padded] = False
@@ -187,7 +187,7 @@ LONG = 20_000
 
 
 def long_run() -> Run:
-    """A head for each kind of gates, 20,000 tokens, the recurrence small enough not to hide them."""
+    """20,000 tokens, a head for each kind of gates, and a recurrence that is too small to hide them."""
     g = torch.Generator().manual_seed(1)
 
     def between(a: float, b: float) -> Tensor:
@@ -250,7 +250,7 @@ IDS: list[int] = torch.randint(0, 256, (200,), generator=torch.Generator().manua
 
 
 def ask(directory: Path, ids: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The model in float64, a token after the other: logits (T, vocabulary) and the state after the last token."""
+    """The model in float64, token by token: logits (T, vocabulary) and the state after the last token."""
     config = json.loads((directory / "config.json").read_text())
     tensors = {name: tensor.double() for name, tensor in load_file(directory / "model.safetensors").items()}
     T, NH = len(ids), config["num_heads"]
@@ -337,7 +337,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @cache
 def asked(directory: Path, length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reference of the prompt's first tokens; a longer prompt's logits begin with them."""
+    """The reference for the prompt's first tokens, from the logits of the whole prompt."""
     return ask(directory, IDS[:length])
 
 
@@ -347,7 +347,7 @@ def load(directory: Path, **options: Any) -> Engine:
 
 
 def assert_equals(tensors: dict[str, Tensor], reference: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Last logits and every tensor of the state; c and n, and their scale m, each by itself."""
+    """Compare the last logits and every tensor of the state, each by itself."""
     logits, state = reference
     assert tensors.keys() == {*state, "logits"}
     errors = {name: relative(tensors[name], part) for name, part in state.items()}
@@ -368,7 +368,7 @@ def test_the_oracle_equals_transformers_where_there_is_no_slstm(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_random_models_are_worth_comparing(case, model_of):
-    """The first of 77 tokens is still felt by the last, through a state that is neither empty nor full."""
+    """The last of 77 tokens still depends on the first, through a state that is neither empty nor full."""
     changed, _ = ask(model_of(case), [(IDS[0] + 1) % 256, *IDS[1:77]])
     assert relative(changed[-1], asked(model_of(case), 77)[0][-1]) > 1e-3
 
@@ -428,7 +428,7 @@ def test_any_numerics_and_rows_that_grow_from_state_to_state_give_the_same(
 
 @pytest.mark.parametrize("heads_per_band", [1, 3, 4])
 def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
-    """A first stage of one kind of block, a second of the other."""
+    """The first stage has blocks of one kind, the second of the other."""
     directory = model_of("fused, one head" if heads_per_band == 1 else "hybrid")
     lm = load(directory, heads_per_band=heads_per_band, workers=1)
     checkpoint, cpu = Checkpoint(directory, lm.config), torch.device("cpu")
@@ -484,7 +484,7 @@ def test_decoding_equals_float64(case, options, model_of, eager):
 
 
 def test_bfloat16_stays_close(model_of, eager):
-    """Gates and the recurrence are float32 also there: rounding reaches them through the residual stream only."""
+    """In bfloat16 too, gates and the recurrence are float32: only the residual stream brings rounding to them."""
     lm = load(model_of("all sLSTM"), dtype="bfloat16")
     assert relative(lm.prefill(IDS[:77]).logits[0], asked(model_of("all sLSTM"), 77)[0][-1]) < 0.05
 

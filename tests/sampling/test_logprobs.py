@@ -1,4 +1,4 @@
-"""Log-probabilities are those of float64, a row's do not depend on others, and all logits are never held."""
+"""Log-probabilities equal float64, do not depend on other rows, and never need all logits in memory."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Sampling is checked field by field, and what is not given comes from the state's last answer or from the model."""
+"""Sampling: each field is checked; fields that are not given come from the state's last answer or the model."""
 
 import json
 

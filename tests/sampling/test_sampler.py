@@ -1,4 +1,4 @@
-"""Rows are sampled as transformers and OpenAI define it, and each as if it were alone."""
+"""Rows are sampled as transformers and OpenAI define it, and each row as if it were alone."""
 
 from collections import Counter
 from typing import Any
@@ -99,7 +99,7 @@ def test_end_tokens_may_come_where_they_end_nothing():
 
 
 def kept_of(options: dict[str, Any], logits: Tensor) -> set[int]:
-    """The tokens that can be drawn: those that a random number at each place of their mass picks."""
+    """The tokens that can be drawn: try a random number inside each token's share of the mass."""
     found: set[int] = set()
 
     def all_of(weights: Tensor, bits: object) -> Tensor:
@@ -261,7 +261,7 @@ def test_a_seed_has_its_own_stream():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_no_step_waits_for_the_device_or_has_a_shape_that_hangs_on_it(device):
-    """Fake tensors have no values: whatever asks for one raises."""
+    """Fake tensors have no values, so code that reads one raises."""
     everything = Sampling(
         temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, presence_penalty=1, min_tokens=2,
         logit_bias={3: 1},

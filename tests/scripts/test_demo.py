@@ -1,4 +1,4 @@
-"""The scripts that made the demo model, with toys: a corpus of few words, a model trained for seconds."""
+"""The scripts of the demo model, with a tiny corpus and a model that is trained for seconds."""
 
 import json
 import math
@@ -24,7 +24,7 @@ VOCABULARY = 300
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[SimpleNamespace]:
-    """The modules of scripts/demo, which find each other as they do when one of them is run."""
+    """The modules of scripts/demo, on the path, as when one of them is run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(DEMO)
         names = "sources", "corpus", "network", "evaluate", "train"
@@ -111,7 +111,7 @@ def toy_corpus(demo: SimpleNamespace, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def toy(demo: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A corpus folder, the folder of the model that was trained on it, and what the training wrote about itself."""
+    """A corpus folder, the folder of a model trained on it, and the report of the training."""
     corpus, model = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("model")
     toy_corpus(demo, corpus)
     sizes = "--hidden-size 64 --blocks 2 --heads 2 --steps 60 --batch-tokens 1024 --row-lengths 128 256"

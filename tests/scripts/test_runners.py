@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line(model):
 
 # -- a hub -------------------------------------------------------------------------------------------------------------
 class Hub(ThreadingHTTPServer):
-    """As much of a hub's interface as a client uses to fetch a model repository.
+    """The part of a hub's interface that a client uses to fetch a model repository.
 
     After CUT_AT bytes of the file `cuts` the connection is cut, once; `refuses` it is asked for in vain from then on.
     """
@@ -184,7 +184,7 @@ def fetch(hub: Hub, home: Path, *words: object) -> subprocess.CompletedProcess[s
 
 
 def have(hub: Hub, home: Path, *, offline: bool) -> Path:
-    """Only the download, in a process of its own: huggingface_hub reads its environment once."""
+    """Only the download, in its own process: huggingface_hub reads its environment once."""
     code = f"from xlstm_ray.hub import download; print(download({REPO!r}, offline={offline}))"
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
@@ -193,7 +193,7 @@ def have(hub: Hub, home: Path, *, offline: bool) -> Path:
 
 
 def fetched(hub: Hub) -> list[tuple[str, str]]:
-    """The files that were asked for, and from which byte."""
+    """The requested files, and the first byte of each request."""
     asked = [(path, where) for method, path, where in hub.asked if method == "GET"]
     return [(Path(path).name, where or "") for path, where in asked if "/resolve/" in path]
 

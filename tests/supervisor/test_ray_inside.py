@@ -1,4 +1,4 @@
-"""What we use of Ray's inner parts is there, and has the shape that we use. A Ray that changed it fails here first.
+"""The inner parts of Ray that we use are there, with the shape that we use. A Ray that changes them fails here first.
 
 Ray is imported in a process of its own: it reads its environment then, and other tests of this process start heads.
 """

@@ -1,4 +1,4 @@
-"""Ray's life cycle with real heads, real processes and real signals, beside a real Ray cluster of somebody else.
+"""The life of Ray heads, with real heads, processes and signals, beside a real cluster of somebody else.
 
 Nothing here connects in pytest's own process: Ray fixes its authentication at import, for every test file.
 """
@@ -88,7 +88,7 @@ def until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def in_session(session: int | None) -> list[psutil.Process]:
-    """By the kernel's word alone, without the code under test."""
+    """By the kernel only, without the code under test."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -100,7 +100,7 @@ def in_session(session: int | None) -> list[psutil.Process]:
 
 
 def names_in(session: int) -> set[str]:
-    """The names of its processes; one that ends meanwhile has none."""
+    """The names of its processes, without those that end meanwhile."""
     names = set()
     for process in in_session(session):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -114,7 +114,7 @@ def gone(head: Head) -> bool:
 
 @pytest.fixture(scope="module")
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the command line looks when HOME is three folders up."""
+    """The directory of records if HOME is three folders up."""
     path = tmp_path_factory.mktemp("home") / ".local" / "state" / "xlstm-ray"
     make_private_directory(path)
     yield path
@@ -286,7 +286,7 @@ def bystander() -> Iterator[psutil.Process]:
 
 
 def test_a_reused_pid_is_not_killed(tmp_path: Path, bystander: psutil.Process) -> None:
-    """The bystander has the pid, and so the session id, that a head of ours once had."""
+    """The bystander has the pid and session id of an earlier head of ours."""
     known = identify(bystander)
     stale = known.model_copy(update={"started": known.started - 60})
     head = made_up(tmp_path, guard=stale, members=(stale,))
@@ -297,7 +297,7 @@ def test_a_reused_pid_is_not_killed(tmp_path: Path, bystander: psutil.Process) -
 
 
 def test_a_recorded_process_in_another_session_proves_nothing(tmp_path: Path, bystander: psutil.Process) -> None:
-    """The bystander has our old session's id, and a recorded process is alive, but not in that session."""
+    """The bystander has the id of our old session; a recorded process is alive in another session."""
     stale = Process(pid=bystander.pid, started=1.0)
     made_up(tmp_path, guard=stale, members=(identify(psutil.Process()),))
     down(tmp_path)
@@ -316,7 +316,7 @@ def test_a_head_on_another_machine_is_listed_and_left_alone(tmp_path: Path, byst
 
 
 def test_what_was_here_before_the_machine_was_booted_is_dead(tmp_path: Path, bystander: psutil.Process) -> None:
-    """Its pids are other programs' by now. Two containers that share a machine's id are no such case."""
+    """Its pids belong to other programs now. Two containers with the same machine id are another case."""
     earlier = this_machine().model_copy(update={"boot": "an earlier one", "processes": HOSTS_OWN})
     head = made_up(tmp_path, guard=identify(bystander), machine=earlier)
     in_container = this_machine().processes not in ("", HOSTS_OWN)
@@ -379,7 +379,7 @@ def test_a_head_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path) 
 
 
 def unshared(*flags: str) -> list[str]:
-    """A command line that runs what follows in namespaces of its own."""
+    """Words before a command that run it in its own namespaces."""
     command = ["unshare", *flags]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip(f"`{' '.join(command)}` is not permitted here: it takes Linux and root")
@@ -433,7 +433,7 @@ def test_what_a_head_cannot_do_without_is_named_in_one_line(
 
 
 def test_a_user_without_a_home_is_told_which_folder_to_give(tmp_path: Path) -> None:
-    """A user id that no password file knows, as containers have them."""
+    """A user id that is not in the password file, as in containers."""
     user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
     user += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "env", "-u", "HOME"]
     if shutil.which("setpriv") is None or subprocess.run([*user, "true"], capture_output=True).returncode:
@@ -454,7 +454,7 @@ def test_a_user_without_a_home_is_told_which_folder_to_give(tmp_path: Path) -> N
 
 @needs_ray
 def test_a_port_that_is_taken_between_choice_and_use_costs_another_try(tmp_path: Path) -> None:
-    """Other programs bind the first record's ports as soon as it names them, and any near 8265, where all look."""
+    """Other programs bind the ports of the first record as soon as it is written, and ports near 8265."""
     taken: dict[int, socket.socket] = {}
     started = threading.Event()
 
@@ -493,7 +493,7 @@ def test_a_port_that_is_taken_between_choice_and_use_costs_another_try(tmp_path:
 def test_one_head_of_two_that_are_asked_for_at_once_and_its_life_under_another_name(
     other: Other, tmp_path: Path
 ) -> None:
-    """Helpers that no run needs die; the machine is renamed; `down` under the new name leaves nothing."""
+    """Helpers die that a run does not need; the machine is renamed; `down` under the new name leaves nothing."""
     state_dir = tmp_path / "home" / ".local" / "state" / "xlstm-ray"
     runs = [
         subprocess.Popen(
@@ -722,7 +722,7 @@ def grpc_answers(port: int, token: str | None) -> set[str]:
 
 @needs_ray
 def test_every_port_but_metrics_refuses_without_the_token(head: Head) -> None:
-    """Whatever listens: GCS, raylet, workers, agents, client, dashboard."""
+    """All listeners: GCS, raylet, workers, agents, client, dashboard."""
     seen = set()
     for _, port in listeners(head):
         try:
@@ -757,7 +757,7 @@ def test_a_wrong_token_and_an_open_head_are_refused_at_once(head: Head, other: O
 
 @needs_ray
 def test_ray_itself_cannot_connect_without_the_token(head: Head) -> None:
-    """As a driver: Ray's own client library, authentication off, gives up or hangs but never gets in."""
+    """A driver without authentication: Ray's own client library gives up or hangs, but never gets in."""
     program = "import ray, sys; ray.init(sys.argv[1]); print('in')"
     addresses = [str(head.address), f"ray://127.0.0.1:{head.client_port}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -816,7 +816,7 @@ def test_the_token_is_in_its_file_and_nowhere_else(head: Head, state_dir: Path) 
 
 @needs_ray
 def test_down_ends_jobs_too_and_leaves_the_other_cluster(head: Head, other: Other, state_dir: Path) -> None:
-    """The last one to use this head. A job's program is in a session of its own."""
+    """The last test that uses this head. A job's program has its own session."""
     job = json.dumps({"entrypoint": "sleep 654321"}).encode()
     assert http(f"{head.dashboard_url}/api/jobs/", head.token_path.read_text(), job)[0] == 200
     jobs: list[psutil.Process] = []

@@ -1,4 +1,4 @@
-"""Pieces of text: for any tokenizer, tokens and cut into runs they are what plain decoding makes of the whole."""
+"""Pieces of text: for any tokenizer, tokens and cuts, all pieces together are the plain decoding of all tokens."""
 
 from os.path import commonprefix
 
@@ -32,7 +32,7 @@ HINTS = [
 
 
 def byte_letters() -> dict[int, str]:
-    """How byte-level vocabularies write each byte: those that are no letter by the first letters that are free."""
+    """The characters for bytes in byte-level vocabularies: bytes without a letter get the next free letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spare = iter(c for c in alphabet if ord(c) > 255)
     return {b: chr(b) if chr(b) in alphabet else next(spare) for b in range(256)}
@@ -86,7 +86,7 @@ MADE = {kind: _named(kind) for kind in KINDS.split(",")}
 
 
 def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
-    """Any tokens, also such as no text gives and ids that stand for nothing; texts of characters in many bytes."""
+    """Any tokens, also ones that no text has and unused ids; texts with characters of many bytes."""
     size = tokenizer.get_vocab_size()
     rare = [n for n in range(size) if n > 255 or tokenizer.id_to_token(n) in SPECIAL] + [size + 7]
     euro = [list("\u20ac\U0001f600\u00e9".encode())[n:] for n in range(9)]
@@ -101,7 +101,7 @@ def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 
 def require_after(printed: str, before: str, whole: str) -> None:
-    """What was printed is the whole after what came before; of that, marks of a character's first bytes may go."""
+    """The printed text is the decoding of all, after the text before; replacement marks at its end may disappear."""
     if whole.startswith(before.rstrip("\ufffd")):
         assert printed == whole[len(commonprefix([before, whole])) :]
     else:  # bytes of the answer made marks of bytes that were a text before
@@ -129,7 +129,7 @@ def test_pieces_joined_are_what_decoding_makes_of_all(kind, data):
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_text_that_is_given_in_between_is_not_printed(kind, data):
-    """What is appended to an answer is a person's; the next answer's pieces come after all of it."""
+    """A person's text is appended to an answer; the next answer's pieces come after both."""
     tokenizer = MADE[kind]
     of = Detokenizer(tokenizer)
     first, more, answer = (data.draw(ids_of(tokenizer)) for _ in range(3))
@@ -142,7 +142,7 @@ def test_text_that_is_given_in_between_is_not_printed(kind, data):
 
 
 class Counting:
-    """A tokenizer that counts the tokens it was asked to decode."""
+    """A tokenizer that counts the tokens that it decodes."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self.decoded = tokenizer, 0
@@ -157,7 +157,7 @@ class Counting:
 
 @pytest.mark.parametrize("kind", MADE)
 def test_the_work_is_linear_whatever_the_tokens(kind):
-    """Hidden tokens, stray bytes, single bytes, words: a window stays short, or is looked at once."""
+    """Hidden tokens, stray bytes, single bytes, words: the decoded window stays short, or is decoded once."""
     tokenizer = MADE[kind]
     size = tokenizer.get_vocab_size()
     for tokens in ([tokenizer.token_to_id("</s>")], [0x80], [0xE2, 0x82, 0xAC], [size - 1], list(range(size)), [3]):

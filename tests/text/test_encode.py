@@ -192,7 +192,7 @@ lm.prefill("a" * int(sys.argv[1]), on_progress=first)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_long_text_takes_little_memory_before_the_first_tile():
-    """At once, a million tokens took over 250 MiB; now 4 bytes each, and as much again where they are hashed."""
+    """Encoded at once, a million tokens took over 250 MiB; now 4 bytes each, and 4 more while they are hashed."""
 
     def peak(tokens: int) -> int:
         done = subprocess.run([sys.executable, "-c", CHILD, str(tokens)], capture_output=True, text=True, timeout=120)
@@ -208,7 +208,7 @@ def test_a_hard_limit_holds_while_a_text_is_cut_into_tokens():
 
 
 def test_no_request_touches_what_other_threads_write_to():
-    """File descriptor 2 is the process's: a server's other threads write there while one encodes and decodes."""
+    """File descriptor 2 belongs to the process: other threads write there while one thread encodes and decodes."""
     text = Text(DEMO_MODEL, ModelConfig.from_file(DEMO_MODEL / "config.json"))
     seen, end = set(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Stop texts are found however the text is cut, and what is shown of it never has to be taken back."""
+"""Stop texts are found with any cuts of the text, and shown text is never taken back."""
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +10,7 @@ from xlstm_ray.text.stop import StopMatcher
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """Where the answer ends and by what, by looking at every end in turn."""
+    """Where the answer ends and by which text, by trying every end in turn."""
     for end in range(len(text) + 1):
         here = [stop for stop in stops if text[:end].endswith(stop)]
         if here:
@@ -61,7 +61,7 @@ def test_within_the_first_tokens_no_stop_text_ends(early, late, stop):
 
 # -- an answer ---------------------------------------------------------------------------------------------------------
 class Letters:
-    """A stream of text whose tokens are letters; a capital waits for the next one, as bytes of a character do."""
+    """A stream whose tokens are letters; a capital waits for the next one, like bytes of a character."""
 
     def __init__(self) -> None:
         self.waiting = ""

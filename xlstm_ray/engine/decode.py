@@ -11,7 +11,7 @@ from torch import Tensor
 from xlstm_ray.engine.held import HeldRow, HeldRows, States
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import CheckpointError
-from xlstm_ray.runtime.executor import Executor, StateRef, Step, run
+from xlstm_ray.runtime.executor import Executor, StateRef, decoding_step, run
 from xlstm_ray.sampling.logprobs import logprobs
 from xlstm_ray.sampling.sampler import Sampler
 from xlstm_ray.text.answer import Answer
@@ -184,19 +184,14 @@ class Decoder:
             return
         state = self._arrange(group, active)
         rows = len(self._places)
-        mask = torch.zeros(state.batch, dtype=torch.bool)
-        mask[:rows] = torch.tensor([self._behind[b] for b in self._places])
-        last = torch.zeros(len(mask), 1, dtype=torch.long)
-        last[:rows, 0] = torch.tensor([(self._answers[b].tokens or [0])[-1] for b in self._places])
-        # Rows that are not active keep their state, and their logits mean nothing.
-        none = torch.zeros(len(mask), dtype=torch.long)
-        step = Step(last, none, mask.long(), chunk_size=1, logits="last", in_place=True)
+        last = [self._answers[b].tokens[-1] if self._behind[b] else None for b in self._places]
+        step = decoding_step([*last, *[None] * (state.batch - rows)], in_place=True)
         ((_, _, result),) = run(self._executor, state, [step])
         logits = result.logits
         assert logits is not None
         logits = logits.cpu()
         # No copy: copying the logits of 16 rows takes longer than choosing their tokens.
-        logits = logits[:rows] if active == self._places else logits[mask]
+        logits = logits[:rows] if active == self._places else logits[step.end.bool()]
         require_finite(logits, self._model)
         self._call = active, logits
         for b, row in zip(active, logits, strict=True):

@@ -15,7 +15,7 @@ from xlstm_ray.state import RecurrentState
 
 
 class Use(NamedTuple):
-    """What the cache was to a prompt. tier: device, host or disk. reason: why it was no more; None: it was all."""
+    """The use of the cache for a prompt. tier: device, host or disk. reason: why not more tokens; None: it was all."""
 
     hit_tokens: int = 0
     tier: str | None = None

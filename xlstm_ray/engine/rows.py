@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from xlstm_ray.engine.task import Task
-from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, Step
+from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, decoding_step
 
 
 class Batch:
@@ -43,16 +41,12 @@ class Batch:
             task.state = None
         return size
 
-    def step(self, chunk_size: int) -> None:
+    def step(self) -> None:
         """Submit a step with every row's last token."""
-        tokens = torch.zeros(len(self.places), 1, dtype=torch.long)
-        active = torch.zeros(len(self.places), dtype=torch.long)
-        for n, task in enumerate(self.places):
-            if task is not None and task.answer is not None:
-                tokens[n, 0], active[n] = task.answer.tokens[-1], 1
         assert self.state is not None
-        step = Step(tokens, torch.zeros_like(active), active, chunk_size, logits="last", in_place=True)
-        self._executor.submit(self.state, step)
+        answers = [None if task is None else task.answer for task in self.places]
+        last = [None if answer is None else answer.tokens[-1] for answer in answers]
+        self._executor.submit(self.state, decoding_step(last, in_place=True))
         self.under_way = True
 
     def remove(self, task: Task, *, keep: bool) -> None:

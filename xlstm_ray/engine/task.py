@@ -10,14 +10,15 @@ from torch import Tensor
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
-from xlstm_ray.engine.request import Event, Handle, Request, Usage
+from xlstm_ray.engine.request import End, Event, Handle, Request, Usage
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.windows import Group, Window, plan_windows
+from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.runtime.executor import StateRef
-from xlstm_ray.state import Numerics
-from xlstm_ray.text.answer import Answer
+from xlstm_ray.state import Numerics, RecurrentState
+from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
 from xlstm_ray.text.prompt import Prompt
 from xlstm_ray.text.tokenizer import Text
@@ -115,6 +116,18 @@ class Task:
             total_s=now - self.made,
             cache=self.reuse.uses()[0] if self.reuse else Use(),
         )
+
+    def end(
+        self,
+        finish: Finish,
+        *,
+        logits: Tensor | None = None,
+        state: RecurrentState | None = None,
+        error: XlstmRayError | None = None,
+    ) -> None:
+        """Send the last event."""
+        tokens, text = (self.answer.tokens, self.answer.text) if self.answer else ([], "")
+        self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error))
 
     def look_up(self, core: Core) -> None:
         """Go on from the longest kept state, if it is longer than the given one."""

@@ -12,13 +12,13 @@ from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
 from xlstm_ray.engine.driver import Snapshot, make_part
 from xlstm_ray.engine.held import HeldRows
-from xlstm_ray.engine.request import End, Piece, Queued, Reading
+from xlstm_ray.engine.request import Piece, Queued, Reading
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
 from xlstm_ray.errors import XlstmRayError
-from xlstm_ray.runtime.executor import Step, StepResult
+from xlstm_ray.runtime.executor import Step, StepResult, decoding_step
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
@@ -181,7 +181,7 @@ class Work:
                 size = batch.arrange()
                 if size is not None:
                     self._core.warm_up(size, [1])
-                batch.step(self._core.plan.numerics.chunk_size)
+                batch.step()
                 self._under_way.append(partial(self._decoded, batch))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
@@ -242,10 +242,8 @@ class Work:
         self._slots.give_back(task)
 
     def _finish(self, task: Task, finish: Finish) -> None:
-        """Its last event; it is forgotten."""
-        del self._tasks[task.number]
-        self._scheduler.leave(task.number)
-        task.release()
+        """End a task with its last event, and forget it."""
+        self._forget(task)
         keep = task.request.keep
         self._take_out(task, keep=keep or task.fed > 0)
         task.keep_answer(self._core)
@@ -254,9 +252,12 @@ class Work:
             text = answer.end("cancelled")
             if text:
                 task.handle.tell(Piece(text, None))
-        tokens, text = (answer.tokens, answer.text) if answer else ([], "")
-        logits = None if task.logits is None else task.logits.cpu()
-        task.handle.tell(End(finish, text, tokens, task.usage(), logits, state))
+        task.end(finish, logits=None if task.logits is None else task.logits.cpu(), state=state)
+
+    def _forget(self, task: Task) -> None:
+        del self._tasks[task.number]
+        self._scheduler.leave(task.number)
+        task.release()
 
     def _rows_of(self, task: Task) -> HeldRows:
         """Its state, wherever that is."""
@@ -275,10 +276,8 @@ class Work:
         if answer is not None and answer.tokens:
             if not (answer.finish is not None and isinstance(answer.finish.by, int)):  # its last token was not fed
                 state = task.state or core.states.state_of(task.rows)
-                one, none = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
                 core.warm_up(1, [1])
-                step = Step(torch.tensor([answer.tokens[-1:]]), none, one, core.plan.numerics.chunk_size, logits="last")
-                task.state = executor.submit(state, step)
+                task.state = executor.submit(state, decoding_step(answer.tokens[-1:]))
                 result = executor.result()
                 assert result.logits is not None
                 task.logits = result.logits[0]
@@ -295,10 +294,7 @@ class Work:
         """Nothing is done any more: requests that are left end, cancelled or with this error."""
         finish = Finish("error" if error else "cancelled")
         for task in list(self._tasks.values()):
-            del self._tasks[task.number]
-            self._scheduler.leave(task.number)
-            task.release()
-            text, tokens = (task.answer.text, task.answer.tokens) if task.answer else ("", [])
-            task.handle.tell(End(finish, text, tokens, task.usage(), error=error))
+            self._forget(task)
+            task.end(finish, error=error)
         self._under_way.clear()
         self._batches = []

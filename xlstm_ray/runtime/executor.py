@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,13 @@ class Step(NamedTuple):
     logits: Wanted = "none"
     keep: bool = False  # return the state after the step with the result
     in_place: bool = False  # write the new state over the old one, which nobody else uses
+
+
+def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False) -> Step:
+    """A step of one token for each row, with its logits. None: the row keeps its state, and its logits mean nothing."""
+    active = torch.tensor([token is not None for token in tokens], dtype=torch.long)
+    ids = torch.tensor([[token or 0] for token in tokens], dtype=torch.long)
+    return Step(ids, torch.zeros_like(active), active, chunk_size=1, logits="last", in_place=in_place)
 
 
 class StepResult(NamedTuple):

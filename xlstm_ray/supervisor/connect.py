@@ -137,7 +137,7 @@ def _disconnect(ray: ModuleType) -> None:
 
 def require_ray() -> None:
     spec = importlib.util.find_spec("ray")
-    if spec is None or spec.origin is None:  # a folder named ray that is no package has no origin
+    if spec is None or spec.origin is None:  # a folder named ray that is not a package has no origin
         raise RayError(f"Ray is not installed; {pip_install('ray')} installs it, or stay in local mode")
 
 
