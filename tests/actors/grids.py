@@ -15,6 +15,7 @@ from slstm import CASES, write_model
 from tiny import make_model
 
 import xlstm_ray
+from xlstm_ray import PrefillResult, RecurrentState
 from xlstm_ray.supervisor.records import Head
 from xlstm_ray.supervisor.start import HeadOptions, start_head
 from xlstm_ray.supervisor.stop import stop_head
@@ -74,6 +75,14 @@ def after_tiles(
     code = run.wait(120)
     assert acted, said
     return subprocess.CompletedProcess(run.args, code, out, "".join(said))
+
+
+def resumed(model: Path, state: RecurrentState, **more: Any) -> PrefillResult:
+    """The rest of PROMPT after this state, in this process with one thread, as in actors."""
+    with xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK, **more) as lm:
+        result = lm.prefill(PROMPT, state=state)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return result
 
 
 class InProcess(dict[int, dict[str, Any]]):

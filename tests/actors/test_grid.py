@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, script
+from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, resumed, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -321,13 +321,9 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
     (kept,) = found["left"]
     assert f"failed 2 times in a row from tile {kept // TILE} on" in found["lost"]
     assert 6 * TILE <= kept < len(PROMPT)
-    lm = xlstm_ray.load(
-        model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK, heads_per_band=heads
-    )
-    resumed = lm.prefill(PROMPT, state=RecurrentState.load(found["lost_state"]))
-    torch.set_num_threads(os.cpu_count() or 1)
-    assert resumed.state.digest() == in_process[heads]["digest"]
-    assert resumed.stats.resumed_tokens == kept
+    rest = resumed(model, RecurrentState.load(found["lost_state"]), heads_per_band=heads)
+    assert rest.state.digest() == in_process[heads]["digest"]
+    assert rest.stats.resumed_tokens == kept
 
 
 def test_actors_are_gone_when_a_run_has_ended(grid, head):

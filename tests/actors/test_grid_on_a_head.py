@@ -9,10 +9,8 @@ import sys
 import time
 
 import pytest
-import torch
 from containers import container, needs_containers
 from grids import (
-    CHUNK,
     PROMPT,
     SIZES,
     TILE,
@@ -25,6 +23,7 @@ from grids import (
     model,
     models,
     program,
+    resumed,
     script,
 )
 from safetensors.torch import load_file
@@ -92,10 +91,7 @@ def test_an_actor_that_never_finishes_loading_ends_the_run_with_its_reason(home,
         assert not runs
     state = RecurrentState.load(tmp_path / "kept.state")
     assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
-    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
-    digest = lm.prefill(PROMPT, state=state).state.digest()
-    torch.set_num_threads(os.cpu_count() or 1)
-    assert digest == in_process[4]["digest"]
+    assert resumed(model, state).state.digest() == in_process[4]["digest"]
 
 
 def test_a_grid_without_room_is_refused_within_seconds(home, head, model):
@@ -279,9 +275,9 @@ def test_a_killed_drivers_journal_is_resumed_to_the_same_bits(home, head, model,
         expected = in_process[4]["tensors"][name]
         assert (tensor - expected).norm() / expected.norm() < 1e-4, name
 
-    resumed = command(home, *words, "--resume", journal)
-    assert resumed.returncode == 0, resumed.stderr
-    found = json.loads(resumed.stdout)
+    whole = command(home, *words, "--resume", journal)
+    assert whole.returncode == 0, whole.stderr
+    found = json.loads(whole.stdout)
     assert found["state_digest"] == in_process[4]["digest"]
     assert found["resumed_tokens"] == sum(kept.tokens)
     assert not (journal / "prefill.state").exists()  # the run has ended

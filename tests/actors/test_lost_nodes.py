@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from grids import CHUNK, PROMPT, SIZES, TILE, after_tiles, command, environment, in_process, model, models, script
+from grids import PROMPT, SIZES, TILE, after_tiles, command, environment, in_process, model, models, resumed, script
 
-import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.supervisor.records import all_heads, session_of
 from xlstm_ray.supervisor.start import HeadOptions, start_head
@@ -81,10 +79,7 @@ def test_a_lost_node_is_replaced_by_another_or_leaves_a_state_to_go_on_from(mode
     assert "gone, and a grid of 2 stage(s)" in ended_by
     state = RecurrentState.load(kept)
     assert 6 * TILE <= sum(state.tokens) < len(PROMPT)
-    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
-    digest = lm.prefill(PROMPT, state=state).state.digest()
-    torch.set_num_threads(os.cpu_count() or 1)
-    assert digest == in_process[4]["digest"]
+    assert resumed(model, state).state.digest() == in_process[4]["digest"]
 
 
 # Two machines: networks, names and pids of their own. The driver's has hundreds of bystanders, and its host name is the
@@ -209,9 +204,7 @@ def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_proc
 
     done = after_tiles(8, signal_it, tmp_path, *words)
     assert done.returncode == code, done.stderr
-    lm = xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK)
-    digest = lm.prefill(PROMPT, state=RecurrentState.load(kept)).state.digest()
-    torch.set_num_threads(os.cpu_count() or 1)
+    digest = resumed(model, RecurrentState.load(kept)).state.digest()
     assert digest == in_process[4]["digest"]
     if code == 0:
         assert json.loads(done.stdout)["state_digest"] == digest
