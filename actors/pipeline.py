@@ -18,6 +18,7 @@ from xlstm_ray.actors.shard import Call
 from xlstm_ray.actors.wire import from_wire, to_wire
 from xlstm_ray.layout import join_bands
 from xlstm_ray.runtime.executor import Step, StepResult
+from xlstm_ray.sampling.logprobs import Logprobs
 
 
 class Pending(NamedTuple):
@@ -66,12 +67,14 @@ class Pipeline:
 
     def result(self, pending: Pending, values: list[Any]) -> StepResult:
         """The result of a step, from the values of its references. Its seconds are not known here."""
-        (hidden, *logits), *states = values
+        (hidden, *more), *states = values
+        logits = from_wire(more.pop(0), torch.float32) if pending.step.logits != "none" else None
         return StepResult(
             from_wire(hidden, self._placement.spec.dtype).clone(),
-            from_wire(logits[0], torch.float32) if logits else None,
+            logits,
             0.0,
             self.join(states) if states else None,
+            Logprobs(*(from_wire(part, torch.float32).clone() for part in more)) if more else None,
         )
 
     def join(self, states: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -121,6 +124,7 @@ class Pipeline:
             step.keep,
             step.logits,
             drop,
+            step.following and (to_wire(step.following.tokens), step.following.likeliest),
         )
         states = []
         for s, seats in enumerate(self._stages):

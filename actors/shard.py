@@ -35,7 +35,7 @@ from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.executor import Wanted
+from xlstm_ray.runtime.executor import Following, Wanted
 from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
 
@@ -70,6 +70,7 @@ class Call(NamedTuple):
     keep: bool
     logits: Wanted
     drop: tuple[int, ...]  # states that nobody has any more
+    following: tuple[Wire, int] | None  # as in Following
 
 
 Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
@@ -209,7 +210,7 @@ class ShardActor:
     # -- transfer, snapshot --------------------------------------------------------------------------------------------
     def output(self, call: Call, _after: None) -> Any:
         """The result of `run` for a tile: the residual stream (B, T, D). After the last stage: (each row's last hidden
-        (B, D),), and the logits if they were requested."""
+        (B, D),), and logits and log-probabilities if they were requested."""
         done = self._done.pop(call.number, None)
         if call.epoch != self.epoch or done is None:
             return None
@@ -312,9 +313,13 @@ class ShardActor:
             return (x,)
         rows = torch.arange(x.shape[0], device=x.device)
         hidden = x[rows, (self._upload(torch.tensor(call.end)) - 1).clamp(min=0)]
-        if call.logits == "none":
-            return (hidden,)
-        return hidden, self.worker.logits(hidden if call.logits == "last" else x)
+        result = [hidden]
+        if call.logits != "none":
+            result.append(self.worker.logits(hidden if call.logits == "last" else x))
+        if call.following is not None:
+            tokens, likeliest = call.following
+            result += self.worker.logprobs(x, Following(from_wire(tokens, torch.int64), likeliest))
+        return tuple(result)
 
     def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
         wires = tuple(to_wire(x) for x in result)

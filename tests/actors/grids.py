@@ -85,6 +85,11 @@ def resumed(model: Path, state: RecurrentState, **more: Any) -> PrefillResult:
     return result
 
 
+def scores_of(scores: Any) -> list[Any]:
+    """As JSON has them."""
+    return json.loads(json.dumps([made and [made.logprob, made.likeliest] for made in scores]))
+
+
 class InProcess(dict[int, dict[str, Any]]):
     """By heads a band: the queued backend's results, computed on first use, compiled for one thread like actors."""
 
@@ -100,6 +105,7 @@ class InProcess(dict[int, dict[str, Any]]):
         generation = lm.generate(PROMPT[:96], max_new_tokens=9)
         found |= {"text": "".join(generation), "after": generation.state().digest()}
         found["all"] = torch.cat(lm.prefill(PROMPT[:96], all_logits=True).all_logits).double().sum().item()
+        found["scores"] = scores_of(lm.prefill(PROMPT[:96], prompt_logprobs=2).prompt_logprobs[0])
         other = lm.generate(PROMPT[3:64], max_new_tokens=9)
         found |= {"other": "".join(other), "other_after": other.state().digest()}
         found["kept"] = lm.prefill(PROMPT[:96]).state.digest()

@@ -127,6 +127,11 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     generation = lm.generate(prompt[:96], max_new_tokens=9)
     say(text="".join(generation), after=generation.state().digest(), rate=generation.decode_tok_s)
     say(all=torch.cat(lm.prefill(prompt[:96], all_logits=True).all_logits).double().sum().item())
+    from xlstm_ray.engine.request import Request
+    lm.serve(slots=4, buckets=(4,))
+    asked = lm.prefill(prompt[:96], prompt_logprobs=2).prompt_logprobs[0]
+    served = lm.submit(Request(prompt[:96], prompt_logprobs=2)).result(120).prompt_logprobs
+    say(scores=[[made and [made.logprob, made.likeliest] for made in each] for each in (asked, served)])
 
     # Two states are worked on in turn, a third one is kept, and a fourth is given up on the way.
     kept = lm.prefill(prompt[:96])
@@ -202,9 +207,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     say(other_again=other, other_after_again=turns[1].state().digest())
 
     # One is killed while many requests are served.
-    from xlstm_ray.engine.request import Request
     from xlstm_ray.sampling import Sampling
-    lm.serve(slots=4, buckets=(4,))
     def ask(n):
         return lm.submit(Request(prompt[n:90 + 7 * n], sampling=Sampling(max_new_tokens=5 + n)))
     say(requests=[ask(n).result(120).text for n in range(8)])
@@ -268,6 +271,14 @@ def test_states_that_are_worked_on_in_turn_equal_each_alone(grid, in_process):
 def test_all_logits_come_from_the_last_stage(grid, in_process):
     heads, found = grid
     assert found["all"] == in_process[heads]["all"]
+
+
+def test_log_probabilities_of_a_prompt_come_from_the_last_stage(grid, in_process):
+    """They are reduced there; no logits travel."""
+    heads, found = grid
+    assert found["scores"] == [in_process[heads]["scores"]] * 2
+    assert in_process[heads]["scores"][0] is None
+    assert len(in_process[heads]["scores"]) == 96
 
 
 def test_the_drivers_memory_does_not_grow_with_the_prompt(grid):

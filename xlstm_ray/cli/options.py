@@ -76,6 +76,14 @@ ConfigOption = Annotated[
 StateOutOption = Annotated[
     Path | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
 ]
+PromptLogprobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-logprobs",
+        help="Log-probabilities of the prompt's tokens, and of this many likeliest ones. With --json and --jsonl.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
 ]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from xlstm_ray.engine.engine import Engine
     from xlstm_ray.engine.generation import Generation
     from xlstm_ray.engine.result import PrefillResult, Statistics
+    from xlstm_ray.engine.scores import Scores
 
 
 def ending_text(generation: "Generation", b: int) -> str:
@@ -79,7 +80,22 @@ def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None
         "state_path": None if state_out is None else str(state_out),
         "state_digest": digest or state.digest(),
         "next_tokens": [token._asdict() for token in engine.next_tokens(result.logits[0])],
+        **prompt_logprobs_of(engine, result.prompt_logprobs),
     }
+
+
+def prompt_logprobs_of(engine: "Engine", rows: "Sequence[Scores]") -> dict[str, Any]:
+    """The only row's tokens with their log-probabilities, if they were requested."""
+    if not rows:
+        return {}
+    (scores,), text = rows, engine.text_of
+    said = []
+    for token, made in zip(scores.tokens, scores, strict=True):
+        likeliest = [] if made is None else made.likeliest
+        top = [{"id": best, "text": text(best), "logprob": logprob} for best, logprob in likeliest]
+        logprob = None if made is None else made.logprob
+        said.append({"id": token, "text": text(token), "logprob": logprob, "top": top})
+    return {"prompt_logprobs": said}
 
 
 def answers_of(

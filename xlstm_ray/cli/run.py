@@ -27,6 +27,7 @@ from xlstm_ray.cli.options import (
     JsonOption,
     ProgressOption,
     PromptFileOption,
+    PromptLogprobsOption,
     PromptOption,
     StateInOption,
     StateOutOption,
@@ -46,7 +47,7 @@ from xlstm_ray.cli.report import (
 )
 from xlstm_ray.cli.reporter import Reporter
 from xlstm_ray.cli.sampled import KEYS, samples
-from xlstm_ray.cli.session import check_generation, open_engine, require_places, run_under_keeper
+from xlstm_ray.cli.session import check_generation, check_prompt_logprobs, open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings
@@ -74,6 +75,7 @@ def prefill(
     append: AppendOption = None,
     append_file: AppendFileOption = None,
     state_out: StateOutOption = None,
+    prompt_logprobs: PromptLogprobsOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
     *,
@@ -85,6 +87,7 @@ def prefill(
     start_from = state_in or settings.resume
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
+    check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
     with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
 
@@ -96,6 +99,7 @@ def prefill(
             result = engine.prefill(
                 **given,
                 **start,
+                prompt_logprobs=prompt_logprobs,
                 on_progress=report.tile,
                 on_ready=on_ready,
                 should_stop=stop,
@@ -134,6 +138,7 @@ def generate(
     append: AppendOption = None,
     append_file: AppendFileOption = None,
     state_out: StateOutOption = None,
+    prompt_logprobs: PromptLogprobsOption = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",
     *,
@@ -146,6 +151,7 @@ def generate(
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
     own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
+    check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
     each = check_generation(sampling or {}, own, printed=json_output or jsonl)
     rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
     with open_engine(settings, state_in, state_out, asked, progress, rows) as (start, engine, report):
@@ -166,6 +172,7 @@ def generate(
             generation = engine.generate(
                 **given,
                 **start,
+                prompt_logprobs=prompt_logprobs,
                 sampling=sampling or {},
                 own_sampling=own if any(own) else (),
                 last=state_out is None,

@@ -38,6 +38,15 @@ def require_places(
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
 
 
+def check_prompt_logprobs(count: int | None, *, printed: bool) -> None:
+    """Refuse a wrong number of log-probabilities before a model is read. printed: whether results are JSON."""
+    from xlstm_ray.sampling.params import require_likeliest
+
+    require_likeliest(count)
+    if count is not None and not printed:
+        raise UsageError("`prompt_logprobs` are printed with --json and --jsonl; add one, or leave it out")
+
+
 def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, printed: bool) -> list[int]:
     """Refuse wrong sampling before a model is read; returns how many answers each line gets (or each prompt).
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine import driver
-from xlstm_ray.engine.driver import NO_HOOKS, Hooks, Progress, Sizes, Snapshot, Tokens
+from xlstm_ray.engine.driver import LAST, NO_HOOKS, Each, Hooks, Progress, Sizes, Snapshot
 from xlstm_ray.engine.held import HeldRows, States
+from xlstm_ray.engine.scores import Scores
+from xlstm_ray.engine.tokens import Tokens
 from xlstm_ray.engine.windows import Group
 from xlstm_ray.errors import GridLost
 
@@ -23,6 +25,7 @@ class BatchOutcome:
     ready_s: list[float]  # for each row: from the run's first tile to the row's logits
     group_s: list[float]  # for each row: the time of its group
     all_logits: list[Tensor] = field(default_factory=list)  # for each row (tokens, vocabulary), if requested
+    scores: dict[int, Scores] = field(default_factory=dict)  # of rows that were read, if requested
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
     tile_tokens: list[int] = field(default_factory=list)  # new tokens of each tile, over all rows
@@ -76,7 +79,7 @@ def prefill_groups(
     *,
     start: Snapshot,
     sizes: Callable[[], Sizes],
-    all_logits: bool = False,
+    each: Each = LAST,
     hooks: Hooks = NO_HOOKS,
 ) -> BatchOutcome:
     """driver.prefill for one group after the other. Snapshots, progress and the outcome are of all rows.
@@ -128,7 +131,7 @@ def prefill_groups(
                 own,
                 start=part,
                 sizes=sizes(),
-                all_logits=all_logits,
+                each=each,
                 hooks=own_hooks,
             )
             if run.lost is None or any(run.end.rows):
@@ -139,6 +142,7 @@ def prefill_groups(
             outcome.tile_whole += run.tile_whole
             unsaved += len(run.tile_seconds)
             logits |= dict(zip(group.rows, run.all_logits, strict=False))
+            outcome.scores |= dict(zip(group.rows, run.scores, strict=False))
             outcome.seconds = perf_counter() - started
             for b in group.rows:
                 outcome.ready_s[b], outcome.group_s[b] = outcome.seconds, run.seconds
@@ -149,7 +153,7 @@ def prefill_groups(
                 unsaved = 0
         if hooks.on_group is not None:
             hooks.on_group(group, replace(outcome, end=whole.now))
-    if all_logits:
+    if each.logits:
         nothing = torch.empty(0, outcome.end.logits.shape[1])
         outcome.all_logits = [logits.get(b, nothing) for b in range(len(rows))]
     return outcome

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.held import HeldRows, States
+from xlstm_ray.engine.scores import Scores, following
+from xlstm_ray.engine.tokens import Tokens, make_part
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor, Step, run
@@ -22,26 +24,6 @@ class Sizes(NamedTuple):
 
     tile: int
     chunk: int
-
-
-class Tail:
-    """A row's tokens from position `start` on; the tokens before are already in a state. Indices are positions."""
-
-    def __init__(self, tokens: Tensor, start: int):
-        self.tokens, self._start = tokens, start
-
-    def __len__(self) -> int:
-        return self._start + len(self.tokens)
-
-    def __getitem__(self, part: slice) -> Tensor:
-        start, stop, _ = part.indices(len(self))
-        if start >= stop:  # a row without tokens in a window
-            return self.tokens[:0]
-        assert start >= self._start
-        return self.tokens[start - self._start : stop - self._start]
-
-
-Tokens = Tensor | Tail
 
 
 @dataclass(frozen=True)
@@ -64,6 +46,16 @@ class Progress:
         return (self.tokens_total - self.tokens_done) / self.tokens_per_s if self.tokens_per_s else 0.0
 
 
+class Each(NamedTuple):
+    """What is wanted of each token that is read: its logits, its log-probability with those of the likeliest ones."""
+
+    logits: bool = False
+    likeliest: int | None = None  # how many; None: no log-probabilities
+
+
+LAST = Each()  # only of the last one, its logits
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A prefill at a window's end, where it can be resumed."""
@@ -79,6 +71,7 @@ class Outcome:
 
     end: Snapshot
     all_logits: list[Tensor] = field(default_factory=list)  # for each row (tokens, vocabulary), if requested
+    scores: list[Scores] = field(default_factory=list)  # for each row, if requested
     seconds: float = 0.0
     tile_seconds: list[float] = field(default_factory=list)
     tile_tokens: list[int] = field(default_factory=list)  # new tokens of each tile, over all rows
@@ -111,31 +104,13 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-class Part(NamedTuple):
-    """The tokens of all rows in a window."""
-
-    tokens: Tensor  # (B, T) int64; 0 is padding
-    start: Tensor  # (B,) int64: row b's tokens are start[b] <= t < end[b]
-    end: Tensor
-
-
-def make_part(window: Window, rows: Sequence[Tokens], begin: Sequence[int]) -> Part:
-    """The tokens of a window. rows: int64 prompts. begin: for each row, its first token that the state has not seen."""
-    tokens = torch.zeros(len(rows), window.size, dtype=torch.long)
-    parts = [window.part(b, len(row)) for b, row in zip(begin, rows, strict=True)]
-    for b, (start, end) in enumerate(parts):
-        tokens[b, start:end] = rows[b][window.start + start : window.start + end]
-    starts, ends = zip(*parts, strict=True)
-    return Part(tokens, torch.tensor(starts), torch.tensor(ends))
-
-
 def prefill(
     states: States,
     rows: Sequence[Tokens],
     *,
     start: Snapshot,
     sizes: Sizes,
-    all_logits: bool = False,
+    each: Each = LAST,
     hooks: Hooks = NO_HOOKS,
 ) -> Outcome:
     """Consume every row's new tokens, starting from the state of `start`, on the executor of `states`.
@@ -146,6 +121,8 @@ def prefill(
     begin, end = start.consumed, [len(row) for row in rows]
     consumed, last = list(begin), start
     outcome = Outcome(start)
+    if each.likeliest is not None:
+        outcome.scores = [Scores(rows[b], begin[b], start.logits[b], each.likeliest) for b in range(len(rows))]
     pieces: list[list[Tensor]] = [[] for _ in rows]
     hidden: Tensor | None = None
     # Windows in flight; is it a tile that some row fills; is the snapshot of its end wanted.
@@ -171,7 +148,8 @@ def prefill(
             windows.append((window, filled, wanted))
             keep = hooks.keep_every is not None and (number + 1) % hooks.keep_every == 0
             keep = keep or (wanted and not executor.local)  # with the result it comes before the actors go on
-            yield Step(*part, now.chunk, number, "all" if all_logits else "none", keep)
+            after = following(window, outcome.scores) if outcome.scores else None
+            yield Step(*part, now.chunk, number, "all" if each.logits else "none", keep, following=after)
 
     def snapshot(hidden: Tensor | None, consumed: list[int], rows: HeldRows) -> Snapshot:
         return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), rows)
@@ -187,6 +165,8 @@ def prefill(
                     consumed[b] = window.start + row_end
                     if result.logits is not None:
                         pieces[b].append(result.logits[b, row_start:row_end].cpu())
+                    if result.logprobs is not None:
+                        outcome.scores[b].add(result.logprobs, b, row_start, row_end)
             if result.state is not None:
                 last = snapshot(hidden, list(consumed), states.rows(None, len(rows), result.state))
                 if hooks.on_snapshot is not None:
@@ -211,8 +191,10 @@ def prefill(
     except GridLost as lost:
         outcome.end, outcome.lost = last, lost
         outcome.seconds = perf_counter() - started
-    if all_logits:
-        seen = [e - b for b, e in zip(begin, outcome.end.consumed, strict=True)]
+    seen = [e - b for b, e in zip(begin, outcome.end.consumed, strict=True)]
+    for row, length in zip(outcome.scores, seen, strict=False):
+        row.cut(length)
+    if each.logits:
         vocabulary = outcome.end.logits.shape[1]
         outcome.all_logits = [
             torch.cat(p)[:n] if p else torch.empty(0, vocabulary) for p, n in zip(pieces, seen, strict=True)

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xlstm_ray.autoscale import autoscale
@@ -16,16 +16,17 @@ from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import Dtype, Setup
 from xlstm_ray.engine.chat import Chat
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.driver import Progress
+from xlstm_ray.engine.driver import Each, Progress
 from xlstm_ray.engine.generation import Generation
 from xlstm_ray.engine.journal import Journal, Kept
 from xlstm_ray.engine.prefill import Asked, Prefill
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.reuse import Share
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.service import BUCKETS, Service
 from xlstm_ray.engine.turn import Turn, in_turn
-from xlstm_ray.engine.wanted import Wanted
+from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import group_size
 from xlstm_ray.errors import UsageError
 from xlstm_ray.generation_config import GenerationConfig
@@ -35,8 +36,7 @@ from xlstm_ray.memory.need import Need
 from xlstm_ray.memory.room import base_bytes
 from xlstm_ray.plan import choose_plan
 from xlstm_ray.runtime.executor import Executor
-from xlstm_ray.sampling import Sampling
-from xlstm_ray.sampling.params import DRAWING
+from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.records import Head
 from xlstm_ray.text.prompt import Prompt, as_batch
@@ -60,7 +60,6 @@ class Engine:
         self._turn = Turn()
         self._service: Service | None = None
         self.on_note = on_note or _warn  # called with remarks for people while a run goes on
-        self._told_published = False
         self._kept = Kept(None)
         self._running = Running(on_phase, on_note or (lambda text: None))
         try:
@@ -99,6 +98,7 @@ class Engine:
         plan.room.require_start()
         self.plan, self._core = plan, Core(plan, running, kept, text, self._turn, on_phase=on_phase)
         self._core.on_note = lambda text: self.on_note(text)
+        self.samplings = Samplings(self.published, text, lambda text: self.on_note(text))
         running.start(plan, checkpoint)
         self._core.fingerprint = checkpoint.fingerprint()  # all weights were read, or their digests are kept
         self._core.open_cache()
@@ -138,6 +138,10 @@ class Engine:
         their ids, as in greedy decoding."""
         return self._core.text.likeliest(logits, count)
 
+    def text_of(self, token: int) -> str:
+        """A token's own text, also of a special token."""
+        return self._core.text.text_of(token)
+
     # -- prefill -------------------------------------------------------------------------------------------------------
     @in_turn
     def prefill(
@@ -148,6 +152,7 @@ class Engine:
         state: RecurrentState | None = None,
         any_numerics: bool = False,
         all_logits: bool = False,
+        prompt_logprobs: int | None = None,
         tenant: str = "",
         keep_at: Sequence[int] = (),
         on_progress: Callable[[Progress], None] | None = None,
@@ -170,20 +175,25 @@ class Engine:
         ends with the state of its last snapshot and the reason in `ended_by`.
 
         Where the engine has a cache, a prompt begins from the longest state there that gives the bits of a run without
-        one; `all_logits` computes all. Prompts of one `tenant` share states. keep_at: so many tokens of each prompt, at
-        whose end, or at the last place before it that runs share, a state is kept.
+        one. Prompts of one `tenant` share states. keep_at: so many tokens of each prompt, at whose end, or at the last
+        place before it that runs share, a state is kept. all_logits: give the logits of each token, which takes much
+        memory. prompt_logprobs: give each token's log-probability, and those of so many likeliest ones at its place;
+        logits are held a few at a time. With either, all is computed.
         """
+        require_likeliest(prompt_logprobs)
         core = self._core
         if prompt is None and append is None and state is not None:
             core.require_whole(state, any_numerics=any_numerics)
             _ = self.executor  # it may have been closed
             stats = Statistics.of(state.tokens, state.tokens, core.running)
-            return PrefillResult(state, state.logits, stats)
+            nothing = torch.empty(0, dtype=torch.int32)
+            scores = [Scores(nothing, 0, row, prompt_logprobs) for row in state.logits if prompt_logprobs is not None]
+            return PrefillResult(state, state.logits, stats, prompt_logprobs=scores)
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
         going, state = core.going_on(prompt, append, state, any_numerics=any_numerics)
         share = Share(tenant, keep_at)
-        asked = Asked(all_logits, on_progress, on_ready, should_stop, on_snapshot, share)
+        asked = Asked(Each(all_logits, prompt_logprobs), on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
 
     def chat(
@@ -252,6 +262,7 @@ class Engine:
         own_sampling: Sequence[Mapping[str, Any]] = (),
         last: bool = True,
         any_numerics: bool = False,
+        prompt_logprobs: int | None = None,
         tenant: str = "",
         keep_at: Sequence[int] = (),
         on_progress: Callable[[Progress], None] | None = None,
@@ -270,7 +281,8 @@ class Engine:
         given = prompt if append is None else append
         batch = max(1 if given is None else len(as_batch(given)), 1 if state is None else state.batch)
         named = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        wanted = self._wanted({"max_new_tokens": max_new_tokens, **named, **sampling}, own_sampling, state, batch)
+        common = {"max_new_tokens": max_new_tokens, **named, **sampling}
+        wanted = self.samplings.of_rows(common, own_sampling, state, batch)
         # The need of decoding, with the prompts' states kept. The prefill checks its own need.
         answers = sum(row.n for row in wanted.rows)
         self.plan.room.require(answers, [(group_size(answers), 1)], kept=1 if answers == 1 else batch + answers)
@@ -279,60 +291,15 @@ class Engine:
             append=append,
             state=state,
             any_numerics=any_numerics,
+            prompt_logprobs=prompt_logprobs,
             tenant=tenant,
             keep_at=keep_at,
             on_progress=on_progress,
             should_stop=should_stop,
             on_snapshot=on_snapshot,
         )
-        wanted = self._with_prompts(wanted, prompt, append, state)
+        wanted = self.samplings.with_prompts(wanted, prompt, append, state)
         return Generation(self._core, prefill, wanted, should_stop, end_tokens=self.end_tokens, last=last)
-
-    def _wanted(
-        self, common: Mapping[str, Any], own: Sequence[Mapping[str, Any]], state: RecurrentState | None, batch: int
-    ) -> Wanted:
-        own = own or [{}] * batch
-        if len(own) != batch:
-            raise UsageError(f"`own_sampling` is of {len(own)} rows, and there are {batch}")
-        before, vocabulary = state.sampling if state else None, self.config.vocab_size
-        wanted = Wanted.of(common, own, before=before, published=self.published, vocabulary=vocabulary)
-        if self.published:
-            asked = [fields.get(name) for fields in (common, *own) for name in DRAWING]
-            self._tell_published(wanted.usual, asked=any(value is not None for value in (before, *asked)))
-        return wanted
-
-    def _with_prompts(self, wanted: Wanted, prompt: Any, append: Any, state: RecurrentState | None) -> Wanted:
-        """Add the rows' tokens, if the repetition penalty needs them."""
-        if not wanted.needs_prompts:
-            return wanted
-        if prompt is not None:
-            known = [self.encode(text) for text in as_batch(prompt)]
-        else:
-            self.on_note("`repetition_penalty` knows what is given here: a state does not hold the tokens before it")
-            ends = [row.end.tokens for row in state.rows] if state else [[]]
-            texts = as_batch(append) if append is not None else [()] * len(ends)
-            many = max(len(texts), len(ends))
-            both = zip(*(each * many if len(each) == 1 else each for each in (texts, ends)), strict=True)
-            known = [self.encode_more(text, end) if text else [] for text, end in both]
-        return replace(wanted, prompts=known)
-
-    def _tell_published(self, sampling: Sampling, *, asked: bool) -> None:
-        """Report once which keys of generation_config.json change an answer, and which are not supported."""
-        published, told = self.published, self._told_published
-        self._told_published = True
-        if published is None or told:
-            return
-        if published.not_served:
-            self.on_note(f"generation_config.json asks for {', '.join(published.not_served)}, which is not served here")
-        repetition = sampling.repetition_penalty
-        if repetition not in (1, None) and repetition == published.repetition_penalty:
-            self.on_note(f"generation_config.json asks for repetition_penalty {repetition:g}, which is in effect")
-        if sampling.temperature and not asked:
-            self.on_note(
-                f"sampling as generation_config.json says: temperature {sampling.temperature:g}, "
-                f"top_k {sampling.top_k or 'off'}, top_p {sampling.top_p:g}, min_p {sampling.min_p or 'off'}; "
-                "`temperature=0` is greedy"
-            )
 
     def close(self, *, keep_journal: bool = False) -> None:
         """Free the model: actors end first, so that their memory is free, then our head unless it stays.

@@ -10,13 +10,14 @@ import torch
 from xlstm_ray.engine.batch import BatchOutcome, prefill_groups, take
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
-from xlstm_ray.engine.driver import Hooks, Progress, Sizes, Snapshot
+from xlstm_ray.engine.driver import LAST, Each, Hooks, Progress, Sizes, Snapshot
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.result import OtherTimes, PrefillResult, Statistics
 from xlstm_ray.engine.resume import Going
 from xlstm_ray.engine.reuse import Reuse, Share
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
 from xlstm_ray.errors import MemoryLimitError
 from xlstm_ray.memory.watchdog import MemoryWatchdog
@@ -27,7 +28,7 @@ from xlstm_ray.state import RecurrentState
 class Asked:
     """A caller's arguments, as in Engine.prefill."""
 
-    all_logits: bool = False
+    each: Each = LAST
     on_progress: Callable[[Progress], object] | None = None
     on_ready: Callable[[int, PrefillResult], object] | None = None
     should_stop: Callable[[], bool] = lambda: False
@@ -54,7 +55,7 @@ class Prefill:
         self._groups = plan_groups(
             self._begun, self._ends, tile_size=plan.numerics.tile_size, chunk_size=plan.numerics.chunk_size
         )
-        self._reuse = Reuse(None if mixed or asked.all_logits else core.cache, going, asked.share)
+        self._reuse = Reuse(core.cache if asked.each == LAST and not mixed else None, going, asked.share)
         self._reuse.find(self._groups, self._begun, plan.numerics)
         self._start = self._reuse.start(self._start)
         self._begin = self._start.consumed
@@ -76,7 +77,7 @@ class Prefill:
     def _run(self) -> PrefillResult:
         core, plan, kept, asked = self._core, self._core.plan, self._core.kept, self._asked
         calls = self._calls(self._groups, self._begun, self._sizes)
-        plan.room.require(len(self._rows), calls)
+        plan.room.require(len(self._rows), calls, scored=asked.each.likeliest is not None)
         kept.begin(plan.config.state_file_bytes(len(self._rows)))
         with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
             guard = self._guard(logs, open_)
@@ -92,7 +93,7 @@ class Prefill:
                 self._groups,
                 start=self._start,
                 sizes=lambda: self._sizes,
-                all_logits=asked.all_logits,
+                each=asked.each,
                 hooks=Hooks(
                     keep_every=plan.journal_every,
                     on_snapshot=self._keep if snapshots else None,
@@ -114,7 +115,9 @@ class Prefill:
         kept.forget()  # it holds memory of a whole state
         if not state.complete and not outcome.lost:
             kept.write(state)
-        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, outcome.lost or self._ended_by)
+        ended_by = outcome.lost or self._ended_by
+        scores = self._scores(outcome, range(len(self._rows)))
+        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, scores, ended_by)
 
     # -- between windows -----------------------------------------------------------------------------------------------
     @property
@@ -211,9 +214,18 @@ class Prefill:
         if self._asked.on_ready is None:
             return
         stats = self._statistics(outcome, 0.0).of_rows(places)
-        result = PrefillResult(self._state_at(own, places), own.logits, stats)
+        scores = self._scores(outcome, places)
+        result = PrefillResult(self._state_at(own, places), own.logits, stats, prompt_logprobs=scores)
         for n, b in enumerate(places):
             self._asked.on_ready(b, result.row(n))
+
+    def _scores(self, outcome: BatchOutcome, places: Sequence[int]) -> list[Scores]:
+        """The log-probabilities of these rows; none of a row that was not begun."""
+        count = self._asked.each.likeliest
+        if count is None:
+            return []
+        nothing = [Scores(self._rows[b], self._begin[b], self._start.logits[b], count) for b in places]
+        return [outcome.scores.get(b, none) for b, none in zip(places, nothing, strict=True)]
 
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
         """The figures so far, when the first token is chosen."""

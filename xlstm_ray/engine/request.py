@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xlstm_ray.engine.decode import Made
 from xlstm_ray.engine.result import Use
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import RecurrentState
@@ -25,7 +26,8 @@ class Request:
 
     prompt: the whole prompt, a text or token ids. append: instead of it, only the part that follows `state`. state: the
     state to go on from; it is not changed. priority: higher ones come first. keep: whether to return the state at the
-    end. tenant, keep_at: for the cache, as in `Engine.prefill`.
+    end. tenant, keep_at: for the cache, as in `Engine.prefill`. prompt_logprobs: return the log-probabilities of the
+    prompt's tokens, and of so many likeliest ones at each place; then nothing is taken from the cache.
     """
 
     prompt: Prompt | None = None
@@ -36,6 +38,7 @@ class Request:
     keep: bool = False
     tenant: str = ""
     keep_at: Sequence[int] = ()
+    prompt_logprobs: int | None = None
 
 
 class Queued(NamedTuple):
@@ -77,7 +80,8 @@ class End:
     """The last event. finish: why the answer ended; its reason is `stop` if only a prompt was read.
 
     logits: (vocabulary,) float32, after the last token that was read. state: if `keep` was set; after a cancel in the
-    prompt, it resumes there. error: if the reason is `error`.
+    prompt, it resumes there. error: if the reason is `error`. prompt_logprobs: of each token that was read, after those
+    of the given state; None for a prompt's first one.
     """
 
     finish: Finish
@@ -87,6 +91,7 @@ class End:
     logits: Tensor | None = field(default=None, repr=False)
     state: RecurrentState | None = None
     error: XlstmRayError | None = None
+    prompt_logprobs: Scores | None = field(default=None, repr=False)
 
 
 Event = Queued | Reading | Piece | End

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xlstm_ray.engine.batch import BatchOutcome
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import peak_device_bytes, peak_process_bytes
@@ -154,6 +155,7 @@ class PrefillResult:
     logits: Tensor
     stats: Statistics
     all_logits: list[Tensor] = field(default_factory=list, repr=False)  # for each row (tokens, vocabulary)
+    prompt_logprobs: list[Scores] = field(default_factory=list, repr=False)  # for each row, if requested
     ended_by: XlstmRayError | None = None  # what ended the run early, other than should_stop
 
     @property
@@ -163,7 +165,5 @@ class PrefillResult:
 
     def row(self, b: int) -> "PrefillResult":
         """The result of one prompt of a batch, with its own figures."""
-        all_logits = self.all_logits[b : b + 1]
-        return PrefillResult(
-            self.state.row(b), self.logits[b : b + 1], self.stats.of_rows([b]), all_logits, self.ended_by
-        )
+        each = self.all_logits[b : b + 1], self.prompt_logprobs[b : b + 1]
+        return PrefillResult(self.state.row(b), self.logits[b : b + 1], self.stats.of_rows([b]), *each, self.ended_by)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xlstm_ray.engine.driver import Tail, Tokens
+from xlstm_ray.engine.tokens import Tail, Tokens
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.history import Row, TextTrail, TokenTrail

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from xlstm_ray.engine.cache import Cache, Hit, Start
-from xlstm_ray.engine.driver import Snapshot, Tail
+from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going
+from xlstm_ray.engine.tokens import Tail
 from xlstm_ray.engine.tree import Chain, Run
 from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.state import Numerics

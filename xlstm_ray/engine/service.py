@@ -12,6 +12,7 @@ from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import UsageError, XlstmRayError
+from xlstm_ray.sampling.params import require_likeliest
 
 BUCKETS = 1, 4, 16  # rows of a call that decodes: each number is compiled for itself
 
@@ -69,6 +70,7 @@ class Service:
 
     def _task(self, request: Request) -> Task:
         self._require_open()
+        require_likeliest(request.prompt_logprobs)
         if request.sampling is not None:
             request.sampling.require_vocabulary(self._core.plan.config.vocab_size)
         return Task.of(self._core, request, *self._new())

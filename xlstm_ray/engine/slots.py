@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.decode import Made, made_of
-from xlstm_ray.engine.driver import Tail
 from xlstm_ray.engine.task import Task
+from xlstm_ray.engine.tokens import Tail
 from xlstm_ray.sampling.sampler import Sampler
 
 

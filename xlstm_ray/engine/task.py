@@ -14,6 +14,7 @@ from xlstm_ray.engine.request import End, Event, Handle, Request, Usage
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse, Share
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.runtime.executor import StateRef
@@ -54,6 +55,7 @@ class Task:
     under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
     reuse: Reuse | None = None  # its use of the cache
+    scores: Scores | None = None  # of the prompt's tokens, if they were requested
     answers: list["Task"] = field(default_factory=list)  # the tasks for which this one reads the prompt
     reader: "Task | None" = None  # the task that reads its prompt, until it is read
 
@@ -67,16 +69,20 @@ class Task:
         else:
             (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
         numerics, seen, end = core.plan.numerics, going.seen, len(going.tokens)
+        logits = None if state is None else state.logits[0]
+        before = torch.zeros(core.plan.config.vocab_size) if logits is None else logits
+        count = request.prompt_logprobs
         return cls(
             number,
             request,
             handle,
             going,
             core.rows_of(state) if state is not None else HeldRows([None]),
-            None if state is None else state.logits[0],
+            logits,
             plan_windows([seen], [end], tile_size=numerics.tile_size, chunk_size=numerics.chunk_size),
             resumed=seen,
             read=seen,
+            scores=None if count is None else Scores(going.tokens, seen, before, count),
         )
 
     def answer_of(self, number: int, request: Request, handle: Handle) -> None:
@@ -86,7 +92,8 @@ class Task:
     def follow(self, reader: "Task", rows: HeldRows) -> None:
         """Go on from the prompt's end, which `reader` has read; `rows` has the state."""
         self.rows, self.logits, self.read, self.reader = rows, reader.logits, self.total, None
-        self.begun, self.resumed, self.began, self.reuse = reader.begun, reader.resumed, reader.began, reader.reuse
+        self.begun, self.resumed, self.began = reader.begun, reader.resumed, reader.began
+        self.reuse, self.scores = reader.reuse, reader.scores
 
     def tell(self, event: Event) -> None:
         """Send an event to its handle, or to those of the answers for which it reads."""
@@ -127,13 +134,14 @@ class Task:
     ) -> None:
         """Send the last event."""
         tokens, text = (self.answer.tokens, self.answer.text) if self.answer else ([], "")
-        self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error))
+        self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error, self.scores))
 
     def look_up(self, core: Core) -> None:
         """Go on from the longest kept state, if it is longer than the given one."""
         state, numerics = self.request.state, core.plan.numerics
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
-        self.reuse = Reuse(core.cache, [self.going], Share(self.request.tenant, self.request.keep_at))
+        cache = core.cache if self.scores is None else None  # all of them are to be read
+        self.reuse = Reuse(cache, [self.going], Share(self.request.tenant, self.request.keep_at))
         self.reuse.find([ALONE], [self.begun], numerics)
         if self.reuse.found:
             nothing = torch.zeros(1, core.plan.config.vocab_size)

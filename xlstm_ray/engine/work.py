@@ -10,15 +10,17 @@ from torch import Tensor
 
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
-from xlstm_ray.engine.driver import Snapshot, make_part
+from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.request import Piece, Queued, Reading
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
+from xlstm_ray.engine.scores import following
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
+from xlstm_ray.engine.tokens import make_part
 from xlstm_ray.errors import XlstmRayError
-from xlstm_ray.runtime.executor import Step, StepResult, decoding_step
+from xlstm_ray.runtime.executor import Step, StepResult, Wanted, decoding_step
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
@@ -128,7 +130,10 @@ class Work:
         core.warm_up(1, [window.size])
         wanted = task.wants(window)  # with the result it comes before actors go on
         keep = wanted and not executor.local
-        step = Step(*part, core.plan.numerics.chunk_size, window.number, "last" if task.last else "none", keep)
+        logits: Wanted = "last" if task.last else "none"
+        scores = task.scores
+        after = None if scores is None else following(window, [scores])
+        step = Step(*part, core.plan.numerics.chunk_size, window.number, logits, keep, following=after)
         state = task.state = executor.submit(task.state, step)
         task.under_way += 1
         read, last = task.read, task.last
@@ -139,6 +144,8 @@ class Work:
             if result.logits is not None:
                 task.logits = result.logits[0]
             task.hidden = result.hidden
+            if scores is not None and result.logprobs is not None:
+                scores.add(result.logprobs, 0, int(part.start), int(part.end))
             if wanted:
                 logits = executor.logits(result.hidden)[0] if result.logits is None else result.logits[0]
                 ref, tensors = (state, None) if result.state is None else (None, result.state)

@@ -12,6 +12,7 @@ from xlstm_ray.files import MIB
 # of 1.9 to 2.7 times the live bytes were measured.
 KEPT_BY_THREADS = 2.2
 WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while it is multiplied
+SCORING = 160 * MIB  # what log-probabilities of a piece of logits take (sampling/logprobs.py)
 PROGRAM = 400 * MIB  # interpreter, torch and compiler, measured on Linux; for runs that are only planned
 HELD_ROWS = 4  # rows of states that an engine keeps on a device for later calls, besides the current call's
 COMPILED_CODE = 60 * MIB  # memory that stays after compiling, besides the compiler's own modules
@@ -73,6 +74,7 @@ class Call(NamedTuple):
     batch: int
     rows: int
     tokens: int
+    scored: bool = False  # with log-probabilities of its tokens
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)
     if loaded.itemsize == 2 and on_host:
         tile_bytes = max(tile_bytes, WIDENED_HEAD)
+    if call.scored:  # after the last block: only the residual stream is there
+        residual = call.rows * call.tokens * loaded.config.hidden_size * loaded.itemsize
+        tile_bytes = max(tile_bytes, residual + SCORING)
     if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
     base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)

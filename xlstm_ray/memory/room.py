@@ -51,9 +51,12 @@ class Room:
         """Whether a tile of one prompt fits in this process."""
         return self.need(1, [(1, self.loaded.tile)]).total <= self._room()[0]
 
-    def need(self, batch: int, calls: Sequence[tuple[int, int]]) -> Need:
-        """The memory that `batch` prompts of any length take in this process (on cuda, on the device)."""
-        needs = [computed_need(self.loaded, Call(batch, rows, tokens)) for rows, tokens in set(calls)]
+    def need(self, batch: int, calls: Sequence[tuple[int, int]], *, scored: bool = False) -> Need:
+        """The memory that `batch` prompts of any length take in this process (on cuda, on the device).
+
+        scored: log-probabilities of their tokens are computed, too.
+        """
+        needs = [computed_need(self.loaded, Call(batch, rows, tokens, scored)) for rows, tokens in set(calls)]
         return max(needs, key=lambda need: need.total)
 
     def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
@@ -82,7 +85,7 @@ class Room:
 
     def serving(self, slots: int) -> Need:
         """The memory of so many requests at once, in this process (on cuda, on the device)."""
-        return self.need(2 * slots, [(slots, 1), (1, self.loaded.tile)])
+        return self.need(2 * slots, [(slots, 1), (1, self.loaded.tile)], scored=True)
 
     def require_start(self) -> None:
         """Raise MemoryLimitError where a tile of one prompt cannot fit, with the arithmetic."""
@@ -91,10 +94,12 @@ class Room:
         elif self.where == "grid" and not self.force:
             self._require_on_machine(self.grid_need(1), 1, process_bytes())
 
-    def require(self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None) -> None:
+    def require(
+        self, batch: int, calls: Sequence[tuple[int, int]], kept: int | None = None, *, scored: bool = False
+    ) -> None:
         """Raise MemoryLimitError if `batch` prompts in these calls do not fit, with the loaded model.
 
-        kept: rows of states that are held besides the call's own (None: one a prompt).
+        kept: rows of states that are held besides the call's own (None: one a prompt). scored: as in `need`.
         """
         if self.force:
             return
@@ -106,7 +111,7 @@ class Room:
                     self._require_on_machine(more, rows, 0)
         if self.where != "process":
             return
-        need, (room, where) = self.need(kept or batch, calls), self._room()
+        need, (room, where) = self.need(kept or batch, calls, scored=scored), self._room()
         if need.total > room:
             ways = self.ways(batch, calls)
             if self.device.type != "cuda":

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from xlstm_ray.sampling.logprobs import Logprobs
+
 
 class StateRef:
     """A reference to a state of `batch` rows, whose tensors an executor's workers have.
@@ -53,6 +55,16 @@ class Names:
 Wanted = Literal["none", "last", "all"]  # logits of no token, of each row's last token, or of all tokens
 
 
+class Following(NamedTuple):
+    """The token that follows each token of a window, whose log-probability is wanted.
+
+    likeliest: how many of the likeliest tokens at that place are wanted, too.
+    """
+
+    tokens: Tensor  # (B, T) int64, on the CPU; -1 where there is none
+    likeliest: int
+
+
 class Step(NamedTuple):
     """A window of tokens for all rows of a state: a tile or a tail's window of prefill, or one token in decoding."""
 
@@ -64,6 +76,7 @@ class Step(NamedTuple):
     logits: Wanted = "none"
     keep: bool = False  # return the state after the step with the result
     in_place: bool = False  # write the new state over the old one, which nobody else uses
+    following: Following | None = None
 
 
 def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False) -> Step:
@@ -80,6 +93,7 @@ class StepResult(NamedTuple):
     logits: Tensor | None  # float32, if requested: (B, vocabulary) of that token, or (B, T, vocabulary) of all
     seconds: float  # since the previous result; since `submit` if no step was in flight
     state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
+    logprobs: Logprobs | None = None  # (B, T) and (B, T, likeliest), on the CPU, if `following` was set
 
 
 class Executor(Protocol):

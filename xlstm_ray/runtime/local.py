@@ -15,6 +15,7 @@ from xlstm_ray.memory.sample import peak_device_bytes
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
 from xlstm_ray.runtime.worker import Move, Worker
+from xlstm_ray.sampling.logprobs import Logprobs
 
 
 class _Pending(NamedTuple):
@@ -104,8 +105,9 @@ class InProcessExecutor:
         logits = None
         if step.logits != "none":
             logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
+        logprobs = self.stages[-1][0].logprobs(x, step.following) if step.following is not None else None
         kept = self._blocks(state) if step.keep else None
-        self._pending.append(_Pending(StepResult(hidden, logits, 0.0), kept, self._fence()))
+        self._pending.append(_Pending(StepResult(hidden, logits, 0.0, None, logprobs), kept, self._fence()))
         return state
 
     def result(self) -> StepResult:
@@ -113,7 +115,9 @@ class InProcessExecutor:
         wait()
         now = perf_counter()
         seconds, self._before = now - self._before, now
-        return result._replace(seconds=seconds, state=self._joined(kept) if kept is not None else None)
+        logprobs = result.logprobs and Logprobs(*(part.cpu() for part in result.logprobs))
+        state = self._joined(kept) if kept is not None else None
+        return result._replace(seconds=seconds, state=state, logprobs=logprobs)
 
     def forget(self) -> None:
         self._pending.clear()

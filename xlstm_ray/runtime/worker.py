@@ -12,6 +12,8 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
+from xlstm_ray.runtime.executor import Following
+from xlstm_ray.sampling.logprobs import Logprobs, score
 
 
 class Move(NamedTuple):
@@ -129,6 +131,15 @@ class Worker:
     def logits(self, x: Tensor) -> Tensor:
         """x (..., D) after the last block -> (..., vocabulary) float32."""
         return logits(x.to(self.device), self.ends, self.config, self.kernels.head)
+
+    def logprobs(self, x: Tensor, following: Following) -> Logprobs:
+        """x (B, T, D) after the last block -> (B, T) and (B, T, likeliest), here. Few logits are held at a time."""
+
+        def head(rows: Tensor) -> Tensor:  # not compiled: the last piece has any number of rows
+            return logits(rows, self.ends, self.config)
+
+        tokens, likeliest = following
+        return score(x.to(self.device), tokens, likeliest, head=head, vocabulary=self.config.vocab_size)
 
     def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
         """Run this stage's n-th block, if this band has all heads."""

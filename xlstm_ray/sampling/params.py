@@ -17,6 +17,7 @@ from pydantic import (
 from xlstm_ray.errors import UsageError
 
 DRAWING = "temperature", "top_k", "top_p", "min_p", "seed"  # no effect on a greedy choice
+LIKELIEST = 20  # log-probabilities at a place, at most
 SHAPING = "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"
 
 
@@ -55,6 +56,12 @@ def over(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in own.items() if value is not None}
     left_out = DRAWING if own.get("temperature") == 0 else ()
     return {**{name: value for name, value in common.items() if name not in left_out}, **own}
+
+
+def require_likeliest(count: int | None) -> None:
+    """Raise UsageError unless log-probabilities of so many likeliest tokens can be asked for; None: they are not."""
+    if count is not None and not (type(count) is int and 0 <= count <= LIKELIEST):
+        raise UsageError(f"`prompt_logprobs` is {str(count)[:80]}; allowed: 0 to {LIKELIEST}")
 
 
 class Sampling(BaseModel):
@@ -97,7 +104,7 @@ class Sampling(BaseModel):
     )
     n: int = option(1, "The number of answers to a prompt.", "1 to 128", ge=1, le=128)
     logprobs: int | None = option(
-        None, "Log-probabilities of the tokens, and of this many likeliest ones.", "0 to 20", ge=0, le=20
+        None, "Log-probabilities of the tokens, and of this many likeliest ones.", "0 to 20", ge=0, le=LIKELIEST
     )
 
     @model_validator(mode="wrap")

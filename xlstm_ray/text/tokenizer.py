@@ -45,6 +45,11 @@ class Text:
         self._encoder = TextEncoder(self.tokenizer, calling=calling)
         self._detokenizer = Detokenizer(self.tokenizer, calling=calling)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return self._config.vocab_size
+
     def tokens(self, prompt: Prompt) -> Tensor:
         """A prompt's tokens (T,) int32, with the begin token if the model's configuration asks for it.
 
@@ -112,7 +117,7 @@ class Text:
         """The prompt's tokens, int32, if all are in the vocabulary."""
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
-        vocabulary = self._config.vocab_size
+        vocabulary = self.vocabulary
         odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < vocabulary), None)
         if odd is not None and isinstance(prompt, str):
             raise CheckpointError(
