@@ -33,10 +33,8 @@ STATE = Kind(
     "a state of this program",
     lambda head: head[8:26] == b'{"__metadata__":{"' and b'\\"format\\":\\"xlstm-ray state ' in head,
 )
-LOG = Kind(
-    "a log of this program",
-    lambda head: head.removeprefix(b"time,").startswith((b"tile,tokens_done,", b"seconds,process_bytes,")),
-)
+LOGS = b"tile,tokens_done,", b"index,id,answer,", b"seconds,process_bytes,"  # of tiles, answers, memory
+LOG = Kind("a log of this program", lambda head: head.removeprefix(b"time,").startswith(LOGS))
 PICTURE = Kind("a picture of this program", lambda head: head.startswith(b"\x89PNG") and b"xlstm-ray" in head)
 
 

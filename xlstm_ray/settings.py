@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         "(see `overwrite=True`) are still checked.",
         False,
     )
-    stats_log: File = setting("Write a row for each tile to this CSV file.", shown="none")
+    stats_log: File = setting("Write a row for each tile, or each answer to a line, to this CSV file.", shown="none")
     overwrite: bool = setting("Outputs may replace files that this program did not write.", False)
     profile: Literal["high-memory-256gb"] | None = setting(f"A set of settings: {', '.join(PROFILES)}.", shown="none")
     stages: int = count("Stages: ranges of blocks, each with its own actors.", 1)

@@ -194,7 +194,7 @@ def test_nearest_goes_on_from_an_answers_end(plain, stop):
         answer = lm.submit(Request(BOOK[:50], sampling=Sampling(max_new_tokens=9))).result().tokens
         if stop is not None:  # what ends an answer is not a part of it
             first = answer[:stop] if answer[stop] not in answer[:stop] else answer[: answer.index(answer[stop])]
-            lm._service._ends = (answer[stop],)
+            lm._service._work._ends = (answer[stop],)
             end = lm.submit(Request(BOOK[:50], sampling=Sampling(max_new_tokens=9), tenant="a")).result()
             assert end.tokens == first
             answer, tenant, fed = first, "a", len(first)

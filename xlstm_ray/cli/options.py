@@ -84,6 +84,14 @@ PromptLogprobsOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+OrderedOption = Annotated[
+    bool,
+    typer.Option(
+        "--ordered",
+        help="Print the results of --jsonl in the order of its lines, not as they end.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
 ]

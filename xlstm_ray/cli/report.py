@@ -11,8 +11,10 @@ import psutil
 from xlstm_ray.cli.output import json_line, show
 
 if TYPE_CHECKING:
+    from xlstm_ray.engine.decode import Made
     from xlstm_ray.engine.engine import Engine
     from xlstm_ray.engine.generation import Generation
+    from xlstm_ray.engine.request import End
     from xlstm_ray.engine.result import PrefillResult, Statistics
     from xlstm_ray.engine.scores import Scores
 
@@ -46,22 +48,11 @@ def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None
     """The object that --json prints. digest: the state's, if it is known."""
     stats, state = result.stats, result.state
     return {
-        "model": str(engine.model_path),
-        "device": str(engine.device),
-        "dtype": engine.numerics.dtype,
-        "dtype_reason": engine.dtype_reason,
-        "backend": engine.backend.name,
+        **_engine_of(engine),
         "prompt_tokens": stats.prompt_tokens,
         "resumed_tokens": stats.resumed_tokens,
         "cache": stats.cache(0)._asdict(),
-        "tile_size": engine.numerics.tile_size,
-        "chunk_size": engine.numerics.chunk_size,
-        "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
         "mixed_numerics": state.numerics.mixed,
-        "bands": engine.bands,
-        "stages": engine.stages,
-        "workers": engine.workers,
-        "load_s": engine.load_s,
         "compile_s": stats.compile_s,
         "total_s": _since_start(time.time()),
         "tiles": stats.tiles,
@@ -84,18 +75,74 @@ def summary_of(engine: "Engine", result: "PrefillResult", state_out: Path | None
     }
 
 
+def _engine_of(engine: "Engine") -> dict[str, Any]:
+    """What all results of a run have in common."""
+    return {
+        "model": str(engine.model_path),
+        "device": str(engine.device),
+        "dtype": engine.numerics.dtype,
+        "dtype_reason": engine.dtype_reason,
+        "backend": engine.backend.name,
+        "tile_size": engine.numerics.tile_size,
+        "chunk_size": engine.numerics.chunk_size,
+        "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
+        "bands": engine.bands,
+        "stages": engine.stages,
+        "workers": engine.workers,
+        "load_s": engine.load_s,
+    }
+
+
+def answer_of(engine: "Engine", end: "End", made: "Sequence[tuple[int, Made]]") -> dict[str, Any]:
+    """The object that is printed for an answer of a service. made: its tokens with log-probabilities, if requested.
+
+    Its seconds are the request's own: in line, to the first token, between the two, after it, and in all.
+    """
+    from xlstm_ray.memory.sample import peak_process_bytes
+
+    usage, (reason, by) = end.usage, end.finish
+    first, new = usage.first_token_s, len(end.tokens)
+    read_s = None if first is None else first - usage.queued_s
+    decode_s = None if first is None else usage.total_s - first
+    read = usage.prompt_tokens - usage.resumed_tokens
+    row = {
+        **_engine_of(engine),
+        "prompt_tokens": usage.prompt_tokens,
+        "resumed_tokens": usage.resumed_tokens,
+        "cache": usage.cache._asdict(),
+        "queued_s": usage.queued_s,
+        "ttft_s": first,
+        "prefill_s": read_s,
+        "prefill_tok_s": read / read_s if read and read_s else None,
+        "decode_s": decode_s,
+        "decode_tok_s": (new - 1) / decode_s if new > 1 and decode_s else None,
+        "decode_steps": new,
+        "total_s": usage.total_s,
+        "peak_process_bytes": peak_process_bytes(),
+        "text": end.text,
+        "new_tokens": new,
+        "finish_reason": reason,
+        "stop_token": {"id": by, "text": engine.text_of(by)} if isinstance(by, int) else None,
+        "stop_text": by if isinstance(by, str) else None,
+    }
+    if made:
+        row["logprobs"] = [_scored(engine, token, one) for token, one in made]
+    return row | prompt_logprobs_of(engine, [] if end.prompt_logprobs is None else [end.prompt_logprobs])
+
+
+def _scored(engine: "Engine", token: int, made: "Made | None") -> dict[str, Any]:
+    """A token with its log-probability and the likeliest ones at its place; None: nothing comes before it."""
+    text, likeliest = engine.text_of, [] if made is None else made.likeliest
+    top = [{"id": best, "text": text(best), "logprob": logprob} for best, logprob in likeliest]
+    return {"id": token, "text": text(token), "logprob": None if made is None else made.logprob, "top": top}
+
+
 def prompt_logprobs_of(engine: "Engine", rows: "Sequence[Scores]") -> dict[str, Any]:
     """The only row's tokens with their log-probabilities, if they were requested."""
     if not rows:
         return {}
-    (scores,), text = rows, engine.text_of
-    said = []
-    for token, made in zip(scores.tokens, scores, strict=True):
-        likeliest = [] if made is None else made.likeliest
-        top = [{"id": best, "text": text(best), "logprob": logprob} for best, logprob in likeliest]
-        logprob = None if made is None else made.logprob
-        said.append({"id": token, "text": text(token), "logprob": logprob, "top": top})
-    return {"prompt_logprobs": said}
+    (scores,) = rows
+    return {"prompt_logprobs": [_scored(engine, *one) for one in zip(scores.tokens, scores, strict=True)]}
 
 
 def answers_of(

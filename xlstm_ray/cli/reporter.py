@@ -21,17 +21,17 @@ EVERY_S = 30.0  # between two lines without a terminal
 
 
 class Reporter:
-    """Reports phases (`phase`) and tiles (`tile`) of a run until it is closed.
+    """Reports phases (`phase`), and tiles (`tile`) or answers (`answers`) of a run, until it is closed.
 
-    auto: a bar on a terminal, else a line every EVERY_S. ndjson: an object for every tile, and for a phase that takes
-    longer than EVERY_S.
+    auto: a bar on a terminal, else a line every EVERY_S. ndjson: an object for every tile or answer, and for a phase
+    that takes longer than EVERY_S.
     """
 
     def __init__(self, kind: ProgressKind):
         terminal = sys.stderr.isatty()
         self._kind = kind if kind != "auto" else "bar" if terminal else "lines"
         self._phase, self._began = "starting", perf_counter()
-        self._tile: Progress | None = None
+        self._what, self._numbers = "", ""  # what is counted in this phase, and how far it is
         self._closed = threading.Event()
         self._bar: Any = None
         if self._kind == "bar":
@@ -50,7 +50,7 @@ class Reporter:
         self._closed.set()
         bar, self._bar = self._bar, None
         if bar is not None:
-            bar.live.transient = self._tile is None  # only a bar with tiles stays on the screen
+            bar.live.transient = not self._numbers  # only a bar with numbers stays on the screen
             bar.stop()
 
     def at_once(self, text: str) -> None:
@@ -61,29 +61,36 @@ class Reporter:
 
     def phase(self, text: str) -> None:
         """A phase begins."""
-        self._phase, self._began, self._tile = text, perf_counter(), None
+        self._phase, self._began, self._numbers = text, perf_counter(), ""
         if self._bar is not None:
             self._bar.reset(self._task, description=text, total=None, numbers="")
 
     def tile(self, p: "Progress") -> None:
         """A tile is done."""
-        self._tile = p
+        row = {
+            "tiles_done": p.tiles_done,
+            "tokens_done": p.tokens_done,
+            "tokens_total": p.tokens_total,
+            "tile_s": p.tile_seconds,
+            "tok_s": p.tokens_per_s,
+            "eta_s": p.eta_s,
+        }
+        self._count("prefill", p.tokens_done, p.tokens_total, _numbers(p), {"event": "tile", "time": now(), **row})
+
+    def answers(self, done: int, total: int, tokens: int) -> None:
+        """An answer has ended. tokens: of the prompts and answers so far."""
+        seconds = perf_counter() - self._began
+        rate, eta = tokens / seconds if seconds else 0.0, seconds / done * (total - done)
+        row = {"answers_done": done, "answers_total": total, "tokens_done": tokens, "tok_s": rate, "eta_s": eta}
+        numbers = f"{done:,}/{total:,} answers  {rate:,.0f} tokens/s  {timedelta(seconds=math.ceil(eta))} left"
+        self._count("answers", done, total, numbers, {"event": "answer", "time": now(), **row})
+
+    def _count(self, what: str, done: int, total: int, numbers: str, row: dict[str, Any]) -> None:
+        self._what, self._numbers = what, numbers
         if self._kind == "ndjson" and not self._closed.is_set():
-            row = {
-                "event": "tile",
-                "time": now(),
-                "tiles_done": p.tiles_done,
-                "tokens_done": p.tokens_done,
-                "tokens_total": p.tokens_total,
-                "tile_s": p.tile_seconds,
-                "tok_s": p.tokens_per_s,
-                "eta_s": p.eta_s,
-            }
             _err(json.dumps(row))
         elif self._bar is not None:
-            self._bar.update(
-                self._task, description="prefill", completed=p.tokens_done, total=p.tokens_total, numbers=_numbers(p)
-            )
+            self._bar.update(self._task, description=what, completed=done, total=total, numbers=numbers)
 
     def _open_bar(self) -> None:
         from rich.console import Console
@@ -103,16 +110,16 @@ class Reporter:
     def _remind(self) -> None:
         """Report how long a phase takes: every second on a terminal, else every EVERY_S."""
         while not self._closed.wait(1 if self._kind == "bar" else EVERY_S):
-            phase, tile, bar, seconds = self._phase, self._tile, self._bar, perf_counter() - self._began
+            phase, numbers, bar, seconds = self._phase, self._numbers, self._bar, perf_counter() - self._began
             passed = timedelta(seconds=round(seconds))
             if self._kind == "bar":
-                if tile is None and bar is not None:
+                if not numbers and bar is not None:
                     bar.update(self._task, numbers=f"{passed}")
             elif self._kind == "ndjson":
-                if tile is None:
+                if not numbers:
                     _err(json.dumps({"event": "phase", "time": now(), "phase": phase, "seconds": seconds}))
             else:
-                _err(f"{now()} {phase}: {passed} so far" if tile is None else f"{now()} prefill: {_numbers(tile)}")
+                _err(f"{now()} {self._what}: {numbers}" if numbers else f"{now()} {phase}: {passed} so far")
 
 
 def _numbers(p: "Progress") -> str:

@@ -10,6 +10,7 @@ import typer
 
 from xlstm_ray.cli.input import PROMPT_OPTIONS, given_text, row_count
 from xlstm_ray.cli.keep import (
+    Saved,
     finish,
     interrupted_error,
     keeping,
@@ -25,6 +26,7 @@ from xlstm_ray.cli.options import (
     AppendOption,
     JsonlOption,
     JsonOption,
+    OrderedOption,
     ProgressOption,
     PromptFileOption,
     PromptLogprobsOption,
@@ -140,6 +142,7 @@ def generate(
     state_out: StateOutOption = None,
     prompt_logprobs: PromptLogprobsOption = None,
     json_output: JsonOption = False,
+    ordered: OrderedOption = False,
     progress: ProgressOption = "auto",
     *,
     asked: dict[str, Any],
@@ -152,9 +155,22 @@ def generate(
     own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
     check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
+    if ordered and not jsonl:
+        raise UsageError("--ordered describes the lines of --jsonl; add it, or leave --ordered out")
     each = check_generation(sampling or {}, own, printed=json_output or jsonl)
     rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
     with open_engine(settings, state_in, state_out, asked, progress, rows) as (start, engine, report):
+        one_state = state_out is not None or settings.journal is not None or settings.resume is not None
+        state = start.get("state")
+        if jsonl and not one_state and (state is None or (state.batch == 1 and "append" in given)):
+            from xlstm_ray.cli.lines import answer_lines, lines_of
+
+            lines = lines_of(engine, given, names, sampling or {}, own, state, prompt_logprobs)
+            answer_lines(engine, lines, settings, report, ordered=ordered)
+            engine.close()
+            finish(engine, Saved((), ""))
+            return
+        # All rows end in one state, so they are one batch.
         a_line_each = a_line_each or max(each) > 1 or ("state" in start and start["state"].batch > 1)
         streams = not (json_output or a_line_each)
         printed: set[int] = set()

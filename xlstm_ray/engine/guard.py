@@ -1,9 +1,12 @@
-"""The memory guard's verdict between two windows of a prefill: go on, go on in smaller windows, or stop."""
+"""The memory guard's verdict between two windows: go on, go on in smaller windows, or stop."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from xlstm_ray.csvlog import CsvLog
+from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Sizes
 from xlstm_ray.errors import MemoryLimitError
 from xlstm_ray.files import MIB
@@ -41,6 +44,32 @@ class MemoryGuard:
     events: Callable[[], list[Event]]
     left: Callable[[Sizes], list[tuple[int, int]]]
     note: Callable[[str], object]
+
+    @classmethod
+    def of(
+        cls,
+        core: Core,
+        open_: ExitStack,
+        *,
+        batch: int,
+        left: Callable[[Sizes], list[tuple[int, int]]],
+        log: CsvLog | None,
+    ) -> "MemoryGuard | None":
+        """The guard of a run, whose watchdog is there until `open_` is closed; None if memory is not watched."""
+        plan = core.plan
+        watch, limits = plan.watch, plan.room.limits
+        if watch is None or limits is None:
+            return None
+        watchdog = MemoryWatchdog(
+            limits,
+            device=plan.own_device,
+            poll_s=watch.every_s,
+            actions=watch.actions,
+            warn=core.on_note,
+            log=log,
+        )
+        open_.enter_context(watchdog)
+        return cls(plan.room, watch, watchdog, batch, core.running.events, left, core.on_note)
 
     def next(self, now: Sizes) -> Go | Stop:
         """The verdict, if the last windows had these sizes."""

@@ -20,7 +20,6 @@ from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, plan_groups, window_calls, window_sizes
 from xlstm_ray.errors import MemoryLimitError
-from xlstm_ray.memory.watchdog import MemoryWatchdog
 from xlstm_ray.state import RecurrentState
 
 
@@ -80,7 +79,13 @@ class Prefill:
         plan.room.require(len(self._rows), calls, scored=asked.each.likeliest is not None)
         kept.begin(plan.config.state_file_bytes(len(self._rows)))
         with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
-            guard = self._guard(logs, open_)
+            guard = MemoryGuard.of(
+                core,
+                open_,
+                batch=len(self._rows),
+                left=lambda sizes: self._calls(self._left, self._begin, sizes),
+                log=logs.memory,
+            )
             core.states.evict(but=self._start.rows)
             self._warm_up()
             if core.running.launches is not None:
@@ -123,28 +128,6 @@ class Prefill:
     @property
     def _sizes(self) -> Sizes:
         return Sizes(self._numerics.tile_size, self._numerics.chunk_size)
-
-    def _guard(self, logs: RunLogs, open_: ExitStack) -> MemoryGuard | None:
-        core, watch, limits = self._core, self._core.plan.watch, self._core.plan.room.limits
-        if watch is None or limits is None:
-            return None
-        watchdog = MemoryWatchdog(
-            limits,
-            device=core.plan.own_device,
-            poll_s=watch.every_s,
-            actions=watch.actions,
-            warn=core.on_note,
-            log=logs.memory,
-        )
-        return MemoryGuard(
-            core.plan.room,
-            watch,
-            open_.enter_context(watchdog),
-            batch=len(self._rows),
-            events=core.running.events,
-            left=lambda sizes: self._calls(self._left, self._begin, sizes),
-            note=core.on_note,
-        )
 
     def _next(self, guard: MemoryGuard | None) -> Sizes | None:
         """The sizes of the next window; None: stop."""
@@ -224,8 +207,10 @@ class Prefill:
         count = self._asked.each.likeliest
         if count is None:
             return []
-        nothing = [Scores(self._rows[b], self._begin[b], self._start.logits[b], count) for b in places]
-        return [outcome.scores.get(b, none) for b, none in zip(places, nothing, strict=True)]
+        found, start = outcome.scores, self._start
+        return [
+            found[b] if b in found else Scores(self._rows[b], self._begin[b], start.logits[b], count) for b in places
+        ]
 
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
         """The figures so far, when the first token is chosen."""

@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from queue import Empty, SimpleQueue
 from time import sleep
 
 from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.guard import MemoryGuard
+from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.work import Work
@@ -39,6 +42,13 @@ class Service:
         self._failed: XlstmRayError | None = None
         self._closed = False
         self._gate = threading.Lock()
+        self._open = ExitStack()
+        logs = {name: log for name, log in core.plan.logs.items() if name == "mem_log"}  # tiles are a prefill's
+        self._logs = self._work.logs = self._open.enter_context(RunLogs(logs, core.logs, core.kept.failed))
+        calls = [(max(buckets), 1)]
+        self._work.guard = MemoryGuard.of(
+            core, self._open, batch=slots, left=lambda sizes: [*calls, (1, sizes.tile)], log=self._logs.memory
+        )
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self._thread.start()
 
@@ -94,7 +104,8 @@ class Service:
         open_, work, turn = True, self._work, self._core.turn
         try:
             while open_:
-                open_ = self._take_in(wait=not work.left)
+                if not work.left:  # else what is sent may need the executor, and the turn for it
+                    open_ = self._take_in(wait=True)
                 with turn.of("serve"):
                     while open_ and work.left:
                         work.step()
@@ -133,4 +144,7 @@ class Service:
             call = self._inbox.get()
             if call is not None:
                 call()
-        self._work.end_all(self._failed)
+        with self._core.turn.of("serve"):
+            self._work.end_all(self._failed)
+            self._logs.seen(self._core.running.seen(at_end=self._logs.memory is not None and self._failed is None))
+        self._open.close()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
-from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.driver import Sizes, Snapshot
+from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
+from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Piece, Queued, Reading
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
@@ -38,6 +40,9 @@ class Work:
         self._under_way: deque[Callable[[StepResult], None]] = deque()  # what takes each result
         self._held: Decode | Park | None = None  # decided, and waits for the step before
         self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
+        self.guard: MemoryGuard | None = None
+        self.logs: RunLogs | None = None
+        self._looked = 0.0  # perf_counter time of the last look at memory and helpers
 
     @property
     def under_way(self) -> bool:
@@ -51,6 +56,14 @@ class Work:
 
     def step(self) -> None:
         """Ask the executor for as much as keeps it busy, then take a result."""
+        try:
+            self._look()
+            self._act()
+        except BaseException:
+            self._core.running.executor.forget()  # whoever has the next turn is to get its own results
+            raise
+
+    def _act(self) -> None:
         executor = self._core.running.executor
         while executor.has_room:
             action = self._held or (None if self._core.turn.wanted else self._scheduler.next())
@@ -72,6 +85,22 @@ class Work:
                     break
         if self._under_way:
             self._take_result()
+
+    def _look(self) -> None:
+        """Now and then: over the hard limit of memory, what is in work ends, and may be asked for again.
+
+        Tiles are not made smaller: a request's bits would depend on when it came.
+        """
+        if self.guard is None or perf_counter() - self._looked < self.guard.watch.every_s:
+            return
+        self._looked, numerics = perf_counter(), self._core.plan.numerics
+        for text in self._core.running.helpers_lost():
+            self._core.on_note(text)
+        if self.logs is not None:
+            self.logs.seen(self._core.running.seen())
+        verdict = self.guard.next(Sizes(numerics.tile_size, numerics.chunk_size))
+        if isinstance(verdict, Stop):
+            self.end_all(verdict.error)
 
     def _take_result(self) -> None:
         """Wait for the oldest result under way."""
@@ -302,6 +331,10 @@ class Work:
         finish = Finish("error" if error else "cancelled")
         for task in list(self._tasks.values()):
             self._forget(task)
+            self._take_out(task, keep=False)
             task.end(finish, error=error)
         self._under_way.clear()
-        self._batches = []
+        self._held = None
+        for batch in self._batches:
+            batch.under_way = False
+        self._core.running.executor.forget()
