@@ -140,6 +140,26 @@ def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
         16,
         ("default", "by device, cpu"),
     )
+    others = explain(setup_of(**asked, cache_dir=tmp_path / "c", mem_hard_mb=9000, shrink_on_soft=False))
+    assert {name: others[name][0] for name in ("cache_memory_mb", "cache_disk_mb", "mem_hard_pct", "min_chunk")} == {
+        "cache_memory_mb": 256,
+        "cache_disk_mb": 4096,
+        "mem_hard_pct": None,
+        "min_chunk": None,
+    }
+    bare = explain(setup_of(**asked, mem_watchdog=False))
+    assert {name: bare[name][0] for name in ("mem_soft_pct", "mem_action", "cache_match", "warmup")} == {
+        "mem_soft_pct": None,
+        "mem_action": None,
+        "cache_match": None,
+        "warmup": False,
+    }
+    assert not [
+        name
+        for name, (_, source) in bare.items()
+        if getattr(setup_of(**asked).settings, name) is None and not source.where
+    ]
+    assert bare["tile_size"][1] == ("default", "by device")
     monkeypatch.setenv("XLSTM_RAY_LOCAL_MODE", "0")
     on_ray = explain(setup_of(**asked | {"chunkwise_backend": "ray_compiled_chunks"}, stages=2, threads=1))
     assert {name: on_ray[name][0] for name in ("workers", "threads", "journal_every", "shrink_on_soft")} == {

@@ -338,6 +338,9 @@ def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
     for name, (value, reason) in _used(settings, plan, known=setup.head is None).items():
         kind, where = settings.source(name)
         values[name] = value, Source(kind, f"{where}; {reason}" if where else reason)
+    for name, (value, source) in values.items():
+        if source == Source("default") and getattr(settings, name) in (None, "auto"):
+            values[name] = value, Source("default", table()[name].shown)
     return values
 
 
@@ -366,6 +369,22 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         used["t_inner"] = plan.steps.t_inner, plan.steps.note or "Metal's limits"
     if settings.journal_every is None and plan.journal_every is not None and known:
         used["journal_every"] = plan.journal_every, f"by device, {plan.device.type}"
+    if not plan.backend.compiled:
+        used["warmup"] = False, f"{plan.backend.name} is not compiled"
     if plan.watch is None:
         used["shrink_on_soft"] = False, "there is no watchdog"
+        limits = (f"mem_{level}_{unit}" for level in ("soft", "hard") for unit in ("pct", "mb"))
+        used |= {name: (None, "there is no watchdog") for name in (*limits, "mem_poll_ms", "mem_action", "min_chunk")}
+    else:
+        for level in ("soft", "hard"):
+            if getattr(settings, f"mem_{level}_mb") is not None:
+                used[f"mem_{level}_pct"] = None, f"`mem_{level}_mb` is given"
+        if not plan.watch.shrinks:
+            used["min_chunk"] = None, "nothing shrinks"
+    if plan.cache is None:
+        used |= {name: (None, "there is no cache") for name in ("cache_disk_mb", "cache_every", "cache_match")}
+    else:
+        used["cache_memory_mb"] = plan.cache.memory_bytes // MIB, "of kept states"
+        if plan.cache.folder is None:
+            used["cache_disk_mb"] = None, "there is no `cache_dir`"
     return used
