@@ -60,6 +60,7 @@ class Lines:
         self._engine, self._left, self._write = engine, deque(lines), write
         places = [place for line in lines for place in line.places]
         self.done, self.total, self.tokens = 0, len(places), 0
+        self.whole = 0  # answers that were not cut short
         self._order = deque(places if ordered else [])
         self._early: dict[tuple[int, int], dict[str, Any]] = {}  # rows that wait for those before them
         self._under_way: dict[tuple[int, int], Handle] = {}
@@ -109,6 +110,7 @@ class Lines:
         del self._under_way[place]
         row = {**line.name, "answer": place[1], **answer_of(self._engine, end, made)}
         self.done, self.tokens = self.done + 1, self.tokens + row["prompt_tokens"] + row["new_tokens"]
+        self.whole += row["finish_reason"] in ("stop", "length")
         if not self._order:
             self._write(row)
             return
@@ -156,7 +158,8 @@ def answer_lines(engine: Engine, lines: Sequence[Line], settings: Settings, repo
         run = Lines(engine, lines, write, ordered)
 
         def so_far() -> str:
-            return f" after {run.done} of {run.total} answers; what is not printed can be asked for again"
+            left = run.total - run.whole
+            return f" after {run.whole} of {run.total} answers; no state is kept, and {left} can be asked for again"
 
         def leave() -> str:
             """The second Ctrl-C: the engine's thread may be in a long call, and nothing here is to be kept."""
