@@ -1,4 +1,4 @@
-"""xLSTM over HTTP on Ray Serve: what rayservice.yaml runs, a model a replica. Needs `pip install '.[serve]'`.
+"""xLSTM over HTTP on Ray Serve: what rayservice.yaml runs, a model a replica. Needs `pip install '.[rayserve]'`.
 
     serve run deploy.serve_app:build model=DIR token_file=FILE          (on a head that is up; RUNBOOK.md, "Kubernetes")
     curl -N -H @HEADER_WITH_THE_TOKEN -d '{"prompt": "The capital of France is"}' http://127.0.0.1:8000/

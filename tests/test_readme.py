@@ -32,9 +32,14 @@ RUN = {
     "export XLSTM_RAY_LOCAL_MODE=0": "",
 }
 # What is not run here, and why. Its options are parsed all the same.
+SERVED = "a service, which goes on until it is ended: tests/serve/test_clients.py runs it"
 RAY = "a Ray head and actors that compile: tests/actors/test_grid.py and tests/supervisor/test_supervisor.py run them"
 NOT_RUN = {
     "./scripts/test": "it runs this test",
+    "EXTRAS=serve ./scripts/run serve": SERVED,
+    "pip install '.[serve]'": "it installs: tests/test_packages.py knows what",
+    "xlstm-ray serve --model DIR --cache-dir cache": SERVED,
+    **{" ".join(line.split()): SERVED for line in re.findall(r"^(curl .*?)(?:\s+#.*)?$", README, re.MULTILINE)},
     "xlstm-ray download NX-AI/xLSTM-7b": "14 GB of the network: tests/scripts/test_runners.py has a hub of its own",
     "xlstm-ray parity": "minutes of compiling: tests/measure/test_parity_command.py runs it",
     "EXTRAS=bench ./scripts/run bench --lengths 512,2048,8192 --png bench.png": "installs: test_bench.py draws",

@@ -25,7 +25,7 @@ FLOORS = [
     "plan",
     "launch autoscale",
     "engine",
-    "measure",
+    "measure serve",
     "cli",
     "__main__",
 ]
@@ -43,6 +43,7 @@ MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
 }
 WITHOUT_TORCH = "engine.scheduler engine.tree cachefiles supervisor actors.watchdog"  # with all that they import
 MAY_SAY_FLAGS = r"cli\..*"  # all others mark a field's name, `tile_size`, which cli.flags makes a flag of
+RAYS_TOO = {"supervisor.start": {"--port"}}  # flags of Ray's own programs that ours has as well, where they are given
 A_FLAG = r"--[a-z][a-z-]*[a-z]"
 A_COMMAND = r"xlstm-ray [a-z]+( --[a-z-]+)*"  # is for a shell, whoever reads it
 LINES, PARAMETERS = 400, 7
@@ -208,7 +209,8 @@ def flags(root: Path) -> set[str]:
     found = set()
     for name, tree in there.items():
         texts = [text for text in strings(tree) if not (name == "settings" and text in ours)]
-        said = [t for t in texts if ours & set(re.findall(rf"(?<![\w-]){A_FLAG}", re.sub(A_COMMAND, "", t)))]
+        known = ours - RAYS_TOO.get(name, set())
+        said = [t for t in texts if known & set(re.findall(rf"(?<![\w-]){A_FLAG}", re.sub(A_COMMAND, "", t)))]
         if said and not re.fullmatch(MAY_SAY_FLAGS, name):
             found.add(f"{name} {len(said)}")
     return found

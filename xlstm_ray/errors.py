@@ -85,11 +85,11 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))[:300]
 
 
-def pip_install(package: str) -> str:
-    """The command that installs a package into this process's environment, with the project's version bounds."""
+def pip_install(*packages: str) -> str:
+    """The command that installs packages into this process's environment, with the project's version bounds."""
     try:
         asked = [requirement.partition(";")[0].strip() for requirement in metadata.requires("xlstm-ray") or []]
     except metadata.PackageNotFoundError:  # on the PYTHONPATH, not installed
         asked = []
-    wanted = next((one for one in asked if re.match(rf"{package}(?![\w.-])", one)), package)
-    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(wanted)}"
+    wanted = [next((one for one in asked if re.match(rf"{name}(?![\w.-])", one)), name) for name in packages]
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.join(wanted)}"

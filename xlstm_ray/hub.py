@@ -8,7 +8,7 @@ from xlstm_ray.errors import DownloadError, one_line
 
 # The files that `--model` reads. Pickled weights and code are never downloaded.
 FILES = [
-    *("config.json", "generation_config.json", "tokenizer.json"),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
 ]
 

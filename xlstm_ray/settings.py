@@ -44,6 +44,7 @@ MODEL_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "model.safetensors",
     "model.safetensors.index.json",
 )

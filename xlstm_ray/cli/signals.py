@@ -39,7 +39,7 @@ class Stop:
 
 
 @contextmanager
-def _handling(handler: Any, *numbers: int) -> Iterator[None]:
+def handling(handler: Any, *numbers: int) -> Iterator[None]:
     """Send these signals to a handler while the block runs; works only on the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +57,7 @@ def _handling(handler: Any, *numbers: int) -> Iterator[None]:
 def stop_on_signals(say: Callable[[str], None] = lambda text: None, rescued: Callable[[], str] = str) -> Iterator[Stop]:
     """say: prints from the signal handler. rescued: saves an interrupted run's state, and returns a text about it."""
     stop = Stop(say)
-    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with handling(stop.handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
             yield stop
         except KeyboardInterrupt:
@@ -72,7 +72,7 @@ def leave_at_once() -> Iterator[None]:
         os.write(2, b"\x1b[?25hinterrupted\n" if os.isatty(2) else b"interrupted\n")  # a bar hides the cursor
         os._exit(130)
 
-    with _handling(leave, signal.SIGINT):
+    with handling(leave, signal.SIGINT):
         yield
 
 

@@ -7,7 +7,7 @@ own. The engine's thread does everything else.
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -197,6 +197,19 @@ class Cache:
                 self._states.evict(but=rows)
         else:
             self._tree.drop(entry)
+
+    @property
+    def used(self) -> Mapping[str, int]:
+        """Bytes of the kept states, by tier."""
+        return self._tree.used
+
+    @property
+    def evictions(self) -> int:
+        """How many states made room for others."""
+        return self._tree.evictions
+
+    def __len__(self) -> int:
+        return len(self._tree.entries)
 
     def close(self) -> None:
         """Wait until all states are written, and drop everything."""

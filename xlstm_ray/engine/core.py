@@ -47,7 +47,7 @@ class Core:
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self.logs: set[str] = set()  # logs that an earlier run has written
 
-    def open_cache(self) -> None:
+    def open_cache(self) -> Cache | None:
         """Have a cache of states, where the plan says so; the model is loaded. Raises OutputError."""
         plan = self.plan
         if plan.cache is not None:
@@ -59,6 +59,7 @@ class Core:
                 check=lambda state: state.check(plan.config, self.fingerprint),
                 note=lambda text: self.on_note(text),
             )
+        return self.cache
 
     def warm_up(self, batch: int, sizes: Sequence[int], chunk_size: int | None = None) -> float:
         """Compile the functions for windows of these sizes, once, unless warm-up is off; returns the seconds it took.

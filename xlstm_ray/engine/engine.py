@@ -101,7 +101,7 @@ class Engine:
         self.samplings = Samplings(self.published, text, lambda text: self.on_note(text))
         running.start(plan, checkpoint)
         self._core.fingerprint = checkpoint.fingerprint()  # all weights were read, or their digests are kept
-        self._core.open_cache()
+        self.cache = self._core.open_cache()
         self.load_s = perf_counter() - started
         self.model_path, self.config, self.backend, self.device = plan.model, plan.config, plan.backend, plan.device
         self.dtype, self.dtype_reason, self.numerics = plan.dtype, plan.dtype_reason, plan.numerics
@@ -133,6 +133,10 @@ class Engine:
         """
         return self._core.text.more(more, after)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, with that of special ones. Raises UsageError for a token outside the vocabulary."""
+        return self._core.text.text_of(tokens)
+
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
         """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Equal ones are in the order of
         their ids, as in greedy decoding."""
@@ -140,7 +144,7 @@ class Engine:
 
     def text_of(self, token: int) -> str:
         """A token's own text, also of a special token."""
-        return self._core.text.text_of(token)
+        return self._core.text.text_of([token])
 
     # -- prefill -------------------------------------------------------------------------------------------------------
     @in_turn

@@ -95,7 +95,7 @@ class Generation:
     def stop_tokens(self) -> list[tuple[int, str] | None]:
         """The end token that ended each row, and its text; None for other rows."""
         by = [None if finish is None else finish.by for finish in self.finishes]
-        return [(token, self._core.text.text_of(token)) if isinstance(token, int) else None for token in by]
+        return [(token, self._core.text.text_of([token])) if isinstance(token, int) else None for token in by]
 
     @property
     def stop_texts(self) -> list[str | None]:
@@ -109,7 +109,7 @@ class Generation:
             return None
 
         def known(token: int, logprob: float) -> NextToken:
-            return NextToken(token, self._core.text.text_of(token), logprob)
+            return NextToken(token, self._core.text.text_of([token]), logprob)
 
         made: list[Made] = self._decoder.made[b]
         both = zip(self.tokens[b], made, strict=True)

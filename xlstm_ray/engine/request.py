@@ -42,9 +42,15 @@ class Request:
 
 
 class Queued(NamedTuple):
-    """It waits behind `ahead` other requests."""
+    """It waits behind `ahead` others; `resumed_tokens` of its prompt are in a state already.
+
+    use: what the cache was to it.
+    """
 
     ahead: int
+    prompt_tokens: int = 0
+    resumed_tokens: int = 0
+    use: Use = Use()
 
 
 class Reading(NamedTuple):

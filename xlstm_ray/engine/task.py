@@ -10,7 +10,7 @@ from torch import Tensor
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows
-from xlstm_ray.engine.request import End, Event, Handle, Request, Usage
+from xlstm_ray.engine.request import End, Event, Handle, Queued, Request, Usage
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse, Share
@@ -150,6 +150,10 @@ class Task:
             self.rows, self.logits = start.rows, start.logits[0]
             sizes = {"tile_size": numerics.tile_size, "chunk_size": numerics.chunk_size}
             self.windows = plan_windows([self.read], [self.total], **sizes)
+
+    def queued(self, ahead: int) -> Queued:
+        """Its first event; ahead: how many will begin before it."""
+        return Queued(ahead, self.total, self.resumed, self.reuse.uses()[0] if self.reuse else Use())
 
     @property
     def found(self) -> bool:

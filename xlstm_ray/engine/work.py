@@ -14,7 +14,7 @@ from xlstm_ray.engine.driver import Sizes, Snapshot
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
-from xlstm_ray.engine.request import Piece, Queued, Reading
+from xlstm_ray.engine.request import Piece, Reading
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
 from xlstm_ray.engine.scores import following
@@ -122,7 +122,7 @@ class Work:
         for answer in task.answers:
             self._tasks[answer.number] = answer
             self._scheduler.arrive(answer.number, priority=task.request.priority, behind=True)
-        task.tell(Queued(self._scheduler.place(task.number)))
+        task.tell(task.queued(self._scheduler.place(task.number)))
         if filled and task.request.sampling is None:  # its state is given, and nothing is wanted but that
             self._prompt_read(task)
 

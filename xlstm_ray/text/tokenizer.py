@@ -84,12 +84,13 @@ class Text:
         their ids, as in greedy decoding."""
         best = logits.sort(descending=True, stable=True).indices[:count]
         chances = torch.log_softmax(logits.double(), -1)[best]
-        return [NextToken(i, self.text_of(i), p) for p, i in zip(chances.tolist(), best.tolist(), strict=True)]
+        return [NextToken(i, self.text_of([i]), p) for p, i in zip(chances.tolist(), best.tolist(), strict=True)]
 
-    def text_of(self, token: int) -> str:
-        """A token's own text, also of a special token."""
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, also of special ones. Raises UsageError for one outside the vocabulary."""
+        ids = self._checked(tokens, token_ids(tokens)).tolist() if tokens else []
         with tokenizing(self._file):
-            return self.tokenizer.decode([token], skip_special_tokens=False)
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def stream(self, end: TextEnd) -> TextStream:
         """A stream that turns tokens into pieces of text, after a text with this end."""

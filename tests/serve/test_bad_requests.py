@@ -1,0 +1,166 @@
+"""Whatever is sent: an answer, or a 4xx with a reason; never a 5xx, a hang or a traceback."""
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from services import Here, model, serving_here
+
+from xlstm_ray.serve.fields import NEUTRAL, Chat, Completion, Detokenize, Tokenize
+from xlstm_ray.serve.states import NewState
+from xlstm_ray.serve.template import Template
+
+__all__ = ["model"]
+
+PATHS = {
+    "/v1/completions": Completion,
+    "/v1/chat/completions": Chat,
+    "/tokenize": Tokenize,
+    "/detokenize": Detokenize,
+    "/v1/states": NewState,
+}
+ODD = [
+    0,
+    -1,
+    1,
+    2,
+    1.5,
+    1e308,
+    -0.0,
+    10**400,
+    1 << 63,
+    True,
+    False,
+    None,
+    "",
+    "a",
+    "é\u0000\U0001f600",
+    [],
+    {},
+    [None],
+    "1",
+]
+TEXTS = st.one_of(st.text(max_size=12), st.sampled_from(["tiny", "system", "user", "text", "book", "{{ 1 }}"]))
+JSON = st.recursive(
+    st.one_of(st.sampled_from(ODD), TEXTS, st.integers(-300, 300), st.floats(allow_nan=False, allow_infinity=False)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", 1])},
+    optional={
+        "content": st.one_of(TEXTS, JSON, st.just([{"type": "text", "text": "a"}])),
+        "name": JSON,
+        "tool_calls": JSON,
+    },
+)
+LIKELY = {  # values that are often right
+    "prompt": st.one_of(st.text(min_size=1, max_size=20), st.lists(st.integers(0, 258), min_size=1, max_size=9), JSON),
+    "messages": st.one_of(st.lists(MESSAGE, max_size=3), JSON),
+    "tokens": st.one_of(st.lists(st.integers(-1, 300), max_size=9), JSON),
+    "max_tokens": st.one_of(st.integers(0, 5), JSON),
+    "n": st.one_of(st.integers(0, 3), JSON),
+    "stop": st.one_of(TEXTS, st.lists(TEXTS, max_size=2), JSON),
+    "logit_bias": st.one_of(st.dictionaries(st.sampled_from(["1", "65", "300", "x"]), st.floats(-101, 101)), JSON),
+    "stream_options": st.one_of(st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}), JSON),
+    "seed": st.one_of(st.integers(), JSON),
+    "temperature": st.one_of(st.floats(-1, 3), JSON),
+    "top_p": st.one_of(st.floats(-0.5, 1.5), JSON),
+    "stream": st.one_of(st.booleans(), JSON),
+    "chat_template_kwargs": st.one_of(st.dictionaries(TEXTS, JSON, max_size=2), JSON),
+}
+
+
+def body_of(path: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects with some of an endpoint's fields, and sometimes others."""
+    names = [*PATHS[path].model_fields]
+    needed = {name: LIKELY[name] for name in ("prompt", "messages", "tokens") if name in names}
+    if path == "/tokenize":  # one of them
+        del needed["messages"]
+    some = {name: LIKELY.get(name, JSON) for name in names if name not in needed}
+    other = {name: JSON for name in [*list(NEUTRAL)[:6], "nonsense"]}
+    return st.fixed_dictionaries(needed, optional=some).flatmap(
+        lambda body: st.one_of(
+            st.just(body), st.fixed_dictionaries({}, optional=other).map(lambda more: {**body, **more})
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    template = Template("{% for m in messages %}{{ m.role }}{{ m.content }}{{ more }}{% endfor %}", "test", {})
+    with serving_here(model, answer_tokens=4, template=template, body_bytes=1 << 16, drain_s=5) as here:
+        yield here
+
+
+def require_calm(service: Here, status: int, body: bytes) -> None:
+    if status >= 400:
+        error = json.loads(body)["error"]
+        assert status < 500, error
+        assert error["message"]
+        assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bodies_are_answered_or_refused_with_a_reason(service, path):
+    statuses = set()
+
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+    @given(body_of(path))
+    def ask(body: dict[str, Any]) -> None:
+        got = service.ask(path, body)
+        statuses.add(got.status)
+        require_calm(service, got.status, got.body)
+        if got.status == 200 and got.headers["content-type"].startswith("text/event-stream"):
+            assert b'"error"' not in got.body
+        for info in service.ask("/v1/states").json["data"]:
+            service.ask(f"/v1/states/{info['id']}", method="DELETE")
+
+    ask()
+    assert min(statuses) in (200, 202)
+    assert 400 in statuses
+    assert service.ask("/health").status == 200
+
+
+def test_bytes_are_refused_with_a_reason(service):
+    @settings(max_examples=60)
+    @given(st.sampled_from([*PATHS]), st.one_of(st.binary(max_size=80), st.text(max_size=40).map(str.encode)))
+    def ask(path: str, body: bytes) -> None:
+        got = service.ask(path, body)
+        assert 400 <= got.status < 500
+        require_calm(service, got.status, got.body)
+
+    ask()
+
+
+HEADER = st.tuples(
+    st.sampled_from(
+        ["host", "content-length", "transfer-encoding", "authorization", "origin", "expect", "x-a", "connection"]
+    ),
+    st.binary(max_size=20).map(lambda value: value.replace(b"\n", b"").replace(b"\r", b"")),
+)
+
+
+def test_headers_and_addresses_are_refused_without_harm(service):
+    @settings(max_examples=100)
+    @given(
+        st.lists(HEADER, max_size=4),
+        st.binary(max_size=30),
+        st.sampled_from([b"GET", b"POST", b"PUT", b"DELETE", b"X"]),
+    )
+    def ask(headers: list[tuple[str, bytes]], path: bytes, method: bytes) -> None:
+        lines = [name.encode() + b": " + value for name, value in headers]
+        address = b"/v1/" + path.replace(b"\n", b"").replace(b"\r", b"")
+        text = b"\r\n".join([method + b" " + address + b" HTTP/1.1", *lines, b"connection: close", b"", b""])
+        with service.connect() as connection:
+            connection.sendall(text)
+            connection.shutdown(socket.SHUT_WR)
+            said = connection.recv(1 << 16)
+        assert not said or said.startswith((b"HTTP/1.1 4", b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 100")), said
+
+    ask()
+    assert service.ask("/health").status == 200
+    assert service.desk.under_way == 0

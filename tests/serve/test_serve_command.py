@@ -1,0 +1,154 @@
+"""The service as a program: what it prints, who may come in, how it starts and ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from services import WORDS, model, serving, serving_here
+
+from xlstm_ray.errors import UsageError
+from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.server import Server
+
+__all__ = ["model"]
+
+KEYS = "first-key-of-somebody", "second-key-of-another"
+
+
+def test_what_it_prints_can_be_pasted_and_sigterm_lets_requests_end(model):
+    with serving("--model", model, "--served-name", "it's tiny", *WORDS) as service:
+        _, curl, python = [line.strip() for line in service.said]
+        for line in (curl, python.replace("python", sys.executable, 1)):
+            done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout
+        service.ask("/v1/completions?key=secret", b"secret {")
+        alone = service.complete("a secret", max_tokens=300).json["choices"]
+        connection = service.send("/v1/completions", {"prompt": "a secret", "max_tokens": 300, "temperature": 0})
+        stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 300, "stream": True})
+        assert stream.recv(15) == b"HTTP/1.1 200 OK"
+        service.process.send_signal(signal.SIGTERM)
+        refused = service.complete("b")
+        while refused.status == 200:
+            refused = service.complete("b")
+        assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "draining", "5")
+        assert service.ask("/health").status == 503
+        whole = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert json.loads(whole.partition(b"\r\n\r\n")[2])["choices"] == alone
+        assert b"".join(iter(lambda: stream.recv(1 << 16), b"")).count(b"[DONE]") == 1
+        assert service.process.wait(60) == 0
+        assert service.process.stdout is not None
+        assert "secret" not in "".join([*service.said, service.process.stdout.read(), *service.errors])
+
+
+def test_a_second_signal_ends_requests_with_an_error_that_says_why(model):
+    with serving("--model", model, *WORDS) as service:
+        stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 4000, "stream": True})
+        assert stream.recv(15) == b"HTTP/1.1 200 OK"
+        service.process.send_signal(signal.SIGINT)
+        while service.ask("/health").status == 200:
+            pass
+        service.process.send_signal(signal.SIGINT)
+        said = b"".join(iter(lambda: stream.recv(1 << 16), b""))
+        assert b'"code":"draining"' in said
+        assert service.process.wait(60) == 130
+
+
+def test_after_its_time_a_drain_ends_what_is_left(model):
+    with serving_here(model, drain_s=0.3) as service:
+        stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 4000, "stream": True})
+        assert stream.recv(15) == b"HTTP/1.1 200 OK"
+        assert not service.server.drain(threading.Event())
+        service.server.close()
+        assert b'"code":"draining"' in b"".join(iter(lambda: stream.recv(1 << 16), b""))
+
+
+def test_until_the_model_is_there_it_answers_503(model):
+    server = Server(Options(port=0), threading.Event())
+    try:
+        for path in ("/health", "/v1/models"):
+            with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                connection.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+                said = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+            assert said.startswith(b"HTTP/1.1 503" if path == "/health" else b"HTTP/1.1 200")
+            assert (b"retry-after: 5" in said) == (path == "/health")
+    finally:
+        server.close()
+
+
+def test_a_port_that_is_taken_and_a_wrong_model_are_one_line(run, model, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}" in run("serve", "--model", model, "--port", port, *WORDS).error
+    assert "is not a directory" in run("serve", "--model", tmp_path / "none", "--port", 0).error
+
+
+def test_beyond_this_machine_it_needs_a_key(run, tmp_path):
+    error = run("serve", "--host", "0.0.0.0").error
+    assert "--api-key-file" in error
+    keys = tmp_path / "keys"
+    for text, says in (("", "the file is not a key"), ("short\n", "key 1 is not"), ("a" * 16 + "\nb b" * 9, "key 2")):
+        keys.write_text(text)
+        assert says in run("serve", "--api-key-file", keys).error
+    assert "cannot be read" in run("serve", "--api-key-file", tmp_path / "none").error
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
+        with pytest.raises(UsageError, match="no key was given"):
+            Options(host=host)
+    assert Options(host="0.0.0.0", keys=KEYS).url == "http://127.0.0.1:8000"
+    assert {Options(host=host).url for host in ("localhost", "::1")} == {"http://localhost:8000", "http://[::1]:8000"}
+
+
+def test_only_those_with_a_key_come_in_and_tenants_share_nothing(model):
+    with serving_here(model, keys=KEYS, settings={"cache_memory_mb": 64}) as service:
+        assert service.ask("/health").status == 200
+        for headers in ({}, {"authorization": "Bearer nonsense"}, {"authorization": f"Basic {KEYS[0]}"}):
+            got = service.ask("/v1/models", **headers)
+            assert (got.status, got.error["code"], got.headers["www-authenticate"]) == (
+                401,
+                "invalid_api_key",
+                "Bearer",
+            )
+        texts = []
+        for key, word in ((KEYS[0], "miss"), (KEYS[0], "hit"), (KEYS[1], "miss")):
+            body = {"prompt": "a prompt " * 20, "temperature": 0}
+            got = service.ask("/v1/completions", body, authorization=f"Bearer {key}")
+            assert got.headers["x-xlstm-cache"].startswith(word)
+            texts.append(got.json["choices"])
+        assert texts[0] == texts[1] == texts[2]
+
+
+def test_strange_names_and_pages_are_kept_out(model):
+    with serving_here(model, hosts=("models.lan",)) as service:
+        for host in ("localhost", "127.0.0.1:99", "[::1]:80", "LOCALHOST:1", "models.lan:8000"):
+            assert service.ask("/v1/models", host=host).status == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", ""):
+            assert service.ask("/v1/models", host=host).status == 403
+        assert service.ask("/v1/models", origin="http://evil.example").status == 403
+        assert service.ask("/v1/models", origin=service.url).status == 200
+        assert service.ask("/v1/models", origin="null").status == 403
+
+
+def test_the_desk_knows_what_it_has_room_for() -> None:
+    desk = Desk(Options(queue=2))
+    desk.slots = 1
+    desk.admit(3)
+    desk.release(2)
+    desk.admit(2)
+    assert desk.under_way == 3
+
+
+def test_the_help_needs_neither_torch_nor_fastapi() -> None:
+    code = (
+        "import sys; sys.argv = ['xlstm-ray', 'serve', '--help']\n"
+        "from xlstm_ray.cli.app import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'fastapi', 'uvicorn', 'jinja2', 'prometheus_client'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -1,0 +1,148 @@
+"""The command that serves a model over HTTP."""
+
+import json
+import shlex
+import signal
+import threading
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from xlstm_ray.cli.options import RUN, ProgressOption, bare, examples, takes
+from xlstm_ray.cli.output import leave_terminal, show, tell
+from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
+from xlstm_ray.cli.signals import handling, leave_at_once
+from xlstm_ray.errors import Interrupted, UsageError, pip_install
+from xlstm_ray.files import MIB
+from xlstm_ray.settings import Settings
+
+if TYPE_CHECKING:
+    from xlstm_ray.serve.options import Options
+
+commands = typer.Typer()
+SERVICE = "Service"
+PACKAGES = "fastapi", "uvicorn", "jinja2", "prometheus-client"
+# A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
+SETTINGS = """
+    model device dtype chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale
+    autoscale_again warmup force profile stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir
+    ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive cache_dir cache_memory_mb cache_disk_mb cache_every
+    cache_match
+"""
+
+
+def _option(flag: str, help: str, **more: Any) -> Any:
+    return typer.Option(flag, help=bare(help), rich_help_panel=SERVICE, **more)
+
+
+@commands.command(
+    rich_help_panel=RUN,
+    epilog=examples("xlstm-ray serve", "xlstm-ray serve -m DIR --port 8080 --cache-dir CACHE --api-key-file KEYS"),
+)
+@takes(SETTINGS)
+def serve(
+    host: Annotated[
+        str, _option("--host", "The address to listen at; beyond this machine only with keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, _option("--port", "The port; 0 is a free one.", min=0, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, _option("--api-key-file", "Callers give one of its lines: Authorization: Bearer KEY.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, _option("--allowed-host", "A name that callers may use for this machine; may be repeated.")
+    ] = None,
+    served_name: Annotated[
+        str | None, _option("--served-name", "The model's name in requests. [default: that of its directory]")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, _option("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
+    ] = None,
+    slots: Annotated[
+        int | None, _option("--slots", "Requests at once. [default: 16, or as many as fit]", min=1, max=1024)
+    ] = None,
+    queue: Annotated[int, _option("--queue", "Answers that may wait for a slot.", min=0, max=1 << 20)] = 256,
+    max_tokens: Annotated[int, _option("--max-tokens", "The most tokens of an answer.", min=1, max=1 << 30)] = 4096,
+    max_body_mb: Annotated[int, _option("--max-body-mb", "MiB of the largest body.", min=1, max=1 << 20)] = 32,
+    states_mb: Annotated[
+        int, _option("--states-mb", "MiB that the states of documents may take.", min=1, max=1 << 30)
+    ] = 4096,
+    drain_s: Annotated[
+        float, _option("--drain-s", "Seconds that requests have to end after SIGTERM or Ctrl-C.", min=0, max=86_400)
+    ] = 25.0,
+    metrics_compat: Annotated[
+        Literal["vllm"] | None, _option("--metrics-compat", "Figures by the names of vllm, too. [default: only xlstm:]")
+    ] = None,
+    progress: ProgressOption = "auto",
+    *,
+    asked: dict[str, Any],
+) -> None:
+    """Serve a model over HTTP, by OpenAI's protocol."""
+    settings = Settings.make(**asked)
+    run_under_keeper(settings)
+    from xlstm_ray.choose import choose_model
+    from xlstm_ray.serve.options import Options, read_keys
+
+    options = Options(
+        host=host,
+        port=port,
+        keys=() if api_key_file is None else read_keys(api_key_file),
+        hosts=tuple(allowed_host or ()),
+        name=served_name or ("demo" if settings.model is None else settings.model.resolve().name),
+        queue=queue,
+        body_bytes=max_body_mb * MIB,
+        answer_tokens=max_tokens,
+        drain_s=drain_s,
+        folder=None if settings.cache_dir is None else settings.cache_dir / "documents",
+        states_bytes=states_mb * MIB,
+        metrics=("xlstm", *filter(None, [metrics_compat])),
+    )
+    missing = [name for name in PACKAGES if find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise UsageError(f"a service needs {' and '.join(missing)}; {pip_install(*missing)} installs what is missing")
+    require_places(settings, asked["config"], None, None, None)
+    with leave_at_once():
+        from xlstm_ray.serve.server import Server
+        from xlstm_ray.serve.template import find_template
+    template = find_template(choose_model(settings), chat_template)
+    stop, hurry = threading.Event(), threading.Event()
+    server = Server(options, stop, template)
+
+    def signalled(number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        (hurry if stop.is_set() else stop).set()
+
+    try:
+        with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
+            with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                server.open(engine, engine.serve(slots=slots))
+                report.close()
+                show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
+                stop.wait()
+                tell(f"stopping: requests have {options.drain_s:g} s to end; a second signal ends them now")
+                server.drain(hurry)
+                server.close()
+    finally:
+        server.close()
+    if hurry.is_set():
+        raise Interrupted("requests were cancelled")
+
+
+def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:
+    """What can be pasted to ask it."""
+    url, prompt = f"{options.url}/v1", "The capital of France is"
+    body = json.dumps({"model": options.name, "prompt": prompt, "max_tokens": 8, "temperature": 0})
+    key, header = "'none'", ""
+    if key_file is not None:
+        key = f"open({str(key_file.absolute())!r}).readline().strip()"
+        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(str(key_file.absolute()))})"'
+    ask = f"create(model={options.name!r}, prompt={prompt!r}, max_tokens=8, temperature=0).choices[0].text"
+    code = f"from openai import OpenAI; print(OpenAI(base_url={url!r}, api_key={key}).completions.{ask})"
+    return (
+        f"xlstm-ray serves {options.name} at {url} ({slots} slots)\n"
+        f"  curl {url}/completions{header} -d {shlex.quote(body)}\n"
+        f"  python -c {shlex.quote(code)}"
+    )

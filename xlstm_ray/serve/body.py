@@ -1,0 +1,32 @@
+"""A request's body: its bytes, and its schema."""
+
+from typing import Any
+
+from fastapi.requests import Request
+from pydantic import BaseModel
+
+from xlstm_ray.serve.refusals import Refused
+
+PATIENCE = 16 << 20  # bytes over the limit that are still read: many clients read no reply before they have sent all
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """A request's body. Raises Refused where it has more bytes than `most`, or its sender leaves."""
+    whole, told = bytearray(), int(request.headers.get("content-length") or 0)
+    size, more = 0, told <= most + PATIENCE
+    while more and size <= most + PATIENCE:
+        message = await request.receive()
+        if message["type"] != "http.request":
+            raise Refused(400, "the client has left before the body's end")
+        part = message.get("body", b"")
+        more, size = message.get("more_body", False), size + len(part)
+        if size <= most:
+            whole += part
+    if max(size, told) > most:
+        raise Refused(413, f"the body has more than {most:,} bytes, which is the most that this service takes")
+    return bytes(whole)
+
+
+def takes(body: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body, for /openapi.json."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": body.model_json_schema()}}}}

@@ -1,0 +1,111 @@
+"""The desk: how many answers are under way, whether there is an engine yet, and whether new ones are taken."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from xlstm_ray.engine.request import End, Event, Handle, Request
+from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.serve.metrics import Gauge, Metrics
+from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.refusals import Refused
+
+if TYPE_CHECKING:
+    from xlstm_ray.engine.engine import Engine
+
+LOADING_S, FULL_S, DRAINING_S = 5, 1, 5  # after so many seconds a caller may try again
+
+
+class Desk:
+    """Takes requests to the engine, from the thread of the app's event loop."""
+
+    def __init__(self, options: Options):
+        self.options, self.slots = options, 0
+        self._engine: Engine | None = None
+        self.draining = False
+        self.metrics = Metrics(options.name, options.metrics, self._gauges)
+        self._handles: dict[int, Handle] = {}
+        self._admitted = 0
+
+    def open(self, engine: "Engine", slots: int) -> None:
+        """Take requests from now on; the engine serves. From any thread."""
+        self.slots, self._engine = slots, engine
+
+    @property
+    def engine(self) -> "Engine":
+        """Raises Refused while there is none, or no more."""
+        if self.draining:
+            raise Refused(503, "this service is stopping", code="draining", retry_s=DRAINING_S)
+        if self._engine is None:
+            raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
+        return self._engine
+
+    def require_model(self, name: str | None) -> None:
+        """Raise Refused unless this is the name of the model, or none."""
+        own = self.options.name
+        if name is not None and name != own:
+            text = f"there is no model {name[:80]!r} here; this service has {own!r}"
+            raise Refused(404, text, param="model", code="model_not_found")
+
+    @property
+    def under_way(self) -> int:
+        """How many answers are asked for and have not ended."""
+        return self._admitted
+
+    def admit(self, count: int, param: str = "n") -> None:
+        """Let so many answers in. Raises Refused where there is no room for them."""
+        most = self.slots + self.options.queue
+        if count > most:
+            raise Refused(400, f"{count} answers were asked for at once; this service has room for {most}", param=param)
+        if self._admitted + count > most:
+            raise Refused(503, f"{self._admitted} answers are under way; try again", code="full", retry_s=FULL_S)
+        self._admitted += count
+
+    def release(self, count: int) -> None:
+        """So many have ended."""
+        self._admitted -= count
+
+    async def submit(self, request: Request, hears: Sequence[Callable[[Event], None]]) -> list[Handle]:
+        """Begin a request. Raises Refused.
+
+        hears: for each of its answers, what hears its events, in the loop's thread; the last is an End, always.
+        """
+        loop, engine = asyncio.get_running_loop(), self._engine
+        assert engine is not None
+        try:
+            handles = await asyncio.to_thread(engine.submit_n, request)  # it cuts a text into tokens
+        except XlstmRayError as err:
+            raise Refused.of(err) from None
+        for handle, hear in zip(handles, hears, strict=True):
+            self._handles[id(handle)] = handle
+            handle.listen(partial(self._pass_on, loop, handle, hear))
+        return handles
+
+    def _pass_on(
+        self, loop: asyncio.AbstractEventLoop, handle: Handle, hear: Callable[[Event], None], event: Event
+    ) -> None:
+        """From the engine's thread to the loop's."""
+
+        def now() -> None:
+            if isinstance(event, End):
+                self._handles.pop(id(handle), None)
+            hear(event)
+
+        with suppress(RuntimeError):  # the loop has been closed: nobody listens
+            loop.call_soon_threadsafe(now)
+
+    def cancel_all(self) -> None:
+        """Nothing that is under way is waited for any longer."""
+        for handle in list(self._handles.values()):
+            handle.cancel()
+
+    def _gauges(self) -> Iterator[Gauge]:
+        """What Prometheus is told of now."""
+        yield "slots_total", "Requests that can be worked on at once.", {"": self.slots}
+        cache = None if self._engine is None else self._engine.cache
+        if cache is not None:
+            yield "snapshot_bytes", "What kept states take.", dict(cache.used)
+            yield "snapshots", "Kept states.", {"": len(cache)}
+            yield "cache_evictions", "States that made room for others.", {"": cache.evictions}

@@ -1,0 +1,305 @@
+"""Documents: prompts that are read once, under a name, and asked many times. They outlive who sent them."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from xlstm_ray.engine.request import End, Event, Handle, Queued, Reading, Request
+from xlstm_ray.errors import StateError, XlstmRayError
+from xlstm_ray.files import shown_bytes
+from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.metrics import Track, both
+from xlstm_ray.serve.refusals import Refused
+from xlstm_ray.serve.shelf import Record, Shelf, Status
+from xlstm_ray.state import RecurrentState
+
+PRIORITY = -1  # who asks goes before what is read for later
+AGAIN_S = 2  # seconds after which a document may be ready
+OPEN = "queued", "reading"
+
+
+@dataclass
+class Document:
+    """record: what is kept of it on disk. tokens_done of tokens_total are in its state."""
+
+    record: Record
+    state: RecurrentState | None = None
+    tokens_done: int = 0
+    tokens_total: int | None = None
+    began: tuple[float, int] | None = None  # perf_counter time, and tokens done then
+    rate: float | None = None  # tokens a second
+    handle: Handle | None = None
+    stop_as: Status | None = None  # what it is to be when it has stopped; None: it is not to stop
+    timer: asyncio.TimerHandle | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def open(self) -> bool:
+        """Whether it is being worked on."""
+        return self.record.status in OPEN
+
+    def info(self) -> dict[str, Any]:
+        """As replies tell it."""
+        record, total = self.record, self.tokens_total
+        left = None if total is None or not self.rate or not self.open else (total - self.tokens_done) / self.rate
+        return {
+            "id": record.name,
+            "object": "state",
+            "created": int(record.created),
+            "status": record.status,
+            "tokens_done": self.tokens_done,
+            "tokens_total": total,
+            "tokens_per_s": self.rate if self.open else None,
+            "seconds_left": left,
+            "ttl": record.ttl,
+            "error": record.error,
+        }
+
+
+class Documents:
+    """All documents of a service, of all tenants; used in the thread of the app's event loop."""
+
+    def __init__(self, desk: Desk, shelf: Shelf | None, budget: int):
+        self._desk, self._shelf, self._budget = desk, shelf, budget
+        self._all: dict[tuple[str, str], Document] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- what callers do -----------------------------------------------------------------------------------------------
+    def of(self, tenant: str) -> list[Document]:
+        """The documents of a tenant, the oldest first."""
+        return [document for (owner, _), document in self._all.items() if owner == tenant]
+
+    def get(self, tenant: str, name: str) -> Document:
+        """Raises Refused where there is none of that name."""
+        document = self._all.get((tenant, name))
+        if document is None:
+            raise Refused(404, f"there is no state {name[:100]!r} here", param="state", code="state_not_found")
+        self._touch(document)
+        return document
+
+    async def state(self, tenant: str, name: str) -> RecurrentState:
+        """The state of a document that was read. Raises Refused where it is not ready."""
+        document = self.get(tenant, name)
+        if document.record.status != "ready":
+            done = f"{document.tokens_done:,} of {document.tokens_total or '?'} tokens"
+            raise Refused(
+                409,
+                f"the state {name!r} is {document.record.status}, with {done}",
+                param="state",
+                code="state_not_ready",
+                retry_s=AGAIN_S,
+            )
+        if document.state is None:
+            assert self._shelf is not None
+            try:
+                document.state = await asyncio.to_thread(self._shelf.load, document.record)
+            except StateError as err:
+                raise Refused.of(err) from None
+        return document.state
+
+    async def add(self, record: Record, state: RecurrentState | None = None) -> Document:
+        """Begin to read a document, or take a state that is whole. Raises Refused and XlstmRayError."""
+        self._require_room(record)
+        self._desk.admit(1)
+        document = Document(record, state)
+        self._all[record.tenant, record.name] = document  # the name is taken from now on
+        try:
+            base = None
+            if state is None:
+                base = await self._base(document)
+            else:
+                length = document.tokens_done = document.tokens_total = await self._checked(record.tenant, state)
+                document.record = record.now("ready", tokens=length)
+            await self._keep(document, state)
+        except (Refused, XlstmRayError):
+            self._forget(document)
+            self._desk.release(1)
+            document.ended.set()
+            raise
+        self._touch(document)
+        if state is None:
+            self._begin(document, base)
+        else:
+            self._desk.release(1)
+        return document
+
+    def cancel(self, document: Document, status: Status = "cancelled") -> None:
+        """Stop to read it; what was computed stays."""
+        if document.open:
+            document.stop_as = status
+            if document.handle is not None:
+                document.handle.cancel()
+
+    async def resume(self, document: Document) -> None:
+        """Read the rest of a document that was stopped. Raises Refused."""
+        if document.record.status not in ("cancelled", "parked", "failed") or document.record.prompt is None:
+            raise Refused(
+                409, f"the state {document.record.name!r} is {document.record.status}", code="state_not_stopped"
+            )
+        base = await self._base(document)
+        self._desk.admit(1)
+        document.record, document.stop_as = document.record.now("queued"), None
+        document.ended.clear()
+        self._begin(document, base)
+
+    async def remove(self, document: Document) -> None:
+        """It goes, whatever is done with it."""
+        self.cancel(document)
+        if document.open:
+            await document.ended.wait()
+        self._forget(document)
+        if self._shelf is not None:
+            await asyncio.to_thread(self._shelf.remove, document.record)
+
+    # -- what the service does -----------------------------------------------------------------------------------------
+    async def restore(self) -> None:
+        """Know what an earlier service has left. Before the desk opens."""
+        for record in [] if self._shelf is None else await asyncio.to_thread(self._shelf.read):
+            total = record.tokens if record.status == "ready" else None
+            document = Document(record, tokens_done=record.tokens or 0, tokens_total=total)
+            self._all[record.tenant, record.name] = document
+            self._touch(document)
+
+    async def go_on(self) -> None:
+        """Read on what an earlier service had begun."""
+        for document in list(self._all.values()):
+            if document.record.status in (*OPEN, "parked"):
+                document.record = document.record.now("parked")
+                with suppress(Refused):  # there is no room now
+                    await self.resume(document)
+
+    def park(self) -> None:
+        """Stop to read documents that the next service can go on with."""
+        if self._shelf is not None:
+            for document in self._all.values():
+                self.cancel(document, "parked")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _require_room(self, record: Record) -> None:
+        if (record.tenant, record.name) in self._all:
+            text = f"there is a state {record.name!r}; delete it first, or choose another name"
+            raise Refused(409, text, param="id", code="state_exists")
+        size = self._desk.engine.config.state_file_bytes(1)
+        if (len(self._all) + 1) * size > self._budget:
+            raise Refused(
+                400,
+                f"{len(self._all)} states of {shown_bytes(size)} are here, and all may take "
+                f"{shown_bytes(self._budget)}; delete one",
+                code="states_full",
+            )
+
+    async def _base(self, document: Document) -> RecurrentState | None:
+        """The state that it goes on from: its own, as far as it came, or another document's."""
+        record = document.record
+        if document.state is not None:
+            return document.state
+        if self._shelf is not None and self._shelf.has_state(record):
+            try:
+                return await asyncio.to_thread(self._shelf.load, record)
+            except StateError:  # it begins again
+                return None
+        return None if record.base is None else await self.state(record.tenant, record.base)
+
+    def _begin(self, document: Document, base: RecurrentState | None) -> None:
+        task = asyncio.get_running_loop().create_task(self._read(document, base))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self, document: Document, base: RecurrentState | None) -> None:
+        """From the first window to the last, or to where it is stopped."""
+        record, events = document.record, asyncio.Queue[Event]()
+        appended = record.base is not None
+        request = Request(
+            None if appended else record.prompt,
+            append=record.prompt if appended else None,
+            state=base,
+            priority=PRIORITY,
+            keep=True,
+            tenant=record.tenant,
+        )
+        try:
+            track = Track(self._desk.metrics, since=perf_counter(), answer=False)
+            (document.handle,) = await self._desk.submit(request, [both(track, events.put_nowait)])
+            if document.stop_as is not None:
+                document.handle.cancel()
+            while not isinstance(event := await events.get(), End):
+                _progress(document, event)
+            await self._ended(document, event)
+        except (Refused, XlstmRayError) as err:
+            document.record = document.record.now("failed", str(err))
+        finally:
+            document.handle = None
+            self._desk.release(1)
+            document.ended.set()
+
+    async def _ended(self, document: Document, end: End) -> None:
+        reason = end.finish.reason
+        if reason == "error":
+            document.record = document.record.now("failed", str(end.error))
+            return
+        document.state = end.state
+        if end.state is not None:
+            document.tokens_done = end.state.tokens[0]
+        status: Status = "ready" if reason == "stop" else document.stop_as or "parked"
+        document.record = document.record.now(status, tokens=document.tokens_done)
+        await self._keep(document, end.state)
+
+    async def _keep(self, document: Document, state: RecurrentState | None) -> None:
+        """On disk, where it is to outlive this process."""
+        if self._shelf is not None and (document.record.tenant, document.record.name) in self._all:
+            await asyncio.to_thread(self._shelf.write, document.record, state)
+
+    async def _checked(self, tenant: str, state: RecurrentState | None) -> int:
+        """The tokens of a state that a caller has sent, if this model can go on from it. Raises Refused."""
+        assert state is not None
+        if state.batch != 1:
+            raise Refused(400, f"the state is of {state.batch} prompts; only one of a single prompt can be asked")
+        end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        track = Track(self._desk.metrics, since=perf_counter(), prompt=False, answer=False)
+        await self._desk.submit(Request(state=state, tenant=tenant), [both(track, _last(end))])
+        failed = (await end).error
+        if failed is not None:
+            raise Refused.of(failed)
+        return state.tokens[0]
+
+    def _touch(self, document: Document) -> None:
+        """It was of use now: its time to live begins again."""
+        if document.timer is not None:
+            document.timer.cancel()
+        if document.record.ttl is not None:
+            loop = asyncio.get_running_loop()
+            document.timer = loop.call_later(document.record.ttl, self._expire, document)
+
+    def _expire(self, document: Document) -> None:
+        task = asyncio.get_running_loop().create_task(self.remove(document))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _forget(self, document: Document) -> None:
+        self._all.pop((document.record.tenant, document.record.name), None)
+        if document.timer is not None:
+            document.timer.cancel()
+
+
+def _progress(document: Document, event: Event) -> None:
+    if isinstance(event, Queued):
+        document.tokens_done, document.tokens_total = event.resumed_tokens, event.prompt_tokens
+    elif isinstance(event, Reading):
+        now = perf_counter()
+        if document.began is None or document.record.status == "queued":
+            document.began = now, event.tokens_done
+            document.record = document.record.now("reading")
+        elif now > document.began[0]:
+            document.rate = (event.tokens_done - document.began[1]) / (now - document.began[0])
+        document.tokens_done = event.tokens_done
+
+
+def _last(end: "asyncio.Future[End]") -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        if isinstance(event, End) and not end.done():
+            end.set_result(event)
+
+    return tell

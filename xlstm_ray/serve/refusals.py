@@ -1,0 +1,55 @@
+"""What is refused over HTTP, in the form that OpenAI's clients read."""
+
+import re
+from collections.abc import Mapping
+
+from fastapi.responses import JSONResponse
+
+from xlstm_ray.errors import FIELD, StateError, UsageError, XlstmRayError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+}
+_CALLERS = UsageError, StateError  # what a caller can mend
+
+
+class Refused(Exception):
+    """A request that is not served. param: the field it is about. retry_s: seconds until it may be tried again."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_s = status, message, param, code, retry_s
+
+    @classmethod
+    def of(cls, error: XlstmRayError, names: Mapping[str, str] | None = None) -> "Refused":
+        """An error of the library. names: how the caller calls a field that has another name there."""
+        text = FIELD.sub(lambda field: f"`{(names or {}).get(field[1], field[1])}`" + _value(field), str(error))
+        field = FIELD.search(text)
+        return cls(400 if isinstance(error, _CALLERS) else 500, text, param=field[1] if field else None)
+
+    def body(self) -> dict[str, object]:
+        """The error as a reply's JSON."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_s is None else {"retry-after": str(self.retry_s)}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def _value(field: re.Match[str]) -> str:
+    return f" {field[2]}" if field[2] else ""

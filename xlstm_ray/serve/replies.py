@@ -1,0 +1,159 @@
+"""Answers in the forms of OpenAI's replies, whole and in pieces."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from time import time
+from typing import Any
+
+from xlstm_ray.engine.decode import Made
+from xlstm_ray.engine.request import End, Piece
+from xlstm_ray.engine.scores import Scores
+
+TextOf = Callable[[Sequence[int]], str]
+Scored = tuple[int, Made | None]  # a token; nothing comes before a prompt's first one
+
+
+@dataclass
+class Answer:
+    """What was said so far of one answer. at: characters of its tokens so far. begun: whether a piece was sent."""
+
+    text: list[str] = field(default_factory=list)
+    made: list[Scored] = field(default_factory=list)
+    scores: Scores | None = None  # of the prompt
+    at: int = 0
+    begun: bool = False
+    reason: str | None = None
+
+
+class Completions:
+    """The form of /v1/completions. text_of: the text of tokens."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, text_of: TextOf):
+        self.text_of = text_of
+
+    def choice(self, number: int, said: Answer) -> dict[str, Any]:
+        return self.piece(number, said, "".join(said.text), said.made)
+
+    def piece(self, number: int, said: Answer, text: str, made: Sequence[Scored]) -> dict[str, Any]:
+        return {"index": number, "text": text, "logprobs": self._logprobs(said, made), "finish_reason": said.reason}
+
+    def _logprobs(self, said: Answer, made: Sequence[Scored]) -> dict[str, Any] | None:
+        if not made:
+            return None
+        tokens = [self.text_of([token]) for token, _ in made]
+        offsets = []
+        for text in tokens:
+            offsets.append(said.at)
+            said.at += len(text)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one and one.logprob for _, one in made],
+            "top_logprobs": [one and self._top(text, one) for text, (_, one) in zip(tokens, made, strict=True)],
+            "text_offset": offsets,
+        }
+
+    def _top(self, chosen: str, made: Made) -> dict[str, float]:
+        """The likeliest by their texts, and the chosen one; of tokens with one text the likeliest counts."""
+        top: dict[str, float] = {}
+        for token, logprob in made.likeliest:
+            top.setdefault(self.text_of([token]), logprob)
+        top.setdefault(chosen, made.logprob)
+        return top
+
+
+class Chats:
+    """The form of /v1/chat/completions."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, text_of: TextOf):
+        self.text_of = text_of
+
+    def choice(self, number: int, said: Answer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(said.text), "refusal": None}
+        logprobs = self._logprobs(said.made)
+        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": said.reason}
+
+    def piece(self, number: int, said: Answer, text: str, made: Sequence[Scored]) -> dict[str, Any]:
+        delta = {} if said.begun else {"role": "assistant"}
+        if text or not said.begun:
+            delta["content"] = text
+        return {"index": number, "delta": delta, "logprobs": self._logprobs(made), "finish_reason": said.reason}
+
+    def _logprobs(self, made: Sequence[Scored]) -> dict[str, Any] | None:
+        if not made:
+            return None
+        rows = []
+        for token, one in made:
+            if one is None:
+                continue
+            top = [self._token(other, logprob) for other, logprob in one.likeliest]
+            rows.append({**self._token(token, one.logprob), "top_logprobs": top})
+        return {"content": rows, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.text_of([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+Form = Completions | Chats
+
+
+class Reply:
+    """One reply: its id and time, and its answers as they come, n to each prompt. echo: what they begin with."""
+
+    def __init__(self, form: Form, model: str, echo: Sequence[str], n: int):
+        self._form, self._model = form, model
+        self.answers = [Answer([text] if text else []) for text in echo for _ in range(n)]
+        self.id, self._created = f"{form.prefix}-{token_hex(12)}", int(time())
+
+    def take(self, number: int, piece: Piece) -> None:
+        """For the whole reply."""
+        said = self.answers[number]
+        said.text.append(piece.text)
+        if piece.token is not None and piece.made is not None:
+            said.made.append((piece.token, piece.made))
+
+    def end_of(self, number: int, end: End) -> None:
+        """An answer has ended, or a prompt to which there is none was read."""
+        said = self.answers[number]
+        said.scores = end.prompt_logprobs
+        said.reason = end.finish.reason if end.usage.answer_tokens or end.finish.by is not None else "length"
+
+    def echo(self, number: int) -> dict[str, Any]:
+        """A chunk with the prompt that an answer begins with."""
+        return self._chunk(number, "".join(self.answers[number].text), [])
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        for said in self.answers:
+            if said.scores is not None:
+                said.made[:0] = zip(said.scores.tokens, said.scores, strict=True)
+        choices = [self._form.choice(n, said) for n, said in enumerate(self.answers)]
+        return {**self._head(self._form.whole), "choices": choices, "usage": usage}
+
+    def piece(self, number: int, piece: Piece) -> dict[str, Any] | None:
+        """A chunk with what this adds; None: there is nothing to show."""
+        made: list[Scored] = [] if piece.token is None or piece.made is None else [(piece.token, piece.made)]
+        if not piece.text and not made:
+            return None
+        return self._chunk(number, piece.text, made)
+
+    def end(self, number: int) -> dict[str, Any]:
+        """The last chunk of an answer, with the reason of its end."""
+        return self._chunk(number, "", [])
+
+    def note(self, **more: Any) -> dict[str, Any]:
+        """A chunk without an answer."""
+        return {**self._head(self._form.part), "choices": [], **more}
+
+    def _chunk(self, number: int, text: str, made: Sequence[Scored]) -> dict[str, Any]:
+        said = self.answers[number]
+        choice = self._form.piece(number, said, text, made)
+        said.begun = True
+        return {**self._head(self._form.part), "choices": [choice]}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}

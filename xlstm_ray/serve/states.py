@@ -1,0 +1,194 @@
+"""The addresses below /v1/states."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from fastapi import FastAPI
+from fastapi.requests import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from xlstm_ray.errors import StateError
+from xlstm_ray.files import HEAD_BYTES, STATE
+from xlstm_ray.serve.body import read_body, takes
+from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.documents import Document, Documents
+from xlstm_ray.serve.fields import one_prompt, read
+from xlstm_ray.serve.refusals import Refused
+from xlstm_ray.serve.shelf import Record, named
+from xlstm_ray.serve.stream import EventStream, comment, data
+from xlstm_ray.state import RecurrentState
+
+POLL_S = 0.1
+PIECE = 1 << 20  # bytes of a download at once
+HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
+
+
+class NewState(BaseModel):
+    """The body of a document. prompt: a text or token ids. state: another document that it goes on from.
+
+    ttl: seconds without use after which it goes.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    id: str | None = None
+    prompt: Any = None
+    state: str | None = None
+    ttl: float | None = Field(None, gt=0, le=1e9)
+
+
+def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
+    """Add them to the app."""
+
+    @app.post("/v1/states", openapi_extra=takes(NewState))
+    async def new(request: Request) -> Response:
+        """Begin to read a document; answers at once, with its id."""
+        _ = desk.engine
+        body = read(NewState, await read_body(request, desk.options.body_bytes), {})
+        desk.require_model(body.model)
+        tenant = request.scope["tenant"]
+        record = Record.named(body.id, tenant=tenant, ttl=body.ttl, base=body.state, prompt=one_prompt(body.prompt))
+        return JSONResponse((await documents.add(record)).info(), 202)
+
+    @app.put("/v1/states/{name}")
+    async def upload(request: Request, name: str) -> Response:
+        """Begin to read a document that is a file of text, or take one that is the state of `--state-out`."""
+        engine = desk.engine
+        record = Record.named(name, tenant=request.scope["tenant"], ttl=_ttl(request))
+        with TemporaryDirectory(prefix="xlstm-ray-") as folder:
+            path = Path(folder) / "upload"
+            is_state = await _receive(request, path)
+            if not is_state:
+                text = await asyncio.to_thread(_text, path)
+                return JSONResponse((await documents.add(record.model_copy(update={"prompt": text}))).info(), 202)
+            if path.stat().st_size > engine.config.state_file_bytes(1) + HEADER:
+                raise Refused(413, "the state is larger than one of this model")
+            try:
+                state = named(await asyncio.to_thread(RecurrentState.load, path), record)
+            except StateError as err:
+                raise Refused(400, str(err).replace(str(path), "the upload")) from None
+        return JSONResponse((await documents.add(record, state)).info(), 201)
+
+    @app.get("/v1/states")
+    async def states(request: Request) -> Response:
+        """All documents of this caller."""
+        found = [document.info() for document in documents.of(request.scope["tenant"])]
+        return JSONResponse({"object": "list", "data": found})
+
+    @app.get("/v1/states/{name}")
+    async def state(request: Request, name: str) -> Response:
+        """How far a document is."""
+        return JSONResponse(one(request, name).info())
+
+    @app.get("/v1/states/{name}/events")
+    async def events(request: Request, name: str) -> Response:
+        """The same as a stream, until it was read or stopped."""
+        return EventStream(_events(one(request, name), desk.options.ping_s), lambda: None, {})
+
+    @app.get("/v1/states/{name}/file")
+    async def file(request: Request, name: str) -> Response:
+        """Its state, as the file of `--state-out`."""
+        found = await documents.state(request.scope["tenant"], name)
+        with TemporaryDirectory(prefix="xlstm-ray-") as folder:
+            path = Path(folder) / "state"
+            await asyncio.to_thread(found.save, path)
+            opened, size = open(path, "rb"), path.stat().st_size  # it stays readable without its name
+        headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{name}.state"'}
+        return StreamingResponse(_pieces(opened), media_type="application/octet-stream", headers=headers)
+
+    @app.post("/v1/states/{name}/cancel")
+    async def cancel(request: Request, name: str) -> Response:
+        """Stop to read a document; what was computed stays."""
+        found = one(request, name)
+        documents.cancel(found)
+        if found.open:
+            await found.ended.wait()
+        return JSONResponse(found.info())
+
+    @app.post("/v1/states/{name}/resume")
+    async def resume(request: Request, name: str) -> Response:
+        """Read the rest of a document that was stopped."""
+        _ = desk.engine
+        found = one(request, name)
+        await documents.resume(found)
+        return JSONResponse(found.info(), 202)
+
+    @app.delete("/v1/states/{name}")
+    async def delete(request: Request, name: str) -> Response:
+        """A document goes."""
+        await documents.remove(one(request, name))
+        return JSONResponse({"id": name, "object": "state", "deleted": True})
+
+    def one(request: Request, name: str) -> Document:
+        return documents.get(request.scope["tenant"], name)
+
+
+async def _receive(request: Request, path: Path) -> bool:
+    """Write the body to a file, piece by piece; whether it is a state of this program. Raises Refused."""
+    head, more = b"", True
+    with open(path, "wb") as file:
+        while more:
+            message = await request.receive()
+            if message["type"] != "http.request":
+                raise Refused(400, "the client has left before the file's end")
+            part, more = message.get("body", b""), message.get("more_body", False)
+            head += part[: max(0, HEAD_BYTES - len(head))]
+            try:
+                file.write(part)
+            except OSError as err:
+                raise Refused(507, f"the file cannot be taken ({err.strerror})") from None
+    return STATE.ours(head)
+
+
+def _text(path: Path) -> str:
+    """A file's text, as `--prompt-file` has it. Raises Refused."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise Refused(400, f"the file is not UTF-8 text ({err.reason} at byte {err.start}), and not a state") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise Refused(400, "the file is empty; give at least one token")
+    return text
+
+
+def _ttl(request: Request) -> float | None:
+    """The time to live in an address. Raises Refused for anything else there."""
+    for name in request.query_params:
+        if name != "ttl":
+            raise Refused(400, f"`{name}` is not a field here; there is: ttl", param=name, code="unknown_field")
+    given = request.query_params.get("ttl")
+    try:
+        ttl = None if given is None else float(given)
+    except ValueError:
+        ttl = -1.0
+    if ttl is not None and not 0 < ttl <= 1e9:
+        raise Refused(400, f"`ttl` is {str(given)[:80]!r}; allowed: a number of seconds above 0", param="ttl")
+    return ttl
+
+
+async def _events(document: Document, ping_s: float) -> AsyncIterator[str]:
+    before, quiet = None, 0.0
+    while True:
+        info, open_ = document.info(), document.open
+        if info != before:
+            before, quiet = info, 0.0
+            yield data(info)
+        elif quiet > ping_s:
+            quiet = 0.0
+            yield comment("waiting")
+        if not open_:
+            return
+        await asyncio.sleep(POLL_S)
+        quiet += POLL_S
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while piece := file.read(PIECE):
+            yield piece

@@ -1,0 +1,156 @@
+"""The answers that one HTTP request asks for: to one or more prompts, n to each."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Reading, Request
+from xlstm_ray.sampling import Sampling
+from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.metrics import Track
+from xlstm_ray.serve.refusals import Refused
+from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Ask:
+    """prompts: whole ones, or what comes after `state`. sampling: its n is the number of answers to each; None: none.
+
+    echo: for each prompt, the text that its answers begin with. scores: the prompt's own log-probabilities are wanted,
+    and so many likeliest ones.
+    """
+
+    prompts: Sequence[Prompt | None]
+    sampling: Sampling | None
+    priority: int = 0
+    tenant: str = ""
+    state: RecurrentState | None = None
+    echo: Sequence[str] | None = None
+    scores: int | None = None
+
+    @property
+    def n(self) -> int:
+        """Answers to each prompt; the prompt itself counts as one where there is none."""
+        return 1 if self.sampling is None else self.sampling.n
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.n
+
+    def request(self, prompt: Prompt | None) -> Request:
+        """For all answers to one prompt."""
+        whole = self.state is None
+        return Request(
+            prompt if whole else None,
+            append=None if whole else prompt,
+            state=self.state,
+            sampling=self.sampling,
+            priority=self.priority,
+            tenant=self.tenant,
+            prompt_logprobs=self.scores,
+        )
+
+
+@dataclass
+class Used:
+    """Tokens of the work so far. reasons: why the cache had no more of the prompts."""
+
+    prompt: int = 0
+    cached: int = 0
+    answer: int = 0
+    tiers: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    def look_up(self, queued: Queued) -> None:
+        """Count what was found for a prompt."""
+        self.prompt += queued.prompt_tokens
+        self.cached += queued.resumed_tokens
+        if queued.use.tier is not None:
+            self.tiers.append(queued.use.tier)
+        if queued.use.reason is not None:
+            self.reasons.append(queued.use.reason)
+
+    def usage(self) -> dict[str, object]:
+        """As a reply has it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.answer,
+            "total_tokens": self.prompt + self.answer,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+    def cache(self, *, of_state: bool) -> str:
+        """What the reply's header says of the cache: hit or miss, and why it was no more."""
+        word = "state" if of_state else "hit" if self.cached else "miss"
+        tier = f" tier={self.tiers[0]}" if self.tiers else ""
+        reason = f' reason="{self.reasons[0]}"' if self.reasons and self.cached < self.prompt else ""
+        return f"{word} tokens={self.cached} of={self.prompt}{tier}{reason}"
+
+
+class Work:
+    """Begin it, then take its `events`: each with the number of its answer. An answer's End comes once."""
+
+    def __init__(self, desk: Desk, ask: Ask):
+        self._desk, self._ask = desk, ask
+        self.used = Used()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._early: list[tuple[int, Event]] = []  # what came before the last prompt was looked up
+        self._handles: list[Handle] = []
+        self._since = perf_counter()
+
+    async def begin(self) -> None:
+        """Hand all prompts in, and wait until each was looked up in the cache. Raises Refused."""
+        ask, n = self._ask, self._ask.n
+        self._desk.admit(ask.answers)
+        try:
+            for p, prompt in enumerate(ask.prompts):
+                hears = [self._hear(p * n + i, first=i == 0) for i in range(n)]
+                self._handles += await self._desk.submit(ask.request(prompt), hears)
+        except Refused:
+            self._desk.release(ask.answers - len(self._handles))
+            self.cancel()
+            raise
+        waiting = set(range(ask.answers))
+        while waiting:
+            number, event = await self._events.get()
+            if isinstance(event, Queued | End):
+                waiting.discard(number)
+            self._early.append((number, event))
+
+    async def events(self, ping_s: float) -> AsyncIterator[tuple[int, Event] | None]:
+        """Everything that happens until the last answer's end; None where nothing has for so many seconds."""
+        left = self._ask.answers
+        while left:
+            if self._early:
+                found = self._early.pop(0)
+            else:
+                try:
+                    found = await asyncio.wait_for(self._events.get(), ping_s)
+                except TimeoutError:
+                    yield None
+                    continue
+            left -= isinstance(found[1], End)
+            self.used.answer += isinstance(found[1], Piece) and found[1].token is not None
+            yield found
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        for handle in self._handles:
+            handle.cancel()
+
+    def _hear(self, number: int, *, first: bool) -> Callable[[Event], None]:
+        """What hears the events of an answer. first: of those to one prompt, which is read once for all of them."""
+        track = Track(self._desk.metrics, since=self._since, prompt=first, answer=self._ask.sampling is not None)
+
+        def hear(event: Event) -> None:
+            track(event)
+            if first and isinstance(event, Queued):
+                self.used.look_up(event)
+            if isinstance(event, End):
+                self._desk.release(1)
+            if first or not isinstance(event, Reading):
+                self._events.put_nowait((number, event))
+
+        return hear
