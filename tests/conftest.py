@@ -73,6 +73,10 @@ MARKED = {
     """,
     "slow": """
         test_bench
+        test_bad_requests
+        test_clients
+        test_documents
+        test_serve_command
         test_turn
         test_two_processes_on_one_directory_do_not_hurt_each_other
         test_interrupted

@@ -10,7 +10,7 @@ import threading
 import pytest
 from services import WORDS, model, serving, serving_here
 
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import GridLost, UsageError
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.options import Options
 from xlstm_ray.serve.server import Server
@@ -66,6 +66,25 @@ def test_after_its_time_a_drain_ends_what_is_left(model):
         assert not service.server.drain(threading.Event())
         service.server.close()
         assert b'"code":"draining"' in b"".join(iter(lambda: stream.recv(1 << 16), b""))
+
+
+def test_a_fault_under_the_engine_is_told_to_callers_and_probes(model, monkeypatch):
+    with serving_here(model) as service:
+        assert service.complete("a").status == 200
+        plain, calls = service.engine.executor.result, []
+
+        def result():
+            calls.append(1)
+            if len(calls) == 5:
+                raise GridLost("the grid is gone")
+            return plain()
+
+        monkeypatch.setattr(service.engine.executor, "result", result)
+        got = service.complete("a" * 500)
+        assert (got.status, got.error["message"], got.error["type"]) == (500, "the grid is gone", "server_error")
+        for got in (service.ask("/health"), service.complete("a")):
+            assert (got.status, got.error["code"]) == (503, "failed")
+        assert isinstance(service.engine.failed, GridLost)
 
 
 def test_until_the_model_is_there_it_answers_503(model):

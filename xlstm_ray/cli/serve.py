@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 SERVICE = "Service"
+LOOK_S = 1.0  # seconds between two looks at whether the engine still serves
 PACKAGES = "fastapi", "uvicorn", "jinja2", "prometheus-client"
 # A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
 SETTINGS = """
@@ -121,7 +122,10 @@ def serve(
                 server.open(engine, engine.serve(slots=slots))
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
-                stop.wait()
+                while not stop.wait(LOOK_S) and engine.failed is None:
+                    pass
+                if engine.failed is not None:
+                    raise engine.failed
                 tell(f"stopping: requests have {options.drain_s:g} s to end; a second signal ends them now")
                 server.drain(hurry)
                 server.close()

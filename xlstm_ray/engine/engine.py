@@ -28,7 +28,7 @@ from xlstm_ray.engine.service import BUCKETS, Service
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import group_size
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
 from xlstm_ray.launch import Running
@@ -221,6 +221,11 @@ class Engine:
         Each sampled answer has the next seed. A handle's figures of the prompt are the same for all.
         """
         return self._serving().submit_n(request)
+
+    @property
+    def failed(self) -> XlstmRayError | None:
+        """What has ended the service of requests; None: nothing has."""
+        return None if self._service is None else self._service.failed
 
     def _serving(self) -> Service:
         if self._service is None:

@@ -95,6 +95,11 @@ class Service:
             self._require_open()
             self._inbox.put(lambda: self._work.arrive(task))
 
+    @property
+    def failed(self) -> XlstmRayError | None:
+        """What has ended it, besides `close`."""
+        return self._failed
+
     def _require_open(self) -> None:
         if self._closed:
             raise self._failed or UsageError("this engine has been closed; load the model again")

@@ -40,6 +40,8 @@ class Desk:
             raise Refused(503, "this service is stopping", code="draining", retry_s=DRAINING_S)
         if self._engine is None:
             raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
+        if self._engine.failed is not None:
+            raise Refused(503, f"this service has failed: {self._engine.failed}", code="failed", retry_s=DRAINING_S)
         return self._engine
 
     def require_model(self, name: str | None) -> None:
