@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import prod
 from time import monotonic, sleep
@@ -11,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 
+from xlstm_ray.actors.actor import GROUPS, ShardActor
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
-from xlstm_ray.actors.shard import GROUPS, ShardActor, WorkerSpec
+from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.checkpoint import DTYPES
 from xlstm_ray.errors import GridLost, UsageError
@@ -98,7 +100,8 @@ class Placement:
     # -- questions to actors -------------------------------------------------------------------------------------------
     def call(self, seat: Seat, method: str, name: str, group: str = "compute", results: int = 1) -> Callable[..., Any]:
         """A function that calls a method of a seat's actor and returns references. name: what Ray shows."""
-        return getattr(seat.handle, method).options(name=name, concurrency_group=group, num_returns=results).remote
+        call = seat.handle.call.options(name=name, concurrency_group=group, num_returns=results).remote
+        return partial(call, method)
 
     def each(self, seats: Sequence[Seat], method: str, *args: Any) -> list[Any]:
         """Call the same method of the actors of these seats; returns a reference for each."""

@@ -1,15 +1,9 @@
-"""The actor of one shard: a Worker behind calls that carry tensors between processes.
+"""The work of one shard's actor: a Worker behind calls that carry tensors between processes.
 
-Importable without Ray; Placement wraps the class. Its calls run in four threads (Ray's concurrency groups):
-`compute` works on tiles, `transfer` brings results of finished tiles to the host while the next one computes,
-`snapshot` does so with states, which are larger, and `control` answers at any time.
-
-B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which Ray shares between the processes of a
-node without copying; bfloat16 travels as int16. What arrives is read-only and must never be written to.
+Its calls run in the threads of actor.py. B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which
+Ray shares between the processes of a node without copying; bfloat16 travels as int16. What arrives is read-only and
+must never be written to.
 """
-
-# Ray sends an actor's signatures with every handle: evaluated annotations would make a watchdog import torch.
-from __future__ import annotations
 
 import gc
 import os
@@ -38,8 +32,6 @@ from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.executor import Following, Wanted
 from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
-
-GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class Kept(NamedTuple):
     fence: Fence
 
 
-class ShardActor:
+class ShardWork:
     """Owns the weights and states of one shard.
 
     With one band a tile takes two calls: `run`, and `output`, which passes its result on. With several bands, `embed`
@@ -108,9 +100,6 @@ class ShardActor:
         self._kept: dict[int, Kept] = {}
         self._streams: dict[str, Any] = {}
         self._set_up = False
-
-    def __repr__(self) -> str:
-        return f"ShardActor({self.name})"
 
     # -- compute -------------------------------------------------------------------------------------------------------
     def load(self) -> None:

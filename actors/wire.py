@@ -1,8 +1,5 @@
 """Tensors between processes: sent as numpy arrays, bfloat16 as int16."""
 
-# Ray sends an actor's signatures with every handle: evaluated annotations would make a watchdog import torch.
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -409,7 +409,7 @@ def test_without_warm_up_kernels_compile_on_first_use(tmp_path):
         ({}, "xlstm_ray", "GOMP_SPINCOUNT = '10000'"),
         ({"GOMP_SPINCOUNT": "77"}, "xlstm_ray", "GOMP_SPINCOUNT = '77'"),
         ({"OMP_WAIT_POLICY": "active"}, "xlstm_ray", "OMP_WAIT_POLICY = 'ACTIVE'"),
-        ({}, "xlstm_ray.actors.shard", "GOMP_SPINCOUNT = '10000'"),  # what Ray's worker imports
+        ({}, "xlstm_ray.actors.actor", "GOMP_SPINCOUNT = '10000'"),  # what Ray's worker imports
         ({}, "torch, xlstm_ray", "GOMP_SPINCOUNT = '300000'"),  # too late: README says so
     ],
 )

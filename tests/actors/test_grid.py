@@ -18,7 +18,7 @@ from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, re
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
-from xlstm_ray.actors.shard import ShardActor, WorkerSpec
+from xlstm_ray.actors.shard import ShardWork, WorkerSpec
 from xlstm_ray.choose import share_of_cpus
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
@@ -108,7 +108,7 @@ def test_an_actor_refuses_another_model_than_the_drivers(model):
     config = ModelConfig.from_file(model / "config.json")
     spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
     with pytest.raises(CheckpointError, match="has another model there than the driver"):
-        ShardActor(spec, Shard(range(3), range(4), range(10)), "a", one_band=True).load()
+        ShardWork(spec, Shard(range(3), range(4), range(10)), "a", one_band=True).load()
 
 
 # -- on a head ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import checkpoint, digests
-from xlstm_ray.actors.shard import ShardActor, WorkerSpec
+from xlstm_ray.actors.shard import ShardWork, WorkerSpec
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, StateError
@@ -101,12 +101,12 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "UNIT", 1024)
 
 
-def actor(model: Path, at: Path, heads: range) -> ShardActor:
+def actor(model: Path, at: Path, heads: range) -> ShardWork:
     config = ModelConfig.from_file(model / "config.json")
     stored = Checkpoint(model, config).stored()
     spec = WorkerSpec(at, config, stored, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1)
     (shard,) = [shard for shard in make_layout(config, heads_per_band=2)[0] if shard.heads == heads]
-    return ShardActor(spec, Shard(range(2), heads, shard.ffn), "a", one_band=False)
+    return ShardWork(spec, Shard(range(2), heads, shard.ffn), "a", one_band=False)
 
 
 @pytest.mark.usefixtures("small_units")
