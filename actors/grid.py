@@ -1,6 +1,6 @@
 """The executor of the grid: an actor per (stage, band), and steps in flight between them.
 
-A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> ShardActor.run (with several bands run_mixer and
+A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> ShardWork.run (with several bands run_mixer and
 run_ffn) -> Pipeline.result.
 """
 

@@ -153,6 +153,9 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     before = peak_process_bytes()
     lm.prefill(prompt * 8)
     say(growth=peak_process_bytes() - before)
+    actor = executor.placement.seats[0].process
+    beside = [p for p in actor.parent().children() if "NodeWatchdog" in " ".join(p.cmdline())]
+    say(watchdogs=[p.memory_info().rss / actor.memory_info().rss for p in beside])
 
     # Actors are killed at random moments, each time after some progress.
     stop, progress, killed, rounds = threading.Event(), threading.Event(), [], []
@@ -335,6 +338,13 @@ def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(grid,
     rest = resumed(model, RecurrentState.load(found["lost_state"]), heads_per_band=heads)
     assert rest.state.digest() == in_process[heads]["digest"]
     assert rest.stats.resumed_tokens == kept
+
+
+def test_a_watchdog_does_without_torch(grid):
+    """It has handles of actors, whose class Ray imports there; torch alone is more than half of an actor here."""
+    _, found = grid
+    (share,) = found["watchdogs"]
+    assert share < 0.4
 
 
 def test_actors_are_gone_when_a_run_has_ended(grid, head):

@@ -21,7 +21,7 @@ COMPILED_CODE = 60 * MIB  # memory that stays after compiling, besides the compi
 # A program is interpreter, torch, Ray and the compiler with COMPILED_CODE.
 HEAD = 330 * MIB
 DASHBOARD = 300 * MIB
-WATCHDOG = 190 * MIB
+WATCHDOG = 60 * MIB
 RAY_IN_DRIVER = 60 * MIB
 ACTOR = 350 * MIB
 
