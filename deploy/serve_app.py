@@ -1,26 +1,24 @@
-"""xLSTM over HTTP on Ray Serve: what rayservice.yaml runs, a model a replica. Needs `pip install '.[rayserve]'`.
+"""The service of `xlstm-ray serve` on Ray Serve: what rayservice.yaml runs, a model a replica.
 
     serve run deploy.serve_app:build model=DIR token_file=FILE          (on a head that is up; RUNBOOK.md, "Kubernetes")
-    curl -N -H @HEADER_WITH_THE_TOKEN -d '{"prompt": "The capital of France is"}' http://127.0.0.1:8000/
+    curl -H @HEADER_WITH_THE_TOKEN -d '{"prompt": "The capital of France is"}' http://127.0.0.1:8000/v1/completions
 
-The answer is the text, piece by piece. A replica works on one request at a time, since prefill uses the whole device;
-a few more wait, and others get 503. Serve's proxy has no authentication, so this app asks for a token itself.
+Needs `pip install '.[serve,rayserve]'`. Serve's proxy has no authentication, so the app asks for a token itself. It
+has no documents (/v1/states): they would be in one replica, and Serve asks any of them.
 """
 
-import asyncio
-import hmac
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from threading import Event, Lock
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from xlstm_ray import load
-from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.serve import options as service
+from xlstm_ray.serve.app import make_app
+from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.template import find_template
 
 
 class Options(BaseModel):
@@ -33,60 +31,25 @@ class Options(BaseModel):
     token_file: Path
 
 
-class Question(BaseModel):
-    """The body of a request. Greedy unless temperature, top_p or a seed is given."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str
-    max_new_tokens: int = Field(64, ge=1, le=4096)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-
-@serve.deployment(max_ongoing_requests=1, max_queued_requests=16)
+@serve.deployment(max_ongoing_requests=64, max_queued_requests=256)
+@serve.ingress()
 class Generate:
-    """One model on one device."""
+    """One model on one device, for many requests at once."""
 
     def __init__(self, options: Options):
-        self.token = options.token_file.read_text().strip()
-        if not self.token:
-            raise ValueError(f"{options.token_file} is empty: it must hold the token that callers give")
+        name = "demo" if options.model is None else options.model.name
+        keys = service.read_keys(options.token_file)
         self.engine = load(options.model, device=options.device)
-        self.lock = Lock()  # a request without its caller ends at its next tile; the next request waits for that
+        self.desk = Desk(service.Options(host="0.0.0.0", keys=keys, name=name))  # Serve's proxy is what listens
+        self.desk.open(self.engine, self.engine.serve())
 
-    async def __call__(self, request: Request) -> Response:
-        """POST a Question -> 200 and a stream of text; 400 for a mistake in it, 401 without the token."""
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
-            return PlainTextResponse("give the token: Authorization: Bearer TOKEN\n", 401)
-        gone = Event()
-        try:
-            question = Question.model_validate_json(await request.body())
-            pieces = await asyncio.to_thread(self._start, question, gone)
-        except (ValidationError, XlstmRayError) as error:
-            return PlainTextResponse(f"{error}\n", 400)
-        except asyncio.CancelledError:
-            gone.set()
-            raise
-        return StreamingResponse(self._stream(pieces, gone), media_type="text/plain; charset=utf-8")
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_app(self.desk, None, find_template(self.engine.model_path, None))
 
-    def _start(self, question: Question, gone: Event) -> Iterator[str]:
-        """The prefill, and an iterator over what is then generated."""
-        with self.lock:
-            return iter(self.engine.generate(**question.model_dump(), should_stop=gone.is_set))
-
-    async def _stream(self, pieces: Iterator[str], gone: Event) -> AsyncIterator[str]:
-        def step() -> str | None:
-            with self.lock:
-                return next(pieces, None)
-
-        try:
-            while (piece := await asyncio.to_thread(step)) is not None:
-                yield piece
-        finally:
-            gone.set()
+    def check_health(self) -> None:
+        """Serve replaces a replica that raises here."""
+        if self.engine.failed is not None:
+            raise self.engine.failed
 
 
 def build(options: Options) -> Application:

@@ -28,8 +28,8 @@ from xlstm_ray.serve.work import Ask
 from xlstm_ray.text.prompt import Prompt
 
 
-def make_app(desk: Desk, documents: Documents, template: Template | None = None) -> App:
-    """The app of a service. It has the engine when the desk opens. template: of chats."""
+def make_app(desk: Desk, documents: Documents | None, template: Template | None = None) -> App:
+    """The app of a service. It has the engine when the desk opens. documents: None: it has none. template: of chats."""
     options, began = desk.options, int(time())
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None)
@@ -168,7 +168,9 @@ def make_app(desk: Desk, documents: Documents, template: Template | None = None)
     async def ask_of(request: Request, body: Body, prompts: Sequence[Prompt | None]) -> Ask:
         tenant = request.scope["tenant"]
         sampling = body.sampling(desk.engine.published, options.answer_tokens)
-        state = None if body.state is None else await documents.state(tenant, body.state)
+        if body.state is not None and documents is None:
+            raise Refused(400, "`state` is not served here: this service has no documents", param="state")
+        state = None if body.state is None or documents is None else await documents.state(tenant, body.state)
         if state is not None and body.repetition_penalty not in (None, 1):
             text = "`repetition_penalty` needs the prompt's tokens, and a state does not have them; leave one out"
             raise Refused(400, text, param="repetition_penalty")
@@ -179,5 +181,6 @@ def make_app(desk: Desk, documents: Documents, template: Template | None = None)
         about = {"id": options.name, "object": "model", "created": began, "owned_by": "xlstm-ray"}
         return {**about, "max_model_len": None}  # a prompt may be of any length
 
-    add_states(app, desk, documents)
+    if documents is not None:
+        add_states(app, desk, documents)
     return Gate(app, options)
