@@ -22,6 +22,13 @@ PATHS = {
     "/detokenize": Detokenize,
     "/v1/states": NewState,
 }
+GOOD = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/states": {"prompt": "a"},
+}
 ODD = [
     0,
     -1,
@@ -106,13 +113,13 @@ def require_calm(service: Here, status: int, body: bytes) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_bodies_are_answered_or_refused_with_a_reason(service, path):
-    statuses = set()
+    assert service.ask(path, GOOD[path]).status in (200, 202)
+    assert service.ask(path, {}).status == 400
 
     @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
     @given(body_of(path))
     def ask(body: dict[str, Any]) -> None:
         got = service.ask(path, body)
-        statuses.add(got.status)
         require_calm(service, got.status, got.body)
         if got.status == 200 and got.headers["content-type"].startswith("text/event-stream"):
             assert b'"error"' not in got.body
@@ -120,8 +127,6 @@ def test_bodies_are_answered_or_refused_with_a_reason(service, path):
             service.ask(f"/v1/states/{info['id']}", method="DELETE")
 
     ask()
-    assert min(statuses) in (200, 202)
-    assert 400 in statuses
     assert service.ask("/health").status == 200
 
 

@@ -136,14 +136,11 @@ class Documents:
     async def resume(self, document: Document) -> None:
         """Read the rest of a document that was stopped. Raises Refused."""
         if document.record.status not in ("cancelled", "parked", "failed") or document.record.prompt is None:
-            raise Refused(
-                409, f"the state {document.record.name!r} is {document.record.status}", code="state_not_stopped"
-            )
-        base = await self._base(document)
-        self._desk.admit(1)
-        document.record, document.stop_as = document.record.now("queued"), None
-        document.ended.clear()
-        self._begin(document, base)
+            text = f"the state {document.record.name!r} is {document.record.status}: nothing is left to read"
+            raise Refused(409, text, code="state_not_stopped")
+        before, document.record = document.record, document.record.now("queued")
+        document.stop_as = None
+        await self._start(document, before)
 
     async def remove(self, document: Document) -> None:
         """It goes, whatever is done with it."""
@@ -159,17 +156,19 @@ class Documents:
         """Know what an earlier service has left. Before the desk opens."""
         for record in [] if self._shelf is None else await asyncio.to_thread(self._shelf.read):
             total = record.tokens if record.status == "ready" else None
-            document = Document(record, tokens_done=record.tokens or 0, tokens_total=total)
+            begun = record.status in (*OPEN, "parked")
+            document = Document(
+                record.now("queued") if begun else record, tokens_done=record.tokens or 0, tokens_total=total
+            )
             self._all[record.tenant, record.name] = document
             self._touch(document)
 
     async def go_on(self) -> None:
         """Read on what an earlier service had begun."""
         for document in list(self._all.values()):
-            if document.record.status in (*OPEN, "parked"):
-                document.record = document.record.now("parked")
+            if document.open:
                 with suppress(Refused):  # there is no room now
-                    await self.resume(document)
+                    await self._start(document, document.record.now("parked"))
 
     def park(self) -> None:
         """Stop to read documents that the next service can go on with."""
@@ -202,6 +201,18 @@ class Documents:
             except StateError:  # it begins again
                 return None
         return None if record.base is None else await self.state(record.tenant, record.base)
+
+    async def _start(self, document: Document, before: Record) -> None:
+        """Go on from where it is. before: what it stays where that cannot be. Raises Refused."""
+        document.ended.clear()
+        try:
+            base = await self._base(document)
+            self._desk.admit(1)
+        except Refused:
+            document.record = before
+            document.ended.set()
+            raise
+        self._begin(document, base)
 
     def _begin(self, document: Document, base: RecurrentState | None) -> None:
         task = asyncio.get_running_loop().create_task(self._read(document, base))
