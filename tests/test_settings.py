@@ -270,7 +270,7 @@ def test_what_the_model_says_is_shown_as_the_models(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = explain(setup_of(model=tmp_path, device="cpu", tile_size=64))
     assert found["chunkwise_backend"] == ("queued_compiled_steps", ("model", str(tmp_path / "config.json")))
-    assert found["heads_per_band"] == (config["num_heads"], ("default", ""))
+    assert found["heads_per_band"] == (config["num_heads"], ("default", "all; 4 on mps"))
 
 
 @pytest.mark.parametrize(
