@@ -1,5 +1,6 @@
 """The scheduler: random requests over a fake engine, which only counts."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from hypothesis import given, settings
@@ -150,3 +151,19 @@ def test_only_a_more_important_request_takes_a_slot_and_it_is_given_back():
     scheduler.leave(2)
     assert scheduler.next() == Resume(0)
     assert scheduler.next() == Decode((0,))
+
+
+def test_a_long_prompt_goes_on_beside_any_number_of_more_important_ones():
+    """The document of a service, which callers with short prompts never leave alone."""
+    scheduler, windows = Scheduler(2), Counter()
+    scheduler.arrive(0, priority=-1)
+    assert scheduler.next() == Fill(0)
+    for other in range(1, 10 * AGE):  # each has one window, and the next one is there before that is read
+        scheduler.arrive(other)
+        action = scheduler.next()
+        assert isinstance(action, Fill)
+        windows[action.request] += 1
+        for request in [n for n in windows if n]:
+            scheduler.leave(request)
+            del windows[request]
+    assert windows[0] >= 4

@@ -20,6 +20,7 @@ from xlstm_ray.files import MIB
 from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
+    from xlstm_ray.engine.engine import Engine
     from xlstm_ray.serve.options import Options
 
 commands = typer.Typer()
@@ -119,7 +120,9 @@ def serve(
     try:
         with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                server.open(engine, engine.serve(slots=slots))
+                slots = engine.serve(slots=slots)
+                _compile(engine, slots)
+                server.open(engine, slots)
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
                 while not stop.wait(LOOK_S) and engine.failed is None:
@@ -135,16 +138,29 @@ def serve(
         raise Interrupted("requests were cancelled")
 
 
+def _compile(engine: "Engine", slots: int) -> None:
+    """All that requests will call, unless warm-up is off: else a later one would stop everybody's for a minute."""
+    from xlstm_ray.engine.service import BUCKETS
+
+    engine.warm_up(1, [engine.numerics.tile_size, engine.numerics.chunk_size])
+    for rows in BUCKETS:
+        engine.warm_up(rows, [1])
+        if rows >= slots:
+            break
+
+
 def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:
     """What can be pasted to ask it."""
     url, prompt = f"{options.url}/v1", "The capital of France is"
     body = json.dumps({"model": options.name, "prompt": prompt, "max_tokens": 8, "temperature": 0})
-    key, header = "'none'", ""
+    key, header = '"none"', ""
     if key_file is not None:
-        key = f"open({str(key_file.absolute())!r}).readline().strip()"
-        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(str(key_file.absolute()))})"'
-    ask = f"create(model={options.name!r}, prompt={prompt!r}, max_tokens=8, temperature=0).choices[0].text"
-    code = f"from openai import OpenAI; print(OpenAI(base_url={url!r}, api_key={key}).completions.{ask})"
+        path = str(key_file.absolute())
+        key = f"open({json.dumps(path)}).readline().strip()"
+        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(path)})"'
+    name, at, text = map(json.dumps, (options.name, url, prompt))  # in quotes that a shell's own go around
+    ask = f"create(model={name}, prompt={text}, max_tokens=8, temperature=0).choices[0].text"
+    code = f"from openai import OpenAI; print(OpenAI(base_url={at}, api_key={key}).completions.{ask})"
     return (
         f"xlstm-ray serves {options.name} at {url} ({slots} slots)\n"
         f"  curl {url}/completions{header} -d {shlex.quote(body)}\n"

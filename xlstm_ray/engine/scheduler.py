@@ -47,7 +47,7 @@ class _Entry:
     request: int
     priority: int
     order: int  # of arrival
-    since: int  # the number of the decision when it began to wait
+    since: int  # the number of the decision when it began to wait; of a prompt in reading, of its last window
     phase: Phase = "waiting"
 
 
@@ -55,8 +55,8 @@ class _Entry:
 class Scheduler:
     """slots: the most states at once. fills_per_decode: the most windows of prompts between two decoding steps.
 
-    The waiting request with the highest priority is first; of equal ones, the oldest. AGE decisions of waiting count as
-    one more priority. Only a higher priority takes another request's slot.
+    The waiting request with the highest priority is first; of equal ones, the oldest. AGE decisions of waiting, also
+    for a prompt's next window, count as one more priority. Only a higher priority takes another request's slot.
     """
 
     slots: int
@@ -123,7 +123,7 @@ class Scheduler:
         if wants.phase == "parked":
             wants.phase = "decoding"
             return Resume(wants.request)
-        wants.phase = "filling"
+        wants.phase, wants.since = "filling", self._decisions
         self._fills += bool(decoding)
         return Fill(wants.request)
 
@@ -142,7 +142,7 @@ class Scheduler:
 
     def _rank(self, entry: _Entry) -> tuple[int, int]:
         """The sort key: the smallest is first."""
-        aged = 0 if entry.phase == "filling" else (self._decisions - entry.since) // AGE
+        aged = (self._decisions - entry.since) // AGE
         return -(entry.priority + aged), entry.order
 
     def _victim(self, wants: _Entry) -> _Entry | None:
