@@ -884,6 +884,7 @@ def test_a_closed_terminal_stops_a_prefill_at_a_tile_boundary_with_a_state(optio
     words = ("prefill", *options, "--tile-size", 128, "--prompt-file", tmp_path / "prompt", "--state-out", path)
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and the program leaves it so
         os.execv(PROGRAM, [str(PROGRAM), *map(str, words)])
     seen = b""
     while b" tokens/s" not in seen:
