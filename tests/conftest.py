@@ -74,13 +74,22 @@ MARKED = {
     "slow": """
         test_bench
         test_bad_requests
+        test_batch
+        test_cache
         test_clients
+        test_completions
         test_documents
         test_serve_command
         test_turn
         test_two_processes_on_one_directory_do_not_hurt_each_other
         test_interrupted
+        test_invariants
         test_lines
+        test_outputs
+        test_service
+        test_slstm
+        test_states
+        test_every_odd_model_equals_transformers
         test_scoring_holds_a_few_logits_at_a_time_as_counted
         test_cancelled_requests_leave_the_others_bits_alone_and_nothing_behind
         test_requests_together_get_what_each_gets_alone_to_the_bit
