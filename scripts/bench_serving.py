@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,10 @@ class Bench:
         if key not in self.engines:
             options = {"cache_memory_mb": cache_mb} if cache_mb else {}
             lm = xlstm_ray.load(self.args.model, device=self.args.device, dtype=self.args.dtype, **options)
-            lm.serve(slots=slots, buckets=sorted({1, min(4, slots), slots}))
+            sizes = sorted({1, min(4, slots), slots})
+            lm.serve(slots=slots, buckets=sizes)
             tile = lm.numerics.tile_size
-            for size in sorted({1, min(4, slots), slots}):  # compile
+            for size in sizes:  # compile
                 run(lm, [(0.0, self.request(lm, tile + 1, 4), True)] * size)
             self.engines[key] = lm
         return self.engines[key]
@@ -142,13 +144,15 @@ class Bench:
         rates = [statistics.median(seen.tok_s for seen in runs) for runs in found.values()]
         print(f"| last / first | {rates[-1] / rates[0]:.2f} | | |", flush=True)
 
+    def _against_one_slot(self, name: str, requests: Callable[[Any], list]) -> None:
+        engines = {slots: self.engine(slots) for slots in (1, self.args.slots)}
+        self.compare(name, {f"{n} slot(s)": (lm, partial(requests, lm)) for n, lm in engines.items()})
+
     def _streams(self, lm: Any) -> list:
         return [(0.0, self.request(lm, 16, self.args.answer), True) for _ in range(self.args.slots)]
 
     def streams(self) -> None:
-        one, many = self.engine(1), self.engine(self.args.slots)
-        sides = {f"{n} slot(s)": (lm, lambda lm=lm: self._streams(lm)) for n, lm in ((1, one), (self.args.slots, many))}
-        self.compare("streams", sides)
+        self._against_one_slot("streams", self._streams)
 
     def mixed(self) -> None:
         def requests(lm: Any) -> list:
@@ -158,9 +162,7 @@ class Bench:
                 at += self.rng.expovariate(self.args.rate)
             return made
 
-        one, many = self.engine(1), self.engine(self.args.slots)
-        sides = {f"{n} slot(s)": (lm, lambda lm=lm: requests(lm)) for n, lm in ((1, one), (self.args.slots, many))}
-        self.compare("mixed", sides)
+        self._against_one_slot("mixed", requests)
 
     def long(self) -> None:
         lm = self.engine(self.args.slots)

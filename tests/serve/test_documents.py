@@ -117,6 +117,14 @@ def test_a_file_of_text_and_a_state_are_uploaded_as_they_are(service, tmp_path):
     assert first == second
 
 
+def test_ends_of_lines_inside_a_file_stay_as_they_are(service):
+    """The prompt of the same file with `--prompt-file`."""
+    text = f"{BOOK[:20]}\r\n{BOOK[20:40]}"
+    service.ask("/v1/states/lines", text.encode() + b"\r\n", "PUT")
+    ready(service, "lines")
+    assert parts(service.ask("/v1/states/lines/file").body) == parts(saved(service.engine.prefill(text).state))
+
+
 def test_an_upload_of_any_size_goes_to_the_disk_piece_by_piece(service):
     size = 24 << 20  # more than a body may have
     head = f"PUT /v1/states/huge HTTP/1.1\r\nhost: localhost\r\ncontent-length: {size}\r\nconnection: close\r\n\r\n"

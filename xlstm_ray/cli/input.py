@@ -3,7 +3,6 @@
 import os
 import stat
 import sys
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from xlstm_ray.cli.output import tell
 from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.settings import refuse_unknown
+from xlstm_ray.text.prompt import decoded, whole_prompt
 
 JSONL_KEYS = "prompt", "id"
 PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f"
@@ -85,10 +85,7 @@ def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any,
     """The file's text; or the texts of its lines, and their names."""
     source, text = _read_text(file)
     if not jsonl:
-        text = text.removesuffix("\n").removesuffix("\r")
-        if not text:
-            raise UsageError(f"{source}: is empty; give at least one token")
-        return text, []
+        return whole_prompt(text, source), []
     rows = [
         _jsonl_row(line, f"{source}, line {number}", keys)
         for number, line in enumerate(text.split("\n"), 1)  # not splitlines: JSON may have an unescaped U+2028
@@ -118,16 +115,9 @@ def _read_text(name: str) -> tuple[str, str]:
     source = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return source, data.removeprefix(BOM_UTF8).decode("utf-8")
     except OSError as err:
         raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
-    except UnicodeDecodeError as err:
-        at = err.start + len(data) - len(err.object)
-        line = data.count(b"\n", 0, at) + 1
-        why = f"{err.reason} at byte {at}"
-        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-            why = "it begins with the byte order mark of UTF-16; save it as UTF-8"
-        raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
+    return source, decoded(data, source)
 
 
 def _jsonl_row(line: str, place: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from xlstm_ray.csvlog import CsvLog
 from xlstm_ray.engine.decode import Made
 from xlstm_ray.engine.engine import Engine
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Request
+from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import OutputError, UsageError, XlstmRayError
 from xlstm_ray.settings import Settings
 from xlstm_ray.state import RecurrentState
 
-BUCKETS = 16, 4, 1  # rows of a call that decodes; a run has one number, so that a row has the same bits in every run
 AHEAD = 2  # times as many answers are with the service as it makes at once: it has always something to begin
 LOOK_S = 0.2  # between two looks whether a signal has come
 LOG_COLUMNS = "index id answer finish_reason prompt_tokens resumed_tokens new_tokens queued_s ttft_s total_s".split()
@@ -141,9 +141,12 @@ def lines_of(
 
 
 def bucket_of(engine: Engine, answers: int) -> int:
-    """The rows of a call that decodes: as many as are of use and fit in memory."""
-    useful = min((bucket for bucket in BUCKETS if bucket >= answers), default=BUCKETS[0])
-    return next((b for b in BUCKETS if b <= useful and engine.plan.room.slots(b) == b), 1)
+    """The rows of a call that decodes: as many as are of use and fit in memory.
+
+    A run has one number, so that a row has the same bits in every run.
+    """
+    useful = [size for size in GROUP_SIZES if size <= group_size(answers)]
+    return max((size for size in useful if engine.plan.room.slots(size) == size), default=1)
 
 
 def answer_lines(engine: Engine, lines: Sequence[Line], settings: Settings, report: Reporter, *, ordered: bool) -> None:

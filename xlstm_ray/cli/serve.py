@@ -140,13 +140,12 @@ def serve(
 
 def _compile(engine: "Engine", slots: int) -> None:
     """All that requests will call, unless warm-up is off: else a later one would stop everybody's for a minute."""
-    from xlstm_ray.engine.service import BUCKETS
+    from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 
     engine.warm_up(1, [engine.numerics.tile_size, engine.numerics.chunk_size])
-    for rows in BUCKETS:
-        engine.warm_up(rows, [1])
-        if rows >= slots:
-            break
+    for rows in GROUP_SIZES:
+        if rows <= group_size(slots):
+            engine.warm_up(rows, [1])
 
 
 def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:

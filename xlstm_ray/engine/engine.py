@@ -24,10 +24,10 @@ from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.reuse import Share
 from xlstm_ray.engine.scores import Scores
-from xlstm_ray.engine.service import BUCKETS, Service
+from xlstm_ray.engine.service import Service
 from xlstm_ray.engine.turn import Turn, in_turn
 from xlstm_ray.engine.wanted import Samplings
-from xlstm_ray.engine.windows import group_size
+from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
@@ -233,7 +233,9 @@ class Engine:
         assert self._service is not None
         return self._service
 
-    def serve(self, *, slots: int | None = None, buckets: Sequence[int] = BUCKETS, fills_per_decode: int = 1) -> int:
+    def serve(
+        self, *, slots: int | None = None, buckets: Sequence[int] = GROUP_SIZES, fills_per_decode: int = 1
+    ) -> int:
         """Begin to serve requests; returns the largest number of states at once.
 
         slots: states on the device (None: 16, or as many as fit in memory). buckets: the numbers of rows of a decoding

@@ -13,11 +13,10 @@ from xlstm_ray.engine.guard import MemoryGuard
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
+from xlstm_ray.engine.windows import GROUP_SIZES
 from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.sampling.params import require_likeliest
-
-BUCKETS = 1, 4, 16  # rows of a call that decodes: each number is compiled for itself
 
 
 class Service:
@@ -32,7 +31,7 @@ class Service:
         *,
         ends: Sequence[int],
         slots: int,
-        buckets: Sequence[int] = BUCKETS,
+        buckets: Sequence[int] = GROUP_SIZES,
         fills_per_decode: int = 1,
     ):
         self._core, self.slots = core, slots

@@ -31,7 +31,7 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
     async with watching(request.receive, work.cancel):
         await work.begin()
         headers = {CACHE: work.used.cache(of_state=ask.state is not None)}
-        reply = Reply(form, desk.options.name, [text for text in ask.echo or [""] * len(ask.prompts)], ask.n)
+        reply = Reply(form, desk.options.name, ask.echo or [""] * len(ask.prompts), ask.n)
         if not body.stream:
             await _finish(work, reply, desk.options.ping_s)
             whole = await asyncio.to_thread(reply.whole, work.used.usage())  # a prompt's log-probabilities are many

@@ -1,7 +1,7 @@
 """Documents: prompts that are read once, under a name, and asked many times. They outlive who sent them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -215,7 +215,11 @@ class Documents:
         self._begin(document, base)
 
     def _begin(self, document: Document, base: RecurrentState | None) -> None:
-        task = asyncio.get_running_loop().create_task(self._read(document, base))
+        self._spawn(self._read(document, base))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do this beside everything else; a task that nobody refers to may vanish."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -263,9 +267,8 @@ class Documents:
         if self._shelf is not None and (document.record.tenant, document.record.name) in self._all:
             await asyncio.to_thread(self._shelf.write, document.record, state)
 
-    async def _checked(self, tenant: str, state: RecurrentState | None) -> int:
+    async def _checked(self, tenant: str, state: RecurrentState) -> int:
         """The tokens of a state that a caller has sent, if this model can go on from it. Raises Refused."""
-        assert state is not None
         if state.batch != 1:
             raise Refused(400, f"the state is of {state.batch} prompts; only one of a single prompt can be asked")
         end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
@@ -281,13 +284,8 @@ class Documents:
         if document.timer is not None:
             document.timer.cancel()
         if document.record.ttl is not None:
-            loop = asyncio.get_running_loop()
-            document.timer = loop.call_later(document.record.ttl, self._expire, document)
-
-    def _expire(self, document: Document) -> None:
-        task = asyncio.get_running_loop().create_task(self.remove(document))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            loop, ttl = asyncio.get_running_loop(), document.record.ttl
+            document.timer = loop.call_later(ttl, lambda: self._spawn(self.remove(document)))
 
     def _forget(self, document: Document) -> None:
         self._all.pop((document.record.tenant, document.record.name), None)

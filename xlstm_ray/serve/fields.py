@@ -166,11 +166,11 @@ class Completion(Body):
         if isinstance(given, str):
             return [given]
         if isinstance(given, list) and given:
-            if all(type(token) is int for token in given):
+            if _are_tokens(given):
                 return [given]
             if all(isinstance(text, str) for text in given):
                 return list(given)
-            if all(isinstance(row, list) and row and all(type(t) is int for t in row) for row in given):
+            if all(map(_are_tokens, given)):
                 return list(given)
         raise Refused(
             400, "`prompt` is a text, token ids, or a list of texts or of lists of token ids, not empty", param="prompt"
@@ -254,9 +254,13 @@ class Detokenize(BaseModel):
     tokens: list[int]
 
 
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+
+
 def one_prompt(given: Any) -> str | list[int]:
     """A text or token ids. Raises Refused."""
-    if isinstance(given, str) or (isinstance(given, list) and given and all(type(token) is int for token in given)):
+    if isinstance(given, str) or _are_tokens(given):
         return given
     raise Refused(400, "`prompt` is a text or token ids, not empty", param="prompt")
 

@@ -21,6 +21,7 @@ from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.shelf import Record, named
 from xlstm_ray.serve.stream import EventStream, comment, data
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.prompt import decoded, whole_prompt
 
 POLL_S = 0.1
 PIECE = 1 << 20  # bytes of a download at once
@@ -146,15 +147,8 @@ async def _receive(request: Request, path: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    """A file's text, as `--prompt-file` has it. Raises Refused."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as err:
-        raise Refused(400, f"the file is not UTF-8 text ({err.reason} at byte {err.start}), and not a state") from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise Refused(400, "the file is empty; give at least one token")
-    return text
+    """A file's text, as `--prompt-file` has it. Raises UsageError."""
+    return whole_prompt(decoded(path.read_bytes(), "the file"), "the file")
 
 
 def _ttl(request: Request) -> float | None:

@@ -1,5 +1,6 @@
 """Prompts as a caller may give them: a text or token ids, one or a batch."""
 
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from operator import index
 
@@ -16,6 +17,27 @@ def as_batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token")
     return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
+
+
+def decoded(data: bytes, source: str) -> str:
+    """A file's text without a byte order mark. Raises UsageError; source: the file's name there."""
+    try:
+        return data.removeprefix(BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as err:
+        at = err.start + len(data) - len(err.object)
+        line = data.count(b"\n", 0, at) + 1
+        why = f"{err.reason} at byte {at}"
+        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            why = "it begins with the byte order mark of UTF-16; save it as UTF-8"
+        raise UsageError(f"{source}, line {line}: is not UTF-8 text ({why})") from None
+
+
+def whole_prompt(text: str, source: str) -> str:
+    """The prompt that a file's text is: without one newline at its end. Raises UsageError for an empty one."""
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise UsageError(f"{source}: is empty; give at least one token")
+    return text
 
 
 def require_text(prompt: str) -> None:
