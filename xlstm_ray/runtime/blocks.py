@@ -1,7 +1,7 @@
 """A block's functions for a backend, compiled once for each size."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -65,60 +65,62 @@ class Kernels:
             self.built.setdefault(key, made)  # all threads get the same one
         return self.built[key]
 
-    def _compile(self, name: str, fn: Callable, B: int, T: int) -> Callable:
-        return self.compiler(fn, f"{name}_{B}x{T}") if self.backend.compiled else fn
+    def _build(self, B: int, T: int, prefix: str = "") -> Callable[[str, Callable], Callable]:
+        """Compiles a part of a block, by its name, for windows (B, T)."""
+        return lambda name, fn: self.compiler(fn, f"{prefix}{name}_{B}x{T}") if self.backend.compiled else fn
 
     def _mlstm(self, s: BandShape, B: int, T: int, chunk_size: int) -> BlockFunctions:
+        build, inside = self._build(B, T), self.backend.cell_inside(T)
         cell = self.backend.cell(T, chunk_size=chunk_size, t_inner=self.t_inner, compiler=self.compiler)
+        if inside:
 
-        def build(name: str, fn: Callable) -> Callable:
-            return self._compile(name, fn, B, T)
-
-        ffn_call = build("ffn", lambda x, w: ffn(x, w, s))
-        if self.backend.cell_inside(T):
-
-            def mixer_whole(
-                x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor
-            ) -> tuple[Tensor, State]:
+            def mixer(x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
                 return mlstm_mixer(x, w, state, start, end, s, cell)
 
-            block = whole_block(mixer_whole, lambda x, w: ffn(x, w, s))
-            return BlockFunctions(build("block", block), build("mixer", mixer_whole), ffn_call)
-        before = build("mlstm_in", lambda x, w, start, end: mlstm_in(x, w, start, end, s))
-        after = build("mlstm_out", lambda h, o, w: mlstm_out(h, o, w, s))
+        else:
+            before = build("mlstm_in", lambda x, w, start, end: mlstm_in(x, w, start, end, s))
+            after = build("mlstm_out", lambda h, o, w: mlstm_out(h, o, w, s))
 
-        def mixer_call(x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
-            q, k, v, o, i, f = before(x, w, start, end)
-            h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
-            return after(h, o, w), state
+            def mixer(x: Tensor, w: BlockWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
+                q, k, v, o, i, f = before(x, w, start, end)
+                h, state = cell(q, k, v, i=i, f=f, state=state, eps=s.eps)
+                return after(h, o, w), state
 
-        return BlockFunctions(whole_block(mixer_call, ffn_call), mixer_call, ffn_call)
+        return _around(mixer, s, build, inside=inside)
 
     def _slstm(self, s: BandShape, B: int, T: int) -> BlockFunctions:
+        build, inside = self._build(B, T, "slstm_"), T == 1  # one step is compiled with the block around it
         cell = self.backend.slstm_cell(T, t_inner=self.t_inner, compiler=self.compiler)
+        if inside:
 
-        def build(name: str, fn: Callable) -> Callable:
-            return self._compile(f"slstm_{name}", fn, B, T)
-
-        ffn_call = build("ffn", lambda x, w: ffn(x, w, s))
-        if T == 1:  # one step is compiled with the block around it
-
-            def mixer_one(
+            def mixer(
                 x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor
             ) -> tuple[Tensor, SlstmState]:
                 return slstm_mixer(x, w, state, start, end, s, cell)
 
-            return BlockFunctions(
-                build("block", whole_block(mixer_one, lambda x, w: ffn(x, w, s))), build("mixer", mixer_one), ffn_call
-            )
-        before = build("in", lambda x, w, start, end: slstm_in(x, w, start, end, s))
-        after = build("out", lambda h, w, like: slstm_out(h, w, like, s))
+        else:
+            before = build("in", lambda x, w, start, end: slstm_in(x, w, start, end, s))
+            after = build("out", lambda h, w, like: slstm_out(h, w, like, s))
 
-        def mixer_call(
-            x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor
-        ) -> tuple[Tensor, SlstmState]:
-            gates, token = before(x, w, start, end)
-            h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
-            return after(h, w, x), state
+            def mixer(
+                x: Tensor, w: SlstmWeights, state: SlstmState, start: Tensor, end: Tensor
+            ) -> tuple[Tensor, SlstmState]:
+                gates, token = before(x, w, start, end)
+                h, state = cell(gates, recurrent=w.recurrent, token=token, state=state)
+                return after(h, w, x), state
 
-        return BlockFunctions(whole_block(mixer_call, ffn_call), mixer_call, ffn_call)
+        return _around(mixer, s, build, inside=inside)
+
+
+def _around(
+    mixer: Callable[..., tuple[Tensor, Any]], s: BandShape, build: Callable[[str, Callable], Callable], *, inside: bool
+) -> BlockFunctions:
+    """A block's functions around its mixer. inside: the mixer is compiled as a whole, else its parts are compiled."""
+
+    def own_ffn(x: Tensor, w: Weights) -> Tensor:
+        return ffn(x, w, s)
+
+    ffn_call = build("ffn", own_ffn)
+    if inside:
+        return BlockFunctions(build("block", whole_block(mixer, own_ffn)), build("mixer", mixer), ffn_call)
+    return BlockFunctions(whole_block(mixer, ffn_call), mixer, ffn_call)
