@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room is a package or a module of that name; it imports from lower floors and from itself.
 FLOORS = [
     "errors container",
-    "files directories sampling hub profiles threads",
+    "files directories sampling hub profiles threads declare",
     "settings config csvlog digests kernels supervisor",
     "xlstm_ray generation_config layout tensors model memory text",
     "cachefiles checkpoint state",

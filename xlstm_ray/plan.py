@@ -26,6 +26,7 @@ from xlstm_ray.choose import (
     own_backend,
 )
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.declare import Source
 from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import Fit
@@ -34,7 +35,7 @@ from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
 from xlstm_ray.memory.room import Room
 from xlstm_ray.memory.sample import device_total_bytes, take_sample
 from xlstm_ray.memory.watchdog import Limit, Limits
-from xlstm_ray.settings import Settings, Source, table
+from xlstm_ray.settings import Settings, table
 from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback

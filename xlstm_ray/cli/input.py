@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_ray.cli.output import tell
+from xlstm_ray.declare import refuse_unknown
 from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.settings import refuse_unknown
 from xlstm_ray.text.prompt import decoded, whole_prompt
 
 JSONL_KEYS = "prompt", "id"

@@ -10,7 +10,8 @@ import typer
 from xlstm_ray.cli.flags import in_flags, know
 from xlstm_ray.cli.output import note
 from xlstm_ray.cli.reporter import ProgressKind
-from xlstm_ray.settings import Setting, table, unknown_variables
+from xlstm_ray.declare import Setting
+from xlstm_ray.settings import table, unknown_variables
 
 RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of the commands' list
 PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
