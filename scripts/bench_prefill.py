@@ -9,6 +9,7 @@ alike. The output has medians over rounds, and ratios of medians. Contestants:
 
     this float32, this bfloat16    lm.prefill of the whole prompt, last logits and state kept
     transformers float32           backbone over the whole prompt with its cache, last logits; native torch kernels
+    kernels float32                the same with this project's kernels in it (`use_kernels`); only if it is named
     products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
                                    (the faster of the two), on prepared operands: the upper limit of any prefill
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 SELF = Path(__file__).resolve()
@@ -94,7 +96,7 @@ def this_project(directory: Path, dtype: str, args: argparse.Namespace):
     return run
 
 
-def transformers_xlstm(directory: Path, dtype: str, args: argparse.Namespace):
+def transformers_xlstm(directory: Path, dtype: str, args: argparse.Namespace, *, ours: bool = False):
     import torch
     from transformers import xLSTMForCausalLM
     from transformers.models.xlstm import modeling_xlstm
@@ -102,6 +104,10 @@ def transformers_xlstm(directory: Path, dtype: str, args: argparse.Namespace):
     assert not modeling_xlstm.external_xlstm, "the xlstm package is installed; this compares with the native code"
     device = args.device if args.device != "auto" else "cpu"
     model = xLSTMForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    if ours:
+        from xlstm_ray.integrations.transformers import use_kernels
+
+        use_kernels(model)
 
     def run(tokens: int) -> None:
         with torch.no_grad():
@@ -162,7 +168,12 @@ def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
     return run
 
 
-CONTESTANTS = {"this": this_project, "transformers": transformers_xlstm, "products": bare_products}
+CONTESTANTS = {
+    "this": this_project,
+    "transformers": transformers_xlstm,
+    "kernels": partial(transformers_xlstm, ours=True),
+    "products": bare_products,
+}
 
 
 # -- the process of a contestant: reads token counts, answers seconds and bytes ----------------------------------------
@@ -263,7 +274,7 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.dtype, args)
         return
-    if "transformers" in args.contestants and not _is_there("transformers"):
+    if any(kind in args.contestants for kind in ("transformers", "kernels")) and not _is_there("transformers"):
         sys.path.insert(0, str(SELF.parents[1]))
         from xlstm_ray.errors import pip_install
 

@@ -25,7 +25,7 @@ FLOORS = [
     "plan",
     "launch autoscale",
     "engine",
-    "measure serve",
+    "measure serve integrations",
     "cli",
     "__main__",
 ]

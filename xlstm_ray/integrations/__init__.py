@@ -1,0 +1,1 @@
+"""Our kernels inside other people's code: each module here is for one library."""
