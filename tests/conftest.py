@@ -86,6 +86,7 @@ MARKED = {
         test_invariants
         test_lines
         test_outputs
+        test_page
         test_service
         test_slstm
         test_states

@@ -20,6 +20,7 @@ from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Documents
 from xlstm_ray.serve.fields import Body, Chat, Completion, Detokenize, Tokenize, read
 from xlstm_ray.serve.gate import App, Gate
+from xlstm_ray.serve.pages import add_pages
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.replies import Chats, Completions
 from xlstm_ray.serve.states import add_states
@@ -31,7 +32,7 @@ from xlstm_ray.text.prompt import Prompt
 def make_app(desk: Desk, documents: Documents | None, template: Template | None = None) -> App:
     """The app of a service. It has the engine when the desk opens. documents: None: it has none. template: of chats."""
     options, began = desk.options, int(time())
-    # Its pages of documentation load scripts from elsewhere.
+    # FastAPI's own pages of documentation load scripts from elsewhere.
     app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None)
 
     @app.exception_handler(Refused)
@@ -60,6 +61,12 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         """200 where requests are taken; 503 while the model is loaded, and while the service drains."""
         _ = desk.engine
         return JSONResponse({"status": "ok"})
+
+    @app.get("/load")
+    async def load(request: Request) -> Response:
+        """What the service does now: its status, slots, cache and documents."""
+        own = None if documents is None else documents.room(request.scope["tenant"])
+        return JSONResponse({**desk.load(), "documents": own})
 
     @app.get("/version")
     async def version() -> Response:
@@ -183,4 +190,5 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
 
     if documents is not None:
         add_states(app, desk, documents)
+    add_pages(app)
     return Gate(app, options)

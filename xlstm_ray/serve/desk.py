@@ -44,12 +44,36 @@ class Desk:
             raise Refused(503, f"this service has failed: {self._engine.failed}", code="failed", retry_s=DRAINING_S)
         return self._engine
 
+    def load(self) -> dict[str, object]:
+        """What it does now."""
+        error = None
+        try:
+            _ = self.engine
+        except Refused as refused:
+            error = refused
+        cache = None if self._engine is None else self._engine.cache
+        return {
+            "status": "ready" if error is None else error.code,
+            "error": error.message if error is not None and error.code == "failed" else None,
+            "model": self.options.name,
+            "slots": self.slots,
+            "queue": self.options.queue,
+            "running": self.metrics.running,
+            "waiting": self.metrics.waiting,
+            "cache": None if cache is None else {"states": len(cache), "bytes": dict(cache.used)},
+        }
+
     def require_model(self, name: str | None) -> None:
         """Raise Refused unless this is the name of the model, or none."""
         own = self.options.name
         if name is not None and name != own:
             text = f"there is no model {name[:80]!r} here; this service has {own!r}"
             raise Refused(404, text, param="model", code="model_not_found")
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the state of one prompt; 0 as long as there is no model."""
+        return 0 if self._engine is None else self._engine.config.state_file_bytes(1)
 
     @property
     def under_way(self) -> int:

@@ -72,6 +72,11 @@ class Documents:
         """The documents of a tenant, the oldest first."""
         return [document for (owner, _), document in self._all.items() if owner == tenant]
 
+    def room(self, tenant: str) -> dict[str, int]:
+        """How many documents a tenant has, and the bytes that all states take and may take."""
+        size = self._desk.state_bytes
+        return {"states": len(self.of(tenant)), "bytes": len(self._all) * size, "most": self._budget}
+
     def get(self, tenant: str, name: str) -> Document:
         """Raises Refused where there is none of that name."""
         document = self._all.get((tenant, name))
@@ -181,7 +186,7 @@ class Documents:
         if (record.tenant, record.name) in self._all:
             text = f"there is a state {record.name!r}; delete it first, or choose another name"
             raise Refused(409, text, param="id", code="state_exists")
-        size = self._desk.engine.config.state_file_bytes(1)
+        size = self._desk.state_bytes
         if (len(self._all) + 1) * size > self._budget:
             raise Refused(
                 400,

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.pages import AT
 from xlstm_ray.serve.refusals import Refused
 
 Scope = MutableMapping[str, Any]
@@ -11,7 +12,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = "/health", "/ping"  # for probes, which have no key
+OPEN = {"/health", "/ping", *AT}  # for probes, which have no key, and for the page that asks for one
 
 
 class Gate:

@@ -31,7 +31,7 @@ HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
 class NewState(BaseModel):
     """The body of a document. prompt: a text or token ids. state: another document that it goes on from.
 
-    ttl: seconds without use after which it goes.
+    Without a prompt it is a copy of that one. ttl: seconds without use after which it goes.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -53,6 +53,10 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
         body = read(NewState, await read_body(request, desk.options.body_bytes), {})
         desk.require_model(body.model)
         tenant = request.scope["tenant"]
+        if body.prompt is None and body.state is not None:
+            record = Record.named(body.id, tenant=tenant, ttl=body.ttl)
+            state = await documents.state(tenant, body.state)
+            return JSONResponse((await documents.add(record, state)).info(), 201)
         record = Record.named(body.id, tenant=tenant, ttl=body.ttl, base=body.state, prompt=one_prompt(body.prompt))
         return JSONResponse((await documents.add(record)).info(), 202)
 
