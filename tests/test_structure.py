@@ -52,6 +52,9 @@ LONG: dict[str, str] = {}  # file: why it is one piece
 PUBLIC = {  # parameters are a caller's words, a formula's tensors, a value's fields
     "engine.engine.Engine.prefill",
     "engine.engine.Engine.generate",
+    "integrations.nxai.mlstm_chunkwise.chunkwise",  # another library's words
+    "integrations.nxai.mlstm_sequence.sequence",
+    "integrations.nxai.mlstm_step.step",
     "kernels.chunkwise.mlstm_chunkwise",
     "state.RecurrentState.__init__",
 }
