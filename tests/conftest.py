@@ -76,6 +76,7 @@ MARKED = {
         test_bad_requests
         test_batch
         test_cache
+        test_client_commands
         test_clients
         test_completions
         test_documents

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors container",
     "files directories sampling hub profiles threads declare",
-    "settings config csvlog digests kernels supervisor",
+    "settings config csvlog digests kernels supervisor client",
     "xlstm_ray generation_config layout tensors model memory text",
     "cachefiles checkpoint state",
     "runtime",
@@ -35,6 +35,7 @@ MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
 INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts
 MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "settings": "the table of variables",
+    "client.keys": "a key is not an argument: other users of a machine can read those",
     "threads": "OpenMP's variables must be set before torch is loaded",
     "directories": "torch's own variable says where its cache is",
     "kernels.compiled": "Inductor's own variable says which compiler it takes",

@@ -28,6 +28,17 @@ class CheckpointError(XlstmRayError):
     """Weights or tokenizer files are missing, damaged, or not what the configuration describes."""
 
 
+class ServiceError(XlstmRayError):
+    """A service does not answer, or refuses. status: of its reply, 0 in the middle of one; None: there was none.
+
+    code: its own word for the reason. retry_s: seconds after which it may be tried again.
+    """
+
+    def __init__(self, text: str, status: int | None = None, code: str | None = None, retry_s: float | None = None):
+        super().__init__(text)
+        self.status, self.code, self.retry_s = status, code, retry_s
+
+
 class DownloadError(XlstmRayError):
     """A model cannot be downloaded from the hub, or is not in the cache."""
 

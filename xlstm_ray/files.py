@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -127,8 +127,8 @@ def require_writable(path: Path, *, option: str = "", makes_directory: bool = Fa
         )
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write all of the data, or leave the file as it was. Raises OSError.
+def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write all of the data, in one or in pieces, or leave the file as it was. Raises OSError.
 
     Temporary file, fsync, rename. Files that killed writers left in the directory are removed too.
     """
@@ -136,7 +136,7 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".xlstm-ray.{token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

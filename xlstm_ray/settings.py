@@ -278,8 +278,8 @@ def given_variables() -> dict[str, str]:
 def unknown_variables() -> list[str]:
     """A line for each unknown environment variable that begins with XLSTM_."""
     known = {row.env.removeprefix("XLSTM_"): row.env for row in table().values()}
-    notes = []
-    for name in sorted(name for name in os.environ if name.startswith("XLSTM_") and name not in known.values()):
+    ours, notes = {*known.values(), "XLSTM_RAY_API_KEY"}, []  # the last one is of `xlstm-ray client`
+    for name in sorted(name for name in os.environ if name.startswith("XLSTM_") and name not in ours):
         near = [known[word] for word in get_close_matches(name.removeprefix("XLSTM_"), known, 3)]
         hint = f"did you mean {' or '.join(near)}?" if near else "xlstm-ray config --json lists the names"
         notes.append(f"the variable {name} has no effect: it is not a setting; {hint}")

@@ -181,15 +181,16 @@ def test_the_third_command_of_the_readme_serves(env, tmp_path):
 
 
 def test_the_readmes_commands_serve_and_ask(env, tmp_path):
-    install, serve, *curls = commands("Serve")
+    install, serve, *asks = commands("Serve")
     assert install == "pip install '.[serve]'"
     (tmp_path / "book.txt").write_text("The capital of France is")
     process, url = started(serve, tmp_path, env)
     said = {}
     try:
-        for line in curls:
-            assert line.startswith("curl ")
+        for line in asks:
+            assert line.startswith(("curl ", "xlstm-ray client "))
             command = line.replace("http://127.0.0.1:8000", url).replace("curl ", "curl -sS --fail-with-body ", 1)
+            command += f" --url {url}" if line.startswith("xlstm-ray") else ""
             done = subprocess.run(
                 ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
             )
@@ -205,3 +206,6 @@ def test_the_readmes_commands_serve_and_ask(env, tmp_path):
     assert " Paris" in texts[0]
     assert (tmp_path / "book.state").stat().st_size > 100_000
     assert '"status":"ready"' in "".join(said.values())
+    name, answer, listed = (text for line, text in said.items() if line.startswith("xlstm-ray"))
+    assert (name, len(answer) > 1) == ("again\n", True)
+    assert all(f"\n{one} " in listed for one in ("book", "again"))

@@ -13,6 +13,7 @@ _FLAGS = {
     "append": "--append TEXT or --append-file FILE",
     "autoscale_again": "--autoscale again",
     "state": "--state-in",
+    "url": "--url",
 }
 
 

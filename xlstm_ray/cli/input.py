@@ -61,12 +61,12 @@ def _prompts(
         raise UsageError("--prompt and --prompt-file were both given; give one")
     if prompt == "-":
         prompt, prompt_file = None, "-"
-    if prompt is None and prompt_file is None and state_in is None and _piped():
+    if prompt is None and prompt_file is None and state_in is None and piped():
         prompt_file = "-"
         tell("note: the prompt is read from standard input")
     if jsonl and prompt_file is None and (prompt is not None or state_in is None):
         raise UsageError("--jsonl describes a --prompt-file, and none was given")
-    if prompt_file != "-" and _piped():
+    if prompt_file != "-" and piped():
         tell("note: standard input has a text that is not read; --prompt-file - makes it the prompt")
     if prompt == "":
         raise UsageError("the prompt is empty; give at least one token")
@@ -97,7 +97,7 @@ def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any,
     return [name.pop("prompt") for name in names], names
 
 
-def _piped() -> bool:
+def piped() -> bool:
     """Whether standard input is a pipe or a file with data that can be read now."""
     mode = os.fstat(0).st_mode
     if stat.S_ISREG(mode):

@@ -75,7 +75,13 @@ class Reporter:
             "tok_s": p.tokens_per_s,
             "eta_s": p.eta_s,
         }
-        self._count("prefill", p.tokens_done, p.tokens_total, _numbers(p), {"event": "tile", "time": now(), **row})
+        numbers = _numbers(p.tokens_done, p.tokens_total, p.tokens_per_s, p.eta_s)
+        self._count("prefill", p.tokens_done, p.tokens_total, numbers, {"event": "tile", "time": now(), **row})
+
+    def document(self, done: int, total: int, rate: float | None, left: float | None) -> None:
+        """A service has read so many tokens. rate: of them a second; left: seconds; None: it does not know yet."""
+        row = {"event": "document", "time": now(), "tokens_done": done, "tokens_total": total}
+        self._count("prefill", done, total, _numbers(done, total, rate, left), {**row, "tok_s": rate, "eta_s": left})
 
     def answers(self, done: int, total: int, tokens: int) -> None:
         """An answer has ended. tokens: of the prompts and answers so far."""
@@ -122,9 +128,11 @@ class Reporter:
                 _err(f"{now()} {self._what}: {numbers}" if numbers else f"{now()} {phase}: {passed} so far")
 
 
-def _numbers(p: "Progress") -> str:
-    left = timedelta(seconds=math.ceil(p.eta_s))
-    return f"{p.tokens_done:,}/{p.tokens_total:,} tokens  {p.tokens_per_s:,.0f} tokens/s  {left} left"
+def _numbers(done: int, total: int, rate: float | None, left: float | None) -> str:
+    speed = "" if rate is None else f"  {rate:,.0f} tokens/s"
+    return f"{done:,}/{total:,} tokens{speed}" + (
+        "" if left is None else f"  {timedelta(seconds=math.ceil(left))} left"
+    )
 
 
 def _err(text: str) -> None:

@@ -1,7 +1,7 @@
 """The fields of Sampling as options of `generate` and as keys of a line of `--jsonl`."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -31,8 +31,11 @@ METAVAR = {"logit_bias": "ID=NUMBER", "stop": "TEXT"}
 KEYS = tuple(Sampling.model_fields)
 
 
-def samples(command: Callable) -> Callable:
-    """Add an option for each field to a command with the parameter `sampling`, which gets the given fields by name."""
+def samples(command: Callable, more: Mapping[str, str] = MORE) -> Callable:
+    """Add an option for each field to a command with the parameter `sampling`, which gets the given fields by name.
+
+    more: what the help says after a field's own text.
+    """
 
     def run(**given: Any) -> None:
         values = {name: given.pop(name) for name in KEYS}
@@ -45,18 +48,18 @@ def samples(command: Callable) -> Callable:
     parameters: list[inspect.Parameter] = []
     for parameter in own.parameters.values():
         kind = parameter.kind
-        new = [inspect.Parameter(name, kind, default=_unset(name), annotation=_option(name)) for name in KEYS]
+        new = [inspect.Parameter(name, kind, default=_unset(name), annotation=_option(name, more)) for name in KEYS]
         parameters += new if parameter.name == "sampling" else [parameter]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
 
 
-def _option(name: str) -> Any:
+def _option(name: str, more: Mapping[str, str]) -> Any:
     field = Sampling.model_fields[name]
     flag = "--" + name.replace("_", "-")
     kind: Any = KINDS.get(name, field.annotation)
-    words = " ".join(filter(None, [field.description, MORE.get(name)]))
+    words = " ".join(filter(None, [field.description, more.get(name)]))
     flags = [flag, *filter(None, [SHORT.get(name)])]
     option = typer.Option(*flags, help=bare(words), metavar=METAVAR.get(name), rich_help_panel=SAMPLING)
     return Annotated[kind if kind is bool else kind | None, option]

@@ -10,7 +10,7 @@ from typing import Any
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Reading, Request
 from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.files import shown_bytes
-from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.desk import LOADING_S, Desk
 from xlstm_ray.serve.metrics import Track, both
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.shelf import Record, Shelf, Status
@@ -66,10 +66,12 @@ class Documents:
         self._desk, self._shelf, self._budget = desk, shelf, budget
         self._all: dict[tuple[str, str], Document] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._restored = False
 
     # -- what callers do -----------------------------------------------------------------------------------------------
     def of(self, tenant: str) -> list[Document]:
-        """The documents of a tenant, the oldest first."""
+        """The documents of a tenant, the oldest first. Raises Refused until they are known."""
+        self._require_restored()
         return [document for (owner, _), document in self._all.items() if owner == tenant]
 
     def room(self, tenant: str) -> dict[str, int]:
@@ -78,7 +80,8 @@ class Documents:
         return {"states": len(self.of(tenant)), "bytes": len(self._all) * size, "most": self._budget}
 
     def get(self, tenant: str, name: str) -> Document:
-        """Raises Refused where there is none of that name."""
+        """Raises Refused where there is none of that name, and until they are known."""
+        self._require_restored()
         document = self._all.get((tenant, name))
         if document is None:
             raise Refused(404, f"there is no state {name[:100]!r} here", param="state", code="state_not_found")
@@ -167,6 +170,7 @@ class Documents:
             )
             self._all[record.tenant, record.name] = document
             self._touch(document)
+        self._restored = True
 
     async def go_on(self) -> None:
         """Read on what an earlier service had begun."""
@@ -182,6 +186,10 @@ class Documents:
                 self.cancel(document, "parked")
 
     # ------------------------------------------------------------------------------------------------------------------
+    def _require_restored(self) -> None:
+        if not self._restored:
+            raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
+
     def _require_room(self, record: Record) -> None:
         if (record.tenant, record.name) in self._all:
             text = f"there is a state {record.name!r}; delete it first, or choose another name"
