@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_ray import hub
 from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.actors.wire import Wire, from_wire, to_wire
 from xlstm_ray.checkpoint import Checkpoint, Stored
@@ -110,6 +111,13 @@ class ShardWork:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there[self.device.type]:
             raise UsageError(f"`device` is {spec.device!r}, but node {os.uname().nodename} has none")
+        if not spec.model.is_dir():
+            command = hub.fetched_by(spec.model)
+            how = f"`{command}` with the same HF_HOME" if command else "a copy, or a mount of the same files,"
+            raise CheckpointError(
+                f"{spec.model}: node {os.uname().nodename} has no such directory; every node reads the model at the "
+                f"driver's path, so {how} is needed there"
+            )
         config = ModelConfig.from_file(spec.model / "config.json")
         if config != spec.config:
             raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")

@@ -29,7 +29,9 @@ def main() -> None:
     from xlstm_ray.hub import download
 
     try:
-        model = download(args.repo, revision=args.revision, cache=args.cache_dir, offline=args.offline)
+        model = download(
+            args.repo, revision=args.revision, cache=args.cache_dir, offline=args.offline, bars=sys.stderr.isatty()
+        )
     except DownloadError as err:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.exit_code)

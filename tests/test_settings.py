@@ -180,7 +180,7 @@ def test_a_switch_of_a_file_can_be_undone_by_a_flag(tmp_path):
 
 # Another value of every setting that the guide has no variable for, as text, and what it means.
 OTHERS = {
-    "model": ("a/b", Path("a/b")),
+    "model": ("a/b/c", Path("a/b/c")),  # a/b is a name on the hub
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
     "tile_size": ("64", 64),

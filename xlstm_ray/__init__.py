@@ -38,7 +38,8 @@ _HOME = {
 
 
 def load(model: "str | Path | None" = None, **options: Any) -> "Engine":
-    """Load a model directory (None: the package's demo model).
+    """Load a model: a directory, or "owner/name[@revision]" on the Hugging Face hub. None: the demo model.
+
 
     options: the settings of `Settings`, as the flags of the command line (device, dtype, chunkwise_backend, tile_size,
     chunk_size, heads_per_band, workers, ...). Raises errors of xlstm_ray.errors, each one line for the user.

@@ -4,15 +4,15 @@ Only the functions that need torch import it: errors in a model's directory or t
 loaded.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xlstm_ray import hub
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.container import cores, share_of_cpus
 from xlstm_ray.directories import default_state_dir
-from xlstm_ray.errors import CheckpointError, ConfigError, UsageError
+from xlstm_ray.errors import ConfigError, UsageError
 from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, table
@@ -59,6 +59,10 @@ class Setup(NamedTuple):
     def require_places(self) -> None:
         """Raise OutputError unless every output file may be written to its place."""
         check_outputs(self.settings.outputs(), self.settings.inputs(), overwrite=self.settings.overwrite)
+
+    def require_weights(self) -> None:
+        """Download the model's weights, if it was given by its name on the hub."""
+        require_weights(self.settings)
 
     def device(self) -> "torch.device":
         """The device of a run in this process."""
@@ -123,21 +127,13 @@ def choose_journal(settings: Settings) -> JournalFolder | None:
 
 
 def choose_model(settings: Settings) -> Path:
-    """The directory of the requested model, or of the demo model."""
-    path = settings.model or DEMO_MODEL
-    try:
-        if path.is_dir():
-            return path
-    except OSError as err:
-        raise CheckpointError(f"{path}: cannot be read ({err.strerror})") from None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and not path.parent.is_dir():
-        raise CheckpointError(
-            f"{path}: is not a directory here; if it is the name of a model of the Hugging Face hub, "
-            f"`xlstm-ray download {path}` fetches it and prints the directory that `model` takes"
-        )
-    raise CheckpointError(
-        f"{path}: is not a directory; `model` takes one with config.json, tokenizer.json and safetensors weights"
-    )
+    """The directory of the requested model, or of the demo model; of a hub's model, all but its weights is there."""
+    return hub.directory_of(settings.model or DEMO_MODEL)
+
+
+def require_weights(settings: Settings, *, bars: bool = False) -> None:
+    """Download the weights of a model that is given by its name on the hub. bars: with bars on standard error."""
+    hub.require_weights(settings.model or DEMO_MODEL, bars=bars)
 
 
 def choose_device(settings: Settings, cluster: Cluster | None = None) -> "torch.device":

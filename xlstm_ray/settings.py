@@ -25,21 +25,13 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from xlstm_ray import hub
 from xlstm_ray.declare import Actions, File, Setting, Share, Source, count, refuse_unknown, setting
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import JOURNAL_FILE, LOG, STATE, Input, Output
 from xlstm_ray.profiles import PROFILES
 
 DEFAULT_BACKEND = "queued_compiled_chunks"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
 
 
 class Settings(BaseSettings):
@@ -50,7 +42,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, strict=True, extra="forbid", case_sensitive=True)
 
-    model: File = setting("A model directory in the Hugging Face layout.", shown="the demo model")
+    model: File = setting(
+        "A model directory, or owner/name[@revision] on the Hugging Face hub.", shown="the demo model"
+    )
     device: Literal["auto", "mps", "cuda", "cpu"] = setting(
         "auto, mps, cuda or cpu.", "auto", shown="auto, the first that this machine has"
     )
@@ -231,7 +225,7 @@ class Settings(BaseSettings):
         """The input files of these settings."""
         found = []
         if self.model:
-            names = set(MODEL_FILES)
+            names = {*hub.SMALL, *hub.WEIGHTS}
             with suppress(OSError):  # reading the model later reports it
                 names |= {name for name in os.listdir(self.model) if fnmatch(name, "model-*.safetensors")}
             found += [Input(self.named("model"), self.model / name) for name in sorted(names)]
@@ -300,5 +294,6 @@ def _read_file(path: Path) -> dict[str, Any]:
     refuse_unknown(values, known, f"`config` {path}: ")
     for name, value in values.items():
         if table()[name].kind is Path and isinstance(value, str) and value:
-            values[name] = path.parent / value
+            is_name = name == "model" and hub.is_name(Path(value), path.parent)
+            values[name] = Path(value) if is_name else path.parent / value
     return values

@@ -1,10 +1,7 @@
-"""The commands that run a model: prefill, generate, download."""
+"""The commands that run a model: prefill, generate."""
 
-import shlex
-import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,7 +11,6 @@ from xlstm_ray.cli.keep import (
     finish,
     interrupted_error,
     keeping,
-    program,
     prompts_state_kept,
     require_some,
     rescued_state,
@@ -33,7 +29,6 @@ from xlstm_ray.cli.options import (
     PromptOption,
     StateInOption,
     StateOutOption,
-    bare,
     examples,
     takes,
 )
@@ -47,10 +42,9 @@ from xlstm_ray.cli.report import (
     speed_text,
     summary_of,
 )
-from xlstm_ray.cli.reporter import Reporter
 from xlstm_ray.cli.sampled import KEYS, samples
 from xlstm_ray.cli.session import check_generation, check_prompt_logprobs, open_engine, require_places, run_under_keeper
-from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
+from xlstm_ray.cli.signals import stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings
 
@@ -243,34 +237,3 @@ def generate(
             go_on = saved.go_on(without=(*PROMPT_OPTIONS, "--jsonl", "--n"), before="; ")
             raise stopped_by(f"stopped after {sum(map(len, generation.tokens))} new tokens; {saved.said}{go_on}", stop)
         finish(engine, saved)
-
-
-@commands.command(
-    rich_help_panel=RUN,
-    epilog=examples(
-        "xlstm-ray download NX-AI/xLSTM-7b",
-        "xlstm-ray download NX-AI/xLSTM-7b@main --cache-dir DIR",
-        "xlstm-ray download NX-AI/xLSTM-7b --offline",
-    ),
-)
-def download(
-    name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of the Hugging Face hub.")],
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option("--cache-dir", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
-    ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Use only what is in the cache.", show_default=False)
-    ] = False,
-) -> None:
-    """Download a model from the Hugging Face hub, and print its directory for --model."""
-    repo, at, revision = name.partition("@")
-    if at and not revision:
-        raise UsageError(f"{name!r} names no revision after the @; give a branch, tag or commit, or leave the @ out")
-    with Reporter("none" if sys.stderr.isatty() else "auto") as report, leave_at_once():  # the hub has bars there
-        report.phase(f"downloading {name}")
-        from xlstm_ray import hub
-
-        directory = hub.download(repo, revision=revision or None, cache=cache_dir, offline=offline)
-    show(str(directory))
-    tell(f"to use it: {program()} generate --model {shlex.quote(str(directory))} --prompt 'The capital of France is'")

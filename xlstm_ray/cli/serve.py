@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from xlstm_ray import hub
 from xlstm_ray.cli.options import RUN, ProgressOption, bare, examples, takes
 from xlstm_ray.cli.output import leave_terminal, show, tell
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
@@ -57,7 +58,8 @@ def serve(
         list[str] | None, _option("--allowed-host", "A name that callers may use for this machine; may be repeated.")
     ] = None,
     served_name: Annotated[
-        str | None, _option("--served-name", "The model's name in requests. [default: that of its directory]")
+        str | None,
+        _option("--served-name", "The model's name in requests. [default: that of its directory, or on the hub]"),
     ] = None,
     chat_template: Annotated[
         Path | None, _option("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
@@ -92,7 +94,7 @@ def serve(
         port=port,
         keys=() if api_key_file is None else read_keys(api_key_file),
         hosts=tuple(allowed_host or ()),
-        name=served_name or ("demo" if settings.model is None else settings.model.resolve().name),
+        name=served_name or ("demo" if settings.model is None else hub.name_of(settings.model)),
         queue=queue,
         body_bytes=max_body_mb * MIB,
         answer_tokens=max_tokens,

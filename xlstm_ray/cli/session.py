@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xlstm_ray import files
 from xlstm_ray.cachefiles import Folder
 from xlstm_ray.cli import keeper
+from xlstm_ray.cli.models import fetch_weights
 from xlstm_ray.cli.output import note, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
@@ -98,6 +99,7 @@ def open_engine(
         if keeper.current is not None and settings.journal is None and settings.resume is None:
             size *= 2  # the last snapshot stays while the next one is written
         require_writable(state_out, option="--state-out", size=size)
+    fetch_weights(settings, progress)  # here: the hub draws bars of its own
     with Reporter(progress) as report:
         start: dict[str, Any] = {}
         with leave_at_once():

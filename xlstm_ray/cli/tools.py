@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray.cli.flags import in_flags
+from xlstm_ray.cli.models import fetch_weights
 from xlstm_ray.cli.options import MACHINE, JsonOption, bare, examples, takes
 from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
@@ -90,6 +91,7 @@ def parity(
     from xlstm_ray.measure.parity import HEADER, compare
 
     rows: list[Any] = []
+    fetch_weights(settings)
     directory = DEMO_MODEL if part in ("mlstm", "slstm") else choose_model(settings)
     for row in compare(part, choose_device(settings), directory):
         if not rows and not json_output:
@@ -129,6 +131,7 @@ def bench(
     from xlstm_ray.measure.bench import HEADER, draw, measure, parse
 
     rows: list[Any] = []
+    fetch_weights(settings)
     with stop_on_signals():
         for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked, note):
             if not rows and not json_output:
@@ -167,6 +170,9 @@ def plan(
         raise UsageError("--check runs on this machine: give --device this, and no --machines")
     from xlstm_ray.measure import estimate
     from xlstm_ray.plan import choose_on_paper
+
+    if check:
+        fetch_weights(settings)
 
     found = estimate.plan(partial(choose_on_paper, settings), device, prompt_tokens, machines)
     if json_output:

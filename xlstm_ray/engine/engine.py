@@ -73,6 +73,7 @@ class Engine:
         started, kept, running = perf_counter(), self._kept, self._running
         on_phase("loading the model")
         setup.require_places()
+        setup.require_weights()
         if setup.journal is not None:
             path, named, resumes = setup.journal
             kept.journal = Journal(path, option=named, resumes=resumes, note=lambda text: self.on_note(text))
