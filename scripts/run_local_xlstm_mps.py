@@ -6,8 +6,10 @@
         --workers 6 --heads-per-band 4
 
 --model_path is --model and --max_new_tokens is --max-new-tokens; every other option of `xlstm-ray generate` works.
+The guide's --workers is the most threads, for any number of bands, as the variable XLSTM_MPS_WORKERS is.
 """
 
+import os
 import sys
 from time import perf_counter
 
@@ -23,10 +25,13 @@ def generate(words: list[str]) -> None:
     started = perf_counter()
     from xlstm_ray.cli.app import main
 
-    renamed = []
+    renamed: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         renamed.append(OLDER_NAMES.get(name, name) + equals + value)
+        if renamed[-2:-1] == ["--workers"] and word.isdecimal() and int(word):
+            os.environ["XLSTM_MPS_WORKERS"] = word
+            del renamed[-2:]
     sys.argv = ["xlstm-ray", "generate", *renamed]
     try:
         main()

@@ -156,6 +156,7 @@ MARKED = {
         test_a_run_that_shrinks_before_its_first_tile_is_the_run_of_the_smaller_sizes
         test_what_is_advised_makes_that_smaller_which_is_too_large
         test_a_save_that_fails_leaves_the_file_that_was_there_and_nothing_else
+        test_a_setting_changes_the_run_or_is_refused
     """,
 }
 

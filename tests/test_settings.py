@@ -15,7 +15,7 @@ from xlstm_ray import load
 from xlstm_ray.choose import DEMO_MODEL, setup_of
 from xlstm_ray.declare import Setting
 from xlstm_ray.errors import UsageError
-from xlstm_ray.plan import explain
+from xlstm_ray.explain import explain
 from xlstm_ray.settings import Settings, table
 
 # The Apple guide's variables: name -> setting, default, another value as text, that value.

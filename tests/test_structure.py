@@ -23,13 +23,13 @@ FLOORS = [
     "runtime",
     "choose actors",
     "plan",
-    "launch autoscale",
+    "launch autoscale explain",
     "engine",
     "measure serve integrations",
     "cli",
     "__main__",
 ]
-MAY_READ_SETTINGS = r"settings|choose|plan|cli\..*|xlstm_ray"  # the package itself tells of variables that are none
+MAY_READ_SETTINGS = r"settings|choose|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
 MAY_KNOW_ACTORS = r"actors\..*|launch"
 MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
 INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts

@@ -49,7 +49,9 @@ def load(model: "str | Path | None" = None, **options: Any) -> "Engine":
 
     for note in unknown_variables():
         warnings.warn(note, stacklevel=2)
-    return Engine(setup_of(model=model, **options))
+    setup = setup_of(model=model, **options)
+    setup.settings.require_output()
+    return Engine(setup)
 
 
 def __getattr__(name: str) -> object:

@@ -158,7 +158,7 @@ def _bands(best: Choice, free: Collection[str], config: ModelConfig) -> Iterator
     heads = sorted({NH, -(-NH // 2), min(4, NH), min(2, NH)}) if "heads_per_band" in free else [best.heads_per_band]
     for h in reversed(heads):
         bands = -(-NH // h)
-        for workers in {min(bands, 6), 1} if "workers" in free else {min(best.workers, bands)}:
+        for workers in {min(bands, 6), 1} if "workers" in free else {best.workers} & set(range(bands + 1)):
             yield best.model_copy(update={"heads_per_band": h, "workers": workers})
 
 

@@ -100,9 +100,8 @@ def choose_setup(settings: Settings) -> Setup:
             "`chunkwise_backend`"
         )
     if settings.stages > config.num_blocks:
-        raise UsageError(
-            f"{settings.named('stages')} is {settings.stages}, but the model has {config.num_blocks} blocks"
-        )
+        asked = f"{settings.named('stages')} is {settings.stages}"
+        raise UsageError(f"{asked}, but the model has {config.num_blocks} blocks")
     refused = None
     for kind in ("cuda", "mps", "cpu") if settings.device == "auto" else (settings.device,):
         try:
@@ -121,6 +120,9 @@ def choose_setup(settings: Settings) -> Setup:
 
 def choose_journal(settings: Settings) -> JournalFolder | None:
     """The journal to begin or to continue."""
+    if settings.journal is not None and settings.resume is not None:
+        both = f"{settings.named('journal')} and {settings.named('resume')}"
+        raise UsageError(f"{both} were both given; a resumed run goes on in its own journal")
     name = "journal" if settings.journal is not None else "resume"
     path = getattr(settings, name)
     return None if path is None else JournalFolder(path, settings.named(name), settings.resume is not None)
@@ -186,8 +188,8 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     if backend.executor != "ray":
         if not settings.ray_dashboard:  # with a dashboard there is a head, which has these settings
             for_actors += " ray_dashboard_port ray_keep_alive"
-        if settings.source("ray_local_mode").kind == "flag":  # the variable is for other runs, too
-            for_actors += " ray_local_mode"
+            for_actors += " ray_autoshutdown" * ("ray_autoshutdown" in settings.flags())  # variables are for other runs
+        for_actors += " ray_local_mode" * ("ray_local_mode" in settings.flags())
         for name in for_actors.split():
             if getattr(settings, name) != table()[name].default:
                 raise UsageError(
@@ -206,15 +208,16 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
     for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
+    if mode is not Mode.MANAGED and not settings.ray_autoshutdown and "ray_autoshutdown" in settings.flags():
+        raise UsageError(f"{settings.named('ray_autoshutdown')} has no effect in {mode} mode; leave it out")
     _refuse_folders(settings, mode)
     if mode is not Mode.LOCAL and (settings.autoscale or settings.autoscale_again):
         raise UsageError(
             f"{settings.named('autoscale')} probes this process's device, but actors have their own; "
             "leave it out, or stay in local mode"
         )
-    for name in ("workers", "streams", "shrink_on_soft", "min_chunk"):
-        asked = settings.source(name).kind == "flag" and getattr(settings, name) is not False
-        if asked and mode is not Mode.LOCAL:
+    for name in ("workers", "streams"):
+        if settings.source(name).kind == "flag" and mode is not Mode.LOCAL:
             raise UsageError(f"{settings.named(name)} is for one process, and here actors work; leave it out")
     elsewhere = mode is Mode.ATTACHED and not is_loopback(settings.ray_address or "")
     if elsewhere and settings.force and settings.source("force").kind == "flag":
@@ -318,8 +321,14 @@ def choose_streams(settings: Settings, workers: int, device: "torch.device") -> 
 
 
 def choose_workers(settings: Settings, config: ModelConfig, heads: int) -> int:
-    """The number of threads that work on bands of `heads` heads: at most one for each band."""
-    return min(settings.workers, -(-config.num_heads // heads))
+    """Threads that work on bands of `heads` heads: at most one for each band. Raises UsageError for a flag of more."""
+    bands = -(-config.num_heads // heads)
+    if settings.workers > bands and "workers" in settings.flags():
+        raise UsageError(
+            f"{settings.named('workers')} is {settings.workers}, but {heads} of {config.num_heads} heads a band make "
+            f"{bands} band(s), each with one thread; allowed: up to {bands}, or a smaller `heads_per_band`"
+        )
+    return min(settings.workers, bands)
 
 
 def choose_steps(

@@ -151,7 +151,7 @@ class Settings(BaseSettings):
 
         Raises UsageError, which names the field, variable or file of the wrong value.
         """
-        refuse_unknown(asked, table())
+        refuse_unknown(asked, _GIVEN)
         given = {**asked, "config": config, "state": state}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -197,10 +197,14 @@ class Settings(BaseSettings):
             share, mb = f"mem_{which}_pct", f"mem_{which}_mb"
             if self.source(share).kind == self.source(mb).kind == "flag":
                 raise UsageError(f"{self.named(share)} has no effect beside {self.named(mb)}; leave one of them out")
+        if self.source("ray_local_mode").kind == "flag" and self.ray_local_mode and self.ray_address is not None:
+            raise UsageError(
+                f"{self.named('ray_local_mode')} has no effect beside {self.named('ray_address')}, where actors work; "
+                "leave one of them out"
+            )
         off, fixed = not self.mem_watchdog, not self.shrink_on_soft
-        for name in (name for name, source in self.sources.items() if source.kind == "flag"):
-            of_shrinking = name == "min_chunk" or (name == "shrink_on_soft" and self.shrink_on_soft)
-            if off and (of_shrinking or (name.startswith("mem_") and name != "mem_watchdog")):
+        for name in self.flags():
+            if off and name != "mem_watchdog" and name.startswith(("mem_", "shrink_on_soft", "min_chunk")):
                 raise UsageError(
                     f"{self.named(name)} has no effect without the watchdog ({self.named('mem_watchdog')}); "
                     "leave one of them out"
@@ -210,6 +214,15 @@ class Settings(BaseSettings):
                     f"{self.named(name)} has no effect if nothing shrinks ({self.named('shrink_on_soft')}); "
                     "leave one of them out"
                 )
+
+    def flags(self) -> list[str]:
+        """The settings that a flag or an argument gave."""
+        return [name for name, source in self.sources.items() if source.kind == "flag"]
+
+    def require_output(self, *more: Path | None) -> None:
+        """Raise UsageError if `overwrite` was given for nothing. more: outputs besides those of settings."""
+        if self.overwrite and "overwrite" in self.flags() and not (any(more) or self.outputs()):
+            raise UsageError(f"{self.named('overwrite')} has no effect without an output; leave it out")
 
     def outputs(self) -> list[Output]:
         """The output files of these settings."""
@@ -249,6 +262,9 @@ def table() -> dict[str, Setting]:
     return {name: Setting(name, field) for name, field in Settings.model_fields.items() if name != "sources"}
 
 
+_GIVEN = [name for name in table() if name != "enable_mps_fallback"]  # torch itself reads that one's variable
+
+
 class _Environment(EnvSettingsSource):
     """Reads only the variables of the table. A value that does not parse stays a text, which Settings refuses."""
 
@@ -257,8 +273,8 @@ class _Environment(EnvSettingsSource):
         return os.environ.get(row.env) if row else None, field_name, False
 
     def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
-        if value == "":
-            return value  # Path("") would be the current directory
+        if not value:
+            return value  # it is not there; or "", and Path("") would be the current directory
         with suppress(ValidationError):
             return TypeAdapter[Any](field.annotation or str).validate_python(value)
         return value
@@ -290,8 +306,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"`config` {path}: cannot be read ({err.strerror})") from None
     except (ValueError, RecursionError) as err:
         raise UsageError(f"`config` {path}: is not TOML ({err})") from None
-    known = [name for name in table() if name != "enable_mps_fallback"]  # torch itself reads the variable
-    refuse_unknown(values, known, f"`config` {path}: ")
+    refuse_unknown(values, _GIVEN, f"`config` {path}: ")
     for name, value in values.items():
         if table()[name].kind is Path and isinstance(value, str) and value:
             is_name = name == "model" and hub.is_name(Path(value), path.parent)

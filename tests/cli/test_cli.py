@@ -356,7 +356,7 @@ def test_marks_and_ends_of_lines_of_other_systems_are_not_the_prompts(mark, end,
     path = tmp_path / "prompt"
     text = json.dumps(PROMPT) if jsonl else PROMPT
     path.write_bytes(mark + text.encode() + end)
-    row = run("prefill", *options, "--json", "--prompt-file", path, *(["--jsonl"] if jsonl else [])).row
+    row = run("prefill", *options, "--prompt-file", path, "--jsonl" if jsonl else "--json").row
     assert row["prompt_tokens"] == len(PROMPT)
     path.write_bytes(mark + end)
     empty = run("prefill", *options, "--prompt-file", path, *(["--jsonl"] if jsonl else []))
@@ -575,7 +575,9 @@ def test_workers_are_at_most_one_a_band(run, options):
 
     assert workers() == 2
     assert workers("--workers", 1) == 1
-    assert workers("--workers", 9) == 2
+    assert "--workers is 9, but 1 of 2 heads a band make 2 band(s)" in (
+        run("prefill", *options, "--prompt", PROMPT, "--heads-per-band", 1, "--workers", 9).error
+    )
 
 
 def test_progress_lines_count_up(run, options):

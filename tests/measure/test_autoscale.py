@@ -32,7 +32,7 @@ def picked(engine: Engine) -> tuple[int, int, int]:
     return engine.numerics.tile_size, engine.numerics.heads_per_band, engine.workers
 
 
-def test_a_choice_is_measured_said_and_remembered(model, cache):
+def test_a_choice_is_measured_said_and_remembered(model, cache, monkeypatch):
     options = {"device": "cpu", "dtype": "float32", "autoscale": True}
     first = xlstm_ray.load(model, **options)
     assert first.note.startswith(f"autoscale: tiles of {first.numerics.tile_size}, ")
@@ -50,9 +50,13 @@ def test_a_choice_is_measured_said_and_remembered(model, cache):
     asked = xlstm_ray.load(model, **options, heads_per_band=1, workers=2)
     assert picked(asked)[1:] == (1, 2)
     assert len(json.loads(cache.read_text())) == 2
-    # With nothing left to pick, nothing is timed.
-    given = xlstm_ray.load(model, **options, heads_per_band=2, workers=1, tile_size=64)
-    assert (picked(given), "nothing to pick" in given.note) == ((64, 2, 1), True)
+    # With nothing left to pick, a variable (it is for other runs, too) times nothing, and an argument is refused.
+    given = {"device": "cpu", "dtype": "float32", "heads_per_band": 2, "workers": 1, "tile_size": 64}
+    with pytest.raises(UsageError, match="^`autoscale` has no effect beside `tile_size`, `heads_per_band`, `workers`"):
+        xlstm_ray.load(model, **given, autoscale=True)
+    monkeypatch.setenv("XLSTM_MPS_AUTOSCALE", "1")
+    engine = xlstm_ray.load(model, **given)
+    assert (picked(engine), "nothing to pick" in engine.note) == ((64, 2, 1), True)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": {"tile_size": 0}}', b"\xff"])

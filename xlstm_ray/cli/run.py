@@ -43,7 +43,16 @@ from xlstm_ray.cli.report import (
     summary_of,
 )
 from xlstm_ray.cli.sampled import KEYS, samples
-from xlstm_ray.cli.session import check_generation, check_prompt_logprobs, open_engine, require_places, run_under_keeper
+from xlstm_ray.cli.session import (
+    check_generation,
+    check_prompt_logprobs,
+    open_engine,
+    require_no_shrinking,
+    require_one_form,
+    require_places,
+    require_use_of_cache,
+    run_under_keeper,
+)
 from xlstm_ray.cli.signals import stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings
@@ -79,6 +88,8 @@ def prefill(
 ) -> None:
     """Compute a prompt's state and the likeliest next tokens."""
     settings = Settings.make(**asked)
+    require_one_form(json_output=json_output, jsonl=jsonl)
+    require_use_of_cache(settings)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
@@ -143,6 +154,12 @@ def generate(
 ) -> None:
     """Prefill, then stream the model's answer."""
     settings = Settings.make(**asked)
+    require_one_form(json_output=json_output, jsonl=jsonl)
+    served = jsonl and not (state_out or settings.journal or settings.resume)  # unless it goes on from several rows
+    if served and state_in is None:
+        require_no_shrinking(settings)
+    elif not served:
+        require_use_of_cache(settings)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
@@ -151,12 +168,14 @@ def generate(
     check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
     if ordered and not jsonl:
         raise UsageError("--ordered describes the lines of --jsonl; add it, or leave --ordered out")
+    if ordered and not served:
+        raise UsageError("--ordered has no effect on lines that end in one state: they are in order; leave it out")
     each = check_generation(sampling or {}, own, printed=json_output or jsonl)
     rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
     with open_engine(settings, state_in, state_out, asked, progress, rows) as (start, engine, report):
-        one_state = state_out is not None or settings.journal is not None or settings.resume is not None
         state = start.get("state")
-        if jsonl and not one_state and (state is None or (state.batch == 1 and "append" in given)):
+        if served and (state is None or (state.batch == 1 and "append" in given)):
+            require_no_shrinking(settings)
             from xlstm_ray.cli.lines import answer_lines, lines_of
 
             lines = lines_of(engine, given, names, sampling or {}, own, state, prompt_logprobs)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def require_places(
     settings: Settings, config: Path | None, prompt_file: str | None, state_in: Path | None, state_out: Path | None
 ) -> None:
-    """Check before torch is loaded that every output may be written."""
+    """Check before torch is loaded that every output may be written, and that there is one where it is asked for."""
+    settings.require_output(state_out)
     outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
     inputs = settings.inputs()
     if prompt_file not in (None, "-"):
@@ -37,6 +38,30 @@ def require_places(
     if settings.cache_dir is not None:
         Folder(settings.cache_dir)
     check_outputs([*outputs, *settings.outputs()], inputs, overwrite=settings.overwrite)
+
+
+def require_one_form(*, json_output: bool, jsonl: bool) -> None:
+    """Refuse to be asked twice how results are printed."""
+    if json_output and jsonl:
+        raise UsageError("--json has no effect beside --jsonl, which prints an object for each line; leave it out")
+
+
+def require_use_of_cache(settings: Settings) -> None:
+    """Refuse a cache in the memory of a command that reads its prompts at once, and then ends."""
+    if settings.cache_dir is None and "cache_memory_mb" in settings.flags():
+        raise UsageError(
+            "`cache_memory_mb` has no effect without `cache_dir` here: it keeps states for prompts to come, and this "
+            "command reads all of its own at once; add it, or leave both out"
+        )
+
+
+def require_no_shrinking(settings: Settings) -> None:
+    """Refuse options about smaller tiles where requests share one size of them."""
+    for name in ("shrink_on_soft", "min_chunk"):
+        if name in settings.flags():
+            raise UsageError(
+                f"{settings.named(name)} has no effect with --jsonl, whose lines share one size of tile; leave it out"
+            )
 
 
 def check_prompt_logprobs(count: int | None, *, printed: bool) -> None:

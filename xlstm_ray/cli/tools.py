@@ -59,7 +59,7 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
 
     setup = setup_of(**asked)
     with leave_at_once():
-        from xlstm_ray.plan import explain
+        from xlstm_ray.explain import explain
     rows = {}
     for name, (value, source) in explain(setup).items():
         row = table()[name]
@@ -128,6 +128,7 @@ def bench(
 ) -> None:
     """Measure prefill on this machine: tokens/s and memory of prompt lengths x backends."""
     settings = Settings.make(**asked)
+    settings.require_output(png)
     from xlstm_ray.measure.bench import HEADER, draw, measure, parse
 
     rows: list[Any] = []
