@@ -10,7 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ import pytest
 from tiny import make_model
 
 import xlstm_ray
-from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.options import Key, Options
 from xlstm_ray.serve.server import Server
 from xlstm_ray.serve.template import Template
 
@@ -163,9 +163,11 @@ def serving_here(
     *,
     slots: int = 4,
     template: Template | None = None,
+    keys: Sequence[str | Key] = (),
     settings: Any = MappingProxyType({}),
     **options: Any,
 ) -> Iterator[Here]:
+    options["keys"] = tuple(key if isinstance(key, Key) else Key(key, f"key {n}") for n, key in enumerate(keys, 1))
     server = Server(Options(**{"port": 0, "name": "tiny", "ping_s": 0.05, **options}), threading.Event(), template)
     sizes = {"device": "cpu", "tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native"}
     try:

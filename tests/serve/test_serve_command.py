@@ -12,7 +12,7 @@ from services import WORDS, model, serving, serving_here
 
 from xlstm_ray.errors import GridLost, UsageError
 from xlstm_ray.serve.desk import Desk
-from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.options import Key, Options
 from xlstm_ray.serve.server import Server
 
 __all__ = ["model"]
@@ -118,7 +118,7 @@ def test_beyond_this_machine_it_needs_a_key(run, tmp_path):
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
         with pytest.raises(UsageError, match="no key was given"):
             Options(host=host)
-    assert Options(host="0.0.0.0", keys=KEYS).url == "http://127.0.0.1:8000"
+    assert Options(host="0.0.0.0", keys=tuple(map(Key, KEYS))).url == "http://127.0.0.1:8000"
     assert {Options(host=host).url for host in ("localhost", "::1")} == {"http://localhost:8000", "http://[::1]:8000"}
 
 

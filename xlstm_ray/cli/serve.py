@@ -52,7 +52,10 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, _option("--port", "The port; 0 is a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
-        Path | None, _option("--api-key-file", "Callers give one of its lines: Authorization: Bearer KEY.")
+        Path | None,
+        _option(
+            "--api-key-file", "Callers give the key of one of its lines: Authorization: Bearer KEY. README: limits."
+        ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None, _option("--allowed-host", "A name that callers may use for this machine; may be repeated.")
@@ -79,6 +82,9 @@ def serve(
     metrics_compat: Annotated[
         Literal["vllm"] | None, _option("--metrics-compat", "Figures by the names of vllm, too. [default: only xlstm:]")
     ] = None,
+    access_log: Annotated[
+        Path | None, _option("--access-log", "A line of JSON for each request is added to this file; - prints them.")
+    ] = None,
     progress: ProgressOption = "auto",
     *,
     asked: dict[str, Any],
@@ -102,6 +108,7 @@ def serve(
         folder=None if settings.cache_dir is None else settings.cache_dir / "documents",
         states_bytes=states_mb * MIB,
         metrics=("xlstm", *filter(None, [metrics_compat])),
+        access_log=access_log,
     )
     missing = [name for name in PACKAGES if find_spec(name.replace("-", "_")) is None]
     if missing:
@@ -157,8 +164,8 @@ def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:
     key, header = '"none"', ""
     if key_file is not None:
         path = str(key_file.absolute())
-        key = f"open({json.dumps(path)}).readline().strip()"
-        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(path)})"'
+        key = f"open({json.dumps(path)}).readline().split()[0]"
+        header = f' -H "Authorization: Bearer $(head -n 1 {shlex.quote(path)} | cut -d " " -f 1)"'
     name, at, text = map(json.dumps, (options.name, url, prompt))  # in quotes that a shell's own go around
     ask = f"create(model={name}, prompt={text}, max_tokens=8, temperature=0).choices[0].text"
     code = f"from openai import OpenAI; print(OpenAI(base_url={at}, api_key={key}).completions.{ask})"

@@ -27,10 +27,12 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
             "`echo` with `logprobs` is not streamed: a prompt's log-probabilities come at its end; leave `stream` out"
         )
         raise Refused(400, text, param="stream")
-    work = Work(desk, ask)
+    account = desk.account(request.scope["tenant"])
+    work = Work(desk, ask, account)
+    request.scope["used"] = work.used  # for the log of requests
     async with watching(request.receive, work.cancel):
         await work.begin()
-        headers = {CACHE: work.used.cache(of_state=ask.state is not None)}
+        headers = {CACHE: work.used.cache(of_state=ask.state is not None), **account.headers()}
         reply = Reply(form, desk.options.name, ask.echo or [""] * len(ask.prompts), ask.n)
         if not body.stream:
             await _finish(work, reply, desk.options.ping_s)

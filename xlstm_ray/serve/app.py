@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from xlstm_ray import __version__
 from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.serve.access import Access
 from xlstm_ray.serve.answering import reply_to
 from xlstm_ray.serve.body import read_body, takes
 from xlstm_ray.serve.desk import Desk
@@ -191,4 +192,4 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
     if documents is not None:
         add_states(app, desk, documents)
     add_pages(app)
-    return Gate(app, options)
+    return Access(Gate(app, options), options.access_log)

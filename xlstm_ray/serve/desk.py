@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from xlstm_ray.engine.request import End, Event, Handle, Request
 from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.serve.limits import Account
 from xlstm_ray.serve.metrics import Gauge, Metrics
 from xlstm_ray.serve.options import Options
 from xlstm_ray.serve.refusals import Refused
@@ -28,6 +29,7 @@ class Desk:
         self.metrics = Metrics(options.name, options.metrics, self._gauges)
         self._handles: dict[int, Handle] = {}
         self._admitted = 0
+        self._accounts = {options.tenant(key): Account(key) for key in options.keys} or {"": Account()}
 
     def open(self, engine: "Engine", slots: int) -> None:
         """Take requests from now on; the engine serves. From any thread."""
@@ -74,6 +76,10 @@ class Desk:
     def state_bytes(self) -> int:
         """Of the state of one prompt; 0 as long as there is no model."""
         return 0 if self._engine is None else self._engine.config.state_file_bytes(1)
+
+    def account(self, tenant: str) -> Account:
+        """What a caller may still ask for."""
+        return self._accounts.get(tenant) or Account()  # a document may outlive its key
 
     @property
     def under_way(self) -> int:

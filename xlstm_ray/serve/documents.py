@@ -202,6 +202,14 @@ class Documents:
                 f"{shown_bytes(self._budget)}; delete one",
                 code="states_full",
             )
+        most, own = self._desk.account(record.tenant).states_bytes, len(self.of(record.tenant))
+        if most is not None and (own + 1) * size > most:
+            raise Refused(
+                400,
+                f"this key has {own} states of {shown_bytes(size)}, and all of its may take {shown_bytes(most)}; "
+                "delete one",
+                code="states_full",
+            )
 
     async def _base(self, document: Document) -> RecurrentState | None:
         """The state that it goes on from: its own, as far as it came, or another document's."""
@@ -249,7 +257,8 @@ class Documents:
             tenant=record.tenant,
         )
         try:
-            track = Track(self._desk.metrics, since=perf_counter(), answer=False)
+            account = self._desk.account(record.tenant)
+            track = Track(self._desk.metrics, account, since=perf_counter(), answer=False)
             (document.handle,) = await self._desk.submit(request, [both(track, events.put_nowait)])
             if document.stop_as is not None:
                 document.handle.cancel()
@@ -285,7 +294,8 @@ class Documents:
         if state.batch != 1:
             raise Refused(400, f"the state is of {state.batch} prompts; only one of a single prompt can be asked")
         end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        track = Track(self._desk.metrics, since=perf_counter(), prompt=False, answer=False)
+        account = self._desk.account(tenant)
+        track = Track(self._desk.metrics, account, since=perf_counter(), prompt=False, answer=False)
         await self._desk.submit(Request(state=state, tenant=tenant), [both(track, _last(end))])
         failed = (await end).error
         if failed is not None:

@@ -16,7 +16,10 @@ OPEN = {"/health", "/ping", *AT}  # for probes, which have no key, and for the p
 
 
 class Gate:
-    """Refuses strangers before anything of their request is read; `scope["tenant"]` says whose the others are."""
+    """Refuses strangers before anything of their request is read.
+
+    `scope["tenant"]` says whose the others are, and `scope["key"]` is their key's name.
+    """
 
     def __init__(self, app: App, options: Options):
         self._app, self._options = app, options
@@ -43,7 +46,8 @@ class Gate:
         if scope["path"] in OPEN:
             return ""
         kind, _, key = headers.get(b"authorization", "").partition(" ")
-        tenant = self._options.tenant(key.strip() if kind.lower() == "bearer" else "")
-        if tenant is None:
+        found = self._options.key(key.strip() if kind.lower() == "bearer" else "")
+        if found is None and self._options.keys:
             raise Refused(401, "give a key of this service: Authorization: Bearer KEY", code="invalid_api_key")
-        return tenant
+        scope["key"] = found and found.name
+        return self._options.tenant(found)

@@ -7,7 +7,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from xlstm_ray.engine.request import End, Event, Piece, Queued
+from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading
+from xlstm_ray.serve.limits import Account
 
 SHORT_S = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 LONG_S = *SHORT_S, 10, 20, 40, 80, 160, 320, 640, 1280, 2560
@@ -94,10 +95,12 @@ class Track:
     """Follows one request by its events. since: perf_counter time of its arrival.
 
     prompt: whether its prompt counts: several answers may have one. answer: whether it makes an answer.
+    account: of whoever asks.
     """
 
-    def __init__(self, metrics: Metrics, *, since: float, prompt: bool = True, answer: bool = True):
+    def __init__(self, metrics: Metrics, account: Account, *, since: float, prompt: bool = True, answer: bool = True):
         self._metrics, self._since, self._prompt, self._answer = metrics, since, prompt, answer
+        self._account, self._read = account, 0
         self._queued = self._began = False
         self._last: float | None = None  # time of the last token
 
@@ -106,7 +109,7 @@ class Track:
         metrics, now = self._metrics, perf_counter()
         if isinstance(event, Queued):
             metrics.waiting += 1
-            self._queued = True
+            self._queued, self._read = True, event.resumed_tokens
             self._looked_up(event)
             return
         if not self._began:
@@ -119,7 +122,11 @@ class Track:
             else:
                 metrics.observe("inter_token_latency_seconds", now - self._last)
             self._last = now
+            self._account.charge(1)
             metrics.count("generation_tokens")
+        elif isinstance(event, Reading) and self._prompt:
+            self._account.charge(event.tokens_done - self._read)
+            self._read = event.tokens_done
         elif isinstance(event, End):
             self._ended(event, now)
 

@@ -18,7 +18,10 @@ _CALLERS = UsageError, StateError  # what a caller can mend
 
 
 class Refused(Exception):
-    """A request that is not served. param: the field it is about. retry_s: seconds until it may be tried again."""
+    """A request that is not served. param: the field it is about. retry_s: seconds until it may be tried again.
+
+    headers: more of the reply's.
+    """
 
     def __init__(
         self,
@@ -28,9 +31,11 @@ class Refused(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_s = status, message, param, code, retry_s
+        self.headers = dict(headers or {})
 
     @classmethod
     def of(cls, error: XlstmRayError, names: Mapping[str, str] | None = None) -> "Refused":
@@ -45,7 +50,7 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_s is None else {"retry-after": str(self.retry_s)}
+        headers = self.headers | ({} if self.retry_s is None else {"retry-after": str(self.retry_s)})
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)

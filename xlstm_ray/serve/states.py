@@ -50,6 +50,7 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     async def new(request: Request) -> Response:
         """Begin to read a document; answers at once, with its id."""
         _ = desk.engine
+        desk.account(request.scope["tenant"]).admit()
         body = read(NewState, await read_body(request, desk.options.body_bytes), {})
         desk.require_model(body.model)
         tenant = request.scope["tenant"]
@@ -64,6 +65,7 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     async def upload(request: Request, name: str) -> Response:
         """Begin to read a document that is a file of text, or take one that is the state of `--state-out`."""
         engine = desk.engine
+        desk.account(request.scope["tenant"]).admit()
         record = Record.named(name, tenant=request.scope["tenant"], ttl=_ttl(request))
         with TemporaryDirectory(prefix="xlstm-ray-") as folder:
             path = Path(folder) / "upload"
@@ -119,6 +121,7 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     async def resume(request: Request, name: str) -> Response:
         """Read the rest of a document that was stopped."""
         _ = desk.engine
+        desk.account(request.scope["tenant"]).admit()
         found = one(request, name)
         await documents.resume(found)
         return JSONResponse(found.info(), 202)

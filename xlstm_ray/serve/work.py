@@ -8,6 +8,7 @@ from time import perf_counter
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Reading, Request
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.limits import Account
 from xlstm_ray.serve.metrics import Track
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.state import RecurrentState
@@ -55,13 +56,14 @@ class Ask:
 
 @dataclass
 class Used:
-    """Tokens of the work so far. reasons: why the cache had no more of the prompts."""
+    """Tokens of the work so far. reasons: why the cache had no more of the prompts. finished: why answers ended."""
 
     prompt: int = 0
     cached: int = 0
     answer: int = 0
     tiers: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
 
     def look_up(self, queued: Queued) -> None:
         """Count what was found for a prompt."""
@@ -90,10 +92,13 @@ class Used:
 
 
 class Work:
-    """Begin it, then take its `events`: each with the number of its answer. An answer's End comes once."""
+    """Begin it, then take its `events`: each with the number of its answer. An answer's End comes once.
 
-    def __init__(self, desk: Desk, ask: Ask):
-        self._desk, self._ask = desk, ask
+    account: of whoever asks.
+    """
+
+    def __init__(self, desk: Desk, ask: Ask, account: Account):
+        self._desk, self._ask, self._account = desk, ask, account
         self.used = Used()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._early: list[tuple[int, Event]] = []  # what came before the last prompt was looked up
@@ -103,6 +108,7 @@ class Work:
     async def begin(self) -> None:
         """Hand all prompts in, and wait until each was looked up in the cache. Raises Refused."""
         ask, n = self._ask, self._ask.n
+        self._account.admit()
         self._desk.admit(ask.answers)
         try:
             for p, prompt in enumerate(ask.prompts):
@@ -142,7 +148,8 @@ class Work:
 
     def _hear(self, number: int, *, first: bool) -> Callable[[Event], None]:
         """What hears the events of an answer. first: of those to one prompt, which is read once for all of them."""
-        track = Track(self._desk.metrics, since=self._since, prompt=first, answer=self._ask.sampling is not None)
+        answer = self._ask.sampling is not None
+        track = Track(self._desk.metrics, self._account, since=self._since, prompt=first, answer=answer)
 
         def hear(event: Event) -> None:
             track(event)
@@ -150,6 +157,7 @@ class Work:
                 self.used.look_up(event)
             if isinstance(event, End):
                 self._desk.release(1)
+                self.used.finished.append(event.finish.reason)
             if first or not isinstance(event, Reading):
                 self._events.put_nowait((number, event))
 
