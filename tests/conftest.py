@@ -73,6 +73,7 @@ MARKED = {
     """,
     "slow": """
         test_bench
+        test_bench_serve
         test_bad_requests
         test_batch
         test_cache

@@ -1,4 +1,4 @@
-"""The commands that look and measure: doctor, config, parity, bench, plan."""
+"""The commands that look and measure: doctor, config, parity, plan."""
 
 from functools import partial
 from pathlib import Path
@@ -104,46 +104,6 @@ def parity(
     over = [f"{row.part} {row.name} {row.dtype}" for row in rows if not row.good]
     if over:
         raise ParityError(f"{len(over)} of {len(rows)} are over their tolerance: {', '.join(over)}")
-
-
-@commands.command(
-    rich_help_panel=MACHINE,
-    epilog=examples("xlstm-ray bench --lengths 512,2048,8192", "xlstm-ray bench -m DIR --rounds 7 --json"),
-)
-@takes("model device dtype tile_size chunk_size heads_per_band workers threads overwrite")
-def bench(
-    lengths: Annotated[
-        str, typer.Option("--lengths", help="Prompt lengths in tokens, with commas between.")
-    ] = "512,2048,8192",
-    backends: Annotated[
-        str, typer.Option("--backends", help="Backends, with commas between; native is slow.")
-    ] = "queued_compiled_chunks,queued_compiled_steps",
-    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair; the median counts.")] = 3,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Draw speed and memory to this file; needs matplotlib.")
-    ] = None,
-    json_output: JsonOption = False,
-    *,
-    asked: dict[str, Any],
-) -> None:
-    """Measure prefill on this machine: tokens/s and memory of prompt lengths x backends."""
-    settings = Settings.make(**asked)
-    settings.require_output(png)
-    from xlstm_ray.measure.bench import HEADER, draw, measure, parse
-
-    rows: list[Any] = []
-    fetch_weights(settings)
-    with stop_on_signals():
-        for row in measure(*parse(lengths, backends, rounds, png, overwrite=settings.overwrite), rounds, asked, note):
-            if not rows and not json_output:
-                show(HEADER)
-            rows.append(row)
-            if not json_output:
-                show(row.line)
-    if png is not None:
-        draw(rows, png, overwrite=settings.overwrite)
-    if json_output:
-        json_line({"rows": [row.to_json() for row in rows], "png": None if png is None else str(png)})
 
 
 @commands.command(

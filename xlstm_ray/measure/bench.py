@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from io import BytesIO
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import psutil
 
-from xlstm_ray.errors import UsageError, pip_install
-from xlstm_ray.files import MIB, PICTURE, Output, check_outputs, require_replaceable, write_whole
+from xlstm_ray.errors import UsageError
+from xlstm_ray.files import MIB, PICTURE, Output, check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 from xlstm_ray.measure.child import Child
+from xlstm_ray.measure.picture import pyplot, save
 
 HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':>19}  {'memory, MiB':>11}"
 
@@ -72,7 +71,7 @@ def parse(
         raise UsageError(f"`rounds` is {rounds}; allowed: 1 or more")
     if png is not None:
         check_outputs([Output("`png`", png, PICTURE)], [], overwrite=overwrite)
-        _pyplot()
+        pyplot()
     return list(dict.fromkeys(map(int, words))), list(dict.fromkeys(name.removeprefix("chunkwise--") for name in names))
 
 
@@ -107,27 +106,12 @@ def _machine() -> str:
     return f"{platform.node()}: {platform.system()} {platform.machine()}, {processor}, {psutil.cpu_count()} cores"
 
 
-def _pyplot() -> ModuleType:
-    """matplotlib without a screen. Raises UsageError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            f"`png` draws with matplotlib, which is not installed; {pip_install('matplotlib')} installs it, or leave "
-            "`png` out"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
     """Draw tokens/s and peak memory over prompt length, a line for each backend. Writes the whole file or none."""
-    pyplot = _pyplot()
+    plot = pyplot()
     from matplotlib import ticker
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, axes = plot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for backend in dict.fromkeys(row.backend for row in rows):
         own = sorted((row for row in rows if row.backend == backend), key=lambda row: row.tokens)
         lengths = [row.tokens for row in own]
@@ -146,11 +130,4 @@ def draw(rows: Sequence[Row], path: Path, *, overwrite: bool = False) -> None:
     threads = f", {first.threads} threads" if first.threads and first.device == "cpu" else ""
     title = f"prefill of {first.model} on {first.device}, {first.dtype}{threads}, {len(first.seconds)} rounds"
     figure.suptitle(f"{title}\n{first.machine}, {datetime.now().astimezone():%Y-%m-%d %H:%M %z}", fontsize=10)
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=120, metadata={"Software": "xlstm-ray bench"})
-    pyplot.close(figure)
-    require_replaceable(path, PICTURE, overwrite=overwrite, option="`png`")
-    try:
-        write_whole(path, data.getvalue())
-    except OSError as err:
-        raise UsageError(f"`png` {path}: cannot be written ({err.strerror})") from None
+    save(figure, path, "xlstm-ray bench", overwrite=overwrite)
