@@ -14,6 +14,7 @@ _FLAGS = {
     "autoscale_again": "--autoscale again",
     "state": "--state-in",
     "url": "--url",
+    "workloads": "--workloads",
 }
 
 
