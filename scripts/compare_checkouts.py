@@ -27,8 +27,8 @@ def prompts(folder: Path) -> dict[str, list[str]]:
     (folder / "batch.jsonl").write_text("".join(json.dumps(text) + "\n" for text in batch))
     (folder / "long").write_text(TEXT * 520)
     return {
-        "short": ["--prompt", "The capital of France is"],
-        "10,000 tokens": ["--prompt-file", str(folder / "long")],
+        "short": ["--json", "--prompt", "The capital of France is"],
+        "10,000 tokens": ["--json", "--prompt-file", str(folder / "long")],
         "batch": ["--jsonl", "--prompt-file", str(folder / "batch.jsonl")],
     }
 
@@ -36,7 +36,7 @@ def prompts(folder: Path) -> dict[str, list[str]]:
 def digests(checkout: Path, words: list[str], folder: Path) -> list[str]:
     """This checkout's digests: one for each row, in the rows' order."""
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "XLSTM_RAY_LOCAL_MODE": "1"}
-    command = [sys.executable, "-P", "-c", PROGRAM, "prefill", "--json", "--progress", "none", *words]
+    command = [sys.executable, "-P", "-c", PROGRAM, "prefill", "--progress", "none", *words]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
         return [ran.stderr.strip().splitlines()[-1][:200]]
