@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
-from xlstm_ray.supervisor.connect import connect
+from xlstm_ray.supervisor.connect import connect, job_metadata
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.records import Head, dashboard_line, lost_helpers
 from xlstm_ray.supervisor.start import managed
@@ -187,10 +186,3 @@ class Running:
         executor = RayExecutor(ray, spec, plan.layout, options)
         self._watch = executor.watch
         return executor
-
-
-def job_metadata(model: Path, stages: int) -> dict[str, str]:
-    """What Ray's dashboard shows about this program, besides its command line."""
-    figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
-    name = model.resolve().name
-    return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(stages), "progress": figures}

@@ -2,8 +2,9 @@
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from xlstm_ray.files import JOURNAL_FILE, Input, Output, check_outputs, require_
 from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
+    from xlstm_ray.choose import Setup
     from xlstm_ray.engine.engine import Engine
 
 
@@ -127,20 +129,23 @@ def open_engine(
     fetch_weights(settings, progress)  # here: the hub draws bars of its own
     with Reporter(progress) as report:
         start: dict[str, Any] = {}
-        with leave_at_once():
-            report.phase("loading torch")
-            from xlstm_ray.engine.engine import Engine
-            from xlstm_ray.state import RecurrentState
+        with ExitStack() as ahead:
+            with leave_at_once():
+                report.phase("loading torch")
+                if state_in is None and setup.head is not None:
+                    ahead.enter_context(_connected(setup))
+                from xlstm_ray.engine.engine import Engine
+                from xlstm_ray.state import RecurrentState
 
-            if state_in is not None:
-                state = start["state"] = RecurrentState.load(state_in)
-                numerics = {**state.numerics.model_dump(), "chunkwise_backend": _backend_of(state.numerics.kernel)}
-                del numerics["kernel"], numerics["mixed"]
-                setup = setup_of(**asked, state=(str(state_in), numerics))
-        # In this process nothing is lost by leaving at once, but a head that is being started must be stopped again.
-        leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
-        with leaving():
-            engine = Engine(setup, on_phase=report.phase, on_note=note)
+                if state_in is not None:
+                    state = start["state"] = RecurrentState.load(state_in)
+                    numerics = {**state.numerics.model_dump(), "chunkwise_backend": _backend_of(state.numerics.kernel)}
+                    del numerics["kernel"], numerics["mixed"]
+                    setup = setup_of(**asked, state=(str(state_in), numerics))
+            # In this process nothing is lost by leaving at once, but a head that is started must be stopped again.
+            leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals
+            with leaving():
+                engine = Engine(setup, on_phase=report.phase, on_note=note)
         try:
             if engine.note:
                 note(engine.note)
@@ -159,6 +164,27 @@ def open_engine(
                 from xlstm_ray.supervisor.records import stays_lines
 
                 tell("\n".join(stays_lines(engine.stays)))
+
+
+@contextmanager
+def _connected(setup: "Setup") -> Iterator[None]:
+    """Connect to somebody's head, which takes seconds of waiting, while a thread imports torch. Engines share it."""
+    from xlstm_ray.supervisor.connect import connect, job_metadata
+
+    def import_torch() -> None:
+        with suppress(ImportError):  # the engine's own import raises it
+            import torch  # noqa: F401
+
+    assert setup.head is not None
+    address, token_path, state_dir = setup.head
+    metadata = job_metadata(setup.model, setup.stages)
+    importing = threading.Thread(target=import_torch, name="torch")
+    importing.start()
+    try:
+        with connect(address, state_dir=state_dir, token_path=token_path, metadata=metadata):
+            yield
+    finally:
+        importing.join()  # no module is half imported when this process ends
 
 
 def _backend_of(kernel: str) -> str:

@@ -80,6 +80,13 @@ def connect(
             _leave(ray)
 
 
+def job_metadata(model: Path, stages: int) -> dict[str, str]:
+    """What Ray's dashboard shows about this program, besides its command line."""
+    figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
+    name = model.resolve().name
+    return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(stages), "progress": figures}
+
+
 _users = 0  # engines that use our connection
 
 
