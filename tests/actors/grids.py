@@ -1,4 +1,8 @@
-"""Helpers for tests on real Ray: sizes, a prompt, programs in their own processes, fixtures."""
+"""Helpers for tests on real Ray: sizes, a prompt, programs in their own processes, fixtures.
+
+Kernels run as plain torch, with one thread everywhere: an actor that compiles takes ten times as long to be there, and
+the calls, losses and orders that are tested here are the same. test_compiled_grid.py has what compiled code adds.
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +26,21 @@ from xlstm_ray.supervisor.start import HeadOptions, start_head
 from xlstm_ray.supervisor.stop import stop_head
 
 ROOT = Path(xlstm_ray.__file__).parents[1]
-TILE, CHUNK = 16, 16  # those of tests/model/test_slstm.py: what is compiled there is found here, or the other way round
+TILE, CHUNK = 16, 16  # those of tests/model/test_slstm.py: what is compiled there is found by the compiled grid
 SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", str(CHUNK)]
 PROMPT = "".join(chr(97 + i * i % 26) for i in range(47 * TILE))  # a byte is a token; whole tiles: one shape to compile
 
 
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}  # torch's own variable: torch.compile gives the function as it is
+
+
 def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "XLSTM_RAY_LOCAL_MODE": "0"}
+    return {**os.environ, **EAGER, "HOME": str(home), "PYTHONPATH": str(ROOT), "XLSTM_RAY_LOCAL_MODE": "0"}
+
+
+def as_in_actors() -> AbstractContextManager[object]:
+    """For what is computed in this process: kernels as plain torch, if they are so in actors."""
+    return torch.compiler.set_stance("force_eager") if EAGER else nullcontext()
 
 
 def script(home: Path, text: str, *arguments: object) -> list[Any]:
@@ -79,7 +92,8 @@ def after_tiles(
 
 def resumed(model: Path, state: RecurrentState, **more: Any) -> PrefillResult:
     """The rest of PROMPT after this state, in this process with one thread, as in actors."""
-    with xlstm_ray.load(model, device="cpu", threads=1, workers=1, tile_size=TILE, chunk_size=CHUNK, **more) as lm:
+    sizes = {"threads": 1, "workers": 1, "tile_size": TILE, "chunk_size": CHUNK}
+    with as_in_actors(), xlstm_ray.load(model, device="cpu", **sizes, **more) as lm:
         result = lm.prefill(PROMPT, state=state)
     torch.set_num_threads(os.cpu_count() or 1)
     return result
@@ -91,12 +105,16 @@ def scores_of(scores: Any) -> list[Any]:
 
 
 class InProcess(dict[int, dict[str, Any]]):
-    """By heads a band: the queued backend's results, computed on first use, compiled for one thread like actors."""
+    """By heads a band: the queued backend's results, computed on first use, for one thread like actors."""
 
     def __init__(self, models: dict[int, Path]):
         self.models = models
 
     def __missing__(self, heads: int) -> dict[str, Any]:
+        with as_in_actors():
+            return self._compute(heads)
+
+    def _compute(self, heads: int) -> dict[str, Any]:
         torch.set_num_threads(1)  # this thread's too: it computes the logits
         sizes = {"threads": 1, "workers": 1, "tile_size": TILE, "chunk_size": CHUNK}
         lm = xlstm_ray.load(self.models[heads], device="cpu", heads_per_band=heads, **sizes)
@@ -109,7 +127,7 @@ class InProcess(dict[int, dict[str, Any]]):
         other = lm.generate(PROMPT[3:64], max_new_tokens=9)
         found |= {"other": "".join(other), "other_after": other.state().digest()}
         found["kept"] = lm.prefill(PROMPT[:96]).state.digest()
-        if heads == 4:
+        if heads == 4 and EAGER:  # its shapes would be compiled too
             found["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
         torch.set_num_threads(os.cpu_count() or 1)
         self[heads] = found
@@ -145,6 +163,9 @@ def head(home: Path) -> Iterator[Head]:
     """A head with room for eight actors of one thread, however few cores there are."""
     state_dir = home / ".local" / "state" / "xlstm-ray"
     options = HeadOptions(state_dir=state_dir, stays=True, num_cpus=8, object_store_bytes=100 << 20)
-    started = start_head(options)
+    with pytest.MonkeyPatch.context() as patch:  # actors have the head's environment
+        for name, value in EAGER.items():
+            patch.setenv(name, value)
+        started = start_head(options)
     yield started
     stop_head(started, state_dir)

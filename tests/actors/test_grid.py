@@ -54,7 +54,7 @@ GRID = """
 # -- without Ray -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("heads", [4, 3])
 def test_local_mode_needs_no_ray_and_gives_the_queued_backends_bits(heads, models, in_process, tmp_path):
-    expected = {name: in_process[heads][name] for name in ("digest", "text")}  # compiled here, then found by the script
+    expected = {name: in_process[heads][name] for name in ("digest", "text")}
     (found,) = script(
         tmp_path,
         """
@@ -133,7 +133,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     served = lm.submit(Request(prompt[:96], prompt_logprobs=2)).result(120).prompt_logprobs
     say(scores=[[made and [made.logprob, made.likeliest] for made in each] for each in (asked, served)])
 
-    # Two states are worked on in turn, a third one is kept, and a fourth is given up on the way.
+    # Two states take turns, a third one is kept, and the prefill of a fourth is stopped.
     kept = lm.prefill(prompt[:96])
     turns = [lm.generate(prompt[:96], max_new_tokens=9), lm.generate(prompt[3:64], max_new_tokens=9)]
     pieces = [list(pair) for pair in zip(*turns)]
@@ -180,7 +180,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
         lm.close()
         sys.exit()
 
-    # The last stage's is killed when a snapshot's tile has come and its logits have not, with more tiles on their way.
+    # The last stage's actor is killed when a snapshot's tile has come and its logits have not, with more tiles under way.
     plain, seen = executor.logits, []
     def logits(hidden):
         executor.logits = plain
@@ -190,14 +190,14 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     result = lm.prefill(prompt, on_progress=lambda p: seen.append(p.tiles_done))
     say(between=result.state.digest(), between_restarts=executor.restarts, between_tiles=seen)
 
-    # One is stopped, and hangs.
+    # An actor is suspended, so it hangs.
     pids = [s.process.pid for s in executor.placement.seats]
     def hang(p):
         if p.tiles_done == 7 and pids:
             os.kill(pids.pop(), signal.SIGSTOP)
     say(hung=lm.prefill(prompt, on_progress=hang).state.digest(), hang_restarts=executor.restarts)
 
-    # One is killed between two tokens of one of two answers, while a third state is kept.
+    # An actor is killed between two tokens of two answers, while a third state is kept.
     kept = lm.prefill(prompt[:96])
     turns = [lm.generate(prompt[:96], max_new_tokens=9), lm.generate(prompt[3:64], max_new_tokens=9)]
     pieces = []
@@ -209,7 +209,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     say(text_again=again, after_again=turns[0].state().digest(), kept_again=kept.state.digest())
     say(other_again=other, other_after_again=turns[1].state().digest())
 
-    # One is killed while many requests are served.
+    # An actor is killed while many requests are served.
     from xlstm_ray.sampling import Sampling
     def ask(n):
         return lm.submit(Request(prompt[n:90 + 7 * n], sampling=Sampling(max_new_tokens=5 + n)))
@@ -219,7 +219,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     os.kill(executor.placement.seats[1].process.pid, signal.SIGKILL)
     say(requests_again=[handle.result(120).text for handle in handles], requests_lost=executor.restarts - before)
 
-    # One dies each time, before anything new is done.
+    # The first stage's actor dies each time, before it has done anything new.
     done = threading.Event()
     def always():
         while not done.is_set():

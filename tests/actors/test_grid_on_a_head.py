@@ -100,7 +100,7 @@ def test_a_grid_without_room_is_refused_within_seconds(home, head, model):
         home, "prefill", "--model", model, *SIZES, "--threads", 8, "--ray-address", head.address, "--prompt", "abc",
         "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2,
     )  # fmt: skip
-    assert time.monotonic() - began < 60  # ten of them are the wait; the rest is Python on a busy machine
+    assert time.monotonic() - began < 60  # the wait is 10 s; the rest is Python on a busy machine
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -118,7 +118,7 @@ def test_a_device_that_no_node_has_is_refused(home, head, model):
 
 
 def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head, model, in_process, tmp_path):
-    # Two actors together are over it, this process alone is not.
+    # The two actors together are over the limit, and this process alone is not.
     done = command(
         home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
         "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
@@ -129,7 +129,7 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "memory: all actors of" in error
     assert "over the hard limit of 700 MiB" in error
-    assert "note: memory: xlstm-ray" in done.stderr  # each was over the soft limit before
+    assert "note: memory: xlstm-ray" in done.stderr  # each actor was over the soft limit first
     (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
     assert kept % TILE == 0
     assert 0 < kept < 40 * len(PROMPT)
@@ -165,7 +165,7 @@ def test_modules_beside_a_program_and_in_the_current_folder_are_not_taken_for_ot
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "__init__.py").write_text(f"raise ImportError('{name} of the current folder')")
     (tmp_path / "beside").mkdir()
-    for name in OURS:  # beside a program, whatever does not name a library that it needs
+    for name in OURS:  # beside a program: only names that its libraries do not have
         (tmp_path / "beside" / f"{name}.py").write_text(f"raise ImportError('{name} beside the program')")
     beside = tmp_path / "beside" / "program.py"
     beside.write_text(

@@ -14,7 +14,20 @@ import time
 from pathlib import Path
 
 import pytest
-from grids import PROMPT, SIZES, TILE, after_tiles, command, environment, in_process, model, models, resumed, script
+from grids import (
+    EAGER,
+    PROMPT,
+    SIZES,
+    TILE,
+    after_tiles,
+    command,
+    environment,
+    in_process,
+    model,
+    models,
+    resumed,
+    script,
+)
 
 from xlstm_ray import RecurrentState
 from xlstm_ray.supervisor.records import all_heads, session_of
@@ -59,7 +72,7 @@ LOSS = """
     prefill(without=other)
     prefill(without=spare)
     lm.close()
-    for thread in threading.enumerate():  # an engine waits 10 s for Ray to disconnect; what follows has to wait longer
+    for thread in threading.enumerate():  # an engine waits 10 s for Ray to disconnect, which may take longer
         if thread.name == "ray.shutdown":
             thread.join()
     cluster.shutdown()
@@ -176,7 +189,7 @@ def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_ano
         complete, digest, restarts, ended_by, pids, alive = json.loads(done.stdout)
         assert (complete, ended_by, digest) == (True, "None", in_process[4]["digest"])
         assert restarts == 0
-        assert pids.count(None) == 1  # the other machine's is not one that could be signalled from here
+        assert pids.count(None) == 1  # the other machine's actor cannot get a signal from here
         assert alive == 400
     finally:
         near.kill()
@@ -228,7 +241,9 @@ def test_a_full_disk_under_rays_folder_is_named(model, tmp_path):
     state_dir = home / ".local" / "state" / "xlstm-ray"
     options = HeadOptions(state_dir=state_dir, temp_dir=disk / "t", stays=True, num_cpus=2, object_store_bytes=75 << 20)
     try:
-        head = start_head(options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(*next(iter(EAGER.items())))
+            head = start_head(options)
         subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=1M"], capture_output=True)
         done = command(
             home, "prefill", "--model", model, *SIZES, "--prompt", "abc", "--ray-address", head.address,

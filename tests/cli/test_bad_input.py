@@ -39,7 +39,7 @@ CONFIG, TOKENIZER, STATE = "config.json", "tokenizer.json", "prompt.state"
 PROMPT = "Of cabbages and kings: \u00e9\u8a9e."
 SECONDS = 20  # a corruption that takes longer hangs; the whole files take 0.05 s
 
-# REFUSE and HARMLESS are what a corruption must be; EITHER is for those whose place decides it.
+# A corruption must be refused (REFUSE) or change nothing (HARMLESS); EITHER: its place decides which.
 REFUSE, HARMLESS, EITHER, MAY_DIFFER = "refuse", "harmless", "either", "may differ"
 
 
@@ -353,7 +353,7 @@ def config_corruptions() -> Iterator[Corruption]:
                 if (key, text) not in ALLOWED:
                     named = {"num_blocks": "num_", "hidden_size": "hidden_size"}.get(key, key)
                     yield Corruption(f"{key} {text[:12]}", CONFIG, put_text(CONFIG, key, text), key=named)
-    for text in ('"int4"', '""', "7", "true", "[]", "{}", '["float32"]'):  # no part of the model's identity
+    for text in ('"int4"', '""', "7", "true", "[]", "{}", '["float32"]'):  # is not part of the model's identity
         yield Corruption(f"dtype {text}", CONFIG, put_text(CONFIG, "dtype", text), key="dtype")
     for key, value in REFUSED_CHOICES.items():
         yield Corruption(f"{key} {value}", CONFIG, put(CONFIG, key, value), outcome=REFUSE)
@@ -770,7 +770,7 @@ def test_a_corrupted_model_is_refused_or_gives_the_same_results(corruption, mode
     shutil.copytree(models[corruption.model], directory)
     corruption.damage(directory)
     found = outcome(lambda: results(directory))
-    assert capfd.readouterr().err == ""  # nor did anything below us write its own account
+    assert capfd.readouterr().err == ""  # and no library printed a message of its own
     if isinstance(found, XlstmRayError):
         assert corruption.outcome != HARMLESS, found
         assert isinstance(found, (ConfigError, CheckpointError))
@@ -779,12 +779,12 @@ def test_a_corrupted_model_is_refused_or_gives_the_same_results(corruption, mode
     assert corruption.outcome != REFUSE, f"accepted, with {found}"
     assert found.logits.isfinite().all()
     if (directory / TOKENIZER).read_bytes() != (models[corruption.model] / TOKENIZER).read_bytes():
-        assert found.fingerprint != whole.fingerprint  # the tokenizer has its part in which model it is,
-        whole = whole._replace(fingerprint=found.fingerprint)  # but all that is computed has to be the same
+        assert found.fingerprint != whole.fingerprint  # the tokenizer is part of the model's identity,
+        whole = whole._replace(fingerprint=found.fingerprint)  # but all results must be the same
     if corruption.outcome != MAY_DIFFER or found[:3] == whole[:3]:
         assert same(found, whole)
         return
-    # Another valid file: what it says is what was used, and states of the whole model are kept out.
+    # Another valid file: its values are used, and states of the undamaged model are refused.
     assert found.config == ModelConfig.from_file(directory / CONFIG)
     if found.config != whole.config:
         assert found.fingerprint != whole.fingerprint
@@ -1108,7 +1108,7 @@ def test_a_states_tensors_are_checked_though_its_digest_is_right(name, saved, st
         lm.prefill(state=RecurrentState.load(saved))
     check_message(caught.value, str(saved))
     if digest and all(t.dtype == torch.float32 for t in tensors.values()):
-        assert "digest" not in str(caught.value)  # it is right: something else was found wrong
+        assert "digest" not in str(caught.value)  # the checksum is right: another check found the fault
 
 
 def test_a_state_of_another_model_is_refused(saved, models):

@@ -130,7 +130,7 @@ def test_help_is_whole_at_80_columns(command, run, monkeypatch):
     assert shown.code == 0
     assert run(*words, "-h").out == shown.out
     assert shown.err == ""
-    assert "\u2026" not in shown.out  # the mark of what was cut
+    assert "\u2026" not in shown.out  # rich's mark for cut text
     assert "..." not in shown.out.replace("[ARGS]...", "")
     assert all(len(line) <= 80 for line in shown.out.splitlines())
 
@@ -290,7 +290,7 @@ MISTAKES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 def test_a_mistake_is_one_line_that_says_what_was_given_and_what_to_do(name, run, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words, code, said = MISTAKES[name]
-    # Later options win, so those of the table do.
+    # Later options win: those of the table.
     command, *rest = shlex.split(words) or [""]
     ran = run(*([command, *options, *rest] if rest and code == 1 else [command, *rest] if command else []))
     assert ran.code == code
@@ -471,7 +471,7 @@ def test_a_line_of_results_for_every_line_of_prompts(run, options, tmp_path):
     assert ran.code == 0
     rows = sorted(
         map(json.loads, ran.out.splitlines()), key=lambda row: row["index"]
-    )  # a line is there when it is ready
+    )  # lines come in the order in which they are ready
     assert [row.get("id") for row in rows] == [None, 7, None]
     for row, prompt in zip(rows, prompts, strict=True):
         alone = run("prefill", *options, "--tile-size", 32, "--json", "--prompt", prompt).row
@@ -886,7 +886,7 @@ def test_a_closed_terminal_stops_a_prefill_at_a_tile_boundary_with_a_state(optio
     words = ("prefill", *options, "--tile-size", 128, "--prompt-file", tmp_path / "prompt", "--state-out", path)
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and the program leaves it so
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and the program keeps that
         os.execv(PROGRAM, [str(PROGRAM), *map(str, words)])
     seen = b""
     while b" tokens/s" not in seen:
@@ -919,7 +919,7 @@ def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
         process.send_signal(signal.SIGINT)
         told = json.loads(process.stderr.readline())
         assert told["text"] == "stopping after this tile; Ctrl-C again: now"
-        assert process.poll() is None  # the first is polite
+        assert process.poll() is None  # the first signal waits for the tile
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         ran = finish(process)
@@ -929,7 +929,7 @@ def test_a_second_interrupt_does_not_wait_for_the_tile(options, tmp_path):
     assert (ran.out, said) == ("", f"interrupted after 4096 tokens; state in {tmp_path / 'state'}")
     assert go_on.endswith(f"--state-in {tmp_path / 'state'}")
     assert waited < first["tile_s"]
-    assert RecurrentState.load(tmp_path / "state").tokens == [4096]  # the tile that was whole
+    assert RecurrentState.load(tmp_path / "state").tokens == [4096]  # the last whole tile
 
 
 @pytest.mark.parametrize(

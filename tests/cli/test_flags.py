@@ -42,7 +42,7 @@ def words(options: dict[str, Any]) -> list[str]:
     return given
 
 
-# Settings beside PLAIN; what a caller reads, and what is at a terminal. Both are about the whole of the mistake.
+# Settings beside PLAIN; a part of the error that a caller reads, and of the line at a terminal.
 LOADING: dict[str, tuple[dict[str, Any], str, str]] = {
     "no multiple": ({"tile_size": 40}, "`tile_size` is 40, which", "--tile-size is 40, which"),
     "bounds": ({"tile_size": 0}, "`tile_size` is 0; allowed", "--tile-size is 0; allowed"),
@@ -170,7 +170,7 @@ def test_a_setting_without_a_flag_is_told_by_its_variable(model):
     assert in_flags(str(refused.value)).startswith("XLSTM_MPS_STREAMS is 3")
 
 
-OVER_HTTP = r"serve\.(?!options|server).*"  # their texts name fields of requests, and go to who has sent them
+OVER_HTTP = r"serve\.(?!options|server).*"  # their texts name fields of requests, for the client
 
 
 def test_every_field_that_a_text_marks_is_an_option_or_an_argument():

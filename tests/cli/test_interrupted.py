@@ -25,7 +25,7 @@ from xlstm_ray.errors import OutputError, StateError
 from xlstm_ray.files import STATE
 
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
-LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 200
+LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 60  # 56 tiles
 PLAIN: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 64, "chunk_size": 16}
 
 
@@ -106,7 +106,7 @@ def test_without_state_out_the_work_is_kept_and_goes_on(number, code, words, dig
     assert again.code == 0, again
     row = json.loads(again.out)
     assert (row["resumed_tokens"], row["state_digest"]) == (state.tokens[0], digest)
-    # It is told from where it stopped on, and how fast by what is new.
+    # Progress counts from where the first run stopped, and the speed counts only new tokens.
     first = next(row for row in map(json.loads, again.err.splitlines()) if row["event"] == "tile")
     assert first["tokens_done"] == state.tokens[0] + 64
     assert first["tokens_total"] == len(LONG)
@@ -114,7 +114,7 @@ def test_without_state_out_the_work_is_kept_and_goes_on(number, code, words, dig
 
 
 def test_a_second_interrupt_leaves_the_last_whole_tile(words, home, tmp_path):
-    (tmp_path / "prompt").write_text(LONG * 20)
+    (tmp_path / "prompt").write_text(LONG * 60)
     big = ("prefill", *words, "--tile-size", 4096, "--prompt-file", tmp_path / "prompt", "--progress", "ndjson")
     with started(*big, env=home) as process:
         (first,) = tiles_of(process, 1)
@@ -286,7 +286,7 @@ def test_two_runs_do_not_share_a_journal(words, home, digest, tmp_path):
             assert f"another run (pid {first.pid} on " in second.stderr
         first.kill()
         first.wait()
-    assert (journal / LOCK_FILE).exists()  # a killed run's, which holds nobody up
+    assert (journal / LOCK_FILE).exists()  # the killed run's lock blocks nobody
     resumed = subprocess.run(
         [PROGRAM, *map(str, command), "--resume", journal, "--json"],
         env=home,

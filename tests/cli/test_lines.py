@@ -49,7 +49,7 @@ def rows_of(out: str) -> list[dict[str, Any]]:
 
 def started(*command: object) -> subprocess.Popen[str]:
     process = subprocess.Popen([PROGRAM, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    threading.Timer(100, process.kill).start()  # whoever waits for a line that does not come
+    threading.Timer(100, process.kill).start()  # ends a test that waits for a line in vain
     return process
 
 
@@ -87,7 +87,7 @@ def test_lines_get_what_each_gets_alone_with_their_own_figures(model, words, run
         row["new_tokens"] for row in rows
     ]
     assert LOG.ours(",".join(["time", *LOG_COLUMNS]).encode())
-    assert run(*words, "-f", path, "-n", 1, "--stats-log", tmp_path / "log.csv").code == 0  # its own is replaced
+    assert run(*words, "-f", path, "-n", 1, "--stats-log", tmp_path / "log.csv").code == 0  # its own log is replaced
 
 
 def test_the_same_lines_give_the_same_bits_whenever_they_come(words, run, tmp_path):
@@ -115,7 +115,7 @@ def test_a_result_is_there_when_it_ends_or_in_order(words, tmp_path):
     assert process.returncode == 143
     assert "stopping after this token" in err
     assert err.splitlines()[-1].startswith("stopped after 40 of 41 answers; ")
-    # In order, all wait for the first.
+    # In order, all results wait for the first.
     with started(*words, "-f", path, "--ordered", "--progress", "ndjson") as process:
         assert process.stderr is not None
         told: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def test_questions_of_one_state_are_requests_and_what_ends_in_one_state_is_a_bat
     batch = rows_of(run(*words, "--state-in", state, "--append-file", path, "-n", 4, "-o", out).out)
     assert [row["text"] for row in batch] == [row["text"] for row in served]
     assert xlstm_ray.RecurrentState.load(out).tokens == [16, 22]
-    error = run(*words, "--state-in", state, "-f", path).error  # whole prompts, of another beginning
+    error = run(*words, "--state-in", state, "-f", path).error  # whole prompts that begin differently
     assert "--append" in error
     assert "--ordered" in run(*words[:-1], "-p", "a", "--ordered").error
 

@@ -84,7 +84,7 @@ def test_a_directory_of_that_name_wins(hub, tmp_path):
     make_model(tmp_path / REPO, hidden_size=64, num_hidden_layers=1, num_heads=2)
     done = program(hub, tmp_path / "home", "config", "--model", REPO, "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["model"]["value"] == REPO
-    shutil.rmtree(tmp_path / REPO)  # what would be in a directory that is here is not looked for elsewhere
+    shutil.rmtree(tmp_path / REPO)  # what a local directory lacks is not looked for elsewhere
     missing = program(hub, tmp_path / "home", "config", "--model", REPO, cwd=tmp_path)
     assert missing.returncode == 1
     assert missing.stderr.startswith(f"error: {REPO}: is not a directory; --model takes one with config.json")

@@ -95,7 +95,7 @@ def test_what_a_run_reads_is_never_its_output(flag, run, options, model, tmp_pat
     error = run("prefill", *options, "--state-in", tmp_path / "s", "--stats-log", tmp_path / "s", *flag).error
     assert "--state-in" in error
     assert contents(tmp_path) == before
-    # The state that a run goes on from is what its own may replace.
+    # A run's output may replace the state that it goes on from.
     grown = (*options, "--prompt", PROMPT * 2, "--state-in", tmp_path / "s", "--state-out", tmp_path / "s")
     assert run("prefill", *grown).code == 0
 

@@ -315,7 +315,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
         for x in range(p["gridPos"]["w"])
         for y in range(p["gridPos"]["h"])
     ]
-    assert len(set(cells)) == len(cells)  # no panel over another
+    assert len(set(cells)) == len(cells)  # panels do not overlap
     assert max(x for x, _ in cells) < 24
 
 

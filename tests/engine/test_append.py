@@ -88,7 +88,7 @@ def test_one_state_serves_every_row_of_questions(run, model, tmp_path):
     kept = ["--json", "--state-out", tmp_path / "one"]
     alone = [run("generate", *words, *kept, "--append", text).row for text in asked]
     assert [row["text"] for row in rows] == [row["text"] for row in alone]
-    # A state of several rows: every row is printed, asked for or not.
+    # A state of several rows: every row is printed, with or without --jsonl and --json.
     at_once = [*words[:2], *words[4:], *OPTIONS, *kept]
     whole = [run("generate", *at_once, "--prompt", BOOK + text).row for text in asked]
     assert [row["text"] for row in whole] == [row["text"] for row in alone]
@@ -206,9 +206,9 @@ def test_sampling_follows_the_probabilities_and_keeps_to_its_limits():
     for options, kept in (
         ({}, [0, 1, 2, 3, 4]),
         ({"top_k": 2}, [1, 2]),
-        ({"top_k": 1}, [1]),  # of equals the lowest id
+        ({"top_k": 1}, [1]),  # of equal ones the lowest id
         ({"top_p": 0.5}, [1, 2]),
-        ({"top_k": 3, "top_p": 0.8}, [1, 2]),  # the mass is of what top_k has left
+        ({"top_k": 3, "top_p": 0.8}, [1, 2]),  # top_p counts the mass of the tokens that top_k keeps
     ):
         row = Sampler(1, 5)
         row.put(0, Sampling(temperature=1.0, seed=1, **options), position=0)

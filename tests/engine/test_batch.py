@@ -58,7 +58,7 @@ def test_every_row_is_in_one_group_whose_calls_are_of_few_sizes_and_well_filled(
         assert size / 2 <= len(places) <= size
         windows = plan_windows([begin[b] for b in places], [end[b] for b in places], **sizes)
         assert all(size == 1 or size * w.size <= GROUP_SIZES[-1] * CHUNK for w in windows)
-    # Not more than four times what the rows need alone: half full, and half as long.
+    # At most four times what the rows need alone: a call is half full, and its shortest row half as long.
     assert sum(size * computed(places) for places, size in groups) <= 4 * sum(computed([b]) for b in range(len(rows)))
 
 
@@ -200,7 +200,9 @@ def test_rows_of_a_batch_answer_as_alone(lm, answers, batch, options):
 
 
 def test_rows_that_end_leave_and_those_left_go_on_in_a_smaller_call(lm, answers, ends, monkeypatch):
-    calls: list[tuple[int, int]] = []  # the places of each call, and how many of them are of rows that go on
+    calls: list[
+        tuple[int, int]
+    ] = []  # the places of each call, and how many of them belong to rows that have not ended
     submit = lm.executor.submit
 
     def counted(state: StateRef, step: Step) -> StateRef:
@@ -264,7 +266,7 @@ def test_the_state_after_a_batch_has_every_row_and_goes_on(lm, tmp_path):
     list(steps)
     assert [a + b for a, b in zip(first.tokens, more.tokens, strict=True)] == whole.tokens
     assert whole.state().digest() == last
-    assert after.digest() == digest  # what was handed out stays as it was
+    assert after.digest() == digest  # earlier results stay as they were
 
 
 def test_an_answer_is_printed_when_its_group_has_ended(oracle, lm, tmp_path):
@@ -283,7 +285,7 @@ def test_an_answer_is_printed_when_its_group_has_ended(oracle, lm, tmp_path):
     program = Path(sys.executable).with_name("xlstm-ray")
     words = "generate", "--model", model, "--device", "cpu", "--chunkwise-backend", "native", "--jsonl", "-f", path
     with subprocess.Popen([program, *words, "-n", str(10**7)], stdout=subprocess.PIPE, text=True) as process:
-        rescue = threading.Timer(100, process.kill)  # old habit: nothing is printed before all rows have ended
+        rescue = threading.Timer(100, process.kill)  # for comparison: print nothing before all rows have ended
         rescue.start()
         lines = [json.loads(process.stdout.readline()) for _ in range(16)]
         assert process.poll() is None

@@ -337,7 +337,7 @@ cache.plan = cache.plan._replace(disk_bytes=6 * cache._size)
 for n in range(20):
     prompt = [n % 7, *range(90)]
     digest = lm.prefill(prompt).state.digest()
-    for entry in list(cache._tree.entries):  # so that the disk is asked
+    for entry in list(cache._tree.entries):  # so that the state is read from disk
         if entry.tiers == {"memory", "disk"} and not entry.leases:
             cache._tree.drop(entry, "memory")
             entry.what.start = None

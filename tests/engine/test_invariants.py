@@ -425,7 +425,7 @@ def test_peak_memory_of_64_tiles_is_that_of_4(heads_per_band, tmp_path):
 PEAK_OF_A_LOAD = """
     import sys, xlstm_ray
     from xlstm_ray.memory.sample import peak_process_bytes
-    small = xlstm_ray.load(sys.argv[2], device="cpu")  # all that is imported on the way is not the weights
+    small = xlstm_ray.load(sys.argv[2], device="cpu")  # imports do not count as weights
     before = peak_process_bytes()
     lm = xlstm_ray.load(sys.argv[1], device="cpu", heads_per_band=int(sys.argv[3]), dtype="float32")
     print((peak_process_bytes() - before) / 2**20)

@@ -81,7 +81,7 @@ def test_a_stop_text_ends_an_answer_and_is_not_shown_and_its_state_goes_on(lm, t
     state = RecurrentState.load(tmp_path / "state")
     rest = lm.generate(state=state, max_new_tokens=12 - len(made.tokens[0]))
     assert made.texts[0] + stop + "".join(rest) == text
-    # What the state knows of its text is all that its tokens say.
+    # The state's text is exactly that of its tokens.
     before = lm.prefill(PROMPT).state.rows[0].text
     assert before is not None
     assert state.rows[0].text == before.extend((text[:start] + stop).encode())

@@ -16,7 +16,7 @@ class Asked:
     tokens: int  # after the first, which comes with the prompt's end
     priority: int
     leaves: int | None  # before this decision it is cancelled
-    answers: int  # behind it, which go on from its prompt's end; 0: it decodes itself
+    answers: int  # answers that go on from its prompt's end; 0: it decodes itself
 
 
 REQUESTS = st.lists(
@@ -158,7 +158,7 @@ def test_a_long_prompt_goes_on_beside_any_number_of_more_important_ones():
     scheduler, windows = Scheduler(2), Counter()
     scheduler.arrive(0, priority=-1)
     assert scheduler.next() == Fill(0)
-    for other in range(1, 10 * AGE):  # each has one window, and the next one is there before that is read
+    for other in range(1, 10 * AGE):  # each has one window, and the next request arrives before it is read
         scheduler.arrive(other)
         action = scheduler.next()
         assert isinstance(action, Fill)

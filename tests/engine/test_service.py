@@ -88,7 +88,7 @@ def test_cancelled_requests_leave_the_others_bits_alone_and_nothing_behind(lm):
         assert [what(handle.result(60)) for handle in handles] == alone
         del handles, others
     (worker, *_), *_ = lm.executor.stages
-    lm.submit(Request("a")).result(60)  # what has been given up is gone by the next one's end
+    lm.submit(Request("a")).result(60)  # a cancelled request's state is freed before the next request ends
     assert len(worker.states) <= 1
 
 

@@ -107,7 +107,7 @@ def test_states_of_earlier_calls_leave_a_device_and_stay_what_they_are(lm, monke
     plain = [lm.prefill(p).state.digest() for p in PROMPTS]
     saved = elsewhere(lm, monkeypatch)
     results = [lm.prefill(p) for p in PROMPTS * 2]
-    assert sum(saved) == 2 * len(PROMPTS) - HELD_ROWS - 1  # room for those, and for the last one
+    assert sum(saved) == 2 * len(PROMPTS) - HELD_ROWS - 1  # room for these rows and for the last state
     assert [result.state.digest() for result in results] == plain * 2
     before = len(saved)
     assert [result.state.digest() for result in results] == plain * 2

@@ -202,7 +202,7 @@ def test_what_is_leased_stays_and_what_is_worth_the_least_goes_first(made, lease
     assert tree.used[MEMORY] <= budget or all(e.leases for e in stay)
     assert [worth[e] for e in dropped] == sorted(worth[e] for e in dropped)
     assert all(worth[e] >= max(map(worth.__getitem__, dropped)) for e in stay if dropped and not e.leases)
-    if dropped:  # not one more than there had to be
+    if dropped:  # as few as possible
         assert tree.used[MEMORY] + dropped[-1].size > budget
     for entry in stay:
         assert entry.parent is None or entry.parent in stay

@@ -103,7 +103,12 @@ def test_again_is_a_word_of_the_flag(monkeypatch):
     [
         ([100, 101, 99], [150, 151, 149], 1.5, False),
         ([100, 101, 99], [102, 102, 102], None, False),  # less than what counts
-        ([100, 140, 90], [120, 150, 130], None, True),  # one turn of the usual was as fast as one of the other
+        (
+            [100, 140, 90],
+            [120, 150, 130],
+            None,
+            True,
+        ),  # one round of the usual choice was as fast as one of the other
         ([50, 100, 60], [200, 210, 205], 205 / 60, True),
         ([100, 100, 100], [100, 100, 100], None, False),
     ],

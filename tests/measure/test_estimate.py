@@ -156,7 +156,7 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
     found = planned(DEMO_MODEL, "this", 4096, tile_size=64)  # which the README's example compiles too
     assert found.device.rate(torch.bfloat16) > 1e9
     assert found.device.bandwidth > 1e8
-    monkeypatch.setattr(estimate, "FACTOR", 1.0)  # which no run is within
+    monkeypatch.setattr(estimate, "FACTOR", 1.0)  # no run is that close
     with pytest.raises(EstimateError, match="beyond a factor of 1.0") as refused:
         estimate.check(found, print)
     ((measured, ratio),) = re.findall(r"measured +([\d,]+) tokens/s.*; estimated ([\d.]+) of it", str(refused.value))
@@ -198,4 +198,4 @@ def test_long_times_are_in_hours_and_what_cannot_be_known_is_said(of_7b: Path, r
     assert " h " not in run(*words, "--prompt-tokens", 64).out.partition("not known")[0].partition("time ")[2]
     assert "other work on the machine" in row["not_known"]
     assert row["not_known"] in people
-    assert row["workers"] == 2  # of 8 heads, not the 6 that may be
+    assert row["workers"] == 2  # 8 heads in bands of 4, not the 6 of the setting

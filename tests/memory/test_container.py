@@ -122,7 +122,7 @@ def test_a_container_that_fills_up_ends_the_run_with_a_state(model, tmp_path):
     words += ["--journal", journal, "--journal-every", 2, "--state-out", state]
     (tmp_path / "prompt").write_text("abcdefgh" * 40_000)
     with container(memory_mb=2600) as prefix:
-        # Somebody else in the container: the actors themselves stay far below any limit.
+        # Another process fills the container: the actors themselves stay far below any limit.
         eater = subprocess.Popen(
             [*prefix, sys.executable, "-c", textwrap.dedent(EATER), str(journal / "prefill.state"), "1400"]
         )

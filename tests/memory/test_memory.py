@@ -55,7 +55,7 @@ def test_limits_are_mib_where_given_and_fractions_else():
     limits = limits_of(1000 * MIB)
     assert limits == Limits(850 * MIB, 920 * MIB)
     assert limits_of(1000 * MIB, mem_soft_mb=100, mem_hard_pct=0.5) == Limits(100 * MIB, 500 * MIB)
-    assert limits_of(1000 * MIB, mem_hard_mb=92) == Limits(85 * MIB, 92 * MIB)  # keeps its distance
+    assert limits_of(1000 * MIB, mem_hard_mb=92) == Limits(85 * MIB, 92 * MIB)  # soft stays below hard
     assert [limits.exceeded(sample(mb * MIB)) for mb in (850, 851, 920, 921)] == [None, "soft", "soft", "hard"]
     assert limits.exceeded(sample(0, 2000 * MIB)) is None  # memory that the device shares is in the process's figure
     own = limits_of(1000 * MIB, 100 * MIB)
@@ -162,7 +162,7 @@ def test_over_the_soft_limit_tiles_then_chunks_are_halved_and_the_state_says_so(
     expected = plain(model).prefill(tokens)
     assert (state.tensors["logits"] - expected.logits).norm() / expected.logits.norm() < 1e-4
     assert not expected.state.numerics.mixed
-    # It goes on at any size, and stays marked.
+    # It can go on with tiles of any size, and stays marked as mixed.
     further = plain(model).prefill([*tokens, *range(40)], state=state)
     assert further.state.numerics.mixed
     whole = plain(model).prefill([*tokens, *range(40)])
@@ -220,7 +220,7 @@ def test_over_the_hard_limit_the_run_stops_at_a_tile_and_goes_on_later_to_the_sa
     ended = run_child(OVER_THE_HARD_LIMIT, *words, "--stats-log", tiles, tiles, code=3)
     said, go_on = [line for line in ended.stderr.splitlines() if not line.startswith("note: ")]
     assert re.match(r"error: memory: this process uses [\d,]+ MiB, over the hard limit of [\d,]+ MiB", said)
-    assert "--tile-size" not in said  # a tile of this model is small: none of its sizes would have helped
+    assert "--tile-size" not in said  # tiles of this model are small: no smaller tile would have helped
     for part in ("raise the limit (XLSTM_MEM_HARD_MB", "available", f"state in {state}", "of 2400 tokens"):
         assert part in said
     part = RecurrentState.load(state)
@@ -308,4 +308,4 @@ def test_the_computed_need_is_the_measured_peak_within_15_percent(tmp_path):
     make_model(tmp_path, hidden_size=512, num_hidden_layers=1)  # of a width where a tile's activations count
     need, tile, peak = map(float, run_child(NEED_AND_PEAK, tmp_path).stdout.split())
     assert 0.85 < need / peak < 1.15
-    assert tile > 0.25 * need  # the computed part is not small
+    assert tile > 0.25 * need  # the computed part is large

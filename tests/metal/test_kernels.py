@@ -352,4 +352,4 @@ def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:
         return ((got - want) / want).abs().max().item()
 
     assert largest_error(log_sigmoid) < 4e-7
-    assert largest_error(torch.nn.functional.logsigmoid) > 0.1  # once this fails, log_sigmoid may become torch's
+    assert largest_error(torch.nn.functional.logsigmoid) > 0.1  # when this fails, torch's own log_sigmoid can be used

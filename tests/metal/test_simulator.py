@@ -445,7 +445,11 @@ def test_mlstm_cell_against_float64(simulator: Simulator, form: str) -> None:
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g.cpu().double(), w, rtol=2e-5, atol=2e-5 * w.abs().max().item())
     assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
-    products = {"aten::bmm.out", "aten::baddbmm.out", "aten::cumsum.out"}  # the rest of the cell is Metal made here
+    products = {
+        "aten::bmm.out",
+        "aten::baddbmm.out",
+        "aten::cumsum.out",
+    }  # all else is generated Metal code
     assert set(simulator.operators()) <= (set() if form == "step" else products)
 
 

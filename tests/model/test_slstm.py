@@ -125,7 +125,7 @@ def test_kernels_equal_float64(name, shape, fresh, eager):
     before = [part.clone() for part in run.state]
     out = apply(kernel(name), run)
     assert_close(out, loop(run.x, run.recurrent, run.state, fresh=fresh), 2e-6)
-    assert all(torch.equal(a, b) for a, b in zip(run.state, before, strict=True))  # the caller's state is the caller's
+    assert all(torch.equal(a, b) for a, b in zip(run.state, before, strict=True))  # the caller's state is unchanged
 
 
 def test_the_reference_in_float64_equals_the_published_recurrence():
@@ -179,7 +179,7 @@ def test_padding_changes_no_bit_of_the_state_and_makes_nothing_infinite(name, pa
         h_short, after = apply(kernel(name), short) if tokens else (h[1:, :, tokens], short.state)
         assert relative(h[1:, :, tokens], h_short) < 1e-6 if tokens else True
         for mine, theirs in zip(state, after, strict=True):
-            # A product's bits may depend on the batch; where nothing is computed, nothing may change.
+            # A product's bits may depend on the batch; a state without new tokens must not change.
             assert torch.equal(mine[1:], theirs) if not tokens else torch.allclose(mine[1:], theirs, rtol=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_20_000_tokens_with_extreme_gates_equal_float64():
     out, after = apply(slstm_kernel("native_compiled"), run)
     begin = slice(0, 3000)  # the eager reference is the same arithmetic, slower
     out_begin, _ = apply(slstm_kernel("vanilla"), run, begin)
-    for head in range(run.x.shape[1]):  # each by itself: none may hide behind the others
+    for head in range(run.x.shape[1]):  # each part by itself, so that a small one's error shows
         at = slice(head, head + 1)
         mine, theirs = (tuple(part[:, at] for part in parts) for parts in (after, state))
         # Each token multiplies by a number that float32 rounds by up to 3e-8 of it, c and n alike.

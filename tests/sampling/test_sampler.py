@@ -88,7 +88,7 @@ def test_tokens_that_are_chosen_are_counted():
         now = one(sampling, prompt=PROMPT, made=made, ends=ENDS)
         assert torch.equal(row.scores(logits, torch.tensor([0])), now.scores(logits, torch.tensor([0])))
         made += choose(row, logits)
-    assert len(set(made)) > 2  # the penalties have changed what is best
+    assert len(set(made)) > 2  # the penalties change which token is likeliest
 
 
 def test_end_tokens_may_come_where_they_end_nothing():
@@ -133,7 +133,7 @@ def test_the_tokens_that_may_be_drawn_are_those_of_transformers(seed, options):
     theirs = LogitsProcessorList([make(options[name]) for name, make in WARPERS.items() if name in options])
     expected = theirs(torch.tensor([PROMPT]), logits.clone())[0].isfinite()
     wide = theirs(torch.tensor([PROMPT]), logits.double())[0].isfinite()
-    if torch.equal(expected, wide):  # else a token stands on a limit, within float32's rounding
+    if torch.equal(expected, wide):  # otherwise a token is at a limit within float32's rounding
         assert kept_of(options, logits) == set(expected.nonzero().flatten().tolist())
 
 
@@ -255,7 +255,7 @@ def test_a_seed_has_its_own_stream():
         a == b for i, one_ in enumerate(streams) for other in streams[:i] for a, b in zip(one_, other, strict=True)
     ]
     assert sum(shared) < 5
-    # Not the neighbour's stream, a step later.
+    # It is not the neighbour's stream of random numbers, one step later.
     assert streams[0][1:] != streams[1][:-1]
 
 

@@ -266,7 +266,7 @@ def test_a_body_over_the_limit_is_refused(service):
     assert "1,048,576 bytes" in got.error["message"]
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
     piece = b"10000\r\n" + b" " * 65536 + b"\r\n"
-    with service.connect() as connection:  # a length that nobody has told
+    with service.connect() as connection:  # without a Content-Length
         connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n" + 17 * piece + b"0\r\n\r\n")
         assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
     with service.connect() as connection:  # one that is not worth waiting for

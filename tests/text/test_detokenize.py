@@ -104,7 +104,7 @@ def require_after(printed: str, before: str, whole: str) -> None:
     """The printed text is the decoding of all, after the text before; replacement marks at its end may disappear."""
     if whole.startswith(before.rstrip("\ufffd")):
         assert printed == whole[len(commonprefix([before, whole])) :]
-    else:  # bytes of the answer made marks of bytes that were a text before
+    else:  # bytes of the answer turned earlier text into replacement marks
         assert whole.endswith(printed)
 
 

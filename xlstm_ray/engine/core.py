@@ -102,7 +102,7 @@ class Core:
             )
 
     def require_whole(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
-        """As `check`, for a state to which nothing is added: its prompt must have been read to its end, too."""
+        """As `check`, for a state without new text: its own prompt must have been read to its end, too."""
         self.check(state, any_numerics=any_numerics)
         if not state.complete:
             raise StateError(

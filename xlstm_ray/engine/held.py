@@ -32,7 +32,7 @@ class Held:
 
     @property
     def lost(self) -> bool:
-        """Whether it went with its grid."""
+        """Whether the state was lost with its grid."""
         return self._lost is not None
 
     def bring(self) -> Tensors:
@@ -95,7 +95,7 @@ class States:
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
-        """The rows of a state: the executor's state `ref`, or one of these tensors."""
+        """The rows of a state that the executor has (`ref`), or of one with these tensors."""
         held = Held(self, ref, tensors)
         self._all[id(held)] = held
         return HeldRows(HeldRow(held, b) for b in range(batch))
@@ -118,7 +118,7 @@ class States:
         return self.executor().take(refs) if any(refs) else self.executor().load(None, len(rows))
 
     def evict(self, but: HeldRows) -> None:
-        """Move the oldest states to the host, unless the executor works on the host. HELD_ROWS rows and `but` stay."""
+        """Move the oldest states to the host, unless the executor works there. The newest HELD_ROWS rows and `but` stay."""
         if self.executor().on_host:
             return
         stay, room = {id(row.held) for row in but if row is not None}, HELD_ROWS
