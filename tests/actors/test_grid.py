@@ -180,7 +180,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
         lm.close()
         sys.exit()
 
-    # The last stage's actor is killed when a snapshot's tile has come and its logits have not, with more tiles under way.
+    # The last stage's actor is killed when a snapshot's tile is here, its logits are not, and more tiles are under way.
     plain, seen = executor.logits, []
     def logits(hidden):
         executor.logits = plain

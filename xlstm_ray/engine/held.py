@@ -118,7 +118,7 @@ class States:
         return self.executor().take(refs) if any(refs) else self.executor().load(None, len(rows))
 
     def evict(self, but: HeldRows) -> None:
-        """Move the oldest states to the host, unless the executor works there. The newest HELD_ROWS rows and `but` stay."""
+        """Move the oldest states to the host, unless the executor works there. HELD_ROWS new rows and `but` stay."""
         if self.executor().on_host:
             return
         stay, room = {id(row.held) for row in but if row is not None}, HELD_ROWS
