@@ -40,9 +40,7 @@ logging.getLogger("torch.__trace").propagate = True
 # `./scripts/test fast` leaves these out: folders, files, fixtures or names. pyproject.toml explains the markers.
 # Slow tests take some seconds of a core, most often for a process that imports torch.
 MARKED = {
-    "ray": """
-        test_grid test_compiled_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container
-    """,
+    "ray": "test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container",
     "metal": "metal mps simulator",
     "compile": """
         test_autoscale

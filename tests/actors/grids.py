@@ -1,7 +1,7 @@
 """Helpers for tests on real Ray: sizes, a prompt, programs in their own processes, fixtures.
 
-Kernels run as plain torch, with one thread everywhere: an actor that compiles takes ten times as long to be there, and
-the calls, losses and orders that are tested here are the same. test_compiled_grid.py has what compiled code adds.
+Kernels run as plain torch where a test is not about them: an actor that compiles takes twice as long to be there.
+test_grid.py has compiled ones.
 """
 
 import json
@@ -127,7 +127,7 @@ class InProcess(dict[int, dict[str, Any]]):
         other = lm.generate(PROMPT[3:64], max_new_tokens=9)
         found |= {"other": "".join(other), "other_after": other.state().digest()}
         found["kept"] = lm.prefill(PROMPT[:96]).state.digest()
-        if heads == 4 and EAGER:  # its shapes would be compiled too
+        if heads == 4:
             found["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
         torch.set_num_threads(os.cpu_count() or 1)
         self[heads] = found

@@ -8,9 +8,11 @@ import contextlib
 import importlib.util
 import os
 from collections import ChainMap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grids
 import psutil
 import pytest
 import torch
@@ -30,6 +32,14 @@ __all__ = ["head", "home", "in_process", "model", "models"]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> Iterator[None]:
+    """Kernels are compiled in actors and in this process: here all is about the bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grids, "EAGER", {})
+        yield
 
 
 GRID = """
