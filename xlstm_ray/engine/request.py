@@ -64,8 +64,8 @@ class Piece(NamedTuple):
     """The text that a token adds; it may be empty, until more tokens come."""
 
     text: str
-    token: int | None  # None for text that was held back until the end
-    made: Made | None = None  # log-probabilities, where they were asked for
+    token: int | None  # None for an end token, and for text that was held back until the end
+    made: Made | None = None  # log-probabilities, where they were asked for; an end token has them, too
 
 
 @dataclass(frozen=True)

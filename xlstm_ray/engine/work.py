@@ -244,8 +244,8 @@ class Work:
             before = len(answer.tokens)
             text = answer.step(token)
             new = len(answer.tokens) > before  # an end token is not among them
-            if new or text:
-                task.handle.tell(Piece(text, token if new else None, made if new else None))
+            if new or text or made is not None:
+                task.handle.tell(Piece(text, token if new else None, made))
             if task.cancelled and answer.finish is None:
                 answer.end("cancelled")
             if answer.finish is not None:

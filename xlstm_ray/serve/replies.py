@@ -16,10 +16,14 @@ Scored = tuple[int, Made | None]  # a token; nothing comes before a prompt's fir
 
 @dataclass
 class Answer:
-    """What was said so far of one answer. at: characters of its tokens so far. begun: whether a piece was sent."""
+    """What was said so far of one answer. at: characters of its tokens so far. begun: whether a piece was sent.
+
+    last: of its end token, where the form tells that one.
+    """
 
     text: list[str] = field(default_factory=list)
     made: list[Scored] = field(default_factory=list)
+    last: Made | None = None
     scores: Scores | None = None  # of the prompt
     at: int = 0
     begun: bool = False
@@ -27,9 +31,12 @@ class Answer:
 
 
 class Completions:
-    """The form of /v1/completions. text_of: the text of tokens."""
+    """The form of /v1/completions. text_of: the text of tokens.
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    As in vLLM its log-probabilities have the end token: lm-eval leaves the last token out, whatever it is.
+    """
+
+    prefix, whole, part, tells_end = "cmpl", "text_completion", "text_completion", True
 
     def __init__(self, text_of: TextOf):
         self.text_of = text_of
@@ -67,7 +74,7 @@ class Completions:
 class Chats:
     """The form of /v1/chat/completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole, part, tells_end = "chatcmpl", "chat.completion", "chat.completion.chunk", False
 
     def __init__(self, text_of: TextOf):
         self.text_of = text_of
@@ -114,14 +121,15 @@ class Reply:
         """For the whole reply."""
         said = self.answers[number]
         said.text.append(piece.text)
-        if piece.token is not None and piece.made is not None:
-            said.made.append((piece.token, piece.made))
+        said.made += self._made(said, piece)
 
     def end_of(self, number: int, end: End) -> None:
         """An answer has ended, or a prompt to which there is none was read."""
         said = self.answers[number]
         said.scores = end.prompt_logprobs
         said.reason = end.finish.reason if end.usage.answer_tokens or end.finish.by is not None else "length"
+        if said.last is not None and isinstance(end.finish.by, int):
+            said.made.append((end.finish.by, said.last))
 
     def echo(self, number: int) -> dict[str, Any]:
         """A chunk with the prompt that an answer begins with."""
@@ -136,14 +144,23 @@ class Reply:
 
     def piece(self, number: int, piece: Piece) -> dict[str, Any] | None:
         """A chunk with what this adds; None: there is nothing to show."""
-        made: list[Scored] = [] if piece.token is None or piece.made is None else [(piece.token, piece.made)]
+        made = self._made(self.answers[number], piece)
         if not piece.text and not made:
             return None
         return self._chunk(number, piece.text, made)
 
     def end(self, number: int) -> dict[str, Any]:
         """The last chunk of an answer, with the reason of its end."""
-        return self._chunk(number, "", [])
+        return self._chunk(number, "", self.answers[number].made)  # of a stream, the end token's alone
+
+    def _made(self, said: Answer, piece: Piece) -> list[Scored]:
+        """A piece's token with its log-probabilities; those of an end token wait for its name."""
+        if piece.made is None:
+            return []
+        if piece.token is None:
+            said.last = piece.made if self._form.tells_end else None
+            return []
+        return [(piece.token, piece.made)]
 
     def note(self, **more: Any) -> dict[str, Any]:
         """A chunk without an answer."""
