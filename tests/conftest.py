@@ -87,6 +87,7 @@ MARKED = {
         test_interrupted
         test_invariants
         test_lines
+        test_load_serve
         test_other_clients
         test_outputs
         test_page
