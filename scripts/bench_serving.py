@@ -13,14 +13,18 @@ Tables (medians of rounds; all contestants are engines of this process, which ta
     long      streams, and one prompt of --long tokens that is read beside them, against streams alone
     unique    prompts that never repeat, with a cache of states and without
     hit       a prompt that was seen and a new end of 64 tokens, against the same length unseen; and an exact repeat
+    http      prompts of 64 tokens, one at a time and 32 at once, over HTTP from another process against submit here
     memory    --many requests through one engine: resident memory on the way, and the computed need
 
 Figures: tokens a second over all, time to the first token (TTFT) and between two tokens (ITL), p50 and p99.
 """
 
 import argparse
+import json
 import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +38,27 @@ import psutil
 from xlstm_ray.engine.request import End, Piece, Reading
 
 SUFFIX = 64  # tokens after a prompt that was seen
+
+
+CALLER = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from xlstm_ray.client.service import Service
+
+service, pool = Service(sys.argv[1]), ThreadPoolExecutor(64)
+
+def ask(prompt):
+    began, first = perf_counter(), None
+    body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
+    for event in service.events("/v1/completions", body):
+        first = first or perf_counter() - began
+    return first
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps(list(pool.map(ask, [asked["prompt"]] * asked["count"]))), flush=True)
+"""
 
 
 @dataclass
@@ -222,6 +247,42 @@ class Bench:
             flush=True,
         )
 
+    def http(self) -> None:
+        from xlstm_ray.serve.options import Options
+        from xlstm_ray.serve.server import Server
+
+        many = 32
+        lm = self.engine(many)
+        server = Server(Options(port=0), threading.Event())
+        server.open(lm, many)
+        caller = subprocess.Popen(
+            [sys.executable, "-c", CALLER, server.desk.options.url.replace(":0", f":{server.port}")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert caller.stdin is not None
+        assert caller.stdout is not None
+        text = "The capital of France is a city on a river, and its people have always said that " * 8
+        prompt = lm.encode(text)[:64]
+        print("\n| http, 64 tokens | submit: TTFT p50, p99 ms | over HTTP | p50 more |\n| --- | --- | --- | --- |")
+        for count, rounds in ((1, 40 * self.args.rounds), (many, 4 * self.args.rounds)):
+            inside: list[float] = []
+            over: list[float] = []
+            for _ in range(rounds):
+                inside += run(lm, [(0.0, self.request(lm, prompt, 4), True)] * count).ttft
+                caller.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
+                caller.stdin.flush()
+                over += json.loads(caller.stdout.readline())
+            own, more = ([1e3 * percent(values, p) for p in (0.5, 0.99)] for values in (inside, over))
+            print(
+                f"| {count} at once | {own[0]:.1f}, {own[1]:.1f} | {more[0]:.1f}, {more[1]:.1f} "
+                f"| {more[0] - own[0]:.1f} |"
+            )
+        caller.stdin.close()
+        caller.wait()
+        server.close()
+
     def memory(self) -> None:
         lm = self.engine(self.args.slots)
         process, seen, many = psutil.Process(), {}, self.args.many
@@ -270,7 +331,7 @@ class Bench:
         figure.savefig(path, dpi=120)
 
 
-TABLES = "streams", "mixed", "long", "unique", "hit", "memory"
+TABLES = "streams", "mixed", "long", "unique", "hit", "http", "memory"
 
 
 def main() -> None:

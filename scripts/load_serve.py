@@ -4,10 +4,10 @@
     python scripts/load_serve.py                                  # 64 callers for a minute, the demo model
     XLSTM_MODEL=DIR XLSTM_CACHE_MEMORY_MB=256 python scripts/load_serve.py --clients 16 --seconds 10
 
-The service takes its settings from their variables. Every question is asked alone first. A run is good (exit code 0) if
-every whole answer is the one that came alone, every malformed body is a 4xx, no request is lost, the service ends with 0
-after SIGTERM, and its memory stays within the computed need. Lost is: taken, and ended without an answer. A request that
-comes after SIGTERM may be refused.
+The service takes its settings from their variables. Every question is asked alone first. A run is good (exit code 0)
+if every whole answer is the one that came alone, every malformed body is a 4xx, no request is lost, the service ends
+with 0 after SIGTERM, and its memory stays within the computed need. Lost is: taken, and ended without an answer. A
+request that comes after SIGTERM may be refused.
 """
 
 import argparse
