@@ -32,7 +32,7 @@ class RayExecutor:
     Raises UsageError if the grid does not fit on the cluster, and errors of actors that load.
     """
 
-    local = on_host = False
+    local = on_host = chooses = False
 
     def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         link = Link(ray)

@@ -26,11 +26,13 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK, Asked, misfit
 from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.executor import Following, Wanted
+from xlstm_ray.runtime.executor import Following, Step, Wanted
+from xlstm_ray.runtime.graphs import Graphs
 from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
 
@@ -44,10 +46,12 @@ class WorkerSpec:
     stored: Mapping[str, Stored]  # the digests of the driver's weights
     backend: str
     device: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the residual stream
     t_inner: int
     fusion_limit: int | None
     threads: int
+    float8: bool = False  # of the large matrices
+    graphs: bool = False  # decoding in place is captured
 
 
 class Call(NamedTuple):
@@ -121,20 +125,33 @@ class ShardWork:
         config = ModelConfig.from_file(spec.model / "config.json")
         if config != spec.config:
             raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")
+        backend = chunkwise_backend(spec.backend)
+        if backend.kernel == KERNEL:
+            columns, capability = [len(self.shard.ffn)], torch.cuda.get_device_capability()
+            why = misfit(Asked(config, columns, LEAST_CHUNK, "bfloat16", capability))
+            if why is not None:
+                raise UsageError(f"`chunkwise_backend` is {spec.backend!r}, but on node {os.uname().nodename} {why}")
         checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this shard reads is checked while it is read
         # Compile in this process: otherwise every actor would start a pool of compiler processes.
         torch._inductor.config.compile_threads = 1
         kernels = Kernels(
-            chunkwise_backend(spec.backend),
+            backend,
             t_inner=spec.t_inner,
             compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
         )
-        self.worker = build_worker(checkpoint, kernels, self.shard, dtype=spec.dtype, device=self.device)
+        self.worker = build_worker(
+            checkpoint, kernels, self.shard, dtype=spec.dtype, device=self.device, float8=spec.float8
+        )
+        own = backend.kernel == KERNEL and self.one_band
+        self.tokens = Graphs(self.worker, capture=spec.graphs) if spec.graphs or own else None
         self.is_last = self.shard.blocks.stop == config.num_blocks
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
         """Compile for windows of these sizes."""
         for size in sizes:
+            if size == 1 and self.tokens is not None:
+                self._compute(self.tokens.warm_up, batch)
+                continue
             self._compute(self.worker.warm_up, batch, size, chunk_size, one_band=self.one_band)
         self._compute(self.worker.warm_up_logits, batch)
         gc.collect()  # frees the compiler's graphs, which are cycles; later work makes no cycles
@@ -245,6 +262,9 @@ class ShardWork:
     # ------------------------------------------------------------------------------------------------------------------
     def _run(self, call: Call, x: Wire) -> None:
         self._drop(call.drop)
+        if self.tokens is not None and call.chunk_size == 1:
+            self._done[call.number] = Done(self._token(self.tokens, call, x), self._fence())
+            return
         hidden = self._enter(x)
         move = self._move(call)
         for n in range(len(self.shard.blocks)):
@@ -252,6 +272,18 @@ class ShardWork:
         if call.keep:  # blocks never write into an old state, so a reference keeps it
             self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._fence())
         self._done[call.number] = Done(self._result(call, hidden), self._fence())
+
+    def _token(self, graphs: Graphs, call: Call, x: Wire) -> tuple[Tensor, ...]:
+        """A token of each row through the whole stage, as a CUDA graph if it is in place."""
+        host, in_place = from_wire(x, self.spec.dtype), call.src == call.dst
+        start, end = torch.tensor(call.start), torch.tensor(call.end)
+        if not in_place:
+            self.worker.take(call.dst, [(call.src, row) for row in range(len(start))])
+        outcome = graphs.step(call.dst, host, Step(host, start, end, 1, logits=call.logits, in_place=in_place))
+        if not self.is_last:
+            return (outcome.x,)
+        hidden = outcome.x[:, 0]
+        return (hidden,) if outcome.logits is None else (hidden, outcome.logits)
 
     def _run_mixer(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         self._drop(call.drop, n)

@@ -19,6 +19,10 @@ if sys.platform == "linux":
 
 import hypothesis
 import torch
+
+# Where there is no GPU, kernels in Triton's language run in its interpreter. Read where kernels are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from metal.plugin import mps, simulator
 
 from xlstm_ray.cli.app import main

@@ -13,7 +13,7 @@ from tiny import make_model
 
 from xlstm_ray import load
 from xlstm_ray.choose import DEMO_MODEL, setup_of
-from xlstm_ray.declare import Setting
+from xlstm_ray.declare import Setting, Source
 from xlstm_ray.errors import UsageError
 from xlstm_ray.explain import explain
 from xlstm_ray.settings import Settings, table
@@ -362,6 +362,17 @@ def test_streams_are_refused_where_there_are_none(monkeypatch):
     monkeypatch.setenv("XLSTM_MPS_STREAMS", "2")
     with pytest.raises(UsageError, match="^XLSTM_MPS_STREAMS is 2, but torch has streams on cuda only, not on cpu"):
         load(device="cpu", chunkwise_backend="native")
+
+
+def test_what_is_for_gpus_is_refused_elsewhere():
+    why = "the Triton kernels are for cuda, and the device is cpu"
+    with pytest.raises(UsageError, match=f"^`chunkwise_backend` is 'queued_triton_chunks', but {why}"):
+        load(device="cpu", chunkwise_backend="queued_triton_chunks")
+    with pytest.raises(UsageError, match=f"^`dtype` is 'float8', but {why}; use bfloat16"):
+        load(device="cpu", dtype="float8")
+    with pytest.raises(UsageError, match="^`cuda_graphs=False` has no effect: the device is cpu; leave it out"):
+        load(device="cpu", cuda_graphs=False)
+    assert explain(setup_of(device="cpu"))["cuda_graphs"] == (False, Source("default", "the device is cpu"))
 
 
 def test_unrolling_is_refused_where_nothing_is_unrolled(monkeypatch):

@@ -22,6 +22,7 @@ FLOORS = [
     "cachefiles checkpoint state",
     "runtime",
     "choose actors",
+    "choose_kernels",
     "plan",
     "launch autoscale explain",
     "engine",
@@ -29,7 +30,9 @@ FLOORS = [
     "cli",
     "__main__",
 ]
-MAY_READ_SETTINGS = r"settings|choose|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
+MAY_READ_SETTINGS = (
+    r"settings|choose(_kernels)?|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
+)
 MAY_KNOW_ACTORS = r"actors\..*|launch"
 MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
 INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts
@@ -48,7 +51,7 @@ RAYS_TOO = {"supervisor.start": {"--port"}}  # flags of Ray's own programs that 
 A_FLAG = r"--[a-z][a-z-]*[a-z]"
 A_COMMAND = r"xlstm-ray [a-z]+( --[a-z-]+)*"  # is for a shell, whoever reads it
 LINES, PARAMETERS = 400, 7
-COMMAND = r"commands\.command|app\.callback"  # a decorator: its parameters are a command's options
+COMMAND = r"commands\.command|app\.callback|triton\.jit"  # a decorator: parameters are options, or a kernel's
 LONG: dict[str, str] = {}  # file: why it is one piece
 PUBLIC = {  # parameters are a caller's words, a formula's tensors, a value's fields
     "engine.engine.Engine.prefill",

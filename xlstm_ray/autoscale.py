@@ -21,6 +21,7 @@ from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.directories import cache_dir
 from xlstm_ray.files import write_whole
+from xlstm_ray.kernels.fit import KERNEL
 from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.model import EndWeights
 from xlstm_ray.plan import Picked, RunPlan, Search
@@ -141,7 +142,7 @@ def _search(
 
     time_it(usual)
     # Not for steps: they run one after the other in any tile, and are slow uncompiled.
-    if "tile_size" in free and plan.backend.kernel == "compiled_chunks":
+    if "tile_size" in free and plan.backend.kernel in ("compiled_chunks", KERNEL):
         chunk = plan.numerics.chunk_size
         chunks = usual.tile_size // chunk
         for n in (max(1, chunks // 2), chunks * 2):
@@ -169,11 +170,12 @@ def _rate(choice: Choice, plan: RunPlan, checkpoint: Checkpoint) -> float:
     kernels = Kernels(backend, t_inner=1, compiler=lambda fn, name: fn)
     layout = make_layout(config, heads_per_band=choice.heads_per_band)
     shards = [Shard(range(n, n + 1), shard.heads, shard.ffn) for shard in layout[0]]
-    workers = [build_worker(checkpoint, kernels, shard, dtype=dtype, device=device) for shard in shards]
+    float8 = plan.numerics.dtype == "float8"
+    workers = [build_worker(checkpoint, kernels, shard, dtype=dtype, device=device, float8=float8) for shard in shards]
     for worker in workers:  # a vocabulary of one token is enough
         worker.ends = EndWeights(torch.randn(1, config.hidden_size, dtype=dtype, device=device), None, None)
     executor = InProcessExecutor([workers], band_threads=choice.workers)
-    T = choice.tile_size if backend.kernel == "compiled_chunks" else chunk
+    T = choice.tile_size if backend.kernel in ("compiled_chunks", KERNEL) else chunk
     tokens = torch.zeros(1, T, dtype=torch.long)
     tile = Step(tokens, torch.zeros(1, dtype=torch.long), torch.full((1,), T), chunk)
     try:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 UNIT = MIB  # bytes of a tensor (whole rows) that have one digest, so that a band checks only its own rows
 DIGEST = 16  # bytes
+Make = Callable[[Weights], Any]
 
 
 class Stored(NamedTuple):
@@ -110,9 +111,13 @@ class Checkpoint:
         asked = getattr(torch, self.config.dtype) if self.config.dtype else most
         return max(asked, most, key=lambda dtype: dtype.itemsize)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights with matrices and norms in `dtype`. Gates and sLSTM layers are float32."""
-        return sum(torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in self.shapes.items())
+    def weight_bytes(self, dtype: torch.dtype, *, float8: bool = False) -> int:
+        """Bytes of all weights with matrices and norms in `dtype`. Gates and sLSTM layers are float32.
+
+        float8: the large matrices of blocks are quantized.
+        """
+        shapes = self.shapes.items()
+        return sum(torch.Size(shape).numel() * itemsize_of(name, dtype, float8=float8) for name, shape in shapes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -153,23 +158,26 @@ class Checkpoint:
             for name, (shape, dtype) in self._header.items()
         }
 
-    def load(self, shard: Shard, *, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
+    def load(
+        self, shard: Shard, *, dtype: torch.dtype, device: torch.device, made: Make = lambda weights: weights
+    ) -> tuple[list[Any], EndWeights]:
         """Read this band's slices onto `device`: matrices and norms in `dtype`, gates in float32.
 
+        made: what becomes of a block's weights, as soon as they are read.
         A file is opened for one tensor at a time, so no more than that tensor is mapped. A second thread computes the
         digests during the copies; without it, loading takes half as long again on a fast GPU.
         """
         with ThreadPoolExecutor(1, "digests") as self._beside:
             try:
-                loaded = self._load(shard, dtype, device)
+                leads = shard.heads.start == 0  # the first band has what is not split: sums' biases, embedding, head
+                blocks = [made(self._block(n, shard, dtype, device, leads)) for n in shard.blocks]
+                ends = self._ends(shard, dtype, device, leads)
                 self._settle()
             finally:
                 self._beside = None
-        return loaded
+        return blocks, ends
 
-    def _load(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> tuple[list[Weights], EndWeights]:
-        leads = shard.heads.start == 0  # the first band has what is not split: biases of sums, embedding, head
-        blocks = [self._block(n, shard, dtype, device, leads) for n in shard.blocks]
+    def _ends(self, shard: Shard, dtype: torch.dtype, device: torch.device, leads: bool) -> EndWeights:
         embedding = out_norm = head = None
         last = leads and shard.blocks.stop == self.config.num_blocks
         tied = HEAD not in self._header
@@ -178,7 +186,7 @@ class Checkpoint:
         if last:
             head = embedding if tied else self._tensor(HEAD, dtype, device)
             out_norm = self._tensor(OUT_NORM, dtype, device) if OUT_NORM in self._header else None
-        return blocks, EndWeights(embedding, out_norm, head)
+        return EndWeights(embedding, out_norm, head)
 
     def _block(self, n: int, shard: Shard, dtype: torch.dtype, device: torch.device, leads: bool) -> Weights:
         config, at, table = self.config, f"backbone.blocks.{n}.", projections(self.config)

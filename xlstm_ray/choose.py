@@ -276,12 +276,13 @@ WORTH_WIDENING = 1.1  # of bfloat16's time: less is not worth twice the memory
 class Dtype(NamedTuple):
     """The dtype to compute in, and the reason if it was measured."""
 
-    dtype: "torch.dtype"
+    dtype: "torch.dtype"  # of the residual stream
     reason: str | None = None
+    float8: bool = False  # of the large matrices
 
     @property
     def name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return "float8" if self.float8 else str(self.dtype).removeprefix("torch.")
 
 
 def choose_dtype(
@@ -291,6 +292,8 @@ def choose_dtype(
     is as fast, or if float32 does not fit in memory."""
     import torch
 
+    if settings.dtype == "float8":
+        return Dtype(torch.bfloat16, float8=True)
     if settings.dtype != "auto":
         return Dtype(getattr(torch, settings.dtype))
     if device.type != "cpu":

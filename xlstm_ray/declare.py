@@ -14,7 +14,8 @@ from xlstm_ray.errors import UsageError
 # The panels of the help. A setting that is not named here is in the last one.
 PANELS: dict[str, str] = {
     "Model": "model device dtype",
-    "Work": "chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale warmup",
+    "Work": "chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale warmup "
+    "cuda_graphs",
     "Memory": "mem_watchdog mem_soft_pct mem_hard_pct mem_soft_mb mem_hard_mb mem_poll_ms mem_action shrink_on_soft "
     "min_chunk force",
     "Actors on Ray": "stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir",

@@ -72,6 +72,10 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         used["t_inner"] = None, f"{plan.backend.name} unrolls no steps of this model"
     elif plan.steps.t_inner != settings.t_inner:
         used["t_inner"] = plan.steps.t_inner, plan.steps.note or "Metal's limits"
+    if plan.misfit is not None and known:
+        used["chunkwise_backend"] = plan.backend.name, plan.misfit
+    if plan.uncaptured is not None and settings.cuda_graphs:
+        used["cuda_graphs"] = False, plan.uncaptured
     if settings.journal_every is None and plan.journal_every is not None and known:
         used["journal_every"] = plan.journal_every, f"by device, {plan.device.type}"
     if not plan.backend.compiled:
@@ -84,6 +88,8 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         for level in ("soft", "hard"):
             if getattr(settings, f"mem_{level}_mb") is not None:
                 used[f"mem_{level}_pct"] = None, f"`mem_{level}_mb` is given"
+        if plan.watch.least_chunk != settings.min_chunk:
+            used["min_chunk"] = plan.watch.least_chunk, f"{plan.backend.name} has no smaller chunks"
         if not plan.watch.shrinks:
             used["min_chunk"] = None, "nothing shrinks"
     if plan.cache is None:

@@ -136,9 +136,16 @@ class Running:
             t_inner=plan.steps.t_inner,
             compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches),
         )
-        build = partial(build_worker, checkpoint, kernels, dtype=plan.dtype, device=plan.device)
+        float8 = plan.numerics.dtype == "float8"
+        build = partial(build_worker, checkpoint, kernels, dtype=plan.dtype, device=plan.device, float8=float8)
         stages = [[build(shard) for shard in shards] for shards in plan.layout]
-        return InProcessExecutor(stages, band_threads=plan.workers, streams=plan.streams, torch_threads=plan.threads)
+        return InProcessExecutor(
+            stages,
+            band_threads=plan.workers,
+            streams=plan.streams,
+            torch_threads=plan.threads,
+            graphs=plan.uncaptured is None,
+        )
 
     def _start_head(self, plan: RunPlan) -> ModuleType:
         """Start our head and connect to it."""
@@ -164,6 +171,8 @@ class Running:
             backend=plan.backend.name,
             device=plan.device.type,
             dtype=plan.dtype,
+            float8=plan.numerics.dtype == "float8",
+            graphs=plan.uncaptured is None,
             t_inner=plan.steps.t_inner,
             fusion_limit=plan.steps.fusion_limit,
             threads=plan.actors.threads,

@@ -24,11 +24,13 @@ from xlstm_ray.choose import (
     choose_streams,
     choose_workers,
 )
+from xlstm_ray.choose_kernels import choose_graphs, choose_kernels
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.declare import Source
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
+from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
 from xlstm_ray.kernels.metal import Fit
 from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
@@ -115,7 +117,9 @@ class RunPlan:
     backend: Backend
     mode: Mode
     device: torch.device
-    dtype: torch.dtype
+    misfit: str | None  # why the Triton kernels do not take it, on cuda, where no backend was named
+    uncaptured: str | None  # why decoding is not in CUDA graphs; None: it is
+    dtype: torch.dtype  # of the residual stream
     dtype_reason: str | None  # if it was measured
     numerics: Numerics
     layout: list[list[Shard]]  # [stage][band]
@@ -189,13 +193,15 @@ def choose_plan(
     model is loaded. cluster: the one that the run is attached to. picked: what a search chose, starting from the plan
     without it; dtype: the dtype of that earlier plan, which was chosen for its sizes.
     """
-    settings, config, backend, mode = setup.settings, setup.config, setup.backend, setup.mode
+    settings, config, mode = setup.settings, setup.config, setup.mode
     if picked is not None:
         sources = {**settings.sources, **dict.fromkeys(picked.values, Source("autoscale", picked.where))}
         settings = settings.model_copy(update={**picked.values, "sources": sources})
     device = choose_device(settings, cluster)
     sizes = choose_sizes(settings, config, device.type)
     layout = make_layout(config, heads_per_band=sizes.heads, stages=settings.stages)
+    backend, misfit = choose_kernels(setup, device, [len(band.ffn) for band in layout[0]], sizes.chunk)
+    least_chunk = LEAST_CHUNK if backend.kernel == KERNEL else 1
     workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)
     actors = len(layout) * len(layout[0])
     head, local = choose_head(settings, mode, actors, device), mode is Mode.LOCAL
@@ -213,7 +219,7 @@ def choose_plan(
                 compiled=backend.compiled,
                 # On cuda the device's memory counts. Its context is not part of the free memory.
                 base=base() if local and device.type != "cuda" else 0,
-                weights=checkpoint.weight_bytes(dtype) if checkpoint else 0,
+                weights=checkpoint.weight_bytes(dtype, float8=settings.dtype == "float8") if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
                 tile=sizes.tile,
                 chunk=sizes.chunk,
@@ -221,6 +227,7 @@ def choose_plan(
                 workers=workers,
                 stages=settings.stages,
                 cache=cache.memory_bytes if cache else 0,
+                triton=backend.kernel == KERNEL,
             ),
             device=device,
             where="process" if local else "grid" if here else "elsewhere",
@@ -241,13 +248,16 @@ def choose_plan(
     # On two H200 a snapshot costs 60 ms, and 64 tiles are computed again in 3 s.
     every = settings.journal_every or (64 if device.type == "cuda" else 16)
     action = settings.mem_action
-    watch = Watch(limits, settings.mem_poll_ms / 1000, action, settings.shrink_on_soft, settings.min_chunk)
+    least = max(settings.min_chunk, least_chunk)
+    watch = Watch(limits, settings.mem_poll_ms / 1000, action, settings.shrink_on_soft, least)
     return RunPlan(
         setup.model,
         config,
         backend,
         mode,
         device,
+        misfit=misfit,
+        uncaptured=choose_graphs(settings, backend, device, len(layout[0])),
         dtype=found.dtype,
         dtype_reason=found.reason,
         numerics=Numerics(

@@ -48,14 +48,15 @@ class Settings(BaseSettings):
     device: Literal["auto", "mps", "cuda", "cpu"] = setting(
         "auto, mps, cuda or cpu.", "auto", shown="auto, the first that this machine has"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto, float32 or bfloat16.",
+    dtype: Literal["auto", "float32", "bfloat16", "float8"] = setting(
+        "auto, float32, bfloat16, or float8 (less exact; on NVIDIA Hopper GPUs).",
         "auto",
         shown="auto, bfloat16 on a GPU; on the CPU by model and speed",
     )
     chunkwise_backend: str | None = setting(
-        "queued_compiled_chunks, queued_compiled_steps, the same with ray_, or native (the eager reference).",
-        shown="the model's, else queued_compiled_chunks",
+        "queued_compiled_chunks, queued_compiled_steps, queued_triton_chunks (NVIDIA Hopper GPUs), the same with ray_, "
+        "or native (the eager reference).",
+        shown="the model's, else queued_triton_chunks where it serves, else queued_compiled_chunks",
         env="XLSTM_CHUNKWISE_BACKEND",
         min_length=1,
     )
@@ -74,6 +75,7 @@ class Settings(BaseSettings):
     )
     autoscale_again: bool = setting("Probe again, even if a result is kept.", False)
     warmup: bool = setting("Compile before the first tile, not on first use.", True, env="XLSTM_MPS_WARMUP")
+    cuda_graphs: bool = setting("On CUDA, decode a token of all rows as one graph.", True)
     enable_mps_fallback: bool = setting(
         "Refused on mps: operators would leave the GPU silently.", False, flag=None, env="PYTORCH_ENABLE_MPS_FALLBACK"
     )

@@ -32,11 +32,11 @@ class Numerics(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    kernel: Annotated[str, Field(pattern="^(compiled_chunks|compiled_steps|native)$")]
+    kernel: Annotated[str, Field(pattern="^(compiled_chunks|compiled_steps|triton_chunks|native)$")]
     tile_size: Annotated[int, Field(gt=0, le=1 << 20)]
     chunk_size: Annotated[int, Field(gt=0, le=1 << 16)]
     heads_per_band: Annotated[int, Field(gt=0)]
-    dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")]
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float8)$")]
     mixed: bool = False  # part of the prompt was computed with other sizes or numerics: the bits are this run's own
 
     def goes_on_as(self, other: "Numerics") -> bool:

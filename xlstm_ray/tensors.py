@@ -70,7 +70,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def itemsize_of(name: str, dtype: torch.dtype) -> int:
-    """Bytes of one element of that tensor after loading in `dtype`: gates and sLSTM layers are float32."""
+def itemsize_of(name: str, dtype: torch.dtype, *, float8: bool = False) -> int:
+    """Bytes of one element of that tensor after loading in `dtype`: gates and sLSTM layers are float32.
+
+    float8: the large matrices of blocks are quantized.
+    """
     exact = (".igate_preact.", ".fgate_preact.", ".ifgate_preact.", ".slstm_layer.")
-    return 4 if any(part in name for part in exact) else dtype.itemsize
+    if any(part in name for part in exact):
+        return 4
+    return 1 if float8 and ".blocks." in name and "norm" not in name else dtype.itemsize

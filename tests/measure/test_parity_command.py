@@ -37,7 +37,7 @@ def test_every_kernel_and_backend_is_compared(parity, eager):
     ran = parity("mlstm", "--device", "cpu", "--json")
     assert ran.code == 0, ran
     names = [f"step {name}" for name in kernels.STEP_KERNELS]
-    names += [*kernels.SEQUENCE_KERNELS, *kernels.CHUNKWISE_BACKENDS]
+    names += [*kernels.SEQUENCE_KERNELS, *(name for name in kernels.CHUNKWISE_BACKENDS if "triton" not in name)]
     found = [(row["name"], row["dtype"]) for row in rows(ran)]
     assert found == [(name, dtype) for dtype in ("float32", "bfloat16") for name in names]
     assert all(0 < row["outputs"] < row["tolerance"] and 0 < row["state"] < row["tolerance"] for row in rows(ran))
@@ -49,7 +49,8 @@ def test_a_hybrid_model_goes_through_every_backend_of_this_process(parity, tmp_p
     assert ran.code == 0, ran
     header, *lines = ran.out.splitlines()
     assert header.split() == ["part", "kernel", "or", "backend", "dtype", "outputs", "state", "tolerance"]
-    queued = [name for name, backend in kernels.CHUNKWISE_BACKENDS.items() if backend.executor == "queued"]
+    backends = [backend for backend in kernels.CHUNKWISE_BACKENDS.values() if backend.runs_on("cpu")]
+    queued = [backend.name for backend in backends if backend.executor == "queued"]
     assert len(lines) == 2 * 2 * len(queued)
     assert all(line.endswith("  ok") for line in lines)
     assert sum("two bands" in line for line in lines) == 2 * len(queued)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from xlstm_ray.engine.task import Task
-from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, decoding_step
+from xlstm_ray.runtime.executor import Choice, Executor, RowRef, StateRef, decoding_step
 
 
 class Batch:
@@ -41,12 +41,12 @@ class Batch:
             task.state = None
         return size
 
-    def step(self) -> None:
-        """Submit a step with every row's last token."""
+    def step(self, choice: Choice | None) -> None:
+        """Submit a step with every row's last token. choice: of the next ones, where the executor chooses."""
         assert self.state is not None
         answers = [None if task is None else task.answer for task in self.places]
         last = [None if answer is None else answer.tokens[-1] for answer in answers]
-        self._executor.submit(self.state, decoding_step(last, in_place=True))
+        self._executor.submit(self.state, decoding_step(last, in_place=True, choice=choice))
         self.under_way = True
 
     def remove(self, task: Task, *, keep: bool) -> None:

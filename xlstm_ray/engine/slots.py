@@ -8,6 +8,7 @@ from torch import Tensor
 from xlstm_ray.engine.decode import Made, made_of
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.tokens import Tail
+from xlstm_ray.runtime.executor import Choice
 from xlstm_ray.sampling.sampler import Sampler
 
 
@@ -34,16 +35,29 @@ class Slots:
             self._tasks[task.slot] = None
             task.slot = None
 
-    def choose(self, logits: Tensor, tasks: Sequence[Task]) -> tuple[list[int], list[Made | None]]:
-        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested."""
+    def choice(self, places: Sequence[Task | None]) -> Choice | None:
+        """How an executor that chooses does so for a step of these rows; a place without a task is idle."""
+        if self._sampler is None:
+            return None
+        slots = [self._sampler.idle if task is None else task.slot for task in places]
+        return Choice(self._sampler, torch.tensor(slots))
+
+    def choose(
+        self, logits: Tensor, tasks: Sequence[Task], chosen: Tensor | None = None
+    ) -> tuple[list[int], list[Made | None]]:
+        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested.
+
+        chosen (rows,): the tokens, where the executor has chosen them.
+        """
         if self._sampler is None:
             self._sampler = Sampler(len(self._tasks), self._vocabulary, ends=self._ends, device=logits.device)
             for task in filter(None, self._tasks):
                 self._put(self._sampler, task)
-        slots = torch.tensor([task.slot for task in tasks], device=logits.device)
-        chosen = self._sampler.choose(logits, slots)
+        if chosen is None:
+            slots = torch.tensor([task.slot for task in tasks], device=logits.device)
+            chosen = self._sampler.choose(logits, slots)
         counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
-        return chosen.tolist(), made_of(logits, chosen, counts)
+        return chosen.tolist(), made_of(logits, chosen.to(logits.device), counts)
 
     @staticmethod
     def _put(sampler: Sampler, task: Task) -> None:

@@ -217,7 +217,8 @@ class Work:
                 size = batch.arrange()
                 if size is not None:
                     self._core.warm_up(size, [1])
-                batch.step()
+                chooses = self._core.running.executor.chooses
+                batch.step(self._slots.choice(batch.places) if chooses else None)
                 self._under_way.append(partial(self._decoded, batch))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
@@ -226,17 +227,18 @@ class Work:
         active = [(n, task) for n, task in enumerate(batch.places) if task is not None]
         if not active:
             return
-        logits = result.logits
+        logits, chosen = result.logits, result.tokens
         if len(active) < len(batch.places):
-            logits = logits[torch.tensor([n for n, _ in active], device=logits.device)]
+            there = torch.tensor([n for n, _ in active])
+            logits, chosen = logits[there.to(logits.device)], None if chosen is None else chosen[there]
         require_finite(logits, self._core.plan.model)
         for (_, task), row in zip(active, logits, strict=True):
             task.logits = row
-        self._choose(logits, [task for _, task in active])
+        self._choose(logits, [task for _, task in active], chosen)
 
-    def _choose(self, logits: Tensor, tasks: list[Task]) -> None:
-        """The next token of these rows, by their logits (rows, vocabulary)."""
-        for task, token, made in zip(tasks, *self._slots.choose(logits, tasks), strict=True):
+    def _choose(self, logits: Tensor, tasks: list[Task], chosen: Tensor | None = None) -> None:
+        """The next token of these rows, by their logits (rows, vocabulary), unless they are chosen (rows,) already."""
+        for task, token, made in zip(tasks, *self._slots.choose(logits, tasks, chosen), strict=True):
             answer = task.answer
             assert answer is not None
             if task.first_token is None:

@@ -41,11 +41,15 @@ class Backend:
 
     name: str
     executor: str  # queued (this process) or ray (actors; in local mode this process)
-    kernel: str  # compiled_chunks, compiled_steps or native
+    kernel: str  # compiled_chunks, compiled_steps, triton_chunks or native
 
     @property
     def compiled(self) -> bool:
         return self.kernel != "native"
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it has code for this type of device."""
+        return device == "cuda" or self.kernel != "triton_chunks"
 
     def unrolls(self, *, slstm: bool) -> bool:
         """Whether T_inner has an effect. slstm: the model has sLSTM blocks, which always go step by step."""
@@ -83,6 +87,8 @@ CHUNKWISE_BACKENDS = {
         Backend("ray_compiled_chunks", "ray", "compiled_chunks"),
         Backend("ray_compiled_steps", "ray", "compiled_steps"),
         Backend("native", "queued", "native"),
+        Backend("queued_triton_chunks", "queued", "triton_chunks"),
+        Backend("ray_triton_chunks", "ray", "triton_chunks"),
     )
 }
 

@@ -62,6 +62,7 @@ class Loaded:
     workers: int  # bands at once
     stages: int = 1
     cache: int = 0  # of states that are kept for prompts to come
+    triton: bool = False  # the Triton kernels compute it
 
     @property
     def bands(self) -> int:
@@ -113,9 +114,27 @@ def activation_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
     parts = BlockTensors.of(loaded.config, chunk=loaded.chunk, itemsize=loaded.itemsize)
     bands = loaded.bands
     at_once = min(loaded.workers, bands) / bands  # the share of the columns that is computed at once
+    if loaded.triton:
+        return int(rows * tokens * _triton_bytes(loaded, parts))
     residual = parts.residual * (2 + bands if bands > 1 else 2)  # every band's partial sum too
     mixer = parts.columns + parts.states + parts.scores + 2 * parts.output32
     return int(rows * tokens * (residual + at_once * max(parts.ffn, mixer)))
+
+
+def _triton_bytes(loaded: Loaded, parts: BlockTensors) -> float:
+    """As activation_bytes, of a token, by the Triton kernels: they write bfloat16, and into the residual stream.
+
+    The larger of two: q, k, v, o with weighted keys, the states before the chunks, scores and gated heads, and some
+    numbers of each head; or the activated columns, with their float8 operands.
+    """
+    c, bf16 = loaded.config, 2
+    at_once = min(loaded.workers, loaded.bands) / loaded.bands
+    residual = parts.residual * (2 + loaded.bands if loaded.bands > 1 else 1)
+    states = c.num_heads * c.dhqk * c.dhhv * bf16 / loaded.chunk
+    mixer = (2 * (c.qk_dim + c.v_dim) + c.qk_dim + c.v_dim + c.num_heads * loaded.chunk) * bf16 + states
+    gates = 4 * (4 * (max(16, 4 * c.num_heads) + 1) + 6 * c.num_heads)
+    float8 = 3 * c.hidden_size  # an operand, and a product that is to be added
+    return residual + float8 + at_once * max(mixer + gates, 3 * c.ffn_dim)
 
 
 def computed_need(loaded: Loaded, call: Call) -> Need:

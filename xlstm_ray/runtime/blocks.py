@@ -26,6 +26,7 @@ from xlstm_ray.model import (
     slstm_out,
     whole_block,
 )
+from xlstm_ray.runtime.folded import FoldedWeights
 
 
 class BlockFunctions(NamedTuple):
@@ -56,14 +57,26 @@ class Kernels:
             self.heads.setdefault(key, self.compiler(few_rows_product, f"head_{len(x)}"))
         return self.heads[key](x, head)
 
-    def functions(self, s: BandShape, w: Weights, window: tuple[int, int], chunk_size: int) -> BlockFunctions:
+    def functions(
+        self, s: BandShape, w: Weights | FoldedWeights, window: tuple[int, int], chunk_size: int
+    ) -> BlockFunctions:
         """The functions for windows (B, T), a band of sizes `s`, and weights of w's kind and shapes."""
         shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
         key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token needs no chunks
         if key not in self.built:
-            made = self._slstm(s, *window) if isinstance(w, SlstmWeights) else self._mlstm(s, *window, chunk_size)
+            if isinstance(w, FoldedWeights):
+                made = self._triton(s, window[1], chunk_size)
+            else:
+                made = self._slstm(s, *window) if isinstance(w, SlstmWeights) else self._mlstm(s, *window, chunk_size)
             self.built.setdefault(key, made)  # all threads get the same one
         return self.built[key]
+
+    @staticmethod
+    def _triton(s: BandShape, T: int, chunk_size: int) -> BlockFunctions:
+        from xlstm_ray.runtime.triton_blocks import StepBlock, TileBlock
+
+        made = StepBlock(s) if T == 1 else TileBlock(s, chunk_size)
+        return BlockFunctions(made.block, made.mixer, made.ffn)
 
     def _build(self, B: int, T: int, prefix: str = "") -> Callable[[str, Callable], Callable]:
         """Compiles a part of a block, by its name, for windows (B, T)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.sampling.logprobs import Logprobs
+from xlstm_ray.sampling.sampler import Sampler
 
 
 class StateRef:
@@ -65,6 +66,13 @@ class Following(NamedTuple):
     likeliest: int
 
 
+class Choice(NamedTuple):
+    """How the rows' next tokens are chosen where their logits are."""
+
+    sampler: Sampler
+    slots: Tensor  # (B,) int64, on the CPU: of each row, the sampler's idle one for no row
+
+
 class Step(NamedTuple):
     """A window of tokens for all rows of a state: a tile or a tail's window of prefill, or one token in decoding."""
 
@@ -77,13 +85,15 @@ class Step(NamedTuple):
     keep: bool = False  # return the state after the step with the result
     in_place: bool = False  # write the new state over the old one, which nobody else uses
     following: Following | None = None
+    choice: Choice | None = None  # of a decoding step, where the executor chooses
+    follows: bool = False  # its tokens are those that the state's step before chose; `tokens` says only how many
 
 
-def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False) -> Step:
+def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False, choice: Choice | None = None) -> Step:
     """A step of one token for each row, with its logits. None: the row keeps its state, and its logits mean nothing."""
     active = torch.tensor([token is not None for token in tokens], dtype=torch.long)
     ids = torch.tensor([[token or 0] for token in tokens], dtype=torch.long)
-    return Step(ids, torch.zeros_like(active), active, chunk_size=1, logits="last", in_place=in_place)
+    return Step(ids, torch.zeros_like(active), active, chunk_size=1, logits="last", in_place=in_place, choice=choice)
 
 
 class StepResult(NamedTuple):
@@ -94,6 +104,7 @@ class StepResult(NamedTuple):
     seconds: float  # since the previous result; since `submit` if no step was in flight
     state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
     logprobs: Logprobs | None = None  # (B, T) and (B, T, likeliest), on the CPU, if `following` was set
+    tokens: Tensor | None = None  # (B,) int64, on the CPU, if `choice` was set
 
 
 class Executor(Protocol):
@@ -104,6 +115,8 @@ class Executor(Protocol):
 
     local: bool  # the states are in this process, so saving one is only a copy
     on_host: bool  # they are in this process's main memory, so moving one to the host gains nothing
+
+    chooses: bool  # it takes a Choice, and the sampler is on its device
 
     parallel: int  # the number of steps (of different states) that its workers can do at once
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from xlstm_ray.layout import join_bands
 from xlstm_ray.memory.sample import peak_device_bytes
 from xlstm_ray.model import AnyState
-from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
+from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult, rows_of
+from xlstm_ray.runtime.folded import FoldedWeights
+from xlstm_ray.runtime.graphs import Graphs
 from xlstm_ray.runtime.worker import Move, Worker
 from xlstm_ray.sampling.logprobs import Logprobs
 
@@ -31,7 +33,7 @@ class InProcessExecutor:
 
     stages: [stage][band] workers on one device. band_threads: how many bands work at once. streams: on cuda, how many
     streams the bands share (None: one a thread). torch_threads: torch's own threads for each band (None: an equal share
-    of what torch has).
+    of what torch has). graphs: on cuda with one band, decoding in place is captured.
     """
 
     local = True
@@ -45,8 +47,12 @@ class InProcessExecutor:
         band_threads: int,
         streams: int | None = None,
         torch_threads: int | None = None,
+        graphs: bool = False,
     ):
         self.stages = stages
+        self.chooses = graphs
+        steps = isinstance(stages[0][0].blocks[0], FoldedWeights) and len(stages[0]) == 1
+        self._tokens = [Graphs(workers[0], capture=graphs) for workers in stages] if graphs or steps else []
         self.device = stages[0][0].device
         self.on_host = self.device.type == "cpu"
         self._bands = len(stages[0])
@@ -68,6 +74,10 @@ class InProcessExecutor:
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         for size in sizes:
+            if size == 1 and self._tokens:
+                for graphs in self._tokens:
+                    self._call(graphs.warm_up, batch)
+                continue
             # One at a time, but on the pool's threads: torch's thread count is compiled in.
             for worker in self._workers:
                 self._call(worker.warm_up, batch, size, chunk_size, one_band=self._bands == 1)
@@ -98,6 +108,11 @@ class InProcessExecutor:
     def submit(self, state: StateRef, step: Step) -> StateRef:
         if not self._pending:
             self._before = perf_counter()
+        if self._tokens and step.chunk_size == 1:
+            state = state if step.in_place else self.take(rows_of(state))
+            self._pending.append(_Pending(self._token(state, step), None, self._fence()))
+            return state
+        assert step.choice is None, "only a captured step chooses"
         src, state = state, state if step.in_place else self._names.new(state.batch)
         x = self._forward(src, state, step)
         rows = torch.arange(x.shape[0], device=x.device)
@@ -133,6 +148,7 @@ class InProcessExecutor:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._pending.clear()
+        self._tokens = []
         self.stages = []
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -154,6 +170,18 @@ class InProcessExecutor:
     def _free(self, number: int) -> None:
         for worker in self._workers:
             worker.free(number)
+
+    def _token(self, state: StateRef, step: Step) -> StepResult:
+        """A token of each row, in place, by each stage's graph."""
+        x, outcome = step.tokens, None
+        for graphs in self._tokens:
+            outcome = graphs.step(state.number, x, step)
+            x = outcome.x
+        assert outcome is not None
+        tokens = outcome.tokens
+        if tokens is not None:  # begun now: later, the copy would wait for the steps submitted meanwhile
+            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+        return StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=tokens)
 
     def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
         """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""

@@ -1,6 +1,7 @@
 """The worker of one shard: its weights and states, and the functions that run its blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
+from xlstm_ray.kernels.fit import KERNEL
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 from xlstm_ray.runtime.executor import Following
+from xlstm_ray.runtime.folded import FoldedWeights, fold, fold_ends
 from xlstm_ray.sampling.logprobs import Logprobs, score
 
 
@@ -35,11 +38,18 @@ class Worker:
     """
 
     def __init__(
-        self, config: ModelConfig, shard: Shard, blocks: Sequence[Weights], ends: EndWeights, kernels: Kernels
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        blocks: Sequence[Weights | FoldedWeights],
+        ends: EndWeights,
+        kernels: Kernels,
     ):
         self.config, self.shard, self.blocks, self.ends, self.kernels = config, shard, blocks, ends, kernels
         self.shape = BandShape.of(config, len(shard.heads))
         self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
+        if self.dtype == torch.float8_e4m3fn:  # of matrices alone
+            self.dtype = torch.bfloat16
         self.states: dict[int, list[AnyState | None]] = {}  # by number: a state for each block, None if not made yet
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
@@ -110,7 +120,7 @@ class Worker:
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
         start = torch.zeros(batch, dtype=torch.long, device=self.device)
         for n in {type(w): n for n, w in enumerate(self.blocks)}.values():
-            w, functions = self.blocks[n], self._functions(n, x, chunk_size)
+            w, functions = self.blocks[n], self.functions(n, x, chunk_size)
             args = (x, w, self.fresh_state(n, batch), start, start + tokens)
             if one_band:
                 functions.block(*args)
@@ -144,27 +154,36 @@ class Worker:
     def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
         """Run this stage's n-th block, if this band has all heads."""
         state = self._block(move.src, n)
-        x, state = self._functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
+        x, state = self.functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return x
 
     def run_mixer(self, n: int, x: Tensor, move: Move) -> Tensor:
         """This band's share of block n's mixer (mLSTM or sLSTM)."""
         state = self._block(move.src, n)
-        y, state = self._functions(n, x, move.chunk_size).mixer(x, self.blocks[n], state, move.start, move.end)
+        y, state = self.functions(n, x, move.chunk_size).mixer(x, self.blocks[n], state, move.start, move.end)
         self._made(move, n, state)
         return y
 
     def run_ffn(self, n: int, x: Tensor, move: Move) -> Tensor:
         """This band's share of block n's feed-forward."""
-        return self._functions(n, x, move.chunk_size).ffn(x, self.blocks[n])
+        return self.functions(n, x, move.chunk_size).ffn(x, self.blocks[n])
 
-    def _functions(self, n: int, x: Tensor, chunk_size: int) -> BlockFunctions:
+    def functions(self, n: int, x: Tensor, chunk_size: int) -> BlockFunctions:
         return self.kernels.functions(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
 
 
 def build_worker(
-    checkpoint: Checkpoint, kernels: Kernels, shard: Shard, *, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    shard: Shard,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    float8: bool = False,
 ) -> Worker:
-    """The worker of a shard, with its slice of the checkpoint."""
-    return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)
+    """The worker of a shard, with its slice of the checkpoint. float8: of the large matrices, by the Triton kernels."""
+    if kernels.backend.kernel != KERNEL:
+        return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)
+    blocks, ends = checkpoint.load(shard, dtype=dtype, device=device, made=partial(fold, float8=float8))
+    return Worker(checkpoint.config, shard, blocks, fold_ends(ends), kernels)
