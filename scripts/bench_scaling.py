@@ -129,8 +129,9 @@ def measure(args: argparse.Namespace, argv: list[str], settings: Row) -> list[Ro
     from bench_prefill import make_model
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        model = Path(folder) / "model"
-        make_model(model, args)
+        model = args.model or Path(folder) / "model"
+        if not model.exists():
+            make_model(model, args)
         field = {stages: Contestant(stages, model, argv) for stages in sorted({run[2] for run in missing})}
         for one in field.values():
             one.read()
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="on the CPU, over all stages")
     parser.add_argument("--out", type=Path, help="a file of runs, a line of JSON each")
     parser.add_argument("--png", type=Path, help="draw it (needs matplotlib)")
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help="a folder of the random model, for the next time; made if missing")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:
