@@ -183,12 +183,16 @@ def test_where_there_is_no_room_it_waits_and_says_so(run, model, monkeypatch):
 
 def process(*words: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "xlstm_ray", "client", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **pipes)
 
 
 def test_an_interrupt_leaves_the_service_reading(service, client):
-    with process("prefill", "-p", BOOK * 4, "--name", "left", "--url", service.url, "--progress", "ndjson") as program:
+    with process("prefill", "--name", "left", "--url", service.url, "--progress", "ndjson") as program:
+        assert program.stdin is not None
         assert program.stderr is not None
+        program.stdin.write(BOOK * 4)
+        program.stdin.close()
         reading_line(program.stderr, '"event": "document", .*("tokens_total")')
         program.send_signal(signal.SIGINT)
         assert program.wait(30) == 130

@@ -2,7 +2,6 @@
 
 import sys
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from secrets import token_hex
 from time import perf_counter
@@ -195,4 +194,4 @@ def _opened(name: str) -> IO[bytes]:
         raise UsageError(
             f"{name}: is a state and not a text; xlstm-ray client states upload {Path(name).name} sends it"
         )
-    return file if head else BytesIO()
+    return file
