@@ -12,6 +12,13 @@ alike. The output has medians over rounds, and ratios of medians. Contestants:
     kernels float32                the same with this project's kernels in it (`use_kernels`); only if it is named
     products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
                                    (the faster of the two), on prepared operands: the upper limit of any prefill
+    this float8, products float8   the same in float8, on Hopper GPUs; gates' products are left out of the latter
+
+On a GPU, the shape of xLSTM 7B:
+
+    python scripts/bench_prefill.py --device cuda --hidden 4096 --blocks 32 --heads 8 --vocab 50304 --store bfloat16 \\
+        --tokens 65536 --tile-size 4096 --chunk-size 256 --memory-tokens 16384,262144 \\
+        --contestants this:bfloat16,products:bfloat16,this:float8,products:float8
 
 Peak memory: the process's high-water mark of resident memory during a prefill (on cuda: the allocator's), without the
 weights; each length in its own process, which has loaded and compiled before the mark was reset.
@@ -124,31 +131,43 @@ def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
     import torch.nn.functional as F
     from safetensors import safe_open
 
-    device = args.device if args.device != "auto" else "cpu"
+    device, float8 = args.device if args.device != "auto" else "cpu", dtype == "float8"
+    plain = torch.bfloat16 if float8 else getattr(torch, dtype)
+    if float8:
+        from xlstm_ray.kernels.triton_products import product8, quantized_rows
     weights = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            weights |= {name: file.get_tensor(name).to(device, getattr(torch, dtype)) for name in file.keys()}
+            weights |= {name: file.get_tensor(name).to(device, plain) for name in file.keys()}
     blocks = []
     for n in range(args.blocks):
         at = f"backbone.blocks.{n}."
-        w = [weights[f"{at}mlstm_layer.{x}.weight"] for x in ("q", "k", "v", "ogate_preact")]
-        w += [torch.cat([weights[f"{at}mlstm_layer.{x}.weight"] for x in ("igate_preact", "fgate_preact")])]
-        mix_in = [torch.cat(w[:4]), w[4]]
-        up = torch.cat([weights[f"{at}ffn.proj_up_gate.weight"], weights[f"{at}ffn.proj_up.weight"]])
-        blocks.append([*mix_in, weights[f"{at}mlstm_layer.out_proj.weight"], up, weights[f"{at}ffn.proj_down.weight"]])
+
+        def one(*names: str, at: str = at) -> torch.Tensor:
+            return torch.cat([weights.pop(f"{at}{name}.weight") for name in names])
+
+        block = [one(*(f"mlstm_layer.{x}" for x in ("q", "k", "v", "ogate_preact")))]
+        gates = one("mlstm_layer.igate_preact", "mlstm_layer.fgate_preact")
+        block += [one("mlstm_layer.out_proj"), one("ffn.proj_up_gate", "ffn.proj_up"), one("ffn.proj_down")]
+        blocks.append([quantized_rows(w) for w in block] if float8 else [*block, gates])
     operands: dict[tuple[int, int], torch.Tensor] = {}
 
     def operand(rows: int, columns: int) -> torch.Tensor:
         if (rows, columns) not in operands:
-            operands[rows, columns] = torch.randn(rows, columns).to(device, getattr(torch, dtype))
+            operands[rows, columns] = torch.randn(rows, columns, device=device).to(plain)
+            if float8:
+                ones = torch.ones(rows, 1, device=device)
+                operands[rows, columns] = operands[rows, columns].to(torch.float8_e4m3fn), ones
         return operands[rows, columns]
 
     def products(tokens: int, at_once: int) -> None:
         for _ in range(0, tokens, at_once):
             for block in blocks:
                 for w in block:
-                    F.linear(operand(at_once, w.shape[1]), w)
+                    if float8:
+                        product8(operand(at_once, w[0].shape[1]), w)
+                    else:
+                        F.linear(operand(at_once, w.shape[1]), w)
         if device != "cpu":
             torch.accelerator.synchronize()
 
@@ -320,7 +339,9 @@ def compare_memory(args: argparse.Namespace) -> None:
     stored = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     print("peak memory above the weights, MiB")
     for kind, dtype in (word.split(":") for word in args.contestants.split(",") if "products" not in word):
-        weights = stored * {"float32": 4, "bfloat16": 2}[dtype] // {"float32": 4, "bfloat16": 2}[args.store]
+        sizes = {"float32": 4, "bfloat16": 2, "float8": 1}
+        ends = 2 * args.vocab * args.hidden * (dtype == "float8")  # the embedding and the head stay bfloat16
+        weights = stored * sizes[dtype] // sizes[args.store] + ends
         row = []
         for tokens in lengths:
             contestant = Contestant(kind, dtype, args)

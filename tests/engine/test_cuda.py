@@ -14,9 +14,13 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import Engine
+from xlstm_ray.actors.shard import Call, ShardWork, WorkerSpec
+from xlstm_ray.actors.wire import from_wire
+from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.engine.request import Request
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels.fit import CAPABILITY
+from xlstm_ray.runtime.executor import Step, decoding_step
 from xlstm_ray.sampling import Sampling
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
@@ -94,6 +98,37 @@ def test_the_need_of_memory_covers_what_is_allocated(lm):
     lm.prefill([1] * 5000)
     used, need = torch.cuda.max_memory_allocated(), lm.need(1)
     assert 0.3 * need.total < used < need.total + (64 << 20)  # of other engines in this process
+
+
+def test_stages_of_one_process_are_a_graph_each_with_the_same_bits(lm):
+    with xlstm_ray.load(**DEMO, chunkwise_backend="ray_triton_chunks", ray_local_mode=True, stages=2) as engine:
+        engine.serve(slots=8, buckets=(8,))
+        assert answers(engine, PARAMETERS) == answers(lm, PARAMETERS)
+
+
+def test_an_actors_work_is_the_same_graph(lm):
+    """What an actor does, without Ray: a tile, then tokens in place, and one that is not in place."""
+    plan = lm.plan
+    stored = Checkpoint(plan.model, plan.config).stored()
+    spec = WorkerSpec(plan.model, plan.config, stored, "ray_triton_chunks", "cuda", plan.dtype, 8, None, 1, graphs=True)
+    ((shard,),) = plan.layout
+    work = ShardWork(spec, shard, "work", one_band=True)
+    work.load()
+    work.load_state(0, 0, None, 2, ())
+    ids = torch.randint(0, plan.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(5))
+    executor = lm.executor
+    state = executor.submit(executor.load(None, 2), Step(ids, torch.zeros(2).long(), torch.full((2,), 64), 64))
+    executor.result()
+    work.run(Call(0, 0, 0, 1, [0, 0], [64, 64], 64, False, "none", (), None), ids.numpy(), None)
+    for number, (dst, in_place) in enumerate(((1, True), (1, True), (2, False)), 1):
+        call = Call(0, number, 1, dst, [0, 0], [1, 1], 1, False, "last", (), None)
+        work.run(call, torch.full((2, 1), number).numpy(), None)
+        hidden, logits = work.output(call, None)
+        state = executor.submit(state, decoding_step([number] * 2, in_place=in_place))
+        result = executor.result()
+        assert result.logits is not None
+        assert torch.equal(torch.from_numpy(logits), result.logits.cpu())
+        assert torch.equal(from_wire(hidden, torch.bfloat16), result.hidden.cpu())
 
 
 def test_generation_goes_on_from_its_state_as_it_began(lm):

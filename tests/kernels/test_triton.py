@@ -212,6 +212,9 @@ def test_a_product_of_few_rows_equals_float64(name, B):
     assert error(out, ref) <= (8e-3 if out.dtype == BF16 else 1e-5)
     if name in ("out", "down") and B > 1:
         assert error(scratch.squares.sum(0), out.cpu().double().pow(2).sum(-1)) <= 1e-5
+        other = Scratch(B, D, NH, V, DEVICE)
+        enter(out, other)  # as a stage begins: to the same bits
+        assert torch.equal(scratch.squares, other.squares)
     assert not scratch.counter.any()
 
 

@@ -123,11 +123,12 @@ def _skinny(
     if ADD:
         acc = (acc + tl.load(residual + at, ok, 0.0).to(tl.float32)).to(out.dtype.element_ty)
         if DOT:
-            af = tl.where(ok, acc.to(tl.float32), 0.0)
+            # In float64 the sum of a part is exact, so it has the same bits in any order: in a stage's beginning too.
+            af = tl.where(ok, acc.to(tl.float32), 0.0).to(tl.float64)
             mask = p < B
             if SPLIT > 1:
                 mask &= mine
-            tl.store(squares + pn * B + p, tl.sum(af * af, 0), mask)
+            tl.store(squares + pn * B + p, tl.sum(af * af, 0).to(tl.float32), mask)
     tl.store(out + p[None, :] * LD + n[:, None], acc.to(out.dtype.element_ty), ok)
 
 
@@ -191,15 +192,16 @@ def _step(
 @triton.jit
 def _enter(tokens, embedding, x, squares, B, D: tl.constexpr, BD: tl.constexpr, SQUARES: tl.constexpr,
            PARTS: tl.constexpr, EMBED: tl.constexpr):  # fmt: skip
-    """The rows of the tokens' embedding into x (EMBED), and the squares of x's rows."""
+    """The rows of the tokens' embedding into x (EMBED), and the squares of x's rows, in the parts of _skinny's ADD."""
     b, d, j = tl.program_id(0), tl.arange(0, BD), tl.arange(0, PARTS)
     if EMBED:
         xt = tl.load(embedding + tl.load(tokens + b).to(tl.int64) * D + d, d < D, 0.0)
         tl.store(x + b * D + d, xt, d < D)
     else:
         xt = tl.load(x + b * D + d, d < D, 0.0)
-    xf = xt.to(tl.float32)
-    tl.store(squares + j * B + b, tl.where(j == 0, tl.sum(xf * xf, 0), 0.0), j < SQUARES)
+    xf = xt.to(tl.float64)
+    parts = tl.sum(tl.reshape(xf * xf, (PARTS, BD // PARTS)), 1).to(tl.float32)
+    tl.store(squares + j * B + b, parts, j < SQUARES)
 
 
 class Scratch:
