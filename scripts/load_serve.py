@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", "--deterministic"]
     with tempfile.TemporaryFile("w+") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
         try:

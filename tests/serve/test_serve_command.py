@@ -171,3 +171,18 @@ def test_the_help_needs_neither_torch_nor_fastapi() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_what_others_ask_changes_no_bit_of_an_answer(model):
+    """By its log-probabilities: a call with more rows sums in another order."""
+    with serving("--model", model, "--deterministic", "--slots", 4, *WORDS) as service:
+        asked = {"max_tokens": 12, "logprobs": 5}
+        alone = service.complete("a secret", **asked).json["choices"]
+        streams = [
+            service.send("/v1/completions", {"prompt": str(n), "max_tokens": 900, "stream": True}) for n in "123"
+        ]
+        for stream in streams:
+            assert stream.recv(15) == b"HTTP/1.1 200 OK"
+        assert service.complete("a secret", **asked).json["choices"] == alone
+        for stream in streams:
+            stream.close()

@@ -70,6 +70,10 @@ def serve(
     slots: Annotated[
         int | None, _option("--slots", "Requests at once. [default: 16, or as many as fit]", min=1, max=1024)
     ] = None,
+    deterministic: Annotated[
+        bool,
+        _option("--deterministic", "An answer's bits do not depend on other requests; a lone one takes longer."),
+    ] = False,
     queue: Annotated[int, _option("--queue", "Answers that may wait for a slot.", min=0, max=1 << 20)] = 256,
     max_tokens: Annotated[int, _option("--max-tokens", "The most tokens of an answer.", min=1, max=1 << 30)] = 4096,
     max_body_mb: Annotated[int, _option("--max-body-mb", "MiB of the largest body.", min=1, max=1 << 20)] = 32,
@@ -129,8 +133,7 @@ def serve(
     try:
         with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                slots = engine.serve(slots=slots)
-                _compile(engine, slots)
+                slots = _serve(engine, slots, deterministic=deterministic)
                 server.open(engine, slots)
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
@@ -147,14 +150,20 @@ def serve(
         raise Interrupted("requests were cancelled")
 
 
-def _compile(engine: "Engine", slots: int) -> None:
-    """All that requests will call, unless warm-up is off: else a later one would stop everybody's for a minute."""
+def _serve(engine: "Engine", slots: int | None, *, deterministic: bool) -> int:
+    """Begin to serve; returns the slots.
+
+    All that requests will call is compiled, unless warm-up is off: else a later one would stop everybody for a minute.
+    """
     from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 
+    sizes = (group_size(slots or GROUP_SIZES[-1]),) if deterministic else GROUP_SIZES
+    slots = engine.serve(slots=slots, buckets=sizes)
     engine.warm_up(1, [engine.numerics.tile_size, engine.numerics.chunk_size])
-    for rows in GROUP_SIZES:
-        if rows <= group_size(slots):
+    for rows in sizes:
+        if deterministic or rows <= group_size(slots):
             engine.warm_up(rows, [1])
+    return slots
 
 
 def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:
