@@ -42,12 +42,11 @@ def contestant(args: argparse.Namespace) -> None:
     import xlstm_ray
     from xlstm_ray import Request, Sampling
 
-    grid: dict[str, Any] = {}
+    executor = "ray" if args.contestant > 1 else "queued"
+    grid: dict[str, Any] = {"chunkwise_backend": f"{executor}_{args.kernel}"}
+    grid["threads"] = max(1, args.threads // args.contestant)
     if args.contestant > 1:
-        grid = {"chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False, "stages": args.contestant}
-        grid["threads"] = max(1, args.threads // args.contestant)
-    else:
-        grid["threads"] = args.threads
+        grid |= {"ray_local_mode": False, "stages": args.contestant}
     lm = xlstm_ray.load(
         args.model, device=args.device, dtype=args.dtype, tile_size=args.tile_size, chunk_size=args.chunk_size, **grid
     )
@@ -219,12 +218,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--store", default="bfloat16", help="dtype that the random model is stored in")
+    parser.add_argument("--kernel", help="[default: triton_chunks on cuda, compiled_chunks elsewhere]")
     parser.add_argument("--threads", type=int, default=2, help="on the CPU, over all stages")
     parser.add_argument("--out", type=Path, help="a file of runs, a line of JSON each")
     parser.add_argument("--png", type=Path, help="draw it (needs matplotlib)")
     parser.add_argument("--model", type=Path, help="a folder of the random model, for the next time; made if missing")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.kernel = args.kernel or ("triton_chunks" if args.device == "cuda" else "compiled_chunks")
     if args.contestant:
         contestant(args)
         return
