@@ -53,8 +53,8 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     from tokenizers import Tokenizer, models
 
     sys.path.insert(0, str(SELF.parents[1]))
-    from xlstm_ray.checkpoint import INDEX_FILE
     from xlstm_ray.config import ModelConfig
+    from xlstm_ray.headers import INDEX_FILE
     from xlstm_ray.tensors import HEAD, OUT_NORM, expected_tensors
 
     config = {

@@ -27,6 +27,10 @@ RUN = {
     "xlstm-ray prefill --prompt-file prompts.jsonl --jsonl": SMALL,
     "xlstm-ray prefill --prompt-file - --json --progress ndjson < book.txt": SMALL,
     "xlstm-ray models": "",
+    "xlstm-ray quantize DIR DIR-8bit --bits 8": "",
+    "xlstm-ray quantize DIR DIR-4bit --bits 4 --group-size 32": "",
+    'xlstm-ray generate --model DIR-4bit --prompt "The capital of France is"': "--max-new-tokens 2 " + SMALL,
+    "xlstm-ray plan --model DIR-4bit --device m1 --prompt-tokens 65536": "",
     "xlstm-ray config": "",
     "xlstm-ray plan --model DIR --device m2-ultra --prompt-tokens 65536": "",
     "xlstm-ray bench --lengths 512,2048,8192": "--lengths 8 --backends native --rounds 1",
@@ -111,7 +115,8 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def shell(line: str, directory: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    line = line.replace("./scripts/", f"{ROOT}/scripts/").replace("DIR", str(ROOT / "xlstm_ray" / "demo"))
+    line = line.replace("./scripts/", f"{ROOT}/scripts/")
+    line = re.sub(r"DIR(-\w+)?", lambda name: f"demo{name[1]}" if name[1] else str(ROOT / "xlstm_ray" / "demo"), line)
     return subprocess.run(
         ["bash", "-c", line],
         cwd=directory,

@@ -20,15 +20,15 @@ from torch import Tensor
 from xxhash import xxh3_128_digest
 
 from xlstm_ray import digests
-from xlstm_ray.config import ModelConfig, parse_json, read_json
+from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, one_line
-from xlstm_ray.files import MIB, is_lfs_pointer, lfs_advice
+from xlstm_ray.files import MIB
+from xlstm_ray.headers import DTYPES, INDEX_FILE, check, locate, read_header
+from xlstm_ray.kernels.quantized import Quantized, unpacked
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights
-from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SLSTM_GATES, expected_tensors, itemsize_of, projections
+from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SCALE, SLSTM_GATES, ZERO, bytes_of, is_quantized, projections
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 UNIT = MIB  # bytes of a tensor (whole rows) that have one digest, so that a band checks only its own rows
 DIGEST = 16  # bytes
 Make = Callable[[Weights], Any]
@@ -55,14 +55,14 @@ class Checkpoint:
 
     def __init__(self, directory: Path, config: ModelConfig, expected: Mapping[str, Stored] | None = None):
         self.config, self.directory = config, directory
-        self._files = _locate(directory)
+        self._files = locate(directory)
         self._header: dict[str, tuple[list[int], str]] = {}
         for path in sorted(set(self._files.values())):
-            for name, entry in _read_header(path).items():
+            for name, entry in read_header(path).items():
                 if name not in self._files or self._files[name] != path:
                     raise CheckpointError(f"{path}: tensor {name!r} is in it, but {INDEX_FILE} does not say so")
                 self._header[name] = entry
-        self._check(directory)
+        self._whole = check(directory, config, self._files, self._header)  # shapes, before quantization
         self._expected = expected
         if expected is not None and {n: (list(e.shape), e.dtype) for n, e in expected.items()} != self._header:
             raise self._another()
@@ -72,38 +72,14 @@ class Checkpoint:
         self._under_way: Future[None] | None = None
         self._kept_already = expected is not None or self._recall()
 
-    def _check(self, directory: Path) -> None:
-        expected = expected_tensors(self.config)
-        if OUT_NORM in self._files or self.config.add_out_norm:
-            expected[OUT_NORM] = (self.config.hidden_size,)
-        if HEAD in self._files or not self.config.tie_word_embeddings:
-            expected[HEAD] = (self.config.vocab_size, self.config.hidden_size)
-        for name, path in self._files.items():
-            if name not in self._header:
-                raise CheckpointError(f"{path}: tensor {name!r}, which the index promises, is missing")
-            if name not in expected:
-                raise CheckpointError(f"{path}: tensor {name!r} is not part of the model that config.json describes")
-        for name, shape in expected.items():
-            if name not in self._header:
-                raise CheckpointError(
-                    f"{directory}: tensor {name} {shape}, which config.json asks for, is missing from the weights"
-                )
-            found, dtype = self._header[name]
-            if tuple(found) != shape:
-                raise CheckpointError(
-                    f"{self._files[name]}: tensor {name} has shape {tuple(found)}, config.json asks for {shape}"
-                )
-            if dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{self._files[name]}: tensor {name} is stored as {dtype}; allowed: {', '.join(DTYPES)}"
-                )
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to run in: config.json's, or that of most weight bytes if it is wider or config.json has none.
 
         Most bytes count, so one tensor that is stored in a narrower dtype does not narrow the others.
         """
+        if self.config.quantization is not None:  # what is stored in float32 is so for its precision
+            return getattr(torch, self.config.dtype or "bfloat16")
         stored: Counter[torch.dtype] = Counter()
         for shape, name in self._header.values():
             stored[DTYPES[name]] += torch.Size(shape).numel() * DTYPES[name].itemsize
@@ -117,7 +93,7 @@ class Checkpoint:
         float8: the large matrices of blocks are quantized.
         """
         shapes = self.shapes.items()
-        return sum(torch.Size(shape).numel() * itemsize_of(name, dtype, float8=float8) for name, shape in shapes)
+        return sum(bytes_of(self.config, name, shape, dtype, float8=float8) for name, shape in shapes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,13 +105,22 @@ class Checkpoint:
         """The size of the largest stored tensor: while files are read, at most this much of them is mapped."""
         return max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
 
+    @property
+    def files(self) -> list[Path]:
+        """The weights' files."""
+        return sorted(self._stats)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor as it is stored, a view of its mapped file. Raises CheckpointError if it is not finite."""
+        return self._finite(self._read(name), name)
+
     def fingerprint(self) -> str:
         """The model's identity: 32 hex digits over its configuration, all bytes of its weights and its tokenizer file.
 
         It does not depend on how the weights are spread over files. Weights that were not read yet are read now.
         """
         # Left out if empty, so that a missing key and an empty one name the same model.
-        without = None if self.config.slstm_at else {"slstm_at"}
+        without = {name for name in ("slstm_at", "quantization") if not getattr(self.config, name)}
         digest = hashlib.sha256(self.config.model_dump_json(exclude=without).encode())
         for name, tensor in sorted(self.stored().items()):
             digest.update(json.dumps([name, tensor.shape, tensor.dtype]).encode() + tensor.units)
@@ -182,10 +167,10 @@ class Checkpoint:
         last = leads and shard.blocks.stop == self.config.num_blocks
         tied = HEAD not in self._header
         if leads and shard.blocks.start == 0 or last and tied:
-            embedding = self._tensor(EMBEDDING, dtype, device)
+            embedding = self._matrix([(EMBEDDING, slice(None))], slice(None), dtype, device)
         if last:
-            head = embedding if tied else self._tensor(HEAD, dtype, device)
-            out_norm = self._tensor(OUT_NORM, dtype, device) if OUT_NORM in self._header else None
+            head = embedding if tied else self._matrix([(HEAD, slice(None))], slice(None), dtype, device)
+            out_norm = self._tensor(OUT_NORM, self._norms(dtype), device) if OUT_NORM in self._header else None
         return EndWeights(embedding, out_norm, head)
 
     def _block(self, n: int, shard: Shard, dtype: torch.dtype, device: torch.device, leads: bool) -> Weights:
@@ -193,6 +178,7 @@ class Checkpoint:
         qk = slice(shard.heads.start * config.dhqk, shard.heads.stop * config.dhqk)
         v = slice(shard.heads.start * config.dhhv, shard.heads.stop * config.dhhv)
         nh, ffn = slice(shard.heads.start, shard.heads.stop), slice(shard.ffn.start, shard.ffn.stop)
+        everything, norms = slice(None), self._norms(dtype)
         band_rows = {"q": qk, "k": qk, "v": v, "o": v, "i": nh, "f": nh, "gate": ffn, "up": ffn}
 
         def stack(parts: str, kind: str, to: torch.dtype) -> Tensor:
@@ -210,22 +196,35 @@ class Checkpoint:
                 filled += size
             return out
 
+        def matrix(parts: str) -> Tensor | Quantized:
+            if config.quantization is None:
+                return stack(parts, "weight", dtype)
+            rows = [(table[part][0], table[part][1], band_rows[part]) for part in parts.split()]
+            return self._matrix(
+                [(f"{at}{name}.weight", slice(first + r.start, first + r.stop)) for name, first, r in rows],
+                everything,
+                dtype,
+                device,
+            )
+
         def bias(parts: str) -> Tensor | None:
-            return stack(parts, "bias", dtype) if config.use_bias else None
+            return stack(parts, "bias", norms) if config.use_bias else None
 
         def one(name: str, *where: slice) -> Tensor:
-            return self._tensor(at + name, dtype, device, *where)
+            return self._tensor(at + name, norms, device, *where)
+
+        def columns(name: str, where: slice) -> Tensor | Quantized:
+            return self._matrix([(at + name, everything)], where, dtype, device)
 
         def maybe(name: str, *where: slice, when: bool = True) -> Tensor | None:
             return one(name, *where) if config.use_bias and when else None
 
-        everything = slice(None)
         ffn_weights: dict[str, Any] = {
             "ffn_norm": one("norm_ffn.weight"),
             "ffn_norm_bias": maybe("norm_ffn.bias"),
-            "up": stack("gate up", "weight", dtype),
+            "up": matrix("gate up"),
             "up_bias": bias("gate up"),
-            "down": one("ffn.proj_down.weight", everything, ffn),
+            "down": columns("ffn.proj_down.weight", ffn),
             "down_bias": maybe("ffn.proj_down.bias", when=leads),
         }
         if n in config.slstm_at:
@@ -250,16 +249,43 @@ class Checkpoint:
         return BlockWeights(
             mixer_norm=one("norm_mlstm.weight"),
             mixer_norm_bias=maybe("norm_mlstm.bias"),
-            qkvo=stack("q k v o", "weight", dtype),
+            qkvo=matrix("q k v o"),
             qkvo_bias=bias("q k v o"),
             gates=stack("i f", "weight", torch.float32),
             gates_bias=stack("i f", "bias", torch.float32),
             head_norm=one("mlstm_layer.multihead_norm.weight", v),
             head_norm_bias=maybe("mlstm_layer.multihead_norm.bias", v),
-            out=one("mlstm_layer.out_proj.weight", everything, v),
+            out=columns("mlstm_layer.out_proj.weight", v),
             out_bias=maybe("mlstm_layer.out_proj.bias", when=leads),
             **ffn_weights,
         )
+
+    def _norms(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of norms and biases: float32 beside integers, where they are little."""
+        return dtype if self.config.quantization is None else torch.float32
+
+    def _matrix(
+        self, parts: Sequence[tuple[str, slice]], columns: slice, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | Quantized:
+        """Rows of several matrices, stacked, and a range of their columns; integers stay integers."""
+        if not is_quantized(self.config, parts[0][0]):
+            ((name, rows),) = parts
+            return self._tensor(name, dtype, device, rows, columns)
+        assert self.config.quantization is not None
+        bits, group = self.config.quantization.bits, self.config.quantization.group_size
+        start, stop, _ = columns.indices(self._whole[parts[0][0]][1])
+        groups = slice(start // group, -(-stop // group))  # the others' columns in the first and last are times 0
+        bytes_ = slice(groups.start * group * bits // 8, groups.stop * group * bits // 8)
+        values = torch.cat([unpacked(self._read(name, rows, bytes_), bits=bits, group=group) for name, rows in parts])
+
+        def of_groups(kind: str) -> Tensor:
+            host = torch.device("cpu")
+            return torch.cat([self._tensor(name + kind, dtype, host, rows, groups) for name, rows in parts])
+
+        zero = of_groups(ZERO) if bits == 4 else None
+        before = start - groups.start * group
+        packed = device.type == "cpu" and parts[0][0] not in (EMBEDDING, HEAD)
+        return Quantized.make(values, of_groups(SCALE), zero, before=before, packed=packed).to(device)
 
     def _tensor(self, name: str, dtype: torch.dtype, device: torch.device, *where: slice) -> Tensor:
         part = self._read(name, *where)
@@ -339,61 +365,3 @@ class Checkpoint:
 
     def _names(self, path: Path) -> list[str]:
         return [name for name, where in self._files.items() if where == path]
-
-
-def _locate(directory: Path) -> dict[str, Path]:
-    """Which file holds which tensor, from model.safetensors or its index."""
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if not index.is_file():
-        if single.is_file():
-            return dict.fromkeys(_read_header(single), single)
-        try:
-            beside = sorted(directory.iterdir())
-        except OSError as err:
-            raise CheckpointError(f"{directory}: cannot be read ({err.strerror})") from None
-        pickled = next((p for p in beside if p.suffix in (".bin", ".pt", ".pth", ".ckpt")), None)
-        if pickled:
-            raise CheckpointError(
-                f"{pickled}: pickled weights can run code when opened and are refused; convert them to {SINGLE_FILE}"
-            )
-        raise CheckpointError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    content = read_json(index, CheckpointError)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be an object of tensor names and file names")
-    files = {}
-    for name, file in weight_map.items():
-        # A file name, never a path: a foreign index must not make us read outside the model's directory.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index}: tensor {name!r} is said to be in {str(file)[:80]!r}, which is not a .safetensors file name"
-            )
-        files[name] = directory / file
-    if single.is_file() and single not in files.values():
-        raise CheckpointError(
-            f"{directory}: has two sets of weights, {SINGLE_FILE} and the shards that {INDEX_FILE} names; "
-            "move one of them elsewhere"
-        )
-    for path in sorted(set(files.values())):
-        try:
-            missing = not path.is_file()
-        except OSError:  # a name that no file can have
-            missing = True
-        if missing:
-            raise CheckpointError(f"{directory}: {path.name[:80]!r} is missing, but {INDEX_FILE} names it")
-    return files
-
-
-def _read_header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Every tensor's shape and dtype name; the library checks offsets and the file's length."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            header = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        with path.open("rb") as raw:
-            parse_json(raw.read(int.from_bytes(raw.read(8), "little")))  # the library takes the last of equal names
-        return header
-    except (SafetensorError, OSError, ValueError, RecursionError) as err:
-        if is_lfs_pointer(path):
-            raise CheckpointError(lfs_advice(path)) from None
-        raise CheckpointError(f"{path}: is not a whole safetensors file: {one_line(err)}") from None

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -93,6 +93,20 @@ def _block_indices(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class Quantization(BaseModel):
+    """How the matrices of a model are stored: integers of `bits`, with a scale for each `group_size` columns of a row.
+
+    embedding, head: whether these are, too; all large matrices of blocks are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[4, 8]
+    group_size: Literal[32, 64, 128]
+    embedding: Annotated[bool, Field(strict=True)] = False
+    head: Annotated[bool, Field(strict=True)] = False
+
+
 class ModelConfig(BaseModel):
     """The keys of config.json (model_type xlstm) that change what the model computes.
 
@@ -124,6 +138,7 @@ class ModelConfig(BaseModel):
     bos_token_id: Annotated[TokenId | None, BeforeValidator(_id)] = None
     eos_token_id: Annotated[tuple[TokenId, ...], BeforeValidator(_id_list)] = ()
     force_bos_token_insert: Annotated[bool, Field(strict=True)] = False
+    quantization: Quantization | None = None
     # The dtype that the model is meant for. It does not change what the model computes: not part of its identity.
     dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(None, exclude=True)
 
@@ -179,6 +194,8 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split into num_heads {self.num_heads}, as slstm_at asks"
             )
+        if self.quantization and self.tie_word_embeddings and self.quantization.head != self.quantization.embedding:
+            raise ValueError("quantization: the embedding is the head too, so both are quantized or none")
         if self.force_bos_token_insert and self.bos_token_id is not None and self.bos_token_id >= self.vocab_size:
             raise ValueError(f"bos_token_id {self.bos_token_id} is outside the vocabulary of {self.vocab_size}")
         return self

@@ -9,7 +9,7 @@ feed-forward columns.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import Cell, SlstmCell
 from xlstm_ray.kernels.native import PAD_F, PAD_I, SlstmState, State
+from xlstm_ray.kernels.quantized import Quantized
 
 SLSTM_NORM_EPS = 1e-5  # of the sLSTM's head norm; the configuration sets only the others
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -30,19 +31,19 @@ class BlockWeights(NamedTuple):
 
     mixer_norm: Tensor  # (D,)
     mixer_norm_bias: Tensor | None
-    qkvo: Tensor  # (2 nh K + 2 nh V, D): the rows of q, k, v and the output gate, one matrix product
+    qkvo: Tensor | Quantized  # (2 nh K + 2 nh V, D): the rows of q, k, v and the output gate, one matrix product
     qkvo_bias: Tensor | None
     gates: Tensor  # (2 nh, D) float32: the rows of i and f; small, and exp() follows, so they stay exact
     gates_bias: Tensor  # (2 nh,) float32
     head_norm: Tensor  # (nh V,)
     head_norm_bias: Tensor | None
-    out: Tensor  # (D, nh V)
+    out: Tensor | Quantized  # (D, nh V)
     out_bias: Tensor | None  # only in the first band: partial sums add up
     ffn_norm: Tensor  # (D,)
     ffn_norm_bias: Tensor | None
-    up: Tensor  # (2 F, D): the rows of the gate, then of the up projection
+    up: Tensor | Quantized  # (2 F, D): the rows of the gate, then of the up projection
     up_bias: Tensor | None
-    down: Tensor  # (D, F)
+    down: Tensor | Quantized  # (D, F)
     down_bias: Tensor | None  # only in the first band
 
 
@@ -58,9 +59,9 @@ class SlstmWeights(NamedTuple):
     channel: Tensor  # () int64: the band's first channel; a tensor, so that bands of one size share code
     ffn_norm: Tensor  # (D,) from here on as in BlockWeights
     ffn_norm_bias: Tensor | None
-    up: Tensor  # (2 F, D)
+    up: Tensor | Quantized  # (2 F, D)
     up_bias: Tensor | None
-    down: Tensor  # (D, F)
+    down: Tensor | Quantized  # (D, F)
     down_bias: Tensor | None
 
 
@@ -71,9 +72,9 @@ AnyState = State | SlstmState
 class EndWeights(NamedTuple):
     """The weights before the first block and after the last."""
 
-    embedding: Tensor | None  # (vocabulary, D), first stage
+    embedding: Tensor | Quantized | None  # (vocabulary, D), first stage
     out_norm: Tensor | None  # (D,), last stage
-    head: Tensor | None  # (vocabulary, D), last stage
+    head: Tensor | Quantized | None  # (vocabulary, D), last stage
 
 
 class BandShape(NamedTuple):
@@ -118,8 +119,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None) -> Tensor:
     """x (..., in) @ weight (out, in) transposed + bias (out,)."""
+    if isinstance(weight, Quantized):
+        return weight.linear(x, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not weight.requires_grad:
         return linear_f32(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -232,12 +235,14 @@ def whole_block(mixer: Callable[..., tuple[Tensor, AnyState]], ffn: Callable[...
     return block
 
 
-def head_product(x: Tensor, head: Tensor) -> Tensor:
+def head_product(x: Tensor, head: Tensor | Quantized) -> Tensor:
     """x (rows, D) @ head (vocabulary, D) transposed -> (rows, vocabulary), float32 for any operands.
 
     In bfloat16 the best two logits would be equal at one position in 50. torch has such a product only on cuda;
     elsewhere a few rows of the head are upcast at a time, which takes little memory.
     """
+    if isinstance(head, Quantized):
+        return torch.cat([part.linear(upcast(x)) for part in head.parts(HEAD_PART)], -1)
     if head.dtype.itemsize > 2:
         return F.linear(x, head)
     if head.device.type == "cuda":
@@ -253,7 +258,7 @@ def few_rows_product(x: Tensor, head: Tensor) -> Tensor:
 
 
 def logits(
-    x: Tensor, ends: EndWeights, config: ModelConfig, product: Callable[[Tensor, Tensor], Tensor] = head_product
+    x: Tensor, ends: EndWeights, config: ModelConfig, product: Callable[[Tensor, Any], Tensor] = head_product
 ) -> Tensor:
     """Residual stream (..., D) after the last block -> logits (..., vocabulary), float32."""
     assert ends.head is not None

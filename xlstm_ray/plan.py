@@ -42,6 +42,7 @@ from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
+from xlstm_ray.tensors import whole_bytes
 
 CACHE_MEMORY_MB = 256  # besides a directory, if nothing else is given
 
@@ -221,6 +222,7 @@ def choose_plan(
                 base=base() if local and device.type != "cuda" else 0,
                 weights=checkpoint.weight_bytes(dtype, float8=settings.dtype == "float8") if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
+                whole_matrix=whole_bytes(config, dtype),
                 tile=sizes.tile,
                 chunk=sizes.chunk,
                 heads_per_band=sizes.heads,

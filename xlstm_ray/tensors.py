@@ -1,9 +1,20 @@
 """The tensors of a model in the Hugging Face layout: names, shapes, and where a projection's rows are."""
 
+from collections.abc import Mapping
+from math import prod
+
 import torch
 
 from xlstm_ray.config import ModelConfig
 
+SCALE, ZERO = "_scale", "_zero"  # after the name of a quantized tensor
+_MATRICES = tuple(
+    f"{name}.weight"
+    for name in (
+        *("mlstm_layer.q", "mlstm_layer.k", "mlstm_layer.v", "mlstm_layer.ogate_preact", "mlstm_layer.qkv_opreact"),
+        *("mlstm_layer.out_proj", "ffn.proj_up_gate", "ffn.proj_up", "ffn.proj_up_gate_z", "ffn.proj_down"),
+    )
+)
 EMBEDDING, OUT_NORM, HEAD = "backbone.embeddings.weight", "backbone.out_norm.weight", "lm_head.weight"
 # An sLSTM's gates i, f, z, o, and the published tensor of each. The names of the first two are swapped: the published
 # layer feeds the tensor named fgate into the cell's input i, and igate into f.
@@ -68,6 +79,43 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if config.use_bias:
                 shapes[f"{at}{name}.bias"] = (size,)
     return shapes
+
+
+def is_quantized(config: ModelConfig, name: str) -> bool:
+    """Whether the files have integers of that tensor."""
+    q = config.quantization
+    if q is None or name in (EMBEDDING, HEAD):
+        return q is not None and {EMBEDDING: q.embedding, HEAD: q.head}[name]
+    return name.endswith(_MATRICES)
+
+
+def stored_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What the files have of tensors of these shapes. A byte of 4-bit integers has two columns, the first in its low
+    half; scales and zeros have a column for each group."""
+    stored = dict(shapes)
+    for name, (rows, columns) in ((n, shape) for n, shape in shapes.items() if is_quantized(config, n)):
+        assert config.quantization is not None
+        groups = -(-columns // config.quantization.group_size)
+        stored[name] = rows, -(-columns * config.quantization.bits // 8)
+        stored[name + SCALE] = rows, groups
+        if config.quantization.bits == 4:
+            stored[name + ZERO] = rows, groups
+    return stored
+
+
+def bytes_of(
+    config: ModelConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, float8: bool = False
+) -> int:
+    """Bytes of a stored tensor after loading in `dtype`. float8: as in itemsize_of."""
+    return prod(shape) * (1 if is_quantized(config, name) else itemsize_of(name, dtype, float8=float8))
+
+
+def whole_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the largest matrix of a block that is made whole for a product, in `dtype`; 0 without integers."""
+    if config.quantization is None:
+        return 0
+    rows = max(2 * config.ffn_dim, 2 * config.qk_dim + 2 * config.v_dim)
+    return rows * config.hidden_size * dtype.itemsize
 
 
 def itemsize_of(name: str, dtype: torch.dtype, *, float8: bool = False) -> int:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
-from xlstm_ray.checkpoint import INDEX_FILE, SINGLE_FILE
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, ConfigError, StateError, UsageError, XlstmRayError
+from xlstm_ray.headers import INDEX_FILE, SINGLE_FILE
 from xlstm_ray.state import Numerics
 
 CONFIG, TOKENIZER, STATE = "config.json", "tokenizer.json", "prompt.state"

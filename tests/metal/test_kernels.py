@@ -11,6 +11,7 @@ from xlstm_ray.kernels import CHUNKWISE_BACKENDS, sequence_kernel, slstm_kernel,
 from xlstm_ray.kernels.chunkwise import mlstm_chunkwise
 from xlstm_ray.kernels.compiled import compile_each
 from xlstm_ray.kernels.native import State, log_sigmoid, mlstm_sequence, slstm_sequence
+from xlstm_ray.kernels.quantized import Quantized, packed, quantize, unpacked
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights, few_rows_product
 from xlstm_ray.runtime.blocks import Kernels
@@ -353,3 +354,35 @@ def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:
 
     assert largest_error(log_sigmoid) < 4e-7
     assert largest_error(torch.nn.functional.logsigmoid) > 0.1  # when this fails, torch's own log_sigmoid can be used
+
+
+@pytest.mark.parametrize(
+    ("bits", "T", "dtype"),
+    [(8, 32, torch.bfloat16), (8, 1, torch.float32), (4, 32, torch.float32), (4, 1, torch.bfloat16)],
+)
+def test_block_of_integers(simulator: Simulator, bits: int, T: int, dtype: torch.dtype) -> None:
+    """A tile and a token through a block of quantized matrices, against the same integers in float32 on the CPU."""
+
+    def integers(weight: Tensor, to: torch.dtype) -> Quantized:
+        values, *of_groups = quantize(weight, bits=bits, group=32)
+        scale, zero = (None if part is None else part.to(to) for part in of_groups)
+        assert scale is not None
+        values = unpacked(packed(values, bits=bits), bits=bits, group=32)
+        return Quantized.make(values, scale, zero, before=0, packed=False)
+
+    plain = random_weights(torch.float32)
+
+    def quantized(to: torch.dtype) -> BlockWeights:
+        return plain._replace(**{name: integers(getattr(plain, name), to) for name in ("qkvo", "out", "up", "down")})
+
+    x = torch.randn(1, T, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2)).to(dtype)
+    _, state = draw(dtype, 1, 1)
+    rows = [slice(0, T)]
+    want = run_block("native", quantized(torch.float32), x.float(), state, rows, one_band=True)
+    on_mps = cast(quantized(dtype), "mps")
+    for order in shaders.ORDERS:
+        with simulator.order(order):
+            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, one_band=True)
+        for mine, theirs in zip(got, want, strict=True):
+            assert error(mine, theirs) < (3e-6 if dtype == torch.float32 else 2e-2)
+    assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS

@@ -1,21 +1,21 @@
-"""The commands that look after models: download, models."""
+"""The commands that look after models: download, models, quantize."""
 
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from xlstm_ray import hub
 from xlstm_ray.cli.keep import program
-from xlstm_ray.cli.options import RUN, JsonOption, bare, examples
+from xlstm_ray.cli.options import RUN, JsonOption, ProgressOption, bare, examples
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
-from xlstm_ray.cli.signals import leave_at_once
-from xlstm_ray.config import ModelConfig
+from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
+from xlstm_ray.config import ModelConfig, Quantization
 from xlstm_ray.errors import ConfigError
 from xlstm_ray.files import shown_bytes
 from xlstm_ray.settings import Settings
@@ -67,6 +67,43 @@ def download(
     show(str(directory))
     model = name if cache_dir is None else str(directory)
     tell(f"to use it: {program()} generate --model {shlex.quote(model)} --prompt 'The capital of France is'")
+
+
+@commands.command(
+    rich_help_panel=RUN,
+    epilog=examples(
+        "xlstm-ray quantize NX-AI/xLSTM-7b xlstm-7b-4bit --bits 4 --group-size 32",
+        "xlstm-ray quantize DIR OUT --bits 8 --head --embedding",
+    ),
+)
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or owner/name of the hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
+    bits: Annotated[Literal["8", "4"], typer.Option("--bits", help="Bits of a weight.", show_default=False)],
+    group_size: Annotated[
+        Literal["32", "64", "128"], typer.Option("--group-size", help="Columns of a matrix that share a scale.")
+    ] = "32",
+    embedding: Annotated[
+        bool, typer.Option("--embedding/--no-embedding", help=bare("The embedding, too. [default: off]"))
+    ] = False,
+    head: Annotated[bool, typer.Option("--head/--no-head", help=bare("The head, too. [default: off]"))] = False,
+    progress: ProgressOption = "auto",
+) -> None:
+    """Write a copy of a model with weights of 8 or 4 bits. Run again after an interruption, it goes on."""
+    directory = hub.directory_of(model)
+    with _downloading(model, progress) as bars:
+        hub.require_weights(model, bars=bars)
+    with Reporter(progress) as report:
+        with leave_at_once():
+            report.phase("loading torch")
+            from xlstm_ray.quantize import quantize_model
+        asked = Quantization.model_validate(
+            {"bits": int(bits), "group_size": int(group_size), "embedding": embedding, "head": head}
+        )
+        with stop_on_signals(rescued=lambda: "; run it again for the rest"):
+            for done, total in quantize_model(directory, out, asked):
+                report.parts(done, total)
+    show(str(out))
 
 
 @commands.command(rich_help_panel=RUN, epilog=examples("xlstm-ray models"))

@@ -91,6 +91,14 @@ class Reporter:
         numbers = f"{done:,}/{total:,} answers  {rate:,.0f} tokens/s  {timedelta(seconds=math.ceil(eta))} left"
         self._count("answers", done, total, numbers, {"event": "answer", "time": now(), **row})
 
+    def parts(self, done: int, total: int) -> None:
+        """Parts of a model are written."""
+        seconds = perf_counter() - self._began
+        eta = seconds / done * (total - done) if done else 0.0
+        numbers = f"{done:,}/{total:,} parts  {timedelta(seconds=math.ceil(eta))} left"
+        row = {"event": "part", "time": now(), "parts_done": done, "parts_total": total, "eta_s": eta}
+        self._count("quantizing", done, total, numbers, row)
+
     def _count(self, what: str, done: int, total: int, numbers: str, row: dict[str, Any]) -> None:
         self._what, self._numbers = what, numbers
         if self._kind == "ndjson" and not self._closed.is_set():

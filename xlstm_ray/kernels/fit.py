@@ -20,6 +20,8 @@ class Sizes(Protocol):
     @property
     def slstm_at(self) -> Sequence[int]: ...
     @property
+    def quantization(self) -> object: ...
+    @property
     def use_bias(self) -> bool: ...
     @property
     def gate_soft_cap(self) -> float | None: ...
@@ -61,6 +63,7 @@ TABLE: tuple[tuple[str, str, Callable[[Asked], object], Callable], ...] = (
     ),
     ("slstm_at", "no sLSTM blocks", lambda a: list(a.config.slstm_at), lambda x: not x),
     ("use_bias", "false", lambda a: a.config.use_bias, lambda x: not x),
+    ("quantization", "plain weights", lambda a: a.config.quantization, lambda x: x is None),
     ("gate_soft_cap", "a number", lambda a: a.config.gate_soft_cap, lambda x: x is not None),
 )
 

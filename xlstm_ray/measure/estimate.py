@@ -32,7 +32,7 @@ from xlstm_ray.memory.need import PROGRAM, BlockTensors, Call, Loaded, Need, com
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
 from xlstm_ray.plan import OnPaper
-from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, expected_tensors, itemsize_of
+from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, bytes_of, expected_tensors, stored_tensors, whole_bytes
 
 LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
 SLSTM_STEP_S = 10e-6  # assumed: one token's step of an sLSTM block; each waits for the one before
@@ -78,7 +78,8 @@ def read_model(paper: OnPaper) -> Model:
         shapes[OUT_NORM] = (config.hidden_size,)
         if not config.tie_word_embeddings:
             shapes[HEAD] = (config.vocab_size, config.hidden_size)
-    size = {name: torch.Size(shape).numel() * itemsize_of(name, dtype) for name, shape in shapes.items()}
+        shapes = stored_tensors(config, shapes)
+    size = {name: bytes_of(config, name, shape, dtype) for name, shape in shapes.items()}
     blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
     first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)
     largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * paper.stored.itemsize
@@ -233,6 +234,7 @@ def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machin
         base=0 if kind == "cuda" else PROGRAM,
         weights=model.weights,
         largest_tensor=model.largest_tensor,
+        whole_matrix=whole_bytes(model.config, model.dtype),
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import setup_of
@@ -290,7 +291,7 @@ def _reference(directory: Any, config: ModelConfig, ids: list[int]) -> tuple[Ten
 
 def _widened(w: Weights) -> Weights:
     """Weights with float32 tensors in float64."""
-    return type(w)._make(part.double() if part is not None and part.is_floating_point() else part for part in w)  # type: ignore
+    return tree_map(lambda part: part.double() if isinstance(part, Tensor) and part.is_floating_point() else part, w)
 
 
 def _state_error(tensors: dict[str, Tensor], reference: dict[str, Tensor], config: ModelConfig) -> float:

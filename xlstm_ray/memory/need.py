@@ -63,6 +63,7 @@ class Loaded:
     stages: int = 1
     cache: int = 0  # of states that are kept for prompts to come
     triton: bool = False  # the Triton kernels compute it
+    whole_matrix: int = 0  # the largest that is made of integers for a product
 
     @property
     def bands(self) -> int:
@@ -148,7 +149,7 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
         state += loaded.cache
     if call.batch > call.rows and on_host:  # otherwise the other rows' states are on the host
         state += call.batch * row
-    tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens)
+    tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens) + loaded.whole_matrix
     if loaded.itemsize == 2 and on_host:
         tile_bytes = max(tile_bytes, WIDENED_HEAD)
     if call.scored:  # after the last block: only the residual stream is there

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.compiled import Compiler, compile_strict
 from xlstm_ray.kernels.native import SlstmState, State
+from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.model import (
     FEW_ROWS,
     AnyState,
@@ -46,22 +48,25 @@ class Kernels:
     def __init__(self, backend: Backend, *, t_inner: int, compiler: Compiler = compile_strict):
         self.backend, self.t_inner, self.compiler = backend, t_inner, compiler
         self.built: dict[tuple, BlockFunctions] = {}
-        self.heads: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
+        self.heads: dict[tuple, Callable[[Tensor, Any], Tensor]] = {}
 
-    def head(self, x: Tensor, head: Tensor) -> Tensor:
-        """head_product; compiled for few rows if torch has no such product."""
-        if not self.backend.compiled or head.dtype.itemsize > 2 or head.device.type == "cuda" or len(x) > FEW_ROWS:
+    def head(self, x: Tensor, head: Tensor | Quantized) -> Tensor:
+        """head_product; compiled for few rows of integers, or if torch has no such product."""
+        integers = isinstance(head, Quantized)
+        theirs = not integers and (head.dtype.itemsize > 2 or head.device.type == "cuda")
+        if not self.backend.compiled or theirs or len(x) > FEW_ROWS:
             return head_product(x, head)
-        key = x.shape, head.shape, head.dtype
+        key = x.shape, *_shapes(head)
         if key not in self.heads:
-            self.heads.setdefault(key, self.compiler(few_rows_product, f"head_{len(x)}"))
+            product = head_product if integers else few_rows_product
+            self.heads.setdefault(key, self.compiler(product, f"head_{len(x)}"))
         return self.heads[key](x, head)
 
     def functions(
         self, s: BandShape, w: Weights | FoldedWeights, window: tuple[int, int], chunk_size: int
     ) -> BlockFunctions:
         """The functions for windows (B, T), a band of sizes `s`, and weights of w's kind and shapes."""
-        shapes = (None if tensor is None else (tensor.shape, tensor.dtype) for tensor in w)
+        shapes = _shapes(w)
         key = (s, type(w), window, min(chunk_size, window[1]), *shapes)  # one token needs no chunks
         if key not in self.built:
             if isinstance(w, FoldedWeights):
@@ -123,6 +128,11 @@ class Kernels:
                 return after(h, w, x), state
 
         return _around(mixer, s, build, inside=inside)
+
+
+def _shapes(weights: object) -> list[object]:
+    """What code is compiled for: shapes and dtypes of tensors, and the numbers beside them."""
+    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(weights)]
 
 
 def _around(

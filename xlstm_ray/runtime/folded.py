@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_ray.kernels.quantized import plain
 from xlstm_ray.model import HEAD_PART, BlockWeights, EndWeights
 
 PADDING = 64  # rows of the product of q, k, v, o and the gates are a multiple of it
@@ -38,34 +39,36 @@ def fold(w: BlockWeights, *, float8: bool = False) -> FoldedWeights:
     from xlstm_ray.kernels.triton_cell import gate_columns
 
     assert w.qkvo_bias is w.out_bias is w.up_bias is w.down_bias is None, "the table of sizes refuses them"
-    heads, hidden = w.gates_bias.shape[0] // 2, w.qkvo.shape[1]
+    qkvo_, out_, up_, down_ = (plain(weight) for weight in (w.qkvo, w.out, w.up, w.down))
+    heads, hidden = w.gates_bias.shape[0] // 2, qkvo_.shape[1]
     gates = w.gates.new_zeros(gate_columns(heads), hidden)
     gates[: 2 * heads] = w.gates * w.mixer_norm.float()
     high = gates.bfloat16()
     middle = (gates - high.float()).bfloat16()
     low = (gates - high.float() - middle.float()).bfloat16()
-    qkvo = _scaled(w.qkvo, w.mixer_norm)
-    out = _scaled(w.out, w.head_norm)
-    up = _scaled(w.up, w.ffn_norm).unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    qkvo = _scaled(qkvo_, w.mixer_norm)
+    out = _scaled(out_, w.head_norm)
+    up = _scaled(up_, w.ffn_norm).unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1).contiguous()
     if float8:
         from xlstm_ray.kernels.triton_products import quantized_rows
 
         parts = torch.stack([high, middle, low])
-        eight = [part for each in (out, up, w.down) for part in quantized_rows(each)]
+        eight = [part for each in (out, up, down_) for part in quantized_rows(each)]
         return FoldedWeights(*quantized_rows(qkvo), parts, w.gates_bias, None, *eight)
     rows = len(qkvo) + 3 * len(high)
     together = torch.cat([qkvo, high, middle, low, qkvo.new_zeros(-rows % PADDING, hidden)])
     del qkvo
-    N = w.qkvo.shape[0]
+    N = qkvo_.shape[0]
     parts = together[N:rows].view(3, -1, hidden)
-    return FoldedWeights(together[:N], None, parts, w.gates_bias, together, out, None, up, None, w.down, None)
+    return FoldedWeights(together[:N], None, parts, w.gates_bias, together, out, None, up, None, down_, None)
 
 
 def fold_ends(ends: EndWeights) -> EndWeights:
     """Fold the out norm into the head, in place, unless the head is the embedding too. A norm of ones stays."""
     if ends.head is None or ends.out_norm is None or ends.head is ends.embedding:
         return ends
-    for rows in ends.head.split(max(1, 64 * HEAD_PART // ends.head.shape[1])):
+    head = plain(ends.head)
+    for rows in head.split(max(1, 64 * HEAD_PART // head.shape[1])):
         rows.copy_(_scaled(rows, ends.out_norm))
     return ends._replace(out_norm=torch.ones_like(ends.out_norm))
 

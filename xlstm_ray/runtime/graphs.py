@@ -192,6 +192,7 @@ def _copied(worker: Worker, states: list[AnyState]) -> Callable[..., Outcome]:
 
 def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Outcome]:
     """A step by the Triton kernels, in place; 64 rows at a time, if there are more."""
+    from xlstm_ray.kernels.quantized import plain
     from xlstm_ray.kernels.triton_decode import MOST_ROWS, Rows, Scratch, enter, skinny
     from xlstm_ray.runtime.triton_blocks import StepBlock
 
@@ -206,7 +207,7 @@ def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Out
         for piece, scratch in zip(pieces, scratches, strict=True):
             rows = stream[piece]
             if x is None:
-                enter(rows, scratch, tokens[piece], ends.embedding)
+                enter(rows, scratch, tokens[piece], None if ends.embedding is None else plain(ends.embedding))
             else:
                 rows.copy_(x[piece, 0])
                 enter(rows, scratch)
@@ -218,7 +219,7 @@ def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Out
             if logits is not None and ends.head is not None and not tied:
                 eps = None if ends.out_norm is None else config.norm_eps
                 cap = config.output_logit_soft_cap or 0.0
-                skinny("head", rows, Rows(ends.head), logits[piece], scratch, norm_eps=eps, cap=cap)
+                skinny("head", rows, Rows(plain(ends.head)), logits[piece], scratch, norm_eps=eps, cap=cap)
         if head and tied:
             logits = worker.logits(stream)
         return Outcome(stream.unsqueeze(1), logits)

@@ -11,6 +11,7 @@ from torch import Tensor
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels.fit import KERNEL
+from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
@@ -136,7 +137,10 @@ class Worker:
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> residual stream (B, T, D) on this worker's device."""
         assert self.ends.embedding is not None
-        return F.embedding(tokens.to(self.device), self.ends.embedding)
+        tokens = tokens.to(self.device)
+        if isinstance(self.ends.embedding, Quantized):
+            return self.ends.embedding.embed(tokens)
+        return F.embedding(tokens, self.ends.embedding)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., D) after the last block -> (..., vocabulary) float32."""

@@ -1,0 +1,246 @@
+"""Weights of 8- and 4-bit integers, in groups of columns with a scale each, and their products.
+
+8 bits: w = scale q, q from -127 to 127. 4 bits: w = scale (q - 8) + zero, q from 0 to 15. Few rows of x (decoding) are
+bound by reading weights, so integers become numbers inside the product. Many rows (prefill) are bound by the product:
+the matrix is made whole in x's dtype, for this product alone.
+
+Ratios to the plain product in bfloat16, 4096 x 4096, groups of 32, one Zen 4 core, torch 2.13
+(`python scripts/bench_quantized.py`):
+
+(to be filled)
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64  # rows of a weight that lie together: consecutive in memory for each column
+MIDDLE = 8  # of the 4-bit integers
+
+
+class Few(NamedTuple):
+    """Up to how many rows of x the integers stay integers."""
+
+    compiled: int
+    packed: int  # by torch's own product for the CPU
+
+
+FEW = Few(compiled=16, packed=64)
+
+
+class Quantized(NamedTuple):
+    """A weight (N, K) of integers in blocks of 64 rows. All are padded: N to whole blocks, K to whole groups.
+
+    With torch's own 4-bit product for the CPU, `scale` is (G, N, 2), scale and zero, and `zero` is None.
+    """
+
+    # 8 bits: (N / 64, K, 64) int8. 4 bits: (N / 64, K, 32) uint8; a byte has row j and, high, row j + 32.
+    q: Tensor
+    scale: Tensor  # (G, N) for G groups of columns, in the dtype of the run
+    zero: Tensor | None  # (G, N), 4 bits
+    rows: int  # of the weight, without padding
+    before: int  # columns of the first group that belong to another band
+
+    @classmethod
+    def make(cls, values: Tensor, scale: Tensor, zero: Tensor | None, *, before: int, packed: bool) -> "Quantized":
+        """From rows in order.
+
+        values (N, K) int8 or, 4 bits, uint8 up to 15, K whole groups; scale and zero (N, G) in the dtype of the run.
+        packed: for torch's own product, which rounds to that dtype, if there is one for the device.
+        """
+        rows, K = values.shape
+        more = -rows % BLOCK
+        values = F.pad(values, (0, 0, 0, more)).view(-1, BLOCK, K)
+        scale = F.pad(scale, (0, 0, 0, more)).T
+        if zero is None:
+            return cls(values.transpose(1, 2).contiguous(), scale.contiguous(), None, rows, before)
+        zero = F.pad(zero, (0, 0, 0, more)).T
+        low, high = values[:, : BLOCK // 2], values[:, BLOCK // 2 :]
+        q = (low | (high << 4)).transpose(1, 2).contiguous()
+        if packed and scale.dtype != torch.float64 and torch_has_this_layout():
+            return cls(q, torch.stack([scale, zero], -1).contiguous(), None, rows, before)
+        return cls(q, scale.contiguous(), zero.contiguous(), rows, before)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the run."""
+        return self.scale.dtype
+
+    @property
+    def packed(self) -> bool:
+        """Whether torch's own 4-bit product for the CPU takes it."""
+        return self.scale.ndim == 3
+
+    def to(self, device: torch.device) -> "Quantized":
+        zero = None if self.zero is None else self.zero.to(device)
+        return self._replace(q=self.q.to(device), scale=self.scale.to(device), zero=zero)
+
+    def parts(self, elements: int) -> "list[Quantized]":
+        """Ranges of rows, of about so many elements each."""
+        assert not self.packed
+        each = max(1, elements // (BLOCK * self.q.shape[1]))
+        found = []
+        for n, q in enumerate(self.q.split(each)):
+            at = slice(n * each * BLOCK, (n * each + len(q)) * BLOCK)
+            zero = None if self.zero is None else self.zero[:, at]
+            found.append(Quantized(q, self.scale[:, at], zero, min(self.rows, at.stop) - at.start, self.before))
+        return found
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., columns) times the weight, transposed, plus bias (N,) -> (..., N) in x's dtype."""
+        dtype, shape, K = x.dtype, x.shape[:-1], self.q.shape[1]
+        x = x.flatten(0, -2)
+        if x.shape[-1] < K:
+            x = F.pad(x, (self.before, K - self.before - x.shape[-1]))
+        if self.packed and len(x) <= FEW.packed:
+            N, group = self.scale.shape[1], K // self.scale.shape[0]
+            y = torch._weight_int4pack_mm_for_cpu(x, self.q.view(N, K // 2), group, self.scale)
+        elif not self.packed and len(x) <= FEW.compiled:
+            y = self._inside(_wide(x))
+        else:
+            y = self._whole(x)
+        y = y[:, : self.rows].unflatten(0, shape)
+        return y.to(dtype) if bias is None else (_wide(y) + bias).to(dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The rows of these tokens (B, T) -> (B, T, columns) in the dtype of the run."""
+        block, row = tokens // BLOCK, tokens % BLOCK
+        scale, zero = self._planes()
+        q = self.q[block, :, row if zero is None else row % (BLOCK // 2)]  # (B, T, K)
+        if zero is not None:
+            q = (q >> (row // (BLOCK // 2) * 4).unsqueeze(-1).to(torch.uint8)) & 15
+        of = _wide(scale.T[tokens]).unsqueeze(-1)  # (B, T, G, 1)
+        parts = q.unflatten(-1, (len(scale), -1)).to(of.dtype)
+        whole = parts * of if zero is None else (parts - MIDDLE) * of + zero.T[tokens].unsqueeze(-1)
+        return whole.flatten(-2).to(self.dtype)
+
+    def _planes(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero, (G, N) each."""
+        if self.packed:
+            scale, zero = planes(self.scale).unbind()
+            return scale, zero
+        return self.scale, self.zero
+
+    def _halves(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Blocks whose rows are consecutive: q (N / 64, G, K / G, R), scale and zero (N / 64, G, 1, R), float32 (in
+        references float64).
+
+        8 bits: one with R = 64. 4 bits: two with R = 32, the rows of the low halves and those of the high ones.
+        """
+        scale, zero = self._planes()
+        G = len(scale)
+        q = self.q.unflatten(1, (G, -1))
+        parts = [q] if zero is None else [q & 15, q >> 4]
+        found = []
+        for n, part in enumerate(parts):
+            of = [
+                None
+                if s is None
+                else _wide(s.unflatten(1, (-1, len(parts), 1, part.shape[-1]))[:, :, n].transpose(0, 1))
+                for s in (scale, zero)
+            ]
+            assert of[0] is not None
+            found.append((part.to(of[0].dtype), of[0], of[1]))
+        return found
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Few rows x (M, K) float32 -> (M, N), in one pass over the integers."""
+        halves = self._halves()
+        G = halves[0][0].shape[1]
+        # Scale and zero of a group are constant: what they add is a product of the group's sum of x.
+        offsets = [None if zero is None else (zero - MIDDLE * scale)[:, :, 0] for _, scale, zero in halves]
+        rows = []
+        for row in x.unbind():
+            by_group = row.view(1, G, -1, 1)
+            sums = by_group.sum(2)
+            parts = []
+            for (q, scale, _), offset in zip(halves, offsets, strict=True):
+                part = (q * scale * by_group).sum((1, 2))
+                parts.append(part if offset is None else part + (offset * sums).sum(1))
+            rows.append(torch.stack(parts, 1).flatten())
+        return torch.stack(rows)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Many rows x (M, K) -> (M, N), by a matrix that is made for this product."""
+        products = []
+        for q, scale, zero in self._halves():
+            whole = q * scale if zero is None else (q - MIDDLE) * scale + zero
+            matrix = whole.to(x.dtype).permute(1, 2, 0, 3).reshape(x.shape[1], -1)
+            products.append((x @ matrix).unflatten(-1, (len(q), -1)))
+        return torch.stack(products, 2).flatten(1)
+
+
+def plain(weight: Tensor | Quantized) -> Tensor:
+    """A weight for kernels that take no integers: who chose them has refused those."""
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@torch.library.custom_op("xlstm_ray::planes", mutates_args=())
+def planes(pairs: Tensor) -> Tensor:
+    """(G, N, 2) -> (2, G, N), contiguous. An operator of its own: fused, every element of a matrix would gather."""
+    return pairs.movedim(-1, 0).contiguous()
+
+
+@planes.register_fake
+def _(pairs: Tensor) -> Tensor:
+    return pairs.new_empty(2, *pairs.shape[:2])
+
+
+@cache
+def torch_has_this_layout() -> bool:
+    """Whether torch's own 4-bit product for this CPU takes the layout of `Quantized`: it differs between CPUs."""
+    values = torch.arange(BLOCK * 64, dtype=torch.int32).view(BLOCK, 64).mul(7) % 16
+    ours = values[: BLOCK // 2] | (values[BLOCK // 2 :] << 4)
+    theirs = torch._convert_weight_to_int4pack_for_cpu(values, 1)
+    return torch.equal(ours.T.contiguous().to(torch.uint8).flatten(), theirs.flatten())
+
+
+def quantize(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight (N, K) -> integers (N, K) int8 or, 4 bits, uint8 up to 15; scale and, 4 bits, zero (N, G) bfloat16.
+
+    The last group may be short. The integers are rounded to nearest with the scales as they are stored.
+    """
+    N, K = weight.shape
+    x = F.pad(weight.float(), (0, -K % group), value=torch.nan).view(N, -1, group)
+    low = x.nan_to_num(torch.inf).amin(-1)
+    high = x.nan_to_num(-torch.inf).amax(-1)
+    if bits == 8:
+        scale = (torch.maximum(low.abs(), high.abs()) / 127).bfloat16()
+        q = (x / _divisor(scale)).round().clamp(-127, 127)
+        return q.flatten(1)[:, :K].to(torch.int8), scale, None
+    scale = ((high - low) / 15).bfloat16()
+    zero = (low + MIDDLE * scale.float()).bfloat16()
+    q = ((x - zero.float().unsqueeze(-1)) / _divisor(scale) + MIDDLE).round().clamp(0, 15)
+    return q.flatten(1)[:, :K].to(torch.uint8), scale, zero
+
+
+def packed(values: Tensor, *, bits: int) -> Tensor:
+    """Integers (N, K) as they are stored: two of 4 bits in a byte, the first in its low half."""
+    if bits == 8:
+        return values
+    pairs = F.pad(values, (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpacked(stored: Tensor, *, bits: int, group: int) -> Tensor:
+    """The integers of whole groups, from `packed`; zeros fill the last group."""
+    values = stored if bits == 8 else torch.stack([stored & 15, stored >> 4], -1).flatten(1)
+    return F.pad(values, (0, -values.shape[1] % group))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32; float64 stays, for references."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """The scales (N, G, 1) in float32, 1 where all weights of a group are equal."""
+    return torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
