@@ -170,8 +170,9 @@ MARKED = {
 
 # The longest files, those that wait between those that compute. What test_grid compiles, test_slstm finds later.
 LONGEST = """
-    test_grid test_supervisor test_kernels test_grid_on_a_head test_launches test_lost_nodes test_check_on_mac
-    test_parity test_container test_invariants test_slstm test_program test_memory test_readme test_cli
+    test_lost_nodes test_grid test_kernels test_grid_on_a_head test_supervisor test_launches test_interrupted
+    test_check_on_mac test_container test_parity test_invariants test_slstm test_program test_memory test_readme
+    test_cli
 """
 
 
