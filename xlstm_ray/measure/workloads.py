@@ -113,8 +113,10 @@ class Callers:
             name = f"bench-{self._rng.randrange(1 << 32):08x}"
             yield self._one_by_one("document", "read under a name", [partial(endpoint.read, name, text)])
             asks = [partial(self._ask, self._text(QUESTION), name) for _ in range(count)]
-            yield self._one_by_one("document", "questions to the name", asks)
-            endpoint.forget(name)
+            try:
+                yield self._one_by_one("document", "questions to the name", asks)
+            finally:
+                endpoint.forget(name)
             text = self._text(self._sizes.document)
         asks = [partial(self._ask, f"{text}\n{self._text(QUESTION)}") for _ in range(count)]
         yield self._one_by_one("document", "sent with a question", asks[:1])
