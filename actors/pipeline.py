@@ -75,6 +75,7 @@ class Pipeline:
             0.0,
             self.join(states) if states else None,
             Logprobs(*(from_wire(part, torch.float32).clone() for part in more)) if more else None,
+            owner=pending.step.owner,
         )
 
     def join(self, states: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from secrets import token_hex
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import Cluster, Setup
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from xlstm_ray.actors.metrics import GridMetrics
     from xlstm_ray.actors.watch import Watch
 
+T = TypeVar("T")
+
 
 class Running:
     """What runs a plan. Call `attach`, then `start`; `close` may be called at any time and ends what was started.
@@ -48,7 +50,7 @@ class Running:
         self.metrics: GridMetrics | None = None  # only with Ray, which shows them
         self.launches: LaunchCounter | None = None  # None if launches cannot be counted
         self._watch: Watch | None = None  # of the grid
-        self._events: list[Event] = []  # reported by the watchdogs of the grid's nodes
+        self._events: deque[Event] = deque()  # reported by the watchdogs of the grid's nodes
         self._seen: deque[Seen] = deque(maxlen=1 << 16)  # what they have seen, if it is to be logged
 
     @property
@@ -94,15 +96,13 @@ class Running:
 
     def events(self) -> list[Event]:
         """Events that the watchdogs of the grid's nodes reported since the last call."""
-        events = self._events[:]
-        del self._events[: len(events)]
-        return events
+        return _drained(self._events)
 
     def seen(self, *, at_end: bool = False) -> list[Seen]:
         """What the watchdogs of the grid's nodes have seen since the last call. at_end: wait for the rest, too."""
         if at_end and self._watch is not None:
             self._watch.last_look()
-        return [self._seen.popleft() for _ in range(len(self._seen))]
+        return _drained(self._seen)
 
     def actors_use(self) -> tuple[int, int] | None:
         """Bytes of all actors together, of their processes and on devices, as last reported; None if not reported."""
@@ -195,3 +195,12 @@ class Running:
         executor = RayExecutor(ray, spec, plan.layout, options)
         self._watch = executor.watch
         return executor
+
+
+def _drained(queue: deque[T]) -> list[T]:
+    """Takes all out of a queue that other threads use, too."""
+    taken: list[T] = []
+    with suppress(IndexError):
+        while True:
+            taken.append(queue.popleft())
+    return taken

@@ -1,5 +1,6 @@
-"""An engine does one call at a time: threads wait for each other, and a call inside another is refused."""
+"""Calls of several threads go on together, each as if it were alone; a call inside another of its thread is refused."""
 
+import csv
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,10 @@ import pytest
 from engines import OPTIONS, lm, model
 
 import xlstm_ray
+from xlstm_ray.engine.driver import Progress
+from xlstm_ray.engine.request import Piece, Request
 from xlstm_ray.errors import UsageError
+from xlstm_ray.sampling import Sampling
 
 __all__ = ["lm", "model"]
 
@@ -57,6 +61,94 @@ def test_a_prefill_between_the_steps_of_a_generation_leaves_both_as_each_is_alon
                 digests.append(pool.submit(lambda: lm.prefill(PROMPTS[1]).state.digest()).result(60))
     assert "".join(pieces) == text
     assert digests == [alone] * len(pieces)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_all_other_calls_begin_and_end_between_two_windows_of_a_prefill(lm, batch):
+    lm.serve(slots=4, buckets=(4,))
+    long = [PROMPTS[0] * 4, *PROMPTS[1:]] if batch else PROMPTS[0] * 4
+    ask = Request(PROMPTS[3], sampling=Sampling(max_new_tokens=6), keep=True)
+
+    def others() -> list[Any]:
+        with ThreadPoolExecutor(4) as pool:  # all at once
+            futures = [
+                pool.submit(lambda: lm.prefill(PROMPTS[1]).state.digest()),
+                pool.submit(lambda: lm.prefill(PROMPTS[:2]).state.digest()),
+                pool.submit(lambda: "".join(lm.generate(PROMPTS[2], max_new_tokens=6))),
+                pool.submit(lambda: lm.submit(ask).result(60).state.digest()),
+            ]
+            return [future.result(60) for future in futures]
+
+    alone, there = lm.prefill(long).state.digest(), others()
+    seen: list[Any] = []
+
+    def between(p: Progress) -> None:
+        if p.tiles_done in (1, 5):
+            seen.append(others())
+
+    assert lm.prefill(long, on_progress=between).state.digest() == alone
+    assert seen == [there] * 2
+
+
+def test_two_prefills_and_an_answer_keep_step_with_each_other(lm):
+    """Each prefill waits for the other one, and for a token, after every window: none can be done as a whole first."""
+    lm.serve(slots=2, buckets=(1,))
+    long = [text * 3 for text in PROMPTS[:2]]
+    answer = Request(PROMPTS[2], sampling=Sampling(max_new_tokens=12))
+    alone = [lm.prefill(text).state.digest() for text in long], lm.submit(answer).result(60).text
+    step = threading.Barrier(2)
+
+    def prefill(text: str) -> str:
+        pieces = (event for event in lm.submit(answer) if isinstance(event, Piece))
+        said = []
+
+        def keep_step(_progress: Progress) -> None:
+            if len(said) < 8:
+                said.append(next(pieces).text)
+                step.wait(60)
+
+        digest = lm.prefill(text, on_progress=keep_step).state.digest()
+        assert "".join([*said, *(piece.text for piece in pieces)]) == alone[1]
+        return digest
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(prefill, long)) == alone[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2])  # steps in flight: on the CPU, and as on a device
+def test_a_call_that_is_interrupted_leaves_the_others_their_results_and_its_own_last_state(lm, monkeypatch, depth):
+    monkeypatch.setattr(lm.executor, "_depth", depth)
+    alone = {text: lm.prefill(text * 2).state.digest() for text in PROMPTS}
+    plain, mine = lm.executor.submit, threading.local()
+
+    def submit(state, step):
+        after = plain(state, step)
+        mine.left = getattr(mine, "left", 99) - 1
+        if mine.left == 0:
+            raise KeyboardInterrupt
+        return after
+
+    monkeypatch.setattr(lm.executor, "submit", submit)
+    for stop in (2, 5):
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(lambda text=text: lm.prefill(text * 2).state.digest()) for text in PROMPTS[1:]]
+            mine.left = stop
+            with pytest.raises(KeyboardInterrupt):
+                lm.prefill(PROMPTS[0] * 2)
+            state = lm.last_state()
+            assert (state is None) == (stop <= depth)
+            assert [other.result(60) for other in others] == [alone[text] for text in PROMPTS[1:]]
+        assert lm.prefill(PROMPTS[0] * 3, state=state).state.digest() == alone[PROMPTS[0]]
+        assert not lm.executor._pending
+
+
+def test_prefills_that_write_a_log_wait_for_each_other(model, tmp_path):
+    with xlstm_ray.load(model, **OPTIONS, stats_log=tmp_path / "log.csv") as lm:
+        for _ in range(2):
+            with ThreadPoolExecutor(3) as pool:
+                list(pool.map(lm.prefill, PROMPTS[:1] * 3))
+    rows = [int(row["tile"]) for row in csv.DictReader((tmp_path / "log.csv").read_text().splitlines())]
+    assert rows == [*range(1, rows.index(1, 1) + 1)] * 6
 
 
 def test_a_call_from_inside_another_one_is_refused_by_name(lm):

@@ -36,12 +36,15 @@ class BatchOutcome:
 def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
     """These rows of a snapshot, filled up with empty rows to `size`."""
     empty = size - len(rows)
-    logits = snapshot.logits[list(rows)] if list(rows) != list(range(len(snapshot.consumed))) else snapshot.logits
-    if empty:
-        logits = torch.cat([logits, logits.new_zeros(empty, logits.shape[1])])
+
+    def own(logits: Tensor) -> Tensor:
+        if list(rows) != list(range(len(logits))):
+            logits = logits[list(rows)]
+        return torch.cat([logits, logits.new_zeros(empty, logits.shape[1])]) if empty else logits
+
     return Snapshot(
         [snapshot.consumed[b] for b in rows] + [0] * empty,
-        logits,
+        snapshot.some(own),
         HeldRows([*snapshot.rows.pick(rows), *[None] * empty]),
     )
 
@@ -106,9 +109,9 @@ def prefill_groups(
         tiles = p.tiles_done + len(outcome.tile_seconds)
         hooks.on_progress(Progress(done, sum(end), tiles, p.tile_seconds, perf_counter() - started, sum(begin)))
 
-    def window(group: Group, bring: Callable[[], Snapshot]) -> None:
+    def window(group: Group, part: Snapshot) -> None:
         assert hooks.on_window is not None
-        hooks.on_window(lambda: whole.put(group.rows, bring()))
+        hooks.on_window(lambda: whole.put(group.rows, part))
 
     for group in sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows)):
         new = any(begin[b] < end[b] for b in group.rows)

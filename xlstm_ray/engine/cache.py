@@ -1,7 +1,7 @@
 """The states that an engine keeps for later prompts: in memory and, if it has a folder, in files.
 
 The tree knows which states are kept; this module stores, loads and evicts them. Files are written by one thread of its
-own. The engine's thread does everything else.
+own. All else is done by the thread whose turn it is.
 """
 
 import json
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from filelock import Timeout
-from torch import Tensor
 
 from xlstm_ray.cachefiles import Folder, KeptFile
+from xlstm_ray.engine.driver import Logits, computed
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Found, Run, Tree, root_of
@@ -41,7 +41,7 @@ class Start(NamedTuple):
     """A state of one row, from which a prompt goes on, and the trail of its tokens. logits: (vocabulary,) float32."""
 
     rows: HeldRows
-    logits: Tensor
+    logits: Logits
     trail: TokenTrail
 
 
@@ -98,6 +98,7 @@ class Cache:
     ):
         self.plan, self.counts = plan, Counts()
         self._states, self._maker, self._size = states, maker, size
+        self.turn = states.turn  # whoever uses the cache has it
         self._check, self._note = check, note
         self._numerics = _named(maker.numerics.model_dump(), maker.machine)
         self._tree = Tree({MEMORY: plan.memory_bytes, DISK: plan.disk_bytes})
@@ -185,7 +186,7 @@ class Cache:
             rows = self._states.rows(self._states.copy_of(start.rows), 1)
         else:
             rows = start.rows
-        start = Start(rows, start.logits.clone(), start.trail)
+        start = start._replace(rows=rows)
         if on_host:
             for row in filter(None, rows):
                 row.held.evict()  # tensors fit any layout, and here they are not copied
@@ -326,7 +327,7 @@ class Cache:
         assert self._writer is not None
         after = entry.parent.key.hex() if entry.parent else ""
         state = RecurrentState(
-            {**start.rows.bring(), "logits": start.logits[None]},
+            {**start.rows.bring(), "logits": computed(start.logits)[None]},
             tokens=[entry.length],
             prompt_hash=[start.trail.hash],
             rows=[Row(tokens=start.trail)],

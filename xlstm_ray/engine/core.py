@@ -9,6 +9,7 @@ from xlstm_ray.engine.cache import Cache, Maker
 from xlstm_ray.engine.driver import Snapshot
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.journal import Kept
+from xlstm_ray.engine.lanes import Lanes
 from xlstm_ray.engine.resume import Going, appended, prompts
 from xlstm_ray.engine.turn import Turn
 from xlstm_ray.errors import StateError, UsageError
@@ -23,7 +24,7 @@ from xlstm_ray.text.tokenizer import Text
 
 
 class Core:
-    """A loaded model, for prefill and generation. turn: lets one call at a time use it.
+    """A loaded model, for prefill and generation. turn: who uses its executor now.
 
     on_phase: called before steps that may take long. on_note: called with remarks for people while a run goes on.
     """
@@ -42,10 +43,17 @@ class Core:
         self.text, self.turn, self.on_phase = text, turn, on_phase
         self.on_note: Callable[[str], None] = lambda text: None
         self.fingerprint = ""  # of the model; known after its weights were read
-        self.states = States(lambda: running.executor, lambda: turn.of("bring"))
+        self.lane = Lanes(lambda: running.executor, turn).new  # a caller's executor
+        self.states = States(self.lane, turn.executor)
+        self.rows: list[int] = []  # of each call that has states in memory
         self.cache: Cache | None = None  # of states for prompts to come
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self.logs: set[str] = set()  # logs that an earlier run has written
+
+    @property
+    def writes(self) -> bool:
+        """Whether runs write a journal or logs."""
+        return self.kept.journal is not None or bool(self.plan.logs)
 
     def open_cache(self) -> Cache | None:
         """Have a cache of states, where the plan says so; the model is loaded. Raises OutputError."""
@@ -66,15 +74,18 @@ class Core:
 
         chunk_size: tokens of a chunk (None: the plan's).
         """
-        started, chunk = perf_counter(), chunk_size or self.plan.numerics.chunk_size
-        missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
-        if not missing or not self.plan.warms_up:
+        chunk = chunk_size or self.plan.numerics.chunk_size
+        if not self.plan.warms_up or all((batch, size, chunk) in self.warm for size in sizes):
             return 0.0
-        sizes_text = " and ".join(map(str, missing))
-        self.on_phase(f"compiling for {sizes_text} token(s) at once (10 to 60 s the first time on this machine)")
-        self.running.executor.warm_up(batch, missing, chunk)
-        self.warm |= {(batch, size, chunk) for size in missing}
-        return perf_counter() - started
+        with self.turn.executor():
+            missing = [size for size in sizes if (batch, size, chunk) not in self.warm]
+            if not missing:  # another call has just compiled them
+                return 0.0
+            started, text = perf_counter(), " and ".join(map(str, missing))
+            self.on_phase(f"compiling for {text} token(s) at once (10 to 60 s the first time on this machine)")
+            self.running.executor.warm_up(batch, missing, chunk)
+            self.warm |= {(batch, size, chunk) for size in missing}
+            return perf_counter() - started
 
     def state(
         self, snapshot: Snapshot, rows: list[Row], numerics: Numerics, sampling: Sampling | None, *, complete: bool

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from time import perf_counter
@@ -16,7 +16,7 @@ from xlstm_ray.engine.scores import Scores, following
 from xlstm_ray.engine.tokens import Tokens, make_part
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
-from xlstm_ray.runtime.executor import Executor, Step, run
+from xlstm_ray.runtime.executor import Executor, Step, StepResult, run
 
 
 class Sizes(NamedTuple):
@@ -56,13 +56,32 @@ class Each(NamedTuple):
 LAST = Each()  # only of the last one, its logits
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A prefill at a window's end, where it can be resumed."""
+Logits = Tensor | Callable[[], Tensor]  # or what computes them, when they are needed
 
-    consumed: list[int]  # for each row: the number of its tokens in the state
-    logits: Tensor  # (B, vocabulary) float32: after each row's last consumed token
-    rows: HeldRows  # the state after them
+
+def computed(logits: Logits) -> Tensor:
+    return logits if isinstance(logits, Tensor) else logits()
+
+
+class Snapshot:
+    """A prefill at a window's end, where it can be resumed.
+
+    consumed: for each row, the number of its tokens in the state. rows: the state after them. logits: (B, vocabulary)
+    float32, after each row's last consumed token.
+    """
+
+    def __init__(self, consumed: list[int], logits: Logits, rows: HeldRows):
+        self.consumed, self.rows, self._logits = consumed, rows, logits
+
+    @property
+    def logits(self) -> Tensor:
+        self._logits = computed(self._logits)
+        return self._logits
+
+    def some(self, change: Callable[[Tensor], Tensor]) -> Logits:
+        """Logits that are made of these, now if these are there. They do not keep this snapshot's state."""
+        logits = self._logits
+        return change(logits) if isinstance(logits, Tensor) else lambda: change(logits())
 
 
 @dataclass
@@ -83,25 +102,148 @@ class Outcome:
 class Hooks:
     """Functions that the driver calls during a run.
 
-    Every keep_every windows the state is brought to the host: for on_snapshot, and in case the grid is lost, when the
-    outcome is the last snapshot. on_window is called after a window whose state is cheap to get, with a function that
-    makes the snapshot. next is called before every window and returns the sizes of the following windows, which lie on
-    the absolute grid of these sizes. If it returns None, the run ends after the windows that were submitted, so the
-    state is at a window's end. wants is called for every window; if it returns True, on_wanted is called with the
-    snapshot of its end. In a batch both get the group first. on_group is called for each group that is done.
+    keep_every: after so many windows each, the state is brought to the host, for on_snapshot and in case the grid is
+    lost: then the outcome is the last snapshot.
+    on_window: called after a window whose state is cheap to get, with its snapshot; in a batch, with a function that
+    makes the snapshot of all rows.
+    next: called before every window. It returns the sizes of the windows from this one on, which lie on the absolute
+    grid of these sizes. If it returns None, the run ends after the windows that were submitted.
+    wants, on_wanted: wants is called for every window. If it returns True, on_wanted is called with the snapshot of the
+    window's end. In a batch both get the group first.
+    on_group: called for each group that is done.
     """
 
     keep_every: int | None = None
     on_snapshot: Callable[[Snapshot], object] | None = None
     on_group: Callable[[Group, Any], object] | None = None
     on_progress: Callable[[Progress], object] | None = None
-    on_window: Callable[[Callable[[], Snapshot]], object] | None = None
+    on_window: Callable[..., object] | None = None
     wants: Callable[..., bool] | None = None
     on_wanted: Callable[..., object] | None = None
     next: Callable[[], Sizes | None] | None = None
 
 
 NO_HOOKS = Hooks()
+
+
+class Read(NamedTuple):
+    """A window of a reader. filled: it is a tile that some row fills. wanted: the snapshot of its end is wanted."""
+
+    step: Step
+    window: Window
+    filled: bool
+    wanted: bool
+
+
+class Reader:
+    """Reads rows together: it gives a step for each window, and takes the results in the same order.
+
+    rows: prompts, 1-D int64 on the CPU. start: where to go on from. wants: says for a window whether the snapshot at
+    its end is wanted.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        rows: Sequence[Tokens],
+        start: Snapshot,
+        sizes: Sizes,
+        *,
+        each: Each = LAST,
+        wants: Callable[[Window], bool] | None = None,
+    ):
+        self._executor, self._rows, self._sizes, self._each, self._wants = executor, rows, sizes, each, wants
+        self.start, self.begin, self.end = start, start.consumed, [len(row) for row in rows]
+        self.consumed = list(self.begin)  # by the windows whose results were taken
+        self.read = max(self.begin, default=0)  # the place up to which windows were given out
+        self.scores: list[Scores] = []  # of each row, if requested
+        if each.likeliest is not None:
+            self.scores = [
+                Scores(row, b, start.logits[n], each.likeliest)
+                for n, (row, b) in enumerate(zip(rows, self.begin, strict=True))
+            ]
+        self._hidden: Tensor | None = None  # (B, D) after each row's last consumed token
+        self._pieces: list[list[Tensor]] = [[] for _ in rows]
+        self._under_way: deque[Read] = deque()
+        self._numbers = count()
+        self._plan = self._windows(self.begin)
+
+    @property
+    def last(self) -> bool:
+        """Whether all windows were given out."""
+        return self.read >= max(self.end)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether results are to come."""
+        return bool(self._under_way)
+
+    def step(self, ask: Callable[[], Sizes | None] | None = None) -> Step | None:
+        """The next window's step; None: there is no window left.
+
+        ask: gives the sizes of the windows from this one on, or None if it must not be read.
+        """
+        window = next(self._plan, None)
+        sizes = ask() if window is not None and ask is not None else self._sizes
+        if window is None or sizes is None:
+            return None
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._plan = self._windows([max(b, window.start) for b in self.begin])
+            window = next(self._plan)
+        part = make_part(window, self._rows, self.begin)
+        filled = window.size == sizes.tile and bool(((part.end - part.start) == window.size).any())
+        wanted = self._wants is not None and self._wants(window)
+        step = Step(
+            *part,
+            sizes.chunk,
+            next(self._numbers),
+            "all" if self._each.logits else "none",
+            keep=wanted and not self._executor.local,  # with the result it comes before the actors go on
+            following=following(window, self.scores) if self.scores else None,
+        )
+        self._under_way.append(Read(step, window, filled, wanted))
+        self.read = min(window.start + window.size, max(self.end))
+        return step
+
+    def take(self, result: StepResult) -> Read:
+        """Take the oldest window's result; returns the window."""
+        read = self._under_way.popleft()
+        start, end = read.step.start, read.step.end
+        has = (end > start).unsqueeze(-1).to(result.hidden.device)
+        self._hidden = result.hidden if self._hidden is None else torch.where(has, result.hidden, self._hidden)
+        for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+            if row_start < row_end:
+                self.consumed[b] = read.window.start + row_end
+                if self._each.logits and result.logits is not None:
+                    self._pieces[b].append(result.logits[b, row_start:row_end].cpu())
+                if result.logprobs is not None:
+                    self.scores[b].add(result.logprobs, b, row_start, row_end)
+        return read
+
+    def snapshot(self, rows: HeldRows) -> Snapshot:
+        """At the end of the last window that was taken. rows: the state there."""
+        hidden, consumed, before = self._hidden, list(self.consumed), self.start.some(lambda logits: logits)
+        if hidden is None:
+            return Snapshot(consumed, before, rows)
+        logits = partial(self._executor.logits, hidden)
+        moved = torch.tensor([c > b or e == 0 for b, c, e in zip(self.begin, consumed, self.end, strict=True)])
+        if moved.all():
+            return Snapshot(consumed, logits, rows)
+        return Snapshot(consumed, lambda: torch.where(moved.unsqueeze(-1), logits(), computed(before)), rows)
+
+    def finish(self, end: Snapshot) -> list[Tensor]:
+        """Cut what was found of each token at the snapshot that is the end. Returns all logits, if requested."""
+        seen = [e - b for b, e in zip(self.begin, end.consumed, strict=True)]
+        for row, length in zip(self.scores, seen, strict=False):
+            row.cut(length)
+        if not self._each.logits:
+            return []
+        nothing = torch.empty(0, end.logits.shape[1])
+        return [torch.cat(p)[:n] if p else nothing for p, n in zip(self._pieces, seen, strict=True)]
+
+    def _windows(self, begin: Sequence[int]) -> Iterator[Window]:
+        return plan_windows(begin, self.end, tile_size=self._sizes.tile, chunk_size=self._sizes.chunk)
 
 
 def prefill(
@@ -118,93 +260,42 @@ def prefill(
     rows: prompts, 1-D int64 on the CPU.
     """
     executor = states.executor()
-    begin, end = start.consumed, [len(row) for row in rows]
-    consumed, last = list(begin), start
-    outcome = Outcome(start)
-    if each.likeliest is not None:
-        outcome.scores = [Scores(rows[b], begin[b], start.logits[b], each.likeliest) for b in range(len(rows))]
-    pieces: list[list[Tensor]] = [[] for _ in rows]
-    hidden: Tensor | None = None
-    # Windows in flight; is it a tile that some row fills; is the snapshot of its end wanted.
-    windows: deque[tuple[Window, bool, bool]] = deque()
+    reader = Reader(executor, rows, start, sizes, each=each, wants=hooks.wants)
+    outcome, last = Outcome(start, scores=reader.scores), start
     begins = after = states.state_of(start.rows)
 
     def steps() -> Iterator[Step]:
-        now = sizes
-        plan = plan_windows(begin, end, tile_size=now.tile, chunk_size=now.chunk)
-        for number in count():
-            window = next(plan, None)
-            asked = hooks.next() if window is not None and hooks.next is not None else now
-            if window is None or asked is None:
-                return
-            if asked != now:
-                now = asked
-                rest = [max(b, window.start) for b in begin]
-                plan = plan_windows(rest, end, tile_size=now.tile, chunk_size=now.chunk)
-                window = next(plan)
-            part = make_part(window, rows, begin)
-            filled = window.size == now.tile and bool(((part.end - part.start) == window.size).any())
-            wanted = hooks.wants is not None and hooks.wants(window)
-            windows.append((window, filled, wanted))
-            keep = hooks.keep_every is not None and (number + 1) % hooks.keep_every == 0
-            keep = keep or (wanted and not executor.local)  # with the result it comes before the actors go on
-            after = following(window, outcome.scores) if outcome.scores else None
-            yield Step(*part, now.chunk, number, "all" if each.logits else "none", keep, following=after)
-
-    def snapshot(hidden: Tensor | None, consumed: list[int], rows: HeldRows) -> Snapshot:
-        return Snapshot(consumed, _last_logits(executor, hidden, start, consumed), rows)
+        while (step := reader.step(hooks.next)) is not None:
+            keep = hooks.keep_every is not None and (step.number + 1) % hooks.keep_every == 0
+            yield step._replace(keep=step.keep or keep)
 
     started = perf_counter()
     try:
-        for step, after, result in run(executor, begins, steps()):
-            window, filled, wanted = windows.popleft()
-            has = (step.end > step.start).unsqueeze(-1).to(result.hidden.device)
-            hidden = result.hidden if hidden is None else torch.where(has, result.hidden, hidden)
-            for b, (row_start, row_end) in enumerate(zip(step.start.tolist(), step.end.tolist(), strict=True)):
-                if row_start < row_end:
-                    consumed[b] = window.start + row_end
-                    if result.logits is not None:
-                        pieces[b].append(result.logits[b, row_start:row_end].cpu())
-                    if result.logprobs is not None:
-                        outcome.scores[b].add(result.logprobs, b, row_start, row_end)
+        for _, after, result in run(executor, begins, steps()):
+            read = reader.take(result)
             if result.state is not None:
-                last = snapshot(hidden, list(consumed), states.rows(None, len(rows), result.state))
+                here = last = reader.snapshot(states.rows(None, len(rows), result.state))
+                _ = last.logits  # while there is a grid to compute them
                 if hooks.on_snapshot is not None:
                     hooks.on_snapshot(last)
-            if wanted and hooks.on_wanted is not None:
-                kept = last if result.state is not None else None
-                hooks.on_wanted(kept or snapshot(hidden, list(consumed), states.rows(after, len(rows))))
-            if hooks.on_window is not None and result.state is not None:
-                hooks.on_window(partial(replace, last))
-            elif hooks.on_window is not None and executor.local:
-                hooks.on_window(partial(snapshot, hidden, list(consumed), states.rows(after, len(rows))))
+            elif executor.local:
+                here = reader.snapshot(states.rows(after, len(rows)))
+            if read.wanted and hooks.on_wanted is not None:
+                hooks.on_wanted(here)
+            if hooks.on_window is not None and (result.state is not None or executor.local):
+                hooks.on_window(here)
             outcome.seconds = perf_counter() - started
             outcome.tile_seconds.append(result.seconds)
-            outcome.tile_whole.append(filled)
-            outcome.tile_tokens.append(int((step.end - step.start).clamp(min=0).sum()))
+            outcome.tile_whole.append(read.filled)
+            outcome.tile_tokens.append(int((read.step.end - read.step.start).clamp(min=0).sum()))
             if hooks.on_progress is not None:
-                done, number = sum(consumed), len(outcome.tile_seconds)
+                done, number = sum(reader.consumed), len(outcome.tile_seconds)
                 times = result.seconds, outcome.seconds
-                hooks.on_progress(Progress(done, sum(end), number, *times, sum(begin)))
-        outcome.end = snapshot(hidden, consumed, states.rows(after, len(rows)))
-        outcome.seconds = perf_counter() - started
+                hooks.on_progress(Progress(done, sum(reader.end), number, *times, sum(reader.begin)))
+        outcome.end = reader.snapshot(states.rows(after, len(rows)))
+        _ = outcome.end.logits
     except GridLost as lost:
         outcome.end, outcome.lost = last, lost
-        outcome.seconds = perf_counter() - started
-    seen = [e - b for b, e in zip(begin, outcome.end.consumed, strict=True)]
-    for row, length in zip(outcome.scores, seen, strict=False):
-        row.cut(length)
-    if each.logits:
-        vocabulary = outcome.end.logits.shape[1]
-        outcome.all_logits = [
-            torch.cat(p)[:n] if p else torch.empty(0, vocabulary) for p, n in zip(pieces, seen, strict=True)
-        ]
+    outcome.seconds = perf_counter() - started
+    outcome.all_logits = reader.finish(outcome.end)
     return outcome
-
-
-def _last_logits(executor: Executor, hidden: Tensor | None, start: Snapshot, consumed: Sequence[int]) -> Tensor:
-    """Logits from `hidden` for the rows that consumed tokens, those of `start` for the others."""
-    if hidden is None:
-        return start.logits
-    moved = torch.tensor([c > b for b, c in zip(start.consumed, consumed, strict=True)])
-    return torch.where(moved.unsqueeze(-1), executor.logits(hidden), start.logits)

@@ -25,7 +25,7 @@ from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.reuse import Share
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.service import Service
-from xlstm_ray.engine.turn import Turn, in_turn
+from xlstm_ray.engine.turn import Turn, a_call
 from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
 from xlstm_ray.errors import UsageError, XlstmRayError
@@ -46,8 +46,9 @@ from xlstm_ray.text.tokenizer import NextToken, Text
 class Engine:
     """A loaded model on its device: prefill and generate. Made by `xlstm_ray.load`.
 
-    It does one call at a time; other threads wait. Prompts and generations do not disturb each other: each has its own
-    state. A call from inside another one (from `on_progress`) or in a forked child raises UsageError.
+    Threads may call it at once, also beside requests: their windows and steps take turns, and each gets what it would
+    get alone, since each has its own state. Only prefills of an engine with a journal or logs wait for each other. A
+    call from inside another one (from `on_progress`) or in a forked child raises UsageError.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Engine:
         return self._core.text.text_of([token])
 
     # -- prefill -------------------------------------------------------------------------------------------------------
-    @in_turn
+    @a_call
     def prefill(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
@@ -189,8 +190,8 @@ class Engine:
         core = self._core
         if prompt is None and append is None and state is not None:
             core.require_whole(state, any_numerics=any_numerics)
-            _ = self.executor  # it may have been closed
-            stats = Statistics.of(state.tokens, state.tokens, core.running)
+            with self._turn.executor():
+                stats = Statistics.of(state.tokens, state.tokens, core.running)
             nothing = torch.empty(0, dtype=torch.int32)
             scores = [Scores(nothing, 0, row, prompt_logprobs) for row in state.logits if prompt_logprobs is not None]
             return PrefillResult(state, state.logits, stats, prompt_logprobs=scores)
@@ -252,13 +253,13 @@ class Engine:
         )
         return room
 
-    @in_turn
+    @a_call
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
         """Compile for windows of these sizes, once, unless warm-up is off; returns the seconds it took."""
         return self._core.warm_up(batch, sizes)
 
     # -- generate ------------------------------------------------------------------------------------------------------
-    @in_turn
+    @a_call
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,

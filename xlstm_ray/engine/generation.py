@@ -43,7 +43,7 @@ class Generation:
         places = self.prompts = [b for b, _ in asked]
         self._answers = [Answer(one, end_tokens, core.text.stream(before.rows[b].end), last=last) for b, one in asked]
         self._decoder = Decoder(
-            core.running.executor,
+            core.lane(),
             core.states,
             Start(
                 core.rows_of(before).pick(places),

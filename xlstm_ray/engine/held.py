@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from threading import Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -51,13 +52,14 @@ class Held:
 
     def evict(self) -> None:
         """Copy the state to the host and free it on the executor. A lost grid's states are lost."""
-        if self.ref is None:
-            return
-        try:
-            self._tensors = self.bring()
-        except GridLost as lost:
-            self._lost = lost
-        self.ref = None
+        with self._states.turn():
+            if self.ref is None:
+                return
+            try:
+                self._tensors = self.bring()
+            except GridLost as lost:
+                self._lost = lost
+            self.ref = None
 
 
 class HeldRow(NamedTuple):
@@ -93,11 +95,13 @@ class States:
     def __init__(self, executor: Callable[[], Executor], turn: Callable[[], AbstractContextManager[object]]):
         self.executor, self.turn = executor, turn
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
+        self._lock = Lock()  # of these: any thread adds some
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
         """The rows of a state that the executor has (`ref`), or of one with these tensors."""
         held = Held(self, ref, tensors)
-        self._all[id(held)] = held
+        with self._lock:
+            self._all[id(held)] = held
         return HeldRows(HeldRow(held, b) for b in range(batch))
 
     def has(self, rows: HeldRows) -> bool:
@@ -122,7 +126,9 @@ class States:
         if self.executor().on_host:
             return
         stay, room = {id(row.held) for row in but if row is not None}, HELD_ROWS
-        for name, held in reversed(list(self._all.items())):
+        with self._lock:
+            newest = reversed(list(self._all.items()))
+        for name, held in newest:
             if held.ref is not None and name not in stay:
                 room -= held.ref.batch
                 if room < 0:
@@ -130,7 +136,9 @@ class States:
 
     def close(self) -> None:
         """Move all states to the host before the executor is closed, for those who still have them."""
-        for held in list(self._all.values()):
+        with self._lock:
+            all_ = list(self._all.values())
+        for held in all_:
             held.evict()
 
     def _refs(self, rows: HeldRows) -> list[RowRef | None] | None:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from filelock import FileLock, Timeout
 
@@ -89,13 +90,14 @@ def _sign(handle: int) -> None:
 
 
 class Kept:
-    """What is kept during runs: snapshots, if there is a journal; the state at the last window's end; and the names of
-    files that could not be written."""
+    """What is kept of runs: snapshots, if there is a journal; the last state of one that failed; and the names of files
+    that could not be written."""
 
     def __init__(self, journal: Journal | None):
         self.journal = journal
         self._failures: list[str] = []
         self._bring: Callable[[], RecurrentState] | None = None
+        self.one_run = Lock()  # whose files these are: the journal, logs
 
     @property
     def failures(self) -> list[str]:
@@ -118,14 +120,10 @@ class Kept:
         if self.journal is not None:
             self.journal.write(state)
 
-    def hold(self, bring: Callable[[], RecurrentState]) -> None:
-        """Remember a function that fetches the state at a window's end."""
+    def hold(self, bring: Callable[[], RecurrentState] | None) -> None:
+        """Remember how to fetch the state at the last window's end of a run that an exception has ended."""
         self._bring = bring
 
-    def forget(self) -> None:
-        """Forget the state: the run has ended normally."""
-        self._bring = None
-
     def last(self) -> RecurrentState | None:
-        """The state at the last window's end; None if there is none."""
+        """The state of such a run; None if there is none."""
         return None if self._bring is None else self._bring()

@@ -1,7 +1,7 @@
 """One prefill: rows go through the driver group by group; with snapshots, the memory guard and the result."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from time import perf_counter, time
 
@@ -63,20 +63,32 @@ class Prefill:
         self._left = list(self._groups)  # groups that are not done
         self._ended_by: MemoryLimitError | None = None
         self._windows = 0
+        self._bring: Callable[[], RecurrentState] | None = None  # fetches the state at the last window's end
         self._compile_s = 0.0  # for all sizes
         self._paused_s = 0.0  # part of compile_s spent after the first tile
 
     def run(self) -> PrefillResult:
         """Raises MemoryLimitError if it does not fit, before any work; GridLost if there is no snapshot yet."""
+        core, own = self._core, len(self._rows)
         try:
-            return self._run()
+            with core.kept.one_run if core.writes else nullcontext():
+                others = sum(core.rows)
+                core.rows.append(own)
+                try:
+                    return self._run(kept_rows=own + others if others else None)
+                except BaseException:
+                    core.kept.hold(self._bring)
+                    self._bring = None
+                    raise
+                finally:
+                    core.rows.remove(own)
         finally:
             self._reuse.release()
 
-    def _run(self) -> PrefillResult:
+    def _run(self, kept_rows: int | None) -> PrefillResult:
         core, plan, kept, asked = self._core, self._core.plan, self._core.kept, self._asked
         calls = self._calls(self._groups, self._begun, self._sizes)
-        plan.room.require(len(self._rows), calls, scored=asked.each.likeliest is not None)
+        plan.room.require(len(self._rows), calls, kept_rows, scored=asked.each.likeliest is not None)
         kept.begin(plan.config.state_file_bytes(len(self._rows)))
         with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
             guard = MemoryGuard.of(
@@ -104,7 +116,7 @@ class Prefill:
                     on_snapshot=self._keep if snapshots else None,
                     on_group=self._ready,
                     on_progress=lambda p: self._progress(p, logs),
-                    on_window=lambda bring: kept.hold(lambda: self._state_at(bring())),
+                    on_window=self._hold,
                     wants=self._reuse.wants if self._reuse.hits else None,
                     on_wanted=self._wanted,
                     next=lambda: self._next(guard),
@@ -116,8 +128,7 @@ class Prefill:
         chosen = perf_counter()
         outcome.end.logits.argmax(-1).tolist()
         stats = self._statistics(outcome, perf_counter() - chosen)
-        state = self._state_at(outcome.end)
-        kept.forget()  # it holds memory of a whole state
+        state, self._bring = self._state_at(outcome.end), None  # which holds the memory of a whole state
         if not state.complete and not outcome.lost:
             kept.write(state)
         ended_by = outcome.lost or self._ended_by
@@ -180,6 +191,9 @@ class Prefill:
         self._core.kept.failed(text)
         self._core.on_note(text)
 
+    def _hold(self, bring: Callable[[], Snapshot]) -> None:
+        self._bring = lambda: self._state_at(bring())
+
     def _keep(self, snapshot: Snapshot) -> None:
         state = self._state_at(snapshot)
         self._core.kept.write(state)
@@ -215,7 +229,8 @@ class Prefill:
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
         """The figures so far, when the first token is chosen."""
         other = OtherTimes(self._compile_s, self._paused_s, self._encode_s + chosen_s)
-        stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, other)
+        with self._core.turn.executor():
+            stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, other)
         stats.first_token_at, stats.row_cache = time(), self._reuse.uses()
         return stats
 

@@ -3,11 +3,12 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from xlstm_ray.engine.cache import Cache, Hit, Start
-from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.driver import Logits, Snapshot, computed
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going
@@ -45,15 +46,16 @@ class Reuse:
             runs = {
                 b: Run.in_group(group, b, ends, tile=numerics.tile_size, chunk=numerics.chunk_size) for b in group.rows
             }
-            hits = self._look_up(cache, runs, whole=True)
-            # Rows of a group share windows only if each row has tokens left.
-            if len(runs) > 1 and any(ends[b] == hit.use.hit_tokens for b, hit in hits.items()):
-                if any(ends[b] != hit.use.hit_tokens for b, hit in hits.items()):
-                    for hit in hits.values():
-                        cache.release(hit)
-                    hits = self._look_up(cache, runs, whole=False)
-            for hit in hits.values():
-                cache.count(hit)
+            with cache.turn():
+                hits = self._look_up(cache, runs, whole=True)
+                # Rows of a group share windows only if each row has tokens left.
+                if len(runs) > 1 and any(ends[b] == hit.use.hit_tokens for b, hit in hits.items()):
+                    if any(ends[b] != hit.use.hit_tokens for b, hit in hits.items()):
+                        for hit in hits.values():
+                            cache.release(hit)
+                        hits = self._look_up(cache, runs, whole=False)
+                for hit in hits.values():
+                    cache.count(hit)
             self.hits |= hits
 
     def _look_up(self, cache: Cache, runs: dict[int, Run], *, whole: bool) -> dict[int, Hit]:
@@ -85,14 +87,20 @@ class Reuse:
 
     def start(self, start: Snapshot) -> Snapshot:
         """The snapshot to go on from: `start`, with found states in place of its own."""
-        consumed, logits, rows = list(start.consumed), start.logits, list(start.rows)
+        consumed, rows, before = list(start.consumed), list(start.rows), start.logits
+        found: dict[int, Logits] = {}
         for b, hit in self.hits.items():
             if hit.start is not None:
-                if logits is start.logits:
-                    logits = logits.clone()
-                consumed[b], logits[b], rows[b] = hit.use.hit_tokens, hit.start.logits, hit.start.rows[0]
+                consumed[b], rows[b], found[b] = hit.use.hit_tokens, hit.start.rows[0], hit.start.logits
                 self._going[b].jump(hit.start.trail)
-        return Snapshot(consumed, logits, HeldRows(rows))
+
+        def logits() -> Tensor:
+            both = before.clone()
+            for b, own in found.items():
+                both[b] = computed(own)
+            return both
+
+        return Snapshot(consumed, logits if found else before, HeldRows(rows))
 
     def wants(self, group: Group, window: Window) -> bool:
         """Whether any row's state at this window's end must be kept. At a row's own end, it comes with its group."""
@@ -108,8 +116,9 @@ class Reuse:
             hit.points.remove(seen)
             self._going[b].advance(seen)
             trail = self._going[b].row.tokens
-            row = Start(part.rows.pick([n]), part.logits[n], trail)
-            self._cache.keep(hit, seen, row, cold=cold and hit.exact)
+            row = Start(part.rows.pick([n]), part.some(partial(_row, n)), trail)
+            with self._cache.turn():
+                self._cache.keep(hit, seen, row, cold=cold and hit.exact)
 
     @property
     def keeps_answers(self) -> bool:
@@ -124,10 +133,16 @@ class Reuse:
         tokens = array("i", [*going.ids, *answer])
         run, chain = hit.run._replace(length=len(tokens)), Chain(hit.chain.root, memoryview(tokens))
         start = Start(rows, logits, going.row.tokens.extend(answer))
-        self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
+        with self._cache.turn():
+            self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
 
     def release(self) -> None:
         """End all leases; the run has ended."""
         for hit in self.hits.values():
             if self._cache is not None:
-                self._cache.release(hit)
+                with self._cache.turn():
+                    self._cache.release(hit)
+
+
+def _row(n: int, logits: Tensor) -> Tensor:
+    return logits[n].clone()  # a view would keep the others alive

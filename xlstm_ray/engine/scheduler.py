@@ -103,6 +103,11 @@ class Scheduler:
         ahead = [entry.request for entry in sorted(self._of("waiting"), key=self._rank)]
         return ahead.index(request) if request in ahead else 0
 
+    @property
+    def owes_tokens(self) -> bool:
+        """Whether a window was read since those that decode got a token."""
+        return self._fills > 0 and any(self._of("decoding"))
+
     def next(self) -> Action | None:
         """The next action; None if there is nothing to do."""
         decoding = tuple(entry.request for entry in self._of("decoding"))

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from queue import Empty, SimpleQueue
-from time import sleep
 
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.guard import MemoryGuard
@@ -42,6 +41,7 @@ class Service:
         self._closed = False
         self._gate = threading.Lock()
         self._open = ExitStack()
+        core.rows.append(slots)
         logs = {name: log for name, log in core.plan.logs.items() if name == "mem_log"}  # tiles are a prefill's
         self._logs = self._work.logs = self._open.enter_context(RunLogs(logs, core.logs, core.kept.failed))
         calls = [(max(buckets), 1)]
@@ -107,17 +107,16 @@ class Service:
     def _run(self) -> None:
         open_, work, turn = True, self._work, self._core.turn
         try:
-            while open_:
-                if not work.left:  # else what is sent may need the executor, and the turn for it
-                    open_ = self._take_in(wait=True)
-                with turn.of("serve"):
-                    while open_ and work.left:
-                        work.step()
-                        open_ = self._take_in(wait=False)
-                        if turn.wanted and not work.under_way:
-                            break
-                if turn.wanted:
-                    sleep(0.001)  # a lock is not fair
+            with turn.of("serve"):
+                while open_:
+                    if not work.left:
+                        open_ = self._take_in(wait=True)
+                    with turn.executor():
+                        while open_ and work.left:
+                            work.step()
+                            open_ = self._take_in(wait=False)
+                            if turn.wanted and not work.owes_tokens:
+                                break
         except XlstmRayError as error:
             self._failed = error
         except BaseException:  # a bug: nobody may wait for what will not come
@@ -148,7 +147,7 @@ class Service:
             call = self._inbox.get()
             if call is not None:
                 call()
-        with self._core.turn.of("serve"):
+        with self._core.turn.executor():
             self._work.end_all(self._failed)
             self._logs.seen(self._core.running.seen(at_end=self._logs.memory is not None and self._failed is None))
         self._open.close()

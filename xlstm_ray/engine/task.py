@@ -1,23 +1,23 @@
 """A request that an engine's thread works on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.driver import Snapshot
+from xlstm_ray.engine.driver import Each, Reader, Sizes, Snapshot
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Request, Usage
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.scores import Scores
-from xlstm_ray.engine.windows import Group, Window, plan_windows
+from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.errors import XlstmRayError
-from xlstm_ray.runtime.executor import StateRef
+from xlstm_ray.runtime.executor import Executor, StateRef
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
@@ -38,24 +38,20 @@ class Task:
     request: Request
     handle: Handle
     going: Going
-    rows: HeldRows  # where it starts from
-    logits: Tensor | None  # (vocabulary,) after the last token that the state has seen
-    windows: Iterator[Window]
+    start: Snapshot  # where it starts from
+    logits: Tensor | None = None  # (vocabulary,) after the whole prompt, and after each token of the answer
+    windows: Reader | None = None  # reads its prompt; known when it has arrived
     made: float = field(default_factory=perf_counter)  # perf_counter time
     began: float | None = None
     first_token: float | None = None
     begun: int = 0  # tokens before the first window of its run
     resumed: int = 0  # tokens before the first window that is computed here
-    read: int = 0  # tokens of the prompt in the state, including windows in flight
-    last: bool = False  # True if the last window was submitted
+    rows: HeldRows = HeldRows()  # its state, while it is not with the executor
     state: StateRef | None = None
     answer: Answer | None = None
     slot: int | None = None
-    hidden: Tensor | None = None  # (1, D) after the last window with a result
-    under_way: int = 0  # the number of its windows in flight
     cancelled: bool = False
     reuse: Reuse | None = None  # its use of the cache
-    scores: Scores | None = None  # of the prompt's tokens, if they were requested
     answers: list["Task"] = field(default_factory=list)  # the tasks for which this one reads the prompt
     reader: "Task | None" = None  # the task that reads its prompt, until it is read
 
@@ -68,22 +64,9 @@ class Task:
             going = unchanged(state)
         else:
             (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
-        numerics, seen, end = core.plan.numerics, going.seen, len(going.tokens)
-        logits = None if state is None else state.logits[0]
-        before = torch.zeros(core.plan.config.vocab_size) if logits is None else logits
-        count = request.prompt_logprobs
-        return cls(
-            number,
-            request,
-            handle,
-            going,
-            core.rows_of(state) if state is not None else HeldRows([None]),
-            logits,
-            plan_windows([seen], [end], tile_size=numerics.tile_size, chunk_size=numerics.chunk_size),
-            resumed=seen,
-            read=seen,
-            scores=None if count is None else Scores(going.tokens, seen, before, count),
-        )
+        nothing, fresh = torch.zeros(1, core.plan.config.vocab_size), HeldRows([None])
+        both = (nothing, fresh) if state is None else (state.logits, core.rows_of(state))
+        return cls(number, request, handle, going, Snapshot([going.seen], *both), resumed=going.seen)
 
     def answer_of(self, number: int, request: Request, handle: Handle) -> None:
         """Add an answer to the prompt that this task reads."""
@@ -91,9 +74,8 @@ class Task:
 
     def follow(self, reader: "Task", rows: HeldRows) -> None:
         """Go on from the prompt's end, which `reader` has read; `rows` has the state."""
-        self.rows, self.logits, self.read, self.reader = rows, reader.logits, self.total, None
-        self.begun, self.resumed, self.began = reader.begun, reader.resumed, reader.began
-        self.reuse, self.scores = reader.reuse, reader.scores
+        self.rows, self.logits, self.windows, self.reader = rows, reader.logits, reader.windows, None
+        self.begun, self.resumed, self.began, self.reuse = reader.begun, reader.resumed, reader.began, reader.reuse
 
     def tell(self, event: Event) -> None:
         """Send an event to its handle, or to those of the answers for which it reads."""
@@ -103,6 +85,17 @@ class Task:
     @property
     def total(self) -> int:
         return len(self.going.tokens)
+
+    @property
+    def read(self) -> int:
+        """Tokens of the prompt in the state, including windows in flight."""
+        return self.resumed if self.windows is None else self.windows.read
+
+    @property
+    def scores(self) -> Scores | None:
+        """Of the prompt's tokens, if they were requested."""
+        windows = self.reader.windows if self.reader else self.windows
+        return windows.scores[0] if windows and windows.scores else None
 
     def known(self, text: Text) -> Row:
         """The row's history for a state, as far as the prompt was read."""
@@ -136,20 +129,20 @@ class Task:
         tokens, text = (self.answer.tokens, self.answer.text) if self.answer else ([], "")
         self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error, self.scores))
 
-    def look_up(self, core: Core) -> None:
+    def look_up(self, core: Core, executor: Executor) -> None:
         """Go on from the longest kept state, if it is longer than the given one."""
-        state, numerics = self.request.state, core.plan.numerics
+        state, numerics, likeliest = self.request.state, core.plan.numerics, self.request.prompt_logprobs
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
-        cache = core.cache if self.scores is None else None  # all of them are to be read
+        cache = core.cache if likeliest is None else None  # else all of the prompt is to be read
         self.reuse = Reuse(cache, [self.going], Share(self.request.tenant, self.request.keep_at))
         self.reuse.find([ALONE], [self.begun], numerics)
-        if self.reuse.found:
-            nothing = torch.zeros(1, core.plan.config.vocab_size)
-            start = self.reuse.start(Snapshot([self.resumed], nothing, self.rows))
-            self.resumed = self.read = start.consumed[0]
-            self.rows, self.logits = start.rows, start.logits[0]
-            sizes = {"tile_size": numerics.tile_size, "chunk_size": numerics.chunk_size}
-            self.windows = plan_windows([self.read], [self.total], **sizes)
+        start = self.start = self.reuse.start(self.start)
+        (self.resumed,), self.rows = start.consumed, start.rows
+        sizes, each = Sizes(numerics.tile_size, numerics.chunk_size), Each(likeliest=likeliest)
+        wants = partial(_wants, self.reuse, self.total)  # with `self` in it, the state would stay for a while
+        self.windows = Reader(executor, [self.going.tokens], start, sizes, each=each, wants=wants)
+        if self.windows.last:
+            self.logits = start.logits[0]
 
     def queued(self, ahead: int) -> Queued:
         """Its first event; ahead: how many will begin before it."""
@@ -165,15 +158,10 @@ class Task:
         if self.reuse is not None:
             self.reuse.release()
 
-    def wants(self, window: Window) -> bool:
-        """Whether the cache keeps the state at this window's end."""
-        at_end = window.start + window.size >= self.total
-        return self.reuse is not None and bool(self.reuse.hits) and (at_end or self.reuse.wants(ALONE, window))
-
-    def keep(self, read: int, rows: HeldRows, logits: Tensor) -> None:
-        """Give the cache the state after `read` tokens. logits: (vocabulary,)."""
+    def keep(self, snapshot: Snapshot) -> None:
+        """Give the cache a state of the prompt."""
         assert self.reuse is not None
-        self.reuse.keep(ALONE, Snapshot([read], logits.unsqueeze(0).cpu(), rows), cold=True)
+        self.reuse.keep(ALONE, snapshot, cold=True)
 
     @property
     def fed(self) -> int:
@@ -197,3 +185,8 @@ class Task:
 
 def _one(prompt: Prompt | None) -> list[Prompt] | None:
     return None if prompt is None else [prompt]
+
+
+def _wants(reuse: Reuse, total: int, window: Window) -> bool:
+    """Whether the cache keeps the state at this window's end. total: the prompt's tokens."""
+    return bool(reuse.hits) and (window.start + window.size >= total or reuse.wants(ALONE, window))

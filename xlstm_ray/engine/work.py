@@ -17,25 +17,23 @@ from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Piece, Reading
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
-from xlstm_ray.engine.scores import following
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
-from xlstm_ray.engine.tokens import make_part
 from xlstm_ray.errors import XlstmRayError
-from xlstm_ray.runtime.executor import Step, StepResult, Wanted, decoding_step
+from xlstm_ray.runtime.executor import StepResult, decoding_step
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
 
 
 class Work:
-    """The requests of a service. Only its thread uses this, while it has the engine's turn. Arguments as in Service."""
+    """The requests of a service. Only its thread uses this. Arguments as in Service."""
 
     def __init__(self, core: Core, *, ends: Sequence[int], slots: int, buckets: Sequence[int], fills_per_decode: int):
         self._core, self._ends = core, tuple(ends)
         self._scheduler = Scheduler(slots, fills_per_decode)
         self._tasks: dict[int, Task] = {}
-        executor = core.running.executor
+        executor = self._executor = core.lane()
         self._batches = [Batch(executor, buckets) for _ in range(executor.parallel)]
         self._under_way: deque[Callable[[StepResult], None]] = deque()  # what takes each result
         self._held: Decode | Park | None = None  # decided, and waits for the step before
@@ -54,19 +52,23 @@ class Work:
         """Whether there is something to do."""
         return self.under_way or bool(len(self._scheduler))
 
+    @property
+    def owes_tokens(self) -> bool:
+        """Whether those that decode have waited for a prompt's window; nobody else's may come before their step."""
+        return self._scheduler.owes_tokens
+
     def step(self) -> None:
         """Ask the executor for as much as keeps it busy, then take a result."""
         try:
             self._look()
             self._act()
         except BaseException:
-            self._core.running.executor.forget()  # whoever has the next turn is to get its own results
+            self._executor.forget()
             raise
 
     def _act(self) -> None:
-        executor = self._core.running.executor
-        while executor.has_room:
-            action = self._held or (None if self._core.turn.wanted else self._scheduler.next())
+        while self._executor.has_room:
+            action = self._held or self._scheduler.next()
             self._held = None
             match action:
                 case Fill(number):
@@ -104,7 +106,7 @@ class Work:
 
     def _take_result(self) -> None:
         """Wait for the oldest result under way."""
-        result = self._core.running.executor.result()
+        result = self._executor.result()
         self._under_way.popleft()(result)
 
     def _drain(self) -> None:
@@ -115,8 +117,7 @@ class Work:
     # -- arrivals ------------------------------------------------------------------------------------------------------
     def arrive(self, task: Task) -> None:
         self._tasks[task.number] = task
-        with self._core.turn.of("bring"):
-            task.look_up(self._core)
+        task.look_up(self._core, self._executor)
         filled = task.read == task.total
         self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
         for answer in task.answers:
@@ -135,7 +136,8 @@ class Work:
             task.reader.answers.remove(task)
             if not task.reader.answers:  # nobody waits for it any more
                 self.cancel(task.reader.number)
-        if not task.under_way and not any(batch.under_way and batch.has(task) for batch in self._batches):
+        busy = task.windows is not None and task.windows.under_way
+        if not busy and not any(batch.under_way and batch.has(task) for batch in self._batches):
             self._finish(task, Finish("cancelled"))
 
     def _began(self, task: Task) -> None:
@@ -145,41 +147,30 @@ class Work:
     # -- prompts -------------------------------------------------------------------------------------------------------
     def _fill(self, task: Task) -> None:
         """Submit the next window of its prompt."""
-        core, executor = self._core, self._core.running.executor
-        if task.last or task.cancelled:  # its results are still to come
+        core, windows = self._core, task.windows
+        assert windows is not None
+        if windows.last or task.cancelled:  # its results are still to come
             self._take_result()
             return
         self._began(task)
         if task.state is None:
             task.state = core.states.state_of(task.rows)
-        window = next(task.windows)
-        part = make_part(window, [task.going.tokens], [task.resumed])
-        task.read = min(window.start + window.size, task.total)
-        task.last = task.read == task.total
-        core.warm_up(1, [window.size])
-        wanted = task.wants(window)  # with the result it comes before actors go on
-        keep = wanted and not executor.local
-        logits: Wanted = "last" if task.last else "none"
-        scores = task.scores
-        after = None if scores is None else following(window, [scores])
-        step = Step(*part, core.plan.numerics.chunk_size, window.number, logits, keep, following=after)
-        state = task.state = executor.submit(task.state, step)
-        task.under_way += 1
-        read, last = task.read, task.last
+        step = windows.step()
+        assert step is not None
+        core.warm_up(1, [step.tokens.shape[1]])
+        read, last = windows.read, windows.last
+        state = task.state = self._executor.submit(task.state, step._replace(logits="last" if last else "none"))
 
         def take(result: StepResult) -> None:
-            task.under_way -= 1
+            wanted = windows.take(result).wanted
             task.tell(Reading(read, task.total))
             if result.logits is not None:
                 task.logits = result.logits[0]
-            task.hidden = result.hidden
-            if scores is not None and result.logprobs is not None:
-                scores.add(result.logprobs, 0, int(part.start), int(part.end))
             if wanted:
-                logits = executor.logits(result.hidden)[0] if result.logits is None else result.logits[0]
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
-                task.keep(read, core.states.rows(ref, 1, tensors), logits)
-            if task.cancelled and not task.under_way:
+                here = windows.snapshot(core.states.rows(ref, 1, tensors))
+                task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
+            if task.cancelled and not windows.under_way:
                 self._finish(task, Finish("cancelled"))
             elif last and not task.cancelled:
                 self._scheduler.filled(task.number)
@@ -217,7 +208,7 @@ class Work:
                 size = batch.arrange()
                 if size is not None:
                     self._core.warm_up(size, [1])
-                chooses = self._core.running.executor.chooses
+                chooses = self._executor.chooses
                 batch.step(self._slots.choice(batch.places) if chooses else None)
                 self._under_way.append(partial(self._decoded, batch))
 
@@ -259,7 +250,7 @@ class Work:
         self._take_out(task)
         assert task.state is not None
         task.rows, task.state = self._core.states.rows(task.state, 1), None
-        if not self._core.running.executor.on_host:
+        if not self._executor.on_host:
             for row in task.rows:
                 if row is not None:
                     row.held.evict()
@@ -303,13 +294,13 @@ class Work:
 
     def _state_of(self, task: Task) -> RecurrentState | None:
         """The state after all that it has seen, the last token of its answer too."""
-        core, executor, answer = self._core, self._core.running.executor, task.answer
+        core, executor, answer = self._core, self._executor, task.answer
         if task.began is None and not task.found:  # nothing was computed
             return task.request.state
         self._drain()
         if task.logits is None:
-            assert task.hidden is not None
-            task.logits = executor.logits(task.hidden)[0]
+            assert task.windows is not None
+            task.logits = task.windows.snapshot(task.rows).logits[0]
         complete, known = task.read == task.total, task.known(core.text)
         if answer is not None and answer.tokens:
             if not (answer.finish is not None and isinstance(answer.finish.by, int)):  # its last token was not fed
@@ -339,4 +330,4 @@ class Work:
         self._held = None
         for batch in self._batches:
             batch.under_way = False
-        self._core.running.executor.forget()
+        self._executor.forget()

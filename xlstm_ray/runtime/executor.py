@@ -87,6 +87,7 @@ class Step(NamedTuple):
     following: Following | None = None
     choice: Choice | None = None  # of a decoding step, where the executor chooses
     follows: bool = False  # its tokens are those that the state's step before chose; `tokens` says only how many
+    owner: object = None  # whose step it is, where callers share an executor; the result has it
 
 
 def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False, choice: Choice | None = None) -> Step:
@@ -105,20 +106,30 @@ class StepResult(NamedTuple):
     state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
     logprobs: Logprobs | None = None  # (B, T) and (B, T, likeliest), on the CPU, if `following` was set
     tokens: Tensor | None = None  # (B,) int64, on the CPU, if `choice` was set
+    owner: object = None  # the step's
 
 
 class Executor(Protocol):
-    """Runs steps on weights and states, wherever they are. Only one thread uses it.
+    """Runs steps on weights and states, wherever they are. One thread at a time uses it.
 
     Every method but `close` raises GridLost if workers with states are gone and cannot be replaced.
     """
 
-    local: bool  # the states are in this process, so saving one is only a copy
-    on_host: bool  # they are in this process's main memory, so moving one to the host gains nothing
+    @property
+    def local(self) -> bool:
+        """Whether the states are in this process, so saving one is only a copy."""
 
-    chooses: bool  # it takes a Choice, and the sampler is on its device
+    @property
+    def on_host(self) -> bool:
+        """Whether they are in this process's main memory, so moving one to the host gains nothing."""
 
-    parallel: int  # the number of steps (of different states) that its workers can do at once
+    @property
+    def parallel(self) -> int:
+        """The number of steps (of different states) that its workers can do at once."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it takes a Choice, and the sampler is on its device."""
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         """Compile the functions for windows of these sizes and `batch` rows; size 1 is decoding."""

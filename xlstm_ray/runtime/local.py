@@ -122,7 +122,8 @@ class InProcessExecutor:
             logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
         logprobs = self.stages[-1][0].logprobs(x, step.following) if step.following is not None else None
         kept = self._blocks(state) if step.keep else None
-        self._pending.append(_Pending(StepResult(hidden, logits, 0.0, None, logprobs), kept, self._fence()))
+        result = StepResult(hidden, logits, 0.0, None, logprobs, owner=step.owner)
+        self._pending.append(_Pending(result, kept, self._fence()))
         return state
 
     def result(self) -> StepResult:
@@ -181,7 +182,7 @@ class InProcessExecutor:
         tokens = outcome.tokens
         if tokens is not None:  # begun now: later, the copy would wait for the steps submitted meanwhile
             tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
-        return StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=tokens)
+        return StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=tokens, owner=step.owner)
 
     def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
         """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""

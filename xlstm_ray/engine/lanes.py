@@ -1,0 +1,133 @@
+"""Lanes: several callers of one executor, of any threads, whose steps are in flight together."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from xlstm_ray.engine.turn import Turn
+from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, Step, StepResult
+
+
+class _Inbox:
+    """A lane's results that nobody has fetched yet. due: how many more will come."""
+
+    def __init__(self) -> None:
+        self.results: deque[StepResult] = deque()
+        self.due = 0
+
+
+class Lanes:
+    """An executor that callers share. turn: which of them uses it now."""
+
+    def __init__(self, executor: Callable[[], Executor], turn: Turn):
+        self._executor, self._turn = executor, turn
+        self.inboxes: set[_Inbox] = set()  # of lanes with steps in flight
+
+    def new(self) -> "Lane":
+        return Lane(self)
+
+    @property
+    def executor(self) -> Executor:
+        return self._executor()
+
+    @contextmanager
+    def turn(self) -> Iterator[Executor]:
+        """The executor, for this thread alone while the block runs."""
+        with self._turn.executor():
+            yield self._executor()
+
+    def hand_out(self, executor: Executor) -> None:
+        """Wait for the oldest result, and give it to the lane whose step it was; none if that has forgotten it."""
+        result = executor.result()
+        inbox = result.owner
+        if isinstance(inbox, _Inbox) and inbox in self.inboxes:
+            inbox.results.append(result._replace(owner=None))
+            inbox.due -= 1
+            if not inbox.due:
+                self.inboxes.remove(inbox)
+
+
+class Lane:
+    """One caller's `Executor`: what it submits is mixed with others' steps, and it gets the results of its own."""
+
+    def __init__(self, lanes: Lanes):
+        self._lanes, self._inbox = lanes, _Inbox()
+
+    @property
+    def local(self) -> bool:
+        return self._lanes.executor.local
+
+    @property
+    def on_host(self) -> bool:
+        return self._lanes.executor.on_host
+
+    @property
+    def parallel(self) -> int:
+        return self._lanes.executor.parallel
+
+    @property
+    def chooses(self) -> bool:
+        return self._lanes.executor.chooses
+
+    def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
+        with self._lanes.turn() as executor:
+            executor.warm_up(batch, sizes, chunk_size)
+
+    def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
+        with self._lanes.turn() as executor:
+            return executor.load(tensors, batch)
+
+    def take(self, rows: Sequence[RowRef | None]) -> StateRef:
+        with self._lanes.turn() as executor:
+            return executor.take(rows)
+
+    def save(self, state: StateRef) -> dict[str, Tensor]:
+        with self._lanes.turn() as executor:
+            return executor.save(state)
+
+    @property
+    def has_room(self) -> bool:
+        return not self._inbox.results and self._lanes.executor.has_room
+
+    def submit(self, state: StateRef, step: Step) -> StateRef:
+        """As `Executor.submit`; if that leaves no room, the results that make some are waited for in the same turn."""
+        with self._lanes.turn() as executor:
+            self._inbox.due += 1
+            self._lanes.inboxes.add(self._inbox)
+            state = executor.submit(state, step._replace(owner=self._inbox))
+            while not executor.has_room:
+                self._lanes.hand_out(executor)
+        return state
+
+    def result(self) -> StepResult:
+        while not self._inbox.results:
+            with self._lanes.turn() as executor:
+                if not self._inbox.results:  # else it came while this thread waited
+                    self._lanes.hand_out(executor)
+        return self._inbox.results.popleft()
+
+    def forget(self) -> None:
+        before, self._inbox = self._inbox, _Inbox()
+        if before.due:
+            with self._lanes.turn() as executor:
+                self._lanes.inboxes.discard(before)
+                if not self._lanes.inboxes:
+                    executor.forget()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self._lanes.turn() as executor:
+            return executor.logits(hidden)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        with self._lanes.turn() as executor:
+            return executor.peak_memory_bytes
+
+    @property
+    def restarts(self) -> int:
+        return self._lanes.executor.restarts
+
+    def close(self) -> None:
+        """Nothing: the executor is the engine's."""
