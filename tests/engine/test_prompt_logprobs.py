@@ -200,6 +200,7 @@ def test_scores_are_a_sequence_however_long_and_however_they_are_asked_for():
 # -- memory ------------------------------------------------------------------------------------------------------------
 PEAK = """
 import resource, sys
+from dataclasses import replace
 import xlstm_ray
 numerics = {"chunkwise_backend": "native", "tile_size": 512, "chunk_size": 64, "dtype": "float32"}
 lm = xlstm_ray.load(sys.argv[1], device="cpu", **numerics)
@@ -210,7 +211,9 @@ def peak():
 before = peak()
 result = lm.prefill(ids, prompt_logprobs=5)
 needs = [lm.plan.room.need(1, [(1, 512)], scored=scored).tile for scored in (False, True)]
-print(peak() - before, len(result.prompt_logprobs[0]), *needs)
+room = replace(lm.plan.room, where="grid", loaded=replace(lm.plan.room.loaded, stages=3))
+of_grid = [room.grid_need(1, 512, scored=scored).tiles for scored in (False, True)]
+print(peak() - before, len(result.prompt_logprobs[0]), *needs, *of_grid)
 """
 
 
@@ -218,9 +221,10 @@ def test_scoring_holds_a_few_logits_at_a_time_as_counted(tmp_path):
     """All logits of these tokens are 206 MB, and their scores took three times as much."""
     make_model(tmp_path, hidden_size=64, num_hidden_layers=1, num_heads=1, vocab_size=50304)
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
-    grown, count, plain, scored = map(int, done.stdout.split())
+    grown, count, plain, scored, of_actors, of_actors_scored = map(int, done.stdout.split())
     assert count == 1024
     assert grown < scored < plain + (200 << 20)
+    assert of_actors_scored == of_actors // 3 * 2 + scored  # one of the three actors does this work
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ def _triton_bytes(loaded: Loaded, parts: BlockTensors) -> float:
     return residual + float8 + at_once * max(mixer + gates, 3 * c.ffn_dim)
 
 
+def scoring_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
+    """The most bytes that the log-probabilities of a window take: after the last block, with its residual stream."""
+    return rows * tokens * loaded.config.hidden_size * loaded.itemsize + SCORING
+
+
 def computed_need(loaded: Loaded, call: Call) -> Need:
     """The need of a run in this process; on cuda, on the device."""
     on_host = loaded.device != "cuda"
@@ -152,9 +157,8 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     tile_bytes = activation_bytes(loaded, rows=call.rows, tokens=call.tokens) + loaded.whole_matrix
     if loaded.itemsize == 2 and on_host:
         tile_bytes = max(tile_bytes, WIDENED_HEAD)
-    if call.scored:  # after the last block: only the residual stream is there
-        residual = call.rows * call.tokens * loaded.config.hidden_size * loaded.itemsize
-        tile_bytes = max(tile_bytes, residual + SCORING)
+    if call.scored:
+        tile_bytes = max(tile_bytes, scoring_bytes(loaded, rows=call.rows, tokens=call.tokens))
     if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
     base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)

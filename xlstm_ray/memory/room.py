@@ -21,6 +21,7 @@ from xlstm_ray.memory.need import (
     activation_bytes,
     advice,
     computed_need,
+    scoring_bytes,
     state_bytes,
     store_bytes,
 )
@@ -59,11 +60,16 @@ class Room:
         needs = [computed_need(self.loaded, Call(batch, rows, tokens, scored)) for rows, tokens in set(calls)]
         return max(needs, key=lambda need: need.total)
 
-    def grid_need(self, batch: int, tokens: int | None = None) -> GridNeed:
-        """The memory that a grid takes on this machine, for `batch` prompts in windows of `tokens` (None: a tile's)."""
+    def grid_need(self, batch: int, tokens: int | None = None, *, scored: bool = False) -> GridNeed:
+        """The memory that a grid takes on this machine, for `batch` prompts in windows of `tokens` (None: a tile's).
+
+        scored: log-probabilities of their tokens are computed, too, by one actor of the last stage.
+        """
         loaded, tokens = self.loaded, tokens or self.loaded.tile
         actors, on_host = loaded.stages * loaded.bands, loaded.device != "cuda"
         state = (2 * batch + HELD_ROWS) * state_bytes(loaded.config)
+        tile = activation_bytes(replace(loaded, workers=1), rows=batch, tokens=tokens)
+        last = max(tile, scoring_bytes(loaded, rows=batch, tokens=tokens)) if scored else tile
         return GridNeed(
             head=self.head,
             driver=process_bytes() + RAY_IN_DRIVER + state + loaded.cache,
@@ -71,7 +77,7 @@ class Room:
             programs=actors * ACTOR,
             weights=loaded.weights * on_host,
             state=state * on_host,
-            tiles=actors * activation_bytes(replace(loaded, workers=1), rows=batch, tokens=tokens) * on_host,
+            tiles=((actors - 1) * tile + last) * on_host,
             watchdog=self.watchdog,
             store=store_bytes(loaded, rows=batch, tokens=tokens),
         )
@@ -105,9 +111,11 @@ class Room:
             return
         if self.where == "grid":
             for rows, tokens in sorted(set(calls)):
-                if rows > 1:  # the memory of one row was allocated before
-                    one, all_ = self.grid_need(1, tokens), self.grid_need(rows, tokens)
+                if rows > 1 or scored:
+                    one, all_ = self.grid_need(1, tokens), self.grid_need(rows, tokens, scored=scored)
                     more = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
+                    if rows == 1:  # the memory of one row was allocated before, but for its log-probabilities
+                        more = replace(more, driver=0, state=0, store=0, tiles=all_.tiles - one.tiles)
                     self._require_on_machine(more, rows, 0)
         if self.where != "process":
             return
