@@ -23,14 +23,14 @@ def main() -> None:
     )
     parser.add_argument("--repo", default="NX-AI/xLSTM-7b", help="owner/name [default: %(default)s]")
     parser.add_argument("--revision", help="a branch, tag or commit [default: main]")
-    parser.add_argument("--cache-dir", type=Path, help="where models are kept [default: the hub's own, see HF_HOME]")
+    parser.add_argument("--hub-cache", type=Path, help="where models are kept [default: the hub's own, see HF_HOME]")
     parser.add_argument("--offline", action="store_true", help="use only the cache")
     args, words = parser.parse_known_args()
     from xlstm_ray.hub import download
 
     try:
         model = download(
-            args.repo, revision=args.revision, cache=args.cache_dir, offline=args.offline, bars=sys.stderr.isatty()
+            args.repo, revision=args.revision, cache=args.hub_cache, offline=args.offline, bars=sys.stderr.isatty()
         )
     except DownloadError as err:
         print(f"error: {err}", file=sys.stderr)

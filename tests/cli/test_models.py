@@ -143,6 +143,17 @@ def test_download_says_how_the_model_is_used(hub, tmp_path):
     assert not hub.asked
 
 
+def test_the_hubs_cache_is_another_option_than_the_cache_of_states(hub, tmp_path):
+    done = program(hub, tmp_path, "download", REPO, "--hub-cache", tmp_path / "models")
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "models")
+    (row,) = json.loads(program(hub, tmp_path, "models", "--hub-cache", tmp_path / "models", "--json").stdout)["models"]
+    assert (row["name"], row["directory"]) == (REPO, done.stdout.strip())
+    for command in (["download", REPO], ["models"]):
+        assert (
+            "--cache-dir (Possible options: --hub-cache)" in program(hub, tmp_path, *command, "--cache-dir", "x").stderr
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -22,9 +22,9 @@ from xlstm_ray.settings import Settings
 
 commands = typer.Typer()
 
-CacheDirOption = Annotated[
+HubCacheOption = Annotated[
     Path | None,
-    typer.Option("--cache-dir", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
+    typer.Option("--hub-cache", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
 ]
 
 
@@ -49,13 +49,13 @@ def fetch_weights(settings: Settings, progress: ProgressKind = "auto") -> None:
     rich_help_panel=RUN,
     epilog=examples(
         "xlstm-ray download NX-AI/xLSTM-7b",
-        "xlstm-ray download NX-AI/xLSTM-7b@main --cache-dir DIR",
+        "xlstm-ray download NX-AI/xLSTM-7b@main --hub-cache DIR",
         "xlstm-ray download NX-AI/xLSTM-7b --offline",
     ),
 )
 def download(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A repository of the Hugging Face hub.")],
-    cache_dir: CacheDirOption = None,
+    hub_cache: HubCacheOption = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Use only what is in the cache.", show_default=False)
     ] = False,
@@ -63,9 +63,9 @@ def download(
     """Download a model from the Hugging Face hub, and print its directory."""
     repo, revision = hub.split(name)
     with _downloading(name) as bars:
-        directory = hub.download(repo, revision=revision, cache=cache_dir, offline=offline, bars=bars)
+        directory = hub.download(repo, revision=revision, cache=hub_cache, offline=offline, bars=bars)
     show(str(directory))
-    model = name if cache_dir is None else str(directory)
+    model = name if hub_cache is None else str(directory)
     tell(f"to use it: {program()} generate --model {shlex.quote(model)} --prompt 'The capital of France is'")
 
 
@@ -107,18 +107,18 @@ def quantize(
 
 
 @commands.command(rich_help_panel=RUN, epilog=examples("xlstm-ray models"))
-def models(cache_dir: CacheDirOption = None, json_output: JsonOption = False) -> None:
+def models(hub_cache: HubCacheOption = None, json_output: JsonOption = False) -> None:
     """List the hub's models that are on this machine, by the names that --model takes."""
     rows = [
         {
             "name": model.name,
             "revision": model.commit,
             "bytes": model.bytes,
-            "whole": hub.is_whole(model, cache_dir),
+            "whole": hub.is_whole(model, hub_cache),
             "xlstm": _runs(model.directory),
             "directory": str(model.directory),
         }
-        for model in hub.cached(cache_dir)
+        for model in hub.cached(hub_cache)
     ]
     if json_output:
         json_line({"models": rows})

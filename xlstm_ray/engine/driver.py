@@ -1,4 +1,4 @@
-"""The driver: feeds windows to an executor, counts, and stops between windows. All that it needs is an argument."""
+"""The driver: it feeds windows to an executor, counts, and can stop between windows."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -47,16 +47,16 @@ class Progress:
 
 
 class Each(NamedTuple):
-    """What is wanted of each token that is read: its logits, its log-probability with those of the likeliest ones."""
+    """What a run returns of each token: its logits; its log-probability and those of the likeliest tokens there."""
 
     logits: bool = False
     likeliest: int | None = None  # how many; None: no log-probabilities
 
 
-LAST = Each()  # only of the last one, its logits
+LAST = Each()  # nothing but the logits of the last one
 
 
-Logits = Tensor | Callable[[], Tensor]  # or what computes them, when they are needed
+Logits = Tensor | Callable[[], Tensor]  # a function computes them when they are needed
 
 
 def computed(logits: Logits) -> Tensor:
@@ -79,7 +79,7 @@ class Snapshot:
         return self._logits
 
     def some(self, change: Callable[[Tensor], Tensor]) -> Logits:
-        """Logits that are made of these, now if these are there. They do not keep this snapshot's state."""
+        """Change the logits: now if they are computed, else when they are. The result does not keep the state alive."""
         logits = self._logits
         return change(logits) if isinstance(logits, Tensor) else lambda: change(logits())
 
@@ -127,7 +127,7 @@ NO_HOOKS = Hooks()
 
 
 class Read(NamedTuple):
-    """A window of a reader. filled: it is a tile that some row fills. wanted: the snapshot of its end is wanted."""
+    """A window that a Reader has given out. filled: a row fills it, and it is a tile. wanted: keep its snapshot."""
 
     step: Step
     window: Window
@@ -154,8 +154,8 @@ class Reader:
     ):
         self._executor, self._rows, self._sizes, self._each, self._wants = executor, rows, sizes, each, wants
         self.start, self.begin, self.end = start, start.consumed, [len(row) for row in rows]
-        self.consumed = list(self.begin)  # by the windows whose results were taken
-        self.read = max(self.begin, default=0)  # the place up to which windows were given out
+        self.consumed = list(self.begin)  # how far the results that were taken go
+        self.read = max(self.begin, default=0)  # how far the windows that were given out go
         self.scores: list[Scores] = []  # of each row, if requested
         if each.likeliest is not None:
             self.scores = [
@@ -199,7 +199,7 @@ class Reader:
             sizes.chunk,
             next(self._numbers),
             "all" if self._each.logits else "none",
-            keep=wanted and not self._executor.local,  # with the result it comes before the actors go on
+            keep=wanted and not self._executor.local,  # actors send it before they go on
             following=following(window, self.scores) if self.scores else None,
         )
         self._under_way.append(Read(step, window, filled, wanted))
@@ -222,7 +222,7 @@ class Reader:
         return read
 
     def snapshot(self, rows: HeldRows) -> Snapshot:
-        """At the end of the last window that was taken. rows: the state there."""
+        """The snapshot after the last result that was taken. rows: the state there."""
         hidden, consumed, before = self._hidden, list(self.consumed), self.start.some(lambda logits: logits)
         if hidden is None:
             return Snapshot(consumed, before, rows)
@@ -233,7 +233,7 @@ class Reader:
         return Snapshot(consumed, lambda: torch.where(moved.unsqueeze(-1), logits(), computed(before)), rows)
 
     def finish(self, end: Snapshot) -> list[Tensor]:
-        """Cut what was found of each token at the snapshot that is the end. Returns all logits, if requested."""
+        """Drop scores and logits of tokens after the snapshot `end`. Returns each row's logits, if requested."""
         seen = [e - b for b, e in zip(self.begin, end.consumed, strict=True)]
         for row, length in zip(self.scores, seen, strict=False):
             row.cut(length)
@@ -275,7 +275,7 @@ def prefill(
             read = reader.take(result)
             if result.state is not None:
                 here = last = reader.snapshot(states.rows(None, len(rows), result.state))
-                _ = last.logits  # while there is a grid to compute them
+                _ = last.logits  # a lost grid could not compute them
                 if hooks.on_snapshot is not None:
                     hooks.on_snapshot(last)
             elif executor.local:

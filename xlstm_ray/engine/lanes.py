@@ -1,4 +1,4 @@
-"""Lanes: several callers of one executor, of any threads, whose steps are in flight together."""
+"""Lanes: callers in several threads share one executor, and their steps are in flight together."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class _Inbox:
 
 
 class Lanes:
-    """An executor that callers share. turn: which of them uses it now."""
+    """An executor that several callers share. turn: decides which of them uses it now."""
 
     def __init__(self, executor: Callable[[], Executor], turn: Turn):
         self._executor, self._turn = executor, turn
@@ -34,12 +34,12 @@ class Lanes:
 
     @contextmanager
     def turn(self) -> Iterator[Executor]:
-        """The executor, for this thread alone while the block runs."""
+        """Gives this thread the executor while the block runs."""
         with self._turn.executor():
             yield self._executor()
 
     def hand_out(self, executor: Executor) -> None:
-        """Wait for the oldest result, and give it to the lane whose step it was; none if that has forgotten it."""
+        """Wait for the oldest result and give it to its lane, unless that has called `forget`."""
         result = executor.result()
         inbox = result.owner
         if isinstance(inbox, _Inbox) and inbox in self.inboxes:
@@ -50,7 +50,7 @@ class Lanes:
 
 
 class Lane:
-    """One caller's `Executor`: what it submits is mixed with others' steps, and it gets the results of its own."""
+    """The executor as one caller sees it: `result` gives the results of this caller's own steps."""
 
     def __init__(self, lanes: Lanes):
         self._lanes, self._inbox = lanes, _Inbox()
@@ -92,12 +92,12 @@ class Lane:
         return not self._inbox.results and self._lanes.executor.has_room
 
     def submit(self, state: StateRef, step: Step) -> StateRef:
-        """As `Executor.submit`; if that leaves no room, the results that make some are waited for in the same turn."""
+        """As `Executor.submit`. If that leaves no room, it waits for a result in the same turn."""
         with self._lanes.turn() as executor:
             self._inbox.due += 1
             self._lanes.inboxes.add(self._inbox)
             state = executor.submit(state, step._replace(owner=self._inbox))
-            while not executor.has_room:
+            while not executor.has_room and not self._inbox.results:  # these must be taken before an error may come
                 self._lanes.hand_out(executor)
         return state
 
@@ -130,4 +130,4 @@ class Lane:
         return self._lanes.executor.restarts
 
     def close(self) -> None:
-        """Nothing: the executor is the engine's."""
+        """Does nothing: the engine closes the executor."""

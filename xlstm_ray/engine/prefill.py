@@ -1,4 +1,4 @@
-"""One prefill: rows go through the driver group by group; with snapshots, the memory guard and the result."""
+"""One call of prefill: groups of rows, snapshots, the memory guard, and the result."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -36,7 +36,7 @@ class Asked:
 
 
 class Prefill:
-    """A prefill. state: where the rows start from. encode_s: seconds of cutting them into tokens."""
+    """One call of prefill. state: where the rows start from. encode_s: the seconds of cutting texts into tokens."""
 
     def __init__(self, core: Core, going: list[Going], state: RecurrentState | None, asked: Asked, encode_s: float):
         self._core, self._going, self._asked, self._encode_s = core, going, asked, encode_s
@@ -58,7 +58,7 @@ class Prefill:
         self._reuse.find(self._groups, self._begun, plan.numerics)
         self._start = self._reuse.start(self._start)
         self._begin = self._start.consumed
-        # Of what comes next.
+        # These change during the run.
         self._numerics = plan.numerics.model_copy(update={"mixed": mixed or not self._reuse.exact})
         self._left = list(self._groups)  # groups that are not done
         self._ended_by: MemoryLimitError | None = None
@@ -68,7 +68,7 @@ class Prefill:
         self._paused_s = 0.0  # part of compile_s spent after the first tile
 
     def run(self) -> PrefillResult:
-        """Raises MemoryLimitError if it does not fit, before any work; GridLost if there is no snapshot yet."""
+        """Read all rows. Raises MemoryLimitError if they do not fit, before any work; GridLost without a snapshot."""
         core, own = self._core, len(self._rows)
         try:
             with core.kept.one_run if core.writes else nullcontext():
@@ -201,7 +201,7 @@ class Prefill:
             self._asked.on_snapshot(state)
 
     def _wanted(self, group: Group, part: Snapshot) -> None:
-        """Of a group, what may be of use to others."""
+        """Give the cache the states of a group that it wants."""
         self._reuse.keep(group, part, cold=self._numerics == self._core.plan.numerics)
 
     def _ready(self, group: Group, outcome: BatchOutcome) -> None:
@@ -217,7 +217,7 @@ class Prefill:
             self._asked.on_ready(b, result.row(n))
 
     def _scores(self, outcome: BatchOutcome, places: Sequence[int]) -> list[Scores]:
-        """The log-probabilities of these rows; none of a row that was not begun."""
+        """The log-probabilities of these rows. A row that was not begun has none."""
         count = self._asked.each.likeliest
         if count is None:
             return []
@@ -227,7 +227,7 @@ class Prefill:
         ]
 
     def _statistics(self, outcome: BatchOutcome, chosen_s: float) -> Statistics:
-        """The figures so far, when the first token is chosen."""
+        """The figures so far; the first token has just been chosen."""
         other = OtherTimes(self._compile_s, self._paused_s, self._encode_s + chosen_s)
         with self._core.turn.executor():
             stats = Statistics.of(self._ends, list(self._begin), self._core.running, outcome, other)

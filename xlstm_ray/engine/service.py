@@ -1,4 +1,4 @@
-"""Many requests in one engine: callers of any thread send them to a thread that owns the executor."""
+"""Many requests in one engine: any thread submits them, and one thread works on all of them."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ from xlstm_ray.sampling.params import require_likeliest
 
 
 class Service:
-    """Serves requests of any threads. slots: states on the device at once. buckets: rows that a call may have.
+    """Serves requests of any thread.
 
-    One bucket alone makes a row's bits independent of how many others there are. ends: end tokens.
+    slots: the most states on the device at once. buckets: the numbers of rows that a call may have; with only one, the
+    bits of a row do not depend on how many others there are. ends: end tokens.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Service:
         self._thread.start()
 
     def submit(self, request: Request) -> Handle:
-        """Begin a request. Raises UsageError or StateError for what cannot be asked for; its text is cut here."""
+        """Begin a request; its text is cut into tokens here. Raises UsageError or StateError for a wrong request."""
         if request.sampling is not None and request.sampling.n > 1:
             raise UsageError(f"`n` is {request.sampling.n}, and submit is for one answer; call submit_n")
         task = self._task(request)
@@ -60,7 +61,7 @@ class Service:
         return task.handle
 
     def submit_n(self, request: Request) -> list[Handle]:
-        """Begin the `n` answers of a request's sampling, whose prompt is read once; a handle for each of them."""
+        """Begin the `n` answers that a request's sampling asks for; their prompt is read once. Returns the handles."""
         sampling = request.sampling
         if sampling is None or sampling.n == 1:
             return [self.submit(request)]
@@ -73,7 +74,7 @@ class Service:
         return handles
 
     def close(self) -> None:
-        """Cancel what there is and end the thread."""
+        """Cancel all requests and end the thread."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -90,13 +91,13 @@ class Service:
         return number, Handle(lambda: self._inbox.put(lambda: self._work.cancel(number)))
 
     def _put(self, task: Task) -> None:
-        with self._gate:  # what is put in is taken out
+        with self._gate:  # nothing may be put in after `_end` has emptied it
             self._require_open()
             self._inbox.put(lambda: self._work.arrive(task))
 
     @property
     def failed(self) -> XlstmRayError | None:
-        """What has ended it, besides `close`."""
+        """The error that ended the service; None after `close`, too."""
         return self._failed
 
     def _require_open(self) -> None:
@@ -119,7 +120,7 @@ class Service:
                                 break
         except XlstmRayError as error:
             self._failed = error
-        except BaseException:  # a bug: nobody may wait for what will not come
+        except BaseException:  # a bug: callers must not wait for ever
             self._failed = XlstmRayError(
                 "the engine's thread has ended by a fault of this program; its traceback is above"
             )
@@ -128,7 +129,7 @@ class Service:
             self._end()
 
     def _take_in(self, *, wait: bool) -> bool:
-        """What callers have sent; False: the service is to end."""
+        """Take in what callers have sent. Returns False if the service must end."""
         while True:
             try:
                 call = self._inbox.get(block=wait)
@@ -140,7 +141,7 @@ class Service:
             wait = False
 
     def _end(self) -> None:
-        """Nothing is done any more."""
+        """Refuse new requests, end those that are left, and close the logs."""
         with self._gate:
             self._closed = True
         while not self._inbox.empty():

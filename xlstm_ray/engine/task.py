@@ -1,4 +1,4 @@
-"""A request that an engine's thread works on."""
+"""A request in the service."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +29,7 @@ ALONE = Group([0], 1)
 
 @dataclass(eq=False)
 class Task:
-    """A request in work. state: its own state of one row, while it is not in a batch.
+    """A request in the service. state: its own state of one row, while it is not in a batch.
 
     Several answers to one prompt are several tasks, and one more task reads the prompt for them.
     """
@@ -40,7 +40,7 @@ class Task:
     going: Going
     start: Snapshot  # where it starts from
     logits: Tensor | None = None  # (vocabulary,) after the whole prompt, and after each token of the answer
-    windows: Reader | None = None  # reads its prompt; known when it has arrived
+    windows: Reader | None = None  # reads its prompt; None before it has arrived
     made: float = field(default_factory=perf_counter)  # perf_counter time
     began: float | None = None
     first_token: float | None = None
@@ -51,13 +51,13 @@ class Task:
     answer: Answer | None = None
     slot: int | None = None
     cancelled: bool = False
-    reuse: Reuse | None = None  # its use of the cache
+    reuse: Reuse | None = None  # what it takes from the cache and gives to it
     answers: list["Task"] = field(default_factory=list)  # the tasks for which this one reads the prompt
     reader: "Task | None" = None  # the task that reads its prompt, until it is read
 
     @classmethod
     def of(cls, core: Core, request: Request, number: int, handle: Handle) -> "Task":
-        """The task of a request. Raises UsageError or StateError for a wrong one."""
+        """Make the task of a request. Raises UsageError or StateError for a wrong request."""
         state = request.state
         if request.prompt is None and request.append is None and state is not None and state.batch == 1:
             core.require_whole(state)
@@ -73,12 +73,12 @@ class Task:
         self.answers.append(replace(self, number=number, request=request, handle=handle, answers=[], reader=self))
 
     def follow(self, reader: "Task", rows: HeldRows) -> None:
-        """Go on from the prompt's end, which `reader` has read; `rows` has the state."""
+        """Go on from the end of the prompt that `reader` has read. rows: the state there."""
         self.rows, self.logits, self.windows, self.reader = rows, reader.logits, reader.windows, None
         self.begun, self.resumed, self.began, self.reuse = reader.begun, reader.resumed, reader.began, reader.reuse
 
     def tell(self, event: Event) -> None:
-        """Send an event to its handle, or to those of the answers for which it reads."""
+        """Send an event to its handle, or to the handles of all its answers."""
         for task in self.answers or [self]:
             task.handle.tell(event)
 
@@ -88,17 +88,17 @@ class Task:
 
     @property
     def read(self) -> int:
-        """Tokens of the prompt in the state, including windows in flight."""
+        """How many tokens of the prompt were read, including those in flight."""
         return self.resumed if self.windows is None else self.windows.read
 
     @property
     def scores(self) -> Scores | None:
-        """Of the prompt's tokens, if they were requested."""
+        """The log-probabilities of the prompt's tokens, if they were requested."""
         windows = self.reader.windows if self.reader else self.windows
         return windows.scores[0] if windows and windows.scores else None
 
     def known(self, text: Text) -> Row:
-        """The row's history for a state, as far as the prompt was read."""
+        """What a state says about the tokens that were read."""
         if self.resumed == self.total and not self.found:
             return self.going.row
         self.going.advance(self.read)
@@ -133,19 +133,19 @@ class Task:
         """Go on from the longest kept state, if it is longer than the given one."""
         state, numerics, likeliest = self.request.state, core.plan.numerics, self.request.prompt_logprobs
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
-        cache = core.cache if likeliest is None else None  # else all of the prompt is to be read
+        cache = core.cache if likeliest is None else None  # for log-probabilities, the whole prompt must be read
         self.reuse = Reuse(cache, [self.going], Share(self.request.tenant, self.request.keep_at))
         self.reuse.find([ALONE], [self.begun], numerics)
         start = self.start = self.reuse.start(self.start)
         (self.resumed,), self.rows = start.consumed, start.rows
         sizes, each = Sizes(numerics.tile_size, numerics.chunk_size), Each(likeliest=likeliest)
-        wants = partial(_wants, self.reuse, self.total)  # with `self` in it, the state would stay for a while
+        wants = partial(_wants, self.reuse, self.total)  # a reference to `self` would be a cycle, which keeps the state
         self.windows = Reader(executor, [self.going.tokens], start, sizes, each=each, wants=wants)
         if self.windows.last:
             self.logits = start.logits[0]
 
     def queued(self, ahead: int) -> Queued:
-        """Its first event; ahead: how many will begin before it."""
+        """The task's first event. ahead: how many other tasks will begin before it."""
         return Queued(ahead, self.total, self.resumed, self.reuse.uses()[0] if self.reuse else Use())
 
     @property
@@ -154,7 +154,7 @@ class Task:
         return self.reuse is not None and self.reuse.found
 
     def release(self) -> None:
-        """End its lease; the request has ended."""
+        """End the lease of the kept state; the request has ended."""
         if self.reuse is not None:
             self.reuse.release()
 
@@ -172,7 +172,7 @@ class Task:
         return made if finish is not None and isinstance(finish.by, int) else max(0, made - 1)
 
     def keep_answer(self, core: Core) -> None:
-        """Give the cache the state after the answer's tokens that were fed; no step is made for the last one."""
+        """Give the cache the state after the tokens of the answer that were fed. The last one is not fed for this."""
         if self.fed and self.answer and self.state is not None and self.logits is not None and self.reuse is not None:
             rows = core.states.rows(self.state, 1)
             self.reuse.keep_answer(self.answer.tokens[: self.fed], rows, self.logits.cpu())

@@ -1,4 +1,4 @@
-"""What an engine's thread does for many requests: it reads their prompts and decodes their rows together."""
+"""The work of the service's thread: it reads the prompts of many requests and decodes their rows together."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from xlstm_ray.text.history import Row
 
 
 class Work:
-    """The requests of a service. Only its thread uses this. Arguments as in Service."""
+    """Works on the requests of a service. Only the service's thread calls it. Arguments as in Service."""
 
     def __init__(self, core: Core, *, ends: Sequence[int], slots: int, buckets: Sequence[int], fills_per_decode: int):
         self._core, self._ends = core, tuple(ends)
@@ -35,8 +35,8 @@ class Work:
         self._tasks: dict[int, Task] = {}
         executor = self._executor = core.lane()
         self._batches = [Batch(executor, buckets) for _ in range(executor.parallel)]
-        self._under_way: deque[Callable[[StepResult], None]] = deque()  # what takes each result
-        self._held: Decode | Park | None = None  # decided, and waits for the step before
+        self._under_way: deque[Callable[[StepResult], None]] = deque()  # functions that take the results, in order
+        self._held: Decode | Park | None = None  # the action that waits for a step in flight
         self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
         self.guard: MemoryGuard | None = None
         self.logs: RunLogs | None = None
@@ -44,21 +44,21 @@ class Work:
 
     @property
     def under_way(self) -> bool:
-        """Whether the executor works on something."""
+        """Whether steps are in flight."""
         return bool(self._under_way)
 
     @property
     def left(self) -> bool:
-        """Whether there is something to do."""
+        """Whether a request is left, or a step is in flight."""
         return self.under_way or bool(len(self._scheduler))
 
     @property
     def owes_tokens(self) -> bool:
-        """Whether those that decode have waited for a prompt's window; nobody else's may come before their step."""
+        """Whether a decoding step must come before a window of anybody else."""
         return self._scheduler.owes_tokens
 
     def step(self) -> None:
-        """Ask the executor for as much as keeps it busy, then take a result."""
+        """Submit steps until the executor has no room, then take one result."""
         try:
             self._look()
             self._act()
@@ -79,7 +79,7 @@ class Work:
                 case Decode():
                     self._decode()
                 case Park(number):
-                    if number in self._tasks:  # it may have ended by the step before
+                    if number in self._tasks:  # the last step may have ended it
                         self._park(self._tasks[number])
                 case Resume(number):
                     self._resume(self._tasks[number])
@@ -89,9 +89,9 @@ class Work:
             self._take_result()
 
     def _look(self) -> None:
-        """Now and then: over the hard limit of memory, what is in work ends, and may be asked for again.
+        """Check memory and Ray's helpers now and then. Over the hard limit of memory, all requests end with its error.
 
-        Tiles are not made smaller: a request's bits would depend on when it came.
+        The service goes on. It does not make tiles smaller: a request's bits would depend on when it came.
         """
         if self.guard is None or perf_counter() - self._looked < self.guard.watch.every_s:
             return
@@ -110,7 +110,7 @@ class Work:
         self._under_way.popleft()(result)
 
     def _drain(self) -> None:
-        """Take all results under way: of those that leave meanwhile, too."""
+        """Take all results in flight."""
         while self._under_way:
             self._take_result()
 
@@ -124,7 +124,7 @@ class Work:
             self._tasks[answer.number] = answer
             self._scheduler.arrive(answer.number, priority=task.request.priority, behind=True)
         task.tell(task.queued(self._scheduler.place(task.number)))
-        if filled and task.request.sampling is None:  # its state is given, and nothing is wanted but that
+        if filled and task.request.sampling is None:  # it only wants its given state back
             self._prompt_read(task)
 
     def cancel(self, number: int) -> None:
@@ -146,10 +146,10 @@ class Work:
 
     # -- prompts -------------------------------------------------------------------------------------------------------
     def _fill(self, task: Task) -> None:
-        """Submit the next window of its prompt."""
+        """Submit the next window of the task's prompt."""
         core, windows = self._core, task.windows
         assert windows is not None
-        if windows.last or task.cancelled:  # its results are still to come
+        if windows.last or task.cancelled:  # only results are left to take
             self._take_result()
             return
         self._began(task)
@@ -179,7 +179,7 @@ class Work:
         self._under_way.append(take)
 
     def _prompt_read(self, task: Task) -> None:
-        """The state has seen all of the prompt: choose the first token, where one is wanted."""
+        """Go on after the whole prompt was read: choose the first token, or end a task that only reads."""
         assert task.logits is not None
         require_finite(task.logits, self._core.plan.model)
         for answer in task.answers:
@@ -197,12 +197,12 @@ class Work:
             self._join(task)
 
     def _join(self, task: Task) -> None:
-        """It decodes with those that have the fewest beside them."""
+        """Add the task to the batch with the fewest tasks."""
         min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
 
     # -- decoding ------------------------------------------------------------------------------------------------------
     def _decode(self) -> None:
-        """A token more for all that decode: submit the steps of all batches."""
+        """Submit a step of every batch: each row gets one more token."""
         for batch in self._batches:
             if batch.tasks:
                 size = batch.arrange()
@@ -228,7 +228,7 @@ class Work:
         self._choose(logits, [task for _, task in active], chosen)
 
     def _choose(self, logits: Tensor, tasks: list[Task], chosen: Tensor | None = None) -> None:
-        """The next token of these rows, by their logits (rows, vocabulary), unless they are chosen (rows,) already."""
+        """Choose the next token of these tasks from their logits (rows, vocabulary), unless `chosen` (rows,) has them."""
         for task, token, made in zip(tasks, *self._slots.choose(logits, tasks, chosen), strict=True):
             answer = task.answer
             assert answer is not None
@@ -246,7 +246,7 @@ class Work:
 
     # -- leaving -------------------------------------------------------------------------------------------------------
     def _park(self, task: Task) -> None:
-        """Its state goes where there is room, its slot to another."""
+        """Move the task's state to the host and free its slot."""
         self._take_out(task)
         assert task.state is not None
         task.rows, task.state = self._core.states.rows(task.state, 1), None
@@ -258,14 +258,14 @@ class Work:
     def _resume(self, task: Task) -> None:
         self._began(task)
         task.state = self._core.states.copy_of(task.rows)
-        if task.answer is None:  # its state was given, with the logits to choose from
+        if task.answer is None:  # it began with a whole state, whose logits choose the first token
             self._prompt_read(task)
             return
         self._slots.take(task)
         self._join(task)
 
     def _take_out(self, task: Task, *, keep: bool = True) -> None:
-        """Out of its batch; keep: with a state of its own."""
+        """Take the task out of its batch and free its slot. keep: the task gets its row as a state of its own."""
         for batch in self._batches:
             batch.remove(task, keep=keep)
         self._slots.give_back(task)
@@ -289,11 +289,11 @@ class Work:
         task.release()
 
     def _rows_of(self, task: Task) -> HeldRows:
-        """Its state, wherever that is."""
+        """The task's state, with the executor or not."""
         return self._core.states.rows(task.state, 1) if task.state is not None else task.rows
 
     def _state_of(self, task: Task) -> RecurrentState | None:
-        """The state after all that it has seen, the last token of its answer too."""
+        """The state after everything the task has read and made. The last token of the answer is fed first."""
         core, executor, answer = self._core, self._executor, task.answer
         if task.began is None and not task.found:  # nothing was computed
             return task.request.state
@@ -320,7 +320,7 @@ class Work:
         return made
 
     def end_all(self, error: XlstmRayError | None) -> None:
-        """Nothing is done any more: requests that are left end, cancelled or with this error."""
+        """End all requests: as cancelled, or with this error."""
         finish = Finish("error" if error else "cancelled")
         for task in list(self._tasks.values()):
             self._forget(task)
