@@ -186,10 +186,10 @@ class Decoder:
         rows = len(self._places)
         last = [self._answers[b].tokens[-1] if self._behind[b] else None for b in self._places]
         step = decoding_step([*last, *[None] * (state.batch - rows)], in_place=True)
-        ((_, _, result),) = run(self._executor, state, [step])
-        logits = result.logits
-        assert logits is not None
-        logits = logits.cpu()
+        with self._states.turn():
+            ((_, _, result),) = run(self._executor, state, [step])
+            assert result.logits is not None
+            logits = result.logits.cpu()
         # No copy: copying the logits of 16 rows takes longer than choosing their tokens.
         logits = logits[:rows] if active == self._places else logits[step.end.bool()]
         require_finite(logits, self._model)

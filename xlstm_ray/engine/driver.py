@@ -144,7 +144,7 @@ class Reader:
 
     def __init__(
         self,
-        executor: Executor,
+        states: States,
         rows: Sequence[Tokens],
         start: Snapshot,
         sizes: Sizes,
@@ -152,7 +152,8 @@ class Reader:
         each: Each = LAST,
         wants: Callable[[Window], bool] | None = None,
     ):
-        self._executor, self._rows, self._sizes, self._each, self._wants = executor, rows, sizes, each, wants
+        self._states, self._rows, self._sizes, self._each, self._wants = states, rows, sizes, each, wants
+        self.executor = states.executor()
         self.start, self.begin, self.end = start, start.consumed, [len(row) for row in rows]
         self.consumed = list(self.begin)  # how far the results that were taken go
         self.read = max(self.begin, default=0)  # how far the windows that were given out go
@@ -162,7 +163,7 @@ class Reader:
                 Scores(row, b, start.logits[n], each.likeliest)
                 for n, (row, b) in enumerate(zip(rows, self.begin, strict=True))
             ]
-        self._hidden: Tensor | None = None  # (B, D) after each row's last consumed token
+        self._hidden: list[Tensor | None] = [None] * len(rows)  # (B, D) of the window with the row's last token
         self._pieces: list[list[Tensor]] = [[] for _ in rows]
         self._under_way: deque[Read] = deque()
         self._numbers = count()
@@ -199,7 +200,7 @@ class Reader:
             sizes.chunk,
             next(self._numbers),
             "all" if self._each.logits else "none",
-            keep=wanted and not self._executor.local,  # actors send it before they go on
+            keep=wanted and not self.executor.local,  # actors send it before they go on
             following=following(window, self.scores) if self.scores else None,
         )
         self._under_way.append(Read(step, window, filled, wanted))
@@ -210,23 +211,22 @@ class Reader:
         """Take the oldest window's result; returns the window."""
         read = self._under_way.popleft()
         start, end = read.step.start, read.step.end
-        has = (end > start).unsqueeze(-1).to(result.hidden.device)
-        self._hidden = result.hidden if self._hidden is None else torch.where(has, result.hidden, self._hidden)
         for b, (row_start, row_end) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
             if row_start < row_end:
-                self.consumed[b] = read.window.start + row_end
+                self.consumed[b], self._hidden[b] = read.window.start + row_end, result.hidden
                 if self._each.logits and result.logits is not None:
-                    self._pieces[b].append(result.logits[b, row_start:row_end].cpu())
+                    with self._states.turn():
+                        self._pieces[b].append(result.logits[b, row_start:row_end].cpu())
                 if result.logprobs is not None:
                     self.scores[b].add(result.logprobs, b, row_start, row_end)
         return read
 
     def snapshot(self, rows: HeldRows) -> Snapshot:
         """The snapshot after the last result that was taken. rows: the state there."""
-        hidden, consumed, before = self._hidden, list(self.consumed), self.start.some(lambda logits: logits)
-        if hidden is None:
+        consumed, before = list(self.consumed), self.start.some(lambda logits: logits)
+        if not any(hidden is not None for hidden in self._hidden):
             return Snapshot(consumed, before, rows)
-        logits = partial(self._executor.logits, hidden)
+        logits = partial(_logits, self._states, self.executor, list(self._hidden))
         moved = torch.tensor([c > b or e == 0 for b, c, e in zip(self.begin, consumed, self.end, strict=True)])
         if moved.all():
             return Snapshot(consumed, logits, rows)
@@ -246,6 +246,15 @@ class Reader:
         return plan_windows(begin, self.end, tile_size=self._sizes.tile, chunk_size=self._sizes.chunk)
 
 
+def _logits(states: States, executor: Executor, hidden: list[Tensor | None]) -> Tensor:
+    """Logits (B, vocabulary): row b of the b-th tensor (B, D) is after the row's last token; None: any will do."""
+    with states.turn():  # other threads must not use the device now
+        some = next(part for part in hidden if part is not None)
+        parts = [some if part is None else part for part in hidden]
+        together = some if all(part is some for part in parts) else torch.stack([p[b] for b, p in enumerate(parts)])
+        return executor.logits(together)
+
+
 def prefill(
     states: States,
     rows: Sequence[Tokens],
@@ -259,10 +268,10 @@ def prefill(
 
     rows: prompts, 1-D int64 on the CPU.
     """
-    executor = states.executor()
-    reader = Reader(executor, rows, start, sizes, each=each, wants=hooks.wants)
+    reader = Reader(states, rows, start, sizes, each=each, wants=hooks.wants)
     outcome, last = Outcome(start, scores=reader.scores), start
-    begins = after = states.state_of(start.rows)
+    executor, begins = reader.executor, states.state_of(start.rows)
+    after = begins
 
     def steps() -> Iterator[Step]:
         while (step := reader.step(hooks.next)) is not None:

@@ -361,7 +361,7 @@ class Engine:
             self._kept.journal.discard()
 
     def last_state(self) -> RecurrentState | None:
-        """The state at the last window's end of a prefill that an exception (Ctrl-C) ended; None: there is none.
+        """The state at the last window's end of this thread's last prefill, if an exception (Ctrl-C) ended it, or None.
 
         With actors, it is the last snapshot.
         """

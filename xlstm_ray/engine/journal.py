@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 
 from filelock import FileLock, Timeout
 
@@ -96,7 +96,7 @@ class Kept:
     def __init__(self, journal: Journal | None):
         self.journal = journal
         self._failures: list[str] = []
-        self._bring: Callable[[], RecurrentState] | None = None
+        self._of_thread = local()  # `bring`: of its last run
         self.one_run = Lock()  # whose files these are: the journal, logs
 
     @property
@@ -111,7 +111,7 @@ class Kept:
 
     def begin(self, size: int) -> None:
         """Call before a prefill whose states take `size` bytes; raises like Journal.begin."""
-        self._bring = None
+        self.hold(None)
         if self.journal is not None:
             self.journal.begin(size)
 
@@ -121,9 +121,10 @@ class Kept:
             self.journal.write(state)
 
     def hold(self, bring: Callable[[], RecurrentState] | None) -> None:
-        """Remember how to fetch the state at the last window's end of a run that an exception has ended."""
-        self._bring = bring
+        """Remember how to fetch the state at the last window's end of this thread's run, which an exception has ended."""
+        self._of_thread.bring = bring
 
     def last(self) -> RecurrentState | None:
-        """The state of such a run; None if there is none."""
-        return None if self._bring is None else self._bring()
+        """The state of this thread's last run, if an exception has ended it after a window; else None."""
+        bring: Callable[[], RecurrentState] | None = getattr(self._of_thread, "bring", None)
+        return None if bring is None else bring()

@@ -17,7 +17,7 @@ from xlstm_ray.engine.reuse import Reuse, Share
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.errors import XlstmRayError
-from xlstm_ray.runtime.executor import Executor, StateRef
+from xlstm_ray.runtime.executor import StateRef
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
@@ -129,7 +129,7 @@ class Task:
         tokens, text = (self.answer.tokens, self.answer.text) if self.answer else ([], "")
         self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error, self.scores))
 
-    def look_up(self, core: Core, executor: Executor) -> None:
+    def look_up(self, core: Core) -> None:
         """Go on from the longest kept state, if it is longer than the given one."""
         state, numerics, likeliest = self.request.state, core.plan.numerics, self.request.prompt_logprobs
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
@@ -140,7 +140,7 @@ class Task:
         (self.resumed,), self.rows = start.consumed, start.rows
         sizes, each = Sizes(numerics.tile_size, numerics.chunk_size), Each(likeliest=likeliest)
         wants = partial(_wants, self.reuse, self.total)  # a reference to `self` would be a cycle, which keeps the state
-        self.windows = Reader(executor, [self.going.tokens], start, sizes, each=each, wants=wants)
+        self.windows = Reader(core.states, [self.going.tokens], start, sizes, each=each, wants=wants)
         if self.windows.last:
             self.logits = start.logits[0]
 

@@ -117,7 +117,7 @@ class Work:
     # -- arrivals ------------------------------------------------------------------------------------------------------
     def arrive(self, task: Task) -> None:
         self._tasks[task.number] = task
-        task.look_up(self._core, self._executor)
+        task.look_up(self._core)
         filled = task.read == task.total
         self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
         for answer in task.answers:
