@@ -121,7 +121,7 @@ class Kept:
             self.journal.write(state)
 
     def hold(self, bring: Callable[[], RecurrentState] | None) -> None:
-        """Remember how to fetch the state at the last window's end of this thread's run, which an exception has ended."""
+        """Remember how to fetch the last state of a run of this thread that an exception has ended."""
         self._of_thread.bring = bring
 
     def last(self) -> RecurrentState | None:
