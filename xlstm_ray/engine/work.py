@@ -228,7 +228,7 @@ class Work:
         self._choose(logits, [task for _, task in active], chosen)
 
     def _choose(self, logits: Tensor, tasks: list[Task], chosen: Tensor | None = None) -> None:
-        """Choose the tasks' next tokens from their logits (rows, vocabulary), or take those that are `chosen` (rows,)."""
+        """Choose the tasks' next tokens from logits (rows, vocabulary), or take those that are `chosen` (rows,)."""
         for task, token, made in zip(tasks, *self._slots.choose(logits, tasks, chosen), strict=True):
             answer = task.answer
             assert answer is not None
