@@ -12,9 +12,9 @@ import stat
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from xlstm_ray.errors import OutputError, StateError
@@ -23,6 +23,7 @@ from xlstm_ray.text.history import Place, TokenTrail
 
 NAME = re.compile(r"[0-9a-f]{32}\.state")
 LOCK_FILE = "cache.lock"
+LOCK_S = 30.0  # if another process holds the folder's lock for longer, a state is not written
 LARGEST_HEADER = 16 << 20  # bytes
 
 
@@ -36,6 +37,19 @@ class KeptFile(NamedTuple):
     numerics: dict[str, Any]
     tokens: TokenTrail
     place: Place
+
+
+class Written(NamedTuple):
+    """gone: names of files that were removed to make room. failure: why there is no file; None: there is."""
+
+    gone: list[str]
+    failure: str | None
+
+
+class Saves(Protocol):
+    """A state."""
+
+    def save(self, path: Path) -> object: ...
 
 
 class Folder:
@@ -126,6 +140,23 @@ class Folder:
             total -= there[name].st_size
             gone.append(name)
         return gone
+
+    def add(
+        self, name: str, state: Saves, size: int, budget: int, order: Sequence[str], spare: Collection[str]
+    ) -> Written:
+        """Write a state; makes room for its `size` bytes, see `make_room`."""
+        gone: list[str] = []
+        try:
+            with self.lock().acquire(timeout=LOCK_S):
+                gone = self.make_room(size, budget, order, spare)
+                if self.bytes() + size > budget:
+                    return Written(gone, f"a state takes {size:,} bytes, and {budget:,} are allowed in all")
+                state.save(self.file(name))
+        except (StateError, OSError) as err:
+            return Written(gone, str(err))
+        except Timeout:
+            return Written(gone, f"another process has held the lock of {self.path} for {LOCK_S:.0f} s")
+        return Written(gone, None)
 
     def tidy(self) -> None:
         """Remove temporary files of killed writers."""

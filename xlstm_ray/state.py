@@ -9,7 +9,7 @@ from typing import Annotated, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig
@@ -179,6 +179,19 @@ class RecurrentState:
             require_replaceable(path, STATE, overwrite=overwrite)
         except OutputError as err:
             raise StateError(str(err)) from None
+        data, digest = self._file()
+        try:
+            write_whole(path, data)
+        except OSError as err:
+            raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
+        return digest
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return self._file()[0]
+
+    def _file(self) -> tuple[bytes, str]:
+        """A file's bytes, and the digest."""
         digest = self.digest()
         metadata = _Metadata(
             format=FORMAT,
@@ -196,11 +209,7 @@ class RecurrentState:
         text = metadata.model_dump_json(exclude=None if self.place else {"place"})
         check = hashlib.sha256(text.encode()).hexdigest()
         data = save({k: v.contiguous() for k, v in self.tensors.items()}, {"xlstm_ray": text, "check": check})
-        try:
-            write_whole(path, data)
-        except OSError as err:
-            raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
-        return digest
+        return data, digest
 
     def keep(self) -> Path:
         """Save it in the cache directory. Replaces the last one of this model, and removes the oldest of other models.
@@ -228,19 +237,34 @@ class RecurrentState:
                 raise StateError(f"{path}: {what}")
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
-                for name in file.keys():
-                    dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
-                    if dtype != "F32" or not shape:
-                        raise StateError(f"{path}: tensor {name!r} is {dtype} {shape}; tensors of a state are F32")
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (SafetensorError, OSError, ValueError) as err:
             raise StateError(f"{path}: is not a whole state file: {one_line(err)}") from None
+        return cls._of(tensors, header, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> "RecurrentState":
+        """What `to_bytes` made, checked as `load` does; name: what it is of, for errors."""
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            tensors = load(data)
+        except (SafetensorError, ValueError, AttributeError, RecursionError) as err:
+            raise StateError(f"{name}: is not a whole state: {one_line(err)}") from None
+        return cls._of(tensors, header, name)
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], header: dict[str, str], name: str) -> "RecurrentState":
+        """A file's contents, checked. name: the file's, for errors."""
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or not tensor.shape:
+                wrong = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+                raise StateError(f"{name}: tensor {key!r} is {wrong}; tensors of a state are float32")
         text = header.get("xlstm_ray", "")
         if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
-            raise StateError(f"{path}: is not a state of this program, or its header is damaged")
+            raise StateError(f"{name}: is not a state of this program, or its header is damaged")
         if text.startswith(json.dumps({"format": SAMPLED}, separators=(",", ":"))[:-1]):
             raise StateError(
-                f"{path}: was made by an earlier version, which identified models by a sample of their weights, so it "
+                f"{name}: was made by an earlier version, which identified models by a sample of their weights, so it "
                 "may belong to another model; make it again from its prompt"
             )
         try:
@@ -249,22 +273,22 @@ class RecurrentState:
             known = FORMAT  # the schema's check below names the error
         if known != FORMAT:
             raise StateError(
-                f"{path}: has format {known!r}, and this program reads {FORMAT!r}; make the state again from its prompt"
+                f"{name}: has format {known!r}, and this program reads {FORMAT!r}; make the state again from its prompt"
             )
         try:
             metadata = _Metadata.model_validate_json(text)
         except ValidationError as err:
             first = err.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise StateError(f"{path}: the header's {where or 'text'} is wrong: {one_line(first['msg'])}") from None
+            raise StateError(f"{name}: the header's {where or 'text'} is wrong: {one_line(first['msg'])}") from None
         if len(metadata.prompt_hash) != len(metadata.tokens):
-            raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.prompt_hash)} hashes")
+            raise StateError(f"{name}: has {len(metadata.tokens)} token counts but {len(metadata.prompt_hash)} hashes")
         if metadata.begun is not None and len(metadata.begun) != len(metadata.tokens):
-            raise StateError(f"{path}: has {len(metadata.tokens)} token counts but {len(metadata.begun)} beginnings")
+            raise StateError(f"{name}: has {len(metadata.tokens)} token counts but {len(metadata.begun)} beginnings")
         if [(row.tokens.length, row.tokens.hash) for row in metadata.rows] != list(
             zip(metadata.tokens, metadata.prompt_hash, strict=True)
         ):
-            raise StateError(f"{path}: the header's rows are not those of its tokens")
+            raise StateError(f"{name}: the header's rows are not those of its tokens")
         state = cls(
             tensors,
             tokens=metadata.tokens,
@@ -275,11 +299,11 @@ class RecurrentState:
             begun=metadata.begun,
             rows=metadata.rows,
             sampling=metadata.sampling,
-            name=f"the state {path}",
+            name=f"the state {name}",
             place=metadata.place,
         )
         if state.digest() != metadata.digest:
-            raise StateError(f"{path}: is damaged, its digest does not match its contents")
+            raise StateError(f"{name}: is damaged, its digest does not match its contents")
         return state
 
     def check(self, config: ModelConfig, model: str) -> None:

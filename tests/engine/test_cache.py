@@ -14,7 +14,7 @@ from engines import SIZES, model
 import xlstm_ray
 from xlstm_ray import Engine, Request, Sampling
 from xlstm_ray.engine.tree import DISK, MEMORY
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.state import RecurrentState
 
 __all__ = ["model"]
@@ -405,3 +405,31 @@ def test_requests_share_what_they_have_in_common(load, tmp_path):
     with load(cache_dir=tmp_path) as lm:
         end = lm.submit(Request(BOOK[:150], sampling=sampling)).result()
         assert (end.usage.cache, end.tokens) == ((150, "disk", None), alone[0].tokens)
+
+
+def test_what_one_engine_lends_another_goes_on_from_to_the_same_bits(plain):
+    lender, borrower, cold = plain(cache_memory_mb=64), plain(cache_memory_mb=64), plain()
+    with lender, borrower, cold:
+        assert lender.lend(BOOK[:150]) is None
+        lender.prefill(BOOK[:150], tenant="one")
+        assert lender.lend(BOOK[:150], "other") is None
+        for prompt, length in EDITS.values():
+            lent = lender.lend(prompt, "one")
+            assert (lent.tokens if lent else [0]) == [length]
+        data = lender.lend(BOOK[:150], "one").to_bytes()
+        borrower.borrow(RecurrentState.from_bytes(data, "a state"))
+        same = borrower.prefill(BOOK[:150], tenant="one")
+        assert hits(same) == [(150, "host")]
+        assert same.state.digest() == cold.prefill(BOOK[:150]).state.digest()
+        borrower.borrow(RecurrentState.from_bytes(lender.lend(BOOK[:250], "one").to_bytes(), "a state"))
+        longer = borrower.prefill(BOOK[:250], tenant="one")
+        assert hits(longer) == [(128, "host")]
+        assert longer.state.digest() == cold.prefill(BOOK[:250]).state.digest()
+        assert hits(borrower.prefill(BOOK[:150])) == [(0, None)]  # of another tenant
+        with plain(cache_memory_mb=64, dtype="bfloat16") as other, pytest.raises(StateError, match="numerics"):
+            other.borrow(RecurrentState.from_bytes(data, "a state"))
+        with pytest.raises(StateError, match="a state: is damaged"):
+            RecurrentState.from_bytes(data[:-1] + bytes([data[-1] ^ 1]), "a state")
+        for wrong in (b"", data[:100], data[:-1], b"\0" * 64, b"\x02" + b"\0" * 7 + b"[]"):
+            with pytest.raises(StateError, match="a state: is not a whole state"):
+                RecurrentState.from_bytes(wrong, "a state")

@@ -13,9 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from filelock import Timeout
-
-from xlstm_ray.cachefiles import Folder, KeptFile
+from xlstm_ray.cachefiles import Folder, KeptFile, Written
 from xlstm_ray.engine.driver import Logits, computed
 from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.result import Use
@@ -25,7 +23,6 @@ from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import Place, Row, TokenTrail
 
-LOCK_S = 30.0  # if another process holds the folder's lock for longer, a state is not written
 COMPARED = 4  # states of earlier processes with which a prompt is compared, to find where they part
 
 
@@ -66,11 +63,6 @@ class _What:
     trail: TokenTrail | None = None
 
 
-class _Written(NamedTuple):
-    gone: list[str]  # names of files that were removed to make room
-    failure: str | None
-
-
 @dataclass
 class Counts:
     """The cache's counts so far."""
@@ -102,7 +94,7 @@ class Cache:
         self._check, self._note = check, note
         self._numerics = _named(maker.numerics.model_dump(), maker.machine)
         self._tree = Tree({MEMORY: plan.memory_bytes, DISK: plan.disk_bytes})
-        self._writes: deque[tuple[Entry, Future[_Written]]] = deque()
+        self._writes: deque[tuple[Entry, Future[Written]]] = deque()
         self._folder = self._writer = None
         if plan.folder is not None:
             self._folder = Folder(plan.folder)
@@ -198,6 +190,28 @@ class Cache:
                 self._states.evict(but=rows)
         else:
             self._tree.drop(entry)
+
+    def lend(self, tokens: memoryview, run: Run, salt: str) -> RecurrentState | None:
+        """The longest state of a prompt, for another cache; None: there is none."""
+        chain = Chain(root_of(self._maker.model, salt), tokens)
+        entry = self._tree.longest(chain, run, self._numerics, exact=self.plan.exact).entry
+        start = None if entry is None else self._start_of(entry)[1]
+        return None if entry is None or start is None else self._state_of(entry, start)
+
+    def borrow(self, state: RecurrentState) -> None:
+        """Keep in memory what another cache has lent. Raises StateError for a state of another model or numerics."""
+        self._check(state)
+        place, maker = state.place, self._maker
+        if place is None or place.machine != maker.machine or state.numerics != maker.numerics:
+            raise StateError(f"{state.name} has not the numerics of this cache")
+        key, root, (length,) = bytes.fromhex(place.key), bytes.fromhex(place.root), state.tokens
+        entry = Entry(key, root, length, self._numerics, place.rows, place.tiles, self._size)
+        parent = self._tree.nearest(bytes.fromhex(place.after), entry.numerics) if place.after else None
+        entry = self._tree.insert(entry, parent)
+        if not entry.tiers and not entry.leases:
+            entry.what = _What()
+            self._put(entry, self._start(state))
+            self._tree.drop(entry)  # if there is no room
 
     @property
     def used(self) -> Mapping[str, int]:
@@ -313,6 +327,9 @@ class Cache:
             return None
         with suppress(OSError):
             os.utime(path)  # the time of its last use
+        return self._start(state)
+
+    def _start(self, state: RecurrentState) -> Start:
         tensors = {key: tensor for key, tensor in state.tensors.items() if key != "logits"}
         return Start(self._states.rows(None, 1, tensors), state.logits[0], state.rows[0].tokens)
 
@@ -325,8 +342,19 @@ class Cache:
     def _write(self, entry: Entry, start: Start) -> None:
         assert self._folder is not None
         assert self._writer is not None
+        state = self._state_of(entry, start)
+        order = [f"{e.name}.state" for e in self._tree.lowest(DISK)]
+        spare = {f"{e.name}.state" for e in self._tree.entries if e.leases}
+        entry.leases += 1  # until it is written
+        future = self._writer.submit(
+            self._folder.add, f"{entry.name}.state", state, entry.size, self.plan.disk_bytes, order, spare
+        )
+        self._writes.append((entry, future))
+
+    def _state_of(self, entry: Entry, start: Start) -> RecurrentState:
+        """An entry's state, with its place in the tree."""
         after = entry.parent.key.hex() if entry.parent else ""
-        state = RecurrentState(
+        return RecurrentState(
             {**start.rows.bring(), "logits": computed(start.logits)[None]},
             tokens=[entry.length],
             prompt_hash=[start.trail.hash],
@@ -343,13 +371,6 @@ class Cache:
                 machine=self._maker.machine,
             ),
         )
-        order = [f"{e.name}.state" for e in self._tree.lowest(DISK)]
-        spare = {f"{e.name}.state" for e in self._tree.entries if e.leases}
-        entry.leases += 1  # until it is written
-        future = self._writer.submit(
-            _write, self._folder, f"{entry.name}.state", state, entry.size, self.plan.disk_bytes, order, spare
-        )
-        self._writes.append((entry, future))
 
     def _settle(self) -> None:
         """Update the tree with the writes that are done."""
@@ -367,24 +388,6 @@ class Cache:
             for other in [e for e in self._tree.entries if DISK in e.tiers and f"{e.name}.state" in names]:
                 self._tree.drop(other, DISK)
             self._tree.drop(entry)
-
-
-def _write(
-    folder: Folder, name: str, state: RecurrentState, size: int, budget: int, order: list[str], spare: set[str]
-) -> _Written:
-    """Write a state; runs in the writer's thread."""
-    gone: list[str] = []
-    try:
-        with folder.lock().acquire(timeout=LOCK_S):
-            gone = folder.make_room(size, budget, order, spare)
-            if folder.bytes() + size > budget:
-                return _Written(gone, f"a state takes {size:,} bytes, and {budget:,} are allowed in all")
-            state.save(folder.file(name))
-    except (StateError, OSError) as err:
-        return _Written(gone, str(err))
-    except Timeout:
-        return _Written(gone, f"another process has held the lock of {folder.path} for {LOCK_S:.0f} s")
-    return _Written(gone, None)
 
 
 def _named(numerics: dict[str, object], machine: str) -> str:

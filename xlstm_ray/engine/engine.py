@@ -25,6 +25,7 @@ from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.reuse import Share
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.service import Service
+from xlstm_ray.engine.tree import Run
 from xlstm_ray.engine.turn import Turn, a_call
 from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
@@ -223,6 +224,23 @@ class Engine:
         Each sampled answer has the next seed. A handle's figures of the prompt are the same for all.
         """
         return self._serving().submit_n(request)
+
+    @a_call
+    def lend(self, prompt: Prompt, tenant: str = "") -> RecurrentState | None:
+        """The longest kept state that a prompt may begin from, for the cache of another engine; None: there is none."""
+        tokens, sizes = self._core.text.tokens(prompt), self.numerics
+        if self.cache is None:
+            return None
+        run = Run.alone(len(tokens), tile=sizes.tile_size, chunk=sizes.chunk_size)
+        with self._turn.executor():
+            return self.cache.lend(tokens.numpy().data, run, tenant)
+
+    @a_call
+    def borrow(self, state: RecurrentState) -> None:
+        """Keep what another engine has lent. Raises StateError for one of another model, numerics or machine."""
+        if self.cache is not None:
+            with self._turn.executor():
+                self.cache.borrow(state)
 
     @property
     def failed(self) -> XlstmRayError | None:
