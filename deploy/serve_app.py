@@ -1,10 +1,10 @@
-"""The service of `xlstm-ray serve` on Ray Serve: what rayservice.yaml runs, a model a replica.
+"""The service of `xlstm-ray serve --replicas` behind Ray Serve's own proxy: what rayservice.yaml runs.
 
     serve run deploy.serve_app:build model=DIR token_file=FILE          (on a head that is up; RUNBOOK.md, "Kubernetes")
     curl -H @HEADER_WITH_THE_TOKEN -d '{"prompt": "The capital of France is"}' http://127.0.0.1:8000/v1/completions
 
-Needs `pip install '.[serve,rayserve]'`. Serve's proxy has no authentication, so the app asks for a token itself. It
-has no documents (/v1/states): they would be in one replica, and Serve asks any of them.
+Needs `pip install '.[serve]'`. One ingress takes requests: it checks them, cuts them into tokens, and sends each to the
+replica that has read its beginning. Serve's proxy has no authentication, so the ingress asks for a token itself.
 """
 
 from pathlib import Path
@@ -14,44 +14,70 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve import Application
 
-from xlstm_ray import load
-from xlstm_ray.serve import options as service
+from xlstm_ray.choose import Setup, setup_of
 from xlstm_ray.serve.app import make_app
 from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.documents import Documents
+from xlstm_ray.serve.fleet import AT_ONCE, Fleet
+from xlstm_ray.serve.options import Options as ServiceOptions
+from xlstm_ray.serve.options import Slots, read_keys
+from xlstm_ray.serve.remote import Remote
+from xlstm_ray.serve.shelf import Shelf
 from xlstm_ray.serve.template import find_template
 
 
 class Options(BaseModel):
-    """The arguments of `build`: model directory (none: the demo model), device, and the file with the token."""
+    """The arguments of `build`.
+
+    model: its directory on every node (none: the demo model). name: in requests. token_file: keys of callers.
+    cache_dir: of states and documents, the same on every node. replicas: that read and answer; with decoders, they only
+    read. max_replicas: to which Serve may add of each kind. settings: more settings of the engine, by name. drain_s:
+    seconds that requests have to end. num_cpus, num_gpus: of each replica.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     model: Path | None = None
+    name: str | None = None
     device: str = "auto"
     token_file: Path
+    cache_dir: Path | None = None
+    slots: int | None = None
+    replicas: int = 2
+    decoders: int = 0
+    max_replicas: int | None = None
+    settings: dict[str, Any] = {}
+    drain_s: float = 60.0
+    num_cpus: float = 1
+    num_gpus: float = 0
 
 
-@serve.deployment(max_ongoing_requests=64, max_queued_requests=256)
+@serve.deployment(max_ongoing_requests=AT_ONCE)
 @serve.ingress()
-class Generate:
-    """One model on one device, for many requests at once."""
+class Ingress:
+    """Takes the requests of all callers; it has no model."""
 
-    def __init__(self, options: Options):
-        name = "demo" if options.model is None else options.model.name
-        keys = service.read_keys(options.token_file)
-        self.engine = load(options.model, device=options.device)
-        self.desk = Desk(service.Options(host="0.0.0.0", keys=keys, name=name))  # Serve's proxy is what listens
-        self.desk.open(self.engine, self.engine.serve())
+    async def __init__(self, options: Options, setup: Setup, readers: Any, decoders: Any):
+        name = options.name or ("demo" if options.model is None else options.model.name)
+        folder = None if options.cache_dir is None else options.cache_dir / "documents"
+        # Serve's proxy is what listens.
+        service = ServiceOptions(host="0.0.0.0", keys=read_keys(options.token_file), name=name, folder=folder)
+        self.desk = Desk(service)
+        self.documents = Documents(self.desk, None if folder is None else Shelf(folder), service.states_bytes)
+        self.template = find_template(setup.model, None)
+        await self.documents.restore()
+        remote = Remote(setup, readers, decoders)
+        self.desk.open(remote, remote.slots * (options.decoders or options.replicas))
+        await self.documents.go_on()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_app(self.desk, None, find_template(self.engine.model_path, None))
-
-    def check_health(self) -> None:
-        """Serve replaces a replica that raises here."""
-        if self.engine.failed is not None:
-            raise self.engine.failed
+        return make_app(self.desk, self.documents, self.template)
 
 
 def build(options: Options) -> Application:
     """What Serve imports."""
-    return Generate.bind(options)
+    setup = setup_of(model=options.model, device=options.device, cache_dir=options.cache_dir, **options.settings)
+    needs = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    numbers = options.replicas, options.decoders, options.max_replicas
+    fleet = Fleet(setup, Slots(options.slots), *numbers, options.drain_s, needs)
+    return Ingress.bind(options, setup, fleet.readers(), fleet.answerers())

@@ -44,7 +44,9 @@ logging.getLogger("torch.__trace").propagate = True
 # `./scripts/test fast` leaves these out: folders, files, fixtures or names. pyproject.toml explains the markers.
 # Slow tests take some seconds of a core, most often for a process that imports torch.
 MARKED = {
-    "ray": "test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container",
+    "ray": """
+        test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container test_service_on_ray
+    """,
     "metal": "metal mps simulator",
     "compile": """
         test_autoscale
@@ -170,7 +172,8 @@ MARKED = {
 
 # The longest files, those that wait between those that compute. What test_grid compiles, test_slstm finds later.
 LONGEST = """
-    test_lost_nodes test_grid test_kernels test_grid_on_a_head test_supervisor test_launches test_interrupted
+    test_lost_nodes test_service_on_ray test_grid test_kernels test_grid_on_a_head test_supervisor test_launches
+    test_interrupted
     test_check_on_mac test_container test_parity test_invariants test_slstm test_program test_memory test_readme
     test_cli
 """

@@ -35,7 +35,7 @@ MAY_READ_SETTINGS = (
     r"settings|choose(_kernels)?|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
 )
 MAY_KNOW_ACTORS = r"actors\..*|launch"
-MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)"
+MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)|serve\.(replica|remote|fleet)"
 INSIDE_RAY = "supervisor.ray_inside"  # the one that knows Ray's inner parts
 MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "settings": "the table of variables",
@@ -46,7 +46,9 @@ MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",
     "supervisor.start": "the environment of a head's processes",
 }
-WITHOUT_TORCH = "engine.scheduler engine.tree cachefiles supervisor actors.watchdog"  # with all that they import
+WITHOUT_TORCH = (
+    "engine.scheduler engine.tree cachefiles supervisor actors.watchdog serve.routes"  # with all that they import
+)
 MAY_SAY_FLAGS = r"cli\..*"  # all others mark a field's name, `tile_size`, which cli.flags makes a flag of
 RAYS_TOO = {"supervisor.start": {"--port"}}  # flags of Ray's own programs that ours has as well, where they are given
 A_FLAG = r"--[a-z][a-z-]*[a-z]"

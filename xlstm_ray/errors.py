@@ -79,6 +79,12 @@ class GridOutOfMemory(GridLost):
     exit_code = 3
 
 
+class ReplicaLost(XlstmRayError):
+    """A replica of a service has ended with a request in work; another one takes the request when it is sent again."""
+
+    exit_code = 4
+
+
 class MemoryLimitError(XlstmRayError):
     """A run cannot fit, or went over its hard memory limit and was stopped at a tile boundary."""
 

@@ -198,13 +198,15 @@ def test_the_service_names_an_app_that_is_there() -> None:
     source = ast.parse((DEPLOY / f"{module}.py").read_text())
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
     assert function in {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
-    assert {d["name"] for d in application["deployments"]} <= set(classes)
     known = {
         n.target.id for n in classes["Options"].body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
     }
     assert set(application["args"]) <= known
     worker = spec["rayClusterConfig"]["workerGroupSpecs"][0]
-    assert sum(d["num_replicas"] for d in application["deployments"]) == worker["replicas"]
+    assert application["args"]["replicas"] * application["args"]["num_gpus"] == worker["replicas"]
+    assert application["args"]["num_cpus"] < int(
+        worker["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+    )
     mounts = [m["mountPath"] for m in worker["template"]["spec"]["containers"][0]["volumeMounts"]]
     for path in (application["args"]["model"], application["args"]["token_file"]):
         assert any(path.startswith(f"{mount}/") for mount in mounts)

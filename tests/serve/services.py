@@ -56,13 +56,13 @@ class Got(NamedTuple):
 class Client:
     """Asks a service."""
 
-    def __init__(self, url: str):
-        self.url, self.port = url, int(url.rpartition(":")[2])
+    def __init__(self, url: str, **headers: str):
+        self.url, self.port, self._headers = url, int(url.rpartition(":")[2]), headers
 
     def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Got:
         """GET, or POST where there is a body: an object is sent as JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        names = {name.replace("_", "-"): value for name, value in {**self._headers, **headers}.items()}
         request = urllib.request.Request(self.url + path, data, names, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
@@ -115,10 +115,10 @@ def reading_line(stream: IO[str], pattern: str, said: list[str] | None = None) -
 
 
 @contextmanager
-def serving(*words: object) -> Iterator[Running]:
+def serving(*words: object, **variables: str) -> Iterator[Running]:
     """`xlstm-ray serve` at a free port, when it is ready."""
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, words)]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     errors: list[str] = []
     assert process.stderr is not None

@@ -122,6 +122,24 @@ def test_beyond_this_machine_it_needs_a_key(run, tmp_path):
     assert {Options(host=host).url for host in ("localhost", "::1")} == {"http://localhost:8000", "http://[::1]:8000"}
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--prefill-replicas 1", "--prefill-replicas and --decode-replicas belong together"),
+        ("--replicas 1 --prefill-replicas 1 --decode-replicas 1", "--replicas do both"),
+        ("--max-replicas 2", "--max-replicas needs --replicas"),
+        ("--replicas 3 --max-replicas 2", "--max-replicas is 2, fewer"),
+        ("--replicas 2 --chunkwise-backend ray_compiled_steps", "--chunkwise-backend"),
+        ("--replicas 2 --stages 2", "--stages"),
+        ("--replicas 2 --ray-token-path token", "--ray-token-path"),
+        ("--replicas 2 --no-ray-local-mode", "--ray-local-mode"),
+        ("--replicas 0", "--replicas"),
+    ],
+)
+def test_replicas_that_cannot_be_are_one_line(run, words, says):
+    assert says in run("serve", "--port", 0, *words.split()).err
+
+
 def test_only_those_with_a_key_come_in_and_tenants_share_nothing(model):
     with serving_here(model, keys=KEYS, settings={"cache_memory_mb": 64}) as service:
         assert service.ask("/health").status == 200

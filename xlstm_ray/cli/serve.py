@@ -4,6 +4,8 @@ import json
 import shlex
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,18 +16,21 @@ import typer
 from xlstm_ray import hub
 from xlstm_ray.cli.options import RUN, ProgressOption, bare, examples, takes
 from xlstm_ray.cli.output import leave_terminal, show, tell
+from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet
+from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import handling, leave_at_once
 from xlstm_ray.errors import Interrupted, UsageError, pip_install
 from xlstm_ray.files import MIB
+from xlstm_ray.serve.options import Slots
 from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.serve.desk import Serves
     from xlstm_ray.serve.options import Options
 
 commands = typer.Typer()
-SERVICE = "Service"
+SERVICE, REPLICAS = "Service", "Replicas on Ray Serve"
 LOOK_S = 1.0  # seconds between two looks at whether the engine still serves
 PACKAGES = "fastapi", "uvicorn", "jinja2", "prometheus-client"
 # A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
@@ -39,6 +44,10 @@ SETTINGS = """
 
 def _option(flag: str, help: str, **more: Any) -> Any:
     return typer.Option(flag, help=bare(help), rich_help_panel=SERVICE, **more)
+
+
+def _replicas(flag: str, help: str) -> Any:
+    return typer.Option(flag, help=bare(help), rich_help_panel=REPLICAS, min=1, max=1024)
 
 
 @commands.command(
@@ -89,13 +98,27 @@ def serve(
     access_log: Annotated[
         Path | None, _option("--access-log", "A line of JSON for each request is added to this file; - prints them.")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        _replicas("--replicas", "So many models, on Ray Serve; prompts go where they are known."),
+    ] = None,
+    prefill_replicas: Annotated[int | None, _replicas("--prefill-replicas", "Instead: replicas that read.")] = None,
+    decode_replicas: Annotated[
+        int | None, _replicas("--decode-replicas", "And those that answer from the states of the former.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, _replicas("--max-replicas", "Under load Serve adds replicas, up to so many of a kind.")
+    ] = None,
     progress: ProgressOption = "auto",
     *,
     asked: dict[str, Any],
 ) -> None:
     """Serve a model over HTTP, by OpenAI's protocol."""
     settings = Settings.make(**asked)
-    run_under_keeper(settings)
+    wanted = Wanted(replicas, prefill_replicas, decode_replicas, max_replicas)
+    if wanted:
+        require_fleet(settings)
+    run_under_keeper(settings, on_ray=bool(wanted))
     from xlstm_ray.choose import choose_model
     from xlstm_ray.serve.options import Options, read_keys
 
@@ -128,20 +151,25 @@ def serve(
     def signalled(number: int, _frame: object) -> None:
         if number == signal.SIGHUP:
             leave_terminal()
-        (hurry if stop.is_set() else stop).set()
+        # SIGTERM may come twice at once: to a whole group of processes, and from the one that keeps a run on Ray.
+        (hurry if stop.is_set() and number == signal.SIGINT else stop).set()
 
     try:
-        with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
+        opened = (
+            open_replicas(settings, wanted, Slots(slots, deterministic), drain_s, progress)
+            if wanted
+            else _open_here(settings, Slots(slots, deterministic), asked, progress)
+        )
+        with opened as (engine, room, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                slots = _serve(engine, slots, deterministic=deterministic)
-                server.open(engine, slots)
+                server.open(engine, room())
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
                 while not stop.wait(LOOK_S) and engine.failed is None:
                     pass
                 if engine.failed is not None:
                     raise engine.failed
-                tell(f"stopping: requests have {options.drain_s:g} s to end; a second signal ends them now")
+                tell(f"stopping: requests have {options.drain_s:g} s to end; Ctrl-C ends them now")
                 server.drain(hurry)
                 server.close()
     finally:
@@ -150,20 +178,15 @@ def serve(
         raise Interrupted("requests were cancelled")
 
 
-def _serve(engine: "Engine", slots: int | None, *, deterministic: bool) -> int:
-    """Begin to serve; returns the slots.
+@contextmanager
+def _open_here(
+    settings: Settings, slots: Slots, asked: dict[str, Any], progress: ProgressKind
+) -> "Iterator[tuple[Serves, Callable[[], int], Reporter]]":
+    """What takes the requests, in this process; what makes it ready and returns its slots; the reporter."""
+    from xlstm_ray.serve.warm import begin
 
-    All that requests will call is compiled, unless warm-up is off: else a later one would stop everybody for a minute.
-    """
-    from xlstm_ray.engine.windows import GROUP_SIZES, group_size
-
-    sizes = (group_size(slots or GROUP_SIZES[-1]),) if deterministic else GROUP_SIZES
-    slots = engine.serve(slots=slots, buckets=sizes)
-    engine.warm_up(1, [engine.numerics.tile_size, engine.numerics.chunk_size])
-    for rows in sizes:
-        if deterministic or rows <= group_size(slots):
-            engine.warm_up(rows, [1])
-    return slots
+    with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
+        yield engine, lambda: begin(engine, slots), report
 
 
 def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:

@@ -193,10 +193,10 @@ def _backend_of(kernel: str) -> str:
     return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
 
 
-def run_under_keeper(settings: Settings) -> None:
-    """Start a run on Ray in a child process: Ray may kill it at any moment."""
-    on_ray = "ray_" in (settings.chunkwise_backend or "ray_") and (
+def run_under_keeper(settings: Settings, *, on_ray: bool = False) -> None:
+    """Start a run on Ray in a child process: Ray may kill it at any moment. on_ray: whatever the settings say."""
+    grid = "ray_" in (settings.chunkwise_backend or "ray_") and (
         settings.ray_address is not None or not settings.ray_local_mode
     )
-    if on_ray and keeper.current is None:
+    if (on_ray or grid) and keeper.current is None:
         sys.exit(keeper.start())

@@ -44,13 +44,14 @@ class Request:
 class Queued(NamedTuple):
     """It waits behind `ahead` others; `resumed_tokens` of its prompt are in a state already.
 
-    use: what the cache was to it.
+    use: what the cache was to it. replica: who does it, where a service has several.
     """
 
     ahead: int
     prompt_tokens: int = 0
     resumed_tokens: int = 0
     use: Use = Use()
+    replica: str = ""
 
 
 class Reading(NamedTuple):

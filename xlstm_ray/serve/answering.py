@@ -17,6 +17,7 @@ from xlstm_ray.serve.stream import DONE, EventStream, comment, data, watching
 from xlstm_ray.serve.work import Ask, Work
 
 CACHE = "x-xlstm-cache"  # the header that says what was computed before
+REPLICA = "x-xlstm-replica"  # and this one by whom, where a service has several replicas
 
 
 async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: Form) -> Response:
@@ -33,6 +34,8 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
     async with watching(request.receive, work.cancel):
         await work.begin()
         headers = {CACHE: work.used.cache(of_state=ask.state is not None), **account.headers()}
+        if work.used.replica:
+            headers[REPLICA] = work.used.replica
         reply = Reply(form, desk.options.name, ask.echo or [""] * len(ask.prompts), ask.n)
         if not body.stream:
             await _finish(work, reply, desk.options.ping_s)

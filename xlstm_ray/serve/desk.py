@@ -4,19 +4,37 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from xlstm_ray.config import ModelConfig
+from xlstm_ray.engine.cache import Cache
 from xlstm_ray.engine.request import End, Event, Handle, Request
 from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.serve.limits import Account
 from xlstm_ray.serve.metrics import Gauge, Metrics
 from xlstm_ray.serve.options import Options
 from xlstm_ray.serve.refusals import Refused
-
-if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine
+from xlstm_ray.text.prompt import Prompt
 
 LOADING_S, FULL_S, DRAINING_S = 5, 1, 5  # after so many seconds a caller may try again
+
+
+class Serves(Protocol):
+    """What answers: an `Engine` in this process, or `Remote` replicas of one; each member as in Engine."""
+
+    config: ModelConfig
+    published: GenerationConfig | None
+    cache: Cache | None
+
+    @property
+    def end_tokens(self) -> Sequence[int]: ...
+    @property
+    def failed(self) -> XlstmRayError | None: ...
+    def encode(self, prompt: Prompt) -> list[int]: ...
+    def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]: ...
+    def decode(self, tokens: Sequence[int]) -> str: ...
+    def submit_n(self, request: Request) -> list[Handle]: ...
 
 
 class Desk:
@@ -24,19 +42,19 @@ class Desk:
 
     def __init__(self, options: Options):
         self.options, self.slots = options, 0
-        self._engine: Engine | None = None
+        self._engine: Serves | None = None
         self.draining = False
         self.metrics = Metrics(options.name, options.metrics, self._gauges)
         self._handles: dict[int, Handle] = {}
         self._admitted = 0
         self._accounts = {options.tenant(key): Account(key) for key in options.keys} or {"": Account()}
 
-    def open(self, engine: "Engine", slots: int) -> None:
+    def open(self, engine: Serves, slots: int) -> None:
         """Take requests from now on; the engine serves. From any thread."""
         self.slots, self._engine = slots, engine
 
     @property
-    def engine(self) -> "Engine":
+    def engine(self) -> Serves:
         """Raises Refused while there is none, or no more."""
         if self.draining:
             raise Refused(503, "this service is stopping", code="draining", retry_s=DRAINING_S)

@@ -5,6 +5,7 @@ import hmac
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
@@ -30,6 +31,16 @@ class Key:
     def tenant(self) -> str:
         """What its documents and kept states go by."""
         return hashlib.sha256(self.secret.encode()).hexdigest()[:32]
+
+
+class Slots(NamedTuple):
+    """How an engine serves. most: requests at once; None: 16, or as many as fit. deterministic: one number of rows in
+
+    every call, so that the bits of an answer do not depend on the others.
+    """
+
+    most: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
-from xlstm_ray.errors import FIELD, StateError, UsageError, XlstmRayError
+from xlstm_ray.errors import FIELD, ReplicaLost, StateError, UsageError, XlstmRayError
 
 _TYPES = {
     401: "authentication_error",
@@ -14,6 +14,7 @@ _TYPES = {
     500: "server_error",
     503: "overloaded_error",
 }
+LOST_S = 1  # a lost replica's requests may be sent again after so many seconds
 _CALLERS = UsageError, StateError  # what a caller can mend
 
 
@@ -40,6 +41,8 @@ class Refused(Exception):
     @classmethod
     def of(cls, error: XlstmRayError, names: Mapping[str, str] | None = None) -> "Refused":
         """An error of the library. names: how the caller calls a field that has another name there."""
+        if isinstance(error, ReplicaLost):
+            return cls(503, str(error), code="replica_lost", retry_s=LOST_S)
         text = FIELD.sub(lambda field: f"`{(names or {}).get(field[1], field[1])}`" + _value(field), str(error))
         field = FIELD.search(text)
         return cls(400 if isinstance(error, _CALLERS) else 500, text, param=field[1] if field else None)

@@ -6,20 +6,16 @@ import threading
 from concurrent.futures import Future
 from contextlib import suppress
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from xlstm_ray.errors import UsageError
 from xlstm_ray.serve.app import make_app
-from xlstm_ray.serve.desk import Desk
+from xlstm_ray.serve.desk import Desk, Serves
 from xlstm_ray.serve.documents import Documents
 from xlstm_ray.serve.options import Options
 from xlstm_ray.serve.shelf import Shelf
 from xlstm_ray.serve.template import Template
-
-if TYPE_CHECKING:
-    from xlstm_ray.engine.engine import Engine
 
 POLL_S = 0.05
 LAST_S = 5  # seconds that replies have to reach their readers
@@ -51,7 +47,7 @@ class Server:
         self._loop: Future[asyncio.AbstractEventLoop] = Future()
         self._thread.start()
 
-    def open(self, engine: "Engine", slots: int) -> None:
+    def open(self, engine: Serves, slots: int) -> None:
         """Take requests from now on."""
         loop = self._loop.result()
         asyncio.run_coroutine_threadsafe(self.documents.restore(), loop).result()

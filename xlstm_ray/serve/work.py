@@ -64,11 +64,13 @@ class Used:
     tiers: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    replica: str = ""  # of the first prompt, where there are several
 
     def look_up(self, queued: Queued) -> None:
         """Count what was found for a prompt."""
         self.prompt += queued.prompt_tokens
         self.cached += queued.resumed_tokens
+        self.replica = self.replica or queued.replica
         if queued.use.tier is not None:
             self.tiers.append(queued.use.tier)
         if queued.use.reason is not None:
@@ -121,6 +123,9 @@ class Work:
         waiting = set(range(ask.answers))
         while waiting:
             number, event = await self._events.get()
+            if isinstance(event, End) and event.error is not None:  # before anything was sent: the reply says so
+                self.cancel()
+                raise Refused.of(event.error)
             if isinstance(event, Queued | End):
                 waiting.discard(number)
             self._early.append((number, event))

@@ -1,0 +1,114 @@
+"""Replicas on Ray Serve: on the head that this process is connected to, while a block runs.
+
+Import it only where Ray may be imported.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from xlstm_ray.choose import Setup
+from xlstm_ray.errors import RayError, one_line
+from xlstm_ray.serve.options import Slots
+from xlstm_ray.serve.remote import Remote
+from xlstm_ray.serve.replica import Replica, Router
+
+AT_ONCE = 1 << 14  # calls that a replica takes: its engine has a queue, and the desk knows how long it may be
+SLOTS = 16  # that autoscaling counts on where their number is not given
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is to run. setup: of each replica's engine, in its process. slots: of each.
+
+    replicas: that read prompts, and answer unless there are decoders. most: to which Serve may add replicas of each
+    kind under load; None: their numbers stay. drain_s: seconds that a replica's requests have to end when it is to go.
+    needs: what Ray reserves for each, as `ray_actor_options`.
+    """
+
+    setup: Setup
+    slots: Slots
+    replicas: int
+    decoders: int
+    most: int | None
+    drain_s: float
+    needs: Mapping[str, Any]
+
+    def readers(self) -> Application:
+        """As Serve takes it."""
+        return self._application("prefill" if self.decoders else "engine", self.replicas)
+
+    def answerers(self) -> Application | None:
+        """The same for those that only answer."""
+        return self._application("decode", self.decoders) if self.decoders else None
+
+    def _application(self, name: str, count: int) -> Application:
+        scale: dict[str, Any] = {"num_replicas": count}
+        if self.most is not None:
+            target = float(self.slots.most or SLOTS)
+            scale = {
+                "num_replicas": None,
+                "autoscaling_config": AutoscalingConfig(
+                    min_replicas=count, max_replicas=max(count, self.most), target_ongoing_requests=target
+                ),
+            }
+        deployment: Any = Replica
+        router: Any = Router
+        return deployment.options(
+            name=name,
+            max_ongoing_requests=AT_ONCE,
+            graceful_shutdown_timeout_s=self.drain_s,
+            graceful_shutdown_wait_loop_s=0.2,
+            ray_actor_options=dict(self.needs),
+            request_router_config=RequestRouterConfig(request_router_class=router),
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            **scale,
+        ).bind(self.setup, self.slots)
+
+
+@contextmanager
+def running(fleet: Fleet) -> Iterator[Remote]:
+    """Replicas, until the block ends. Raises RayError where they do not start."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    mark, names = token_hex(3), []
+    had = serve.status().applications
+    serve.start(proxy_location="Disabled")  # this process takes the requests
+    try:
+        handles: dict[str, Any] = {"prefill": None, "decode": None}
+        kinds = {"prefill": fleet.readers(), "decode": fleet.answerers()}
+        for kind, application in kinds.items():
+            if application is not None:
+                name = f"xlstm-ray-{mark}-{kind}"
+                names.append(name)
+                try:
+                    handles[kind] = serve.run(application, name=name, route_prefix=None)
+                except RuntimeError:
+                    raise RayError(f"replicas did not start: {_why(name)}") from None
+        remote = Remote(fleet.setup, handles["prefill"], handles["decode"])
+        try:
+            yield remote
+        finally:
+            remote.close()
+    finally:
+        if had:
+            for name in names:
+                serve.delete(name)
+        else:
+            serve.shutdown()
+
+
+def _why(name: str) -> str:
+    """What Serve says about an application that has failed: the last line of a traceback that it quotes."""
+    found = serve.status().applications.get(name)
+    said = "" if found is None else "\n".join([found.message, *(one.message for one in found.deployments.values())])
+    errors = [line for line in said.splitlines() if re.match(r"\S*Error\b", line)]
+    return one_line(errors[-1] if errors else said)
