@@ -71,8 +71,8 @@ def connect(
     finally:
         if main:  # ray.init sets its own handler, which would end the run between two tiles without a state
             signal.signal(signal.SIGTERM, handler)
-    global _users
-    mine, _users = os.getpid(), 1
+    global _users, _given
+    mine, _users, _given = os.getpid(), 1, address
     try:
         yield ray
     finally:
@@ -87,7 +87,7 @@ def job_metadata(model: Path, stages: int) -> dict[str, str]:
     return {"job_name": f"xlstm-ray {name}", "model": name, "stages": str(stages), "progress": figures}
 
 
-_users = 0  # engines that use our connection
+_users, _given = 0, ""  # who uses our connection, and the address that the first one gave: Ray makes an IP of it
 
 
 def _leave(ray: ModuleType) -> None:
@@ -108,9 +108,12 @@ def _shared(there: str, target: Head | str) -> Iterator[ModuleType]:
     global _users
     address = target.address if isinstance(target, Head) else target
     assert address is not None
-    if split(address)[1] != split(there)[1] or not (is_loopback(address) or split(address)[0] == split(there)[0]):
+    same = _users > 0 and address == _given
+    if not same and (
+        split(address)[1] != split(there)[1] or not (is_loopback(address) or split(address)[0] == split(there)[0])
+    ):
         raise RayError(one_connection(there))
-    if _asks_for_token(there, None) is False:
+    if not same and _asks_for_token(there, None) is False:
         raise RayError(
             f"this program is connected to the head at {there}, which lets anybody in: connect it to one that was "
             "started with RAY_AUTH_MODE=token and a token, such as that of `xlstm-ray up`"
