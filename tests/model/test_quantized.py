@@ -62,7 +62,7 @@ def plainly(stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, grou
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(70, 100), (64, 128), (200, 64), (1, 33)])
 def test_integers_are_the_nearest(bits, shape):
-    """As stored, each is within half a step of its weight; groups of equal weights, and of zeros, are exact."""
+    """As stored, each is within half a step of its weight; groups of zeros are exact."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     weight[-1, :32] = 0.0
     weight[0, :32] = 0.5
@@ -70,9 +70,15 @@ def test_integers_are_the_nearest(bits, shape):
     of = [None if x is None else x.double().numpy() for x in (scale, zero)]
     made = torch.from_numpy(plainly(packed(values, bits=bits).numpy(), *of, 32, shape[1]))
     steps = scale.double().repeat_interleave(32, 1)[:, : shape[1]]
-    # At a group's ends, rounded scales and zeros move the range by parts of a step.
-    assert ((made - weight).abs() <= steps * (0.5 if bits == 8 else 0.6) + 1e-12).float().mean() > 0.99
-    assert ((made - weight).abs() <= steps * 0.75 + 1e-12).all()
+    inside = torch.ones_like(values) if bits == 8 else (values > 0) & (values < 15)  # what is beyond is at the end
+    assert ((made - weight).abs() <= torch.where(inside.bool(), 0.5, 4) * steps * 1.01 + 1e-12).all()
+    if bits == 4:  # not worse than the whole range of each group, by numpy
+        worst = 0.0
+        for row in weight.double().numpy():
+            for group in np.split(row, range(32, len(row), 32)):
+                step = max((group.max() - group.min()) / 15, 1e-12)
+                worst += np.square(np.round((group - group.min()) / step) * step + group.min() - group).sum()
+        assert (made - weight).square().sum() <= worst * 1.02 + 1e-3
     assert len(weight) == 1 or not made[-1, :32].any()
     assert (made[0, :32] - 0.5).abs().max() <= 0.5 * 2**-9 + (0 if bits == 4 else steps[0, 0] / 2)
     assert torch.equal(unpacked(packed(values, bits=bits), bits=bits, group=32)[:, : shape[1]], values)
@@ -242,16 +248,13 @@ def test_compiled_is_as_the_reference(bits, dtype, tmp_path):
 
 
 def test_quality_of_the_demo_model(tmp_path):
-    """Bits of a text that the original wrote itself: of all texts the one where any change costs the most."""
-    options = {"device": "cpu", "dtype": "bfloat16", "chunkwise_backend": "native"}
-    with xlstm_ray.load(DEMO_MODEL, **options) as lm:
-        generation = lm.generate("A dog is", max_new_tokens=160, n=8, temperature=1.0, seed=1, ignore_eos=True)
-        list(generation.rows())
-        texts = [lm.encode("A dog is") + tokens for tokens in generation.tokens]
+    """Bits of glosses that it was not trained on (of WordNet 3.0; xlstm_ray/demo/LICENSE.WordNet)."""
+    texts = (Path(__file__).parent / "glosses.txt").read_text().splitlines()
 
     def bits_of(model: Path) -> float:
-        with xlstm_ray.load(model, **options) as lm:
-            scores = [lm.prefill(text, prompt_logprobs=0).prompt_logprobs[0] for text in texts]
+        with xlstm_ray.load(model, device="cpu", dtype="bfloat16", chunkwise_backend="native") as lm:
+            prompts = [[0, *lm.encode(text), 0] for text in texts]  # 0 is between documents
+            scores = lm.prefill(prompts, prompt_logprobs=0).prompt_logprobs
         return -sum(entry.logprob for row in scores for entry in row if entry is not None)
 
     original = bits_of(DEMO_MODEL)
