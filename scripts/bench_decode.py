@@ -92,12 +92,9 @@ def this_project(c: ModelConfig, kind: str, B: int, made: dict) -> Run:
                 executor.submit(state, decoding_step(tokens, in_place=True))
                 tokens = sampler.choose(executor.result().logits, slots.cuda()).tolist()
             return
-        step = decoding_step(tokens, in_place=True, choice=Choice(sampler, slots))
-        executor.submit(state, step)
-        for _ in range(STEPS - 1):
-            executor.submit(state, step._replace(follows=True))
+        for _ in range(STEPS):
+            executor.submit(state, decoding_step(tokens, in_place=True, choice=Choice(sampler, slots)))
             tokens = executor.result().tokens.tolist()
-        executor.result()
 
     return run
 

@@ -42,22 +42,25 @@ class Slots:
         slots = [self._sampler.idle if task is None else task.slot for task in places]
         return Choice(self._sampler, torch.tensor(slots))
 
-    def choose(
-        self, logits: Tensor, tasks: Sequence[Task], chosen: Tensor | None = None
+    def chosen(
+        self, tokens: Tensor, logits: Sequence[Tensor], tasks: Sequence[Task]
     ) -> tuple[list[int], list[Made | None]]:
-        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested.
+        """As `choose`, of tokens (rows,) on the CPU that the executor has chosen from these logits (vocabulary,)."""
+        counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
+        if all(count is None for count in counts):
+            return tokens.tolist(), [None] * len(counts)
+        return tokens.tolist(), made_of(torch.stack(list(logits)), tokens.to(logits[0].device), counts)
 
-        chosen (rows,): the tokens, where the executor has chosen them.
-        """
+    def choose(self, logits: Tensor, tasks: Sequence[Task]) -> tuple[list[int], list[Made | None]]:
+        """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested."""
         if self._sampler is None:
             self._sampler = Sampler(len(self._tasks), self._vocabulary, ends=self._ends, device=logits.device)
             for task in filter(None, self._tasks):
                 self._put(self._sampler, task)
-        if chosen is None:
-            slots = torch.tensor([task.slot for task in tasks], device=logits.device)
-            chosen = self._sampler.choose(logits, slots)
+        slots = torch.tensor([task.slot for task in tasks], device=logits.device)
+        chosen = self._sampler.choose(logits, slots)
         counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
-        return chosen.tolist(), made_of(logits, chosen.to(logits.device), counts)
+        return chosen.tolist(), made_of(logits, chosen, counts)
 
     @staticmethod
     def _put(sampler: Sampler, task: Task) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.decode import require_finite
+from xlstm_ray.engine.decode import Made, require_finite
 from xlstm_ray.engine.driver import Sizes, Snapshot
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
@@ -218,18 +218,30 @@ class Work:
         active = [(n, task) for n, task in enumerate(batch.places) if task is not None]
         if not active:
             return
-        logits, chosen = result.logits, result.tokens
+        logits, tasks, there = result.logits, [task for _, task in active], [n for n, _ in active]
+        if result.tokens is not None:
+            # The step after this one is under way already: nothing here may wait for the device.
+            chosen, rows = result.tokens[there], [logits[n] for n in there]
+            if (chosen < 0).any():
+                require_finite(torch.stack(rows), self._core.plan.model)
+            for task, row in zip(tasks, rows, strict=True):
+                task.logits = row
+            self._go_on(tasks, *self._slots.chosen(chosen, rows, tasks))
+            return
         if len(active) < len(batch.places):
-            there = torch.tensor([n for n, _ in active])
-            logits, chosen = logits[there.to(logits.device)], None if chosen is None else chosen[there]
+            logits = logits[torch.tensor(there, device=logits.device)]
         require_finite(logits, self._core.plan.model)
-        for (_, task), row in zip(active, logits, strict=True):
+        for task, row in zip(tasks, logits, strict=True):
             task.logits = row
-        self._choose(logits, [task for _, task in active], chosen)
+        self._choose(logits, tasks)
 
-    def _choose(self, logits: Tensor, tasks: list[Task], chosen: Tensor | None = None) -> None:
-        """Choose the tasks' next tokens from logits (rows, vocabulary), or take those that are `chosen` (rows,)."""
-        for task, token, made in zip(tasks, *self._slots.choose(logits, tasks, chosen), strict=True):
+    def _choose(self, logits: Tensor, tasks: list[Task]) -> None:
+        """Choose the next token of these tasks from their logits (rows, vocabulary)."""
+        self._go_on(tasks, *self._slots.choose(logits, tasks))
+
+    def _go_on(self, tasks: list[Task], tokens: list[int], made_of_all: list[Made | None]) -> None:
+        """These tasks have these tokens more."""
+        for task, token, made in zip(tasks, tokens, made_of_all, strict=True):
             answer = task.answer
             assert answer is not None
             if task.first_token is None:

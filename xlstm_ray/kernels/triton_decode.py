@@ -17,6 +17,7 @@ from xlstm_ray.kernels.triton_cell import PAD_I, CellShape, decay, gate_columns,
 
 MOST_ROWS = 64  # of a call
 SPLITS = 4  # programs that share a row's sum, at most
+HINT = "evict_first"  # states go by once a step, and should leave the cache to what the kernels hand over
 ADDED_ROWS = 64  # columns of a program in products that end in a residual sum
 
 
@@ -134,11 +135,12 @@ def _skinny(
 
 @triton.jit
 def _step(
-    qkvo, bias, C_state, n_state, m_state, n_new, m_new, h, counter, out, start, end, eps, norm_eps, cap,
+    qkvo, bias, C_old, n_old, m_old, C_new, n_new, m_new, n_part, m_part, h, counter, out, start, end,
+    eps, norm_eps, cap,
     NH: tl.constexpr, K: tl.constexpr, V: tl.constexpr, NG: tl.constexpr, LD: tl.constexpr, BV: tl.constexpr,
-    PDL: tl.constexpr,
+    HINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token of a row and head, BV columns of its state: read once, written once, in place.
+    """One token of a row and head, BV columns of its state: read once, written once; both may be at the same place.
 
     qkvo (B, LD) float32, normed: q, k, v, o, then three parts of the gates, each NG wide. A row's token is there if
     start < end; else the row keeps its state. The last program of a head to come does the head norm and the output
@@ -150,7 +152,7 @@ def _step(
     piece = bh.to(tl.int64) * K * V + kk[:, None] * V + vv[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    C = tl.load(C_state + piece)  # first of all: the rest is done while it is on its way
+    C = tl.load(C_old + piece, eviction_policy=HINT)  # first of all: the rest is done while it is on its way
     row = qkvo + b * LD
     i = tl.load(bias + head)
     f = tl.load(bias + NH + head)
@@ -160,19 +162,19 @@ def _step(
     on = tl.load(start + b) < tl.load(end + b)
     i = tl.where(on, soft_cap(i, cap), PAD_I)
     logf = tl.where(on, log_sigmoid(soft_cap(f, cap)), 0.0)
-    m = tl.load(m_state + bh)
+    m = tl.load(m_old + bh)
     new = tl.maximum(logf + m, i)
     base, rest = decay(logf + (m - new))
     q = tl.load(row + head * K + kk) * K**-0.5
     k = tl.load(row + NH * K + head * K + kk) * tl.exp(i - new)
-    n = tl.load(n_state + bh * K + kk)
+    n = tl.load(n_old + bh * K + kk)
     n = n * base + (n * rest + k)
     factor = 1 / (tl.maximum(tl.abs(tl.sum(q * n, 0)), tl.exp(-new)) + eps)
     if vb == 0:
-        tl.store(n_new + bh * K + kk, n)
-        tl.store(m_new + bh, new)
+        tl.store(n_part + bh * K + kk, n)
+        tl.store(m_part + bh, new)
     C = C * base + (C * rest + k[:, None] * tl.load(row + 2 * NH * K + head * V + vv)[None, :])
-    tl.store(C_state + piece, C)
+    tl.store(C_new + piece, C, eviction_policy=HINT)
     tl.store(h + bh * V + vv, tl.sum(C * q[:, None], 0) * factor)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -184,8 +186,8 @@ def _step(
         y *= tl.rsqrt(tl.sum(y * y, 0) / V + norm_eps)
         o = tl.load(row + 2 * NH * K + NH * V + head * V + all_v)
         tl.store(out + bh * V + all_v, (y * tl.sigmoid(o)).to(tl.bfloat16))
-        tl.store(n_state + bh * K + kk, tl.load(n_new + bh * K + kk, cache_modifier=".cg"))
-        tl.store(m_state + bh, tl.load(m_new + bh, cache_modifier=".cg"))
+        tl.store(n_new + bh * K + kk, tl.load(n_part + bh * K + kk, cache_modifier=".cg"))
+        tl.store(m_new + bh, tl.load(m_part + bh, cache_modifier=".cg"))
         tl.store(counter + bh, 0)
 
 
@@ -259,24 +261,24 @@ def skinny(
 def step(
     qkvo: Tensor,
     bias: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    states: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     tokens: tuple[Tensor, Tensor],
     s: CellShape,
     scratch: Scratch,
 ) -> Tensor:
-    """A token of each row, states in place.
+    """A token of each row. states: the old ones, and where the new ones are written, which may be the same.
 
     qkvo (B, LD) float32: normed q, k, v, o, and three parts of the gates   tokens: start and end (B,) int64, as in Step
     -> y (B, NH V) bf16: normed heads times output gates, without the head norm's weight.
     """
-    (C, n, m), (start, end) = state, tokens
-    B, NH, K, V = C.shape
+    (old, new), (start, end) = states, tokens
+    B, NH, K, V = old[0].shape
     BV, warps = (min(32, V), 4) if B == 1 else (min(64, V), 8)
-    out = torch.empty(B, NH * V, dtype=torch.bfloat16, device=C.device)
-    n_new, m_new = torch.empty_like(n), torch.empty_like(m)
+    out = torch.empty(B, NH * V, dtype=torch.bfloat16, device=qkvo.device)
+    parts = torch.empty_like(old[1]), torch.empty_like(old[2])
     _step[(B * NH, V // BV)](
-        qkvo, bias, C, n, m, n_new, m_new, scratch.h, scratch.counter, out, start, end, s.eps, s.norm_eps, s.cap,
-        NH, K, V, gate_columns(NH), qkvo.stride(0), BV, scratch.pdl, num_warps=warps,
+        qkvo, bias, *old, *new, *parts, scratch.h, scratch.counter, out, start, end, s.eps, s.norm_eps, s.cap,
+        NH, K, V, gate_columns(NH), qkvo.stride(0), BV, HINT, scratch.pdl, num_warps=warps,
         **_launch(scratch),
     )  # fmt: skip
     return out

@@ -86,7 +86,6 @@ class Step(NamedTuple):
     in_place: bool = False  # write the new state over the old one, which nobody else uses
     following: Following | None = None
     choice: Choice | None = None  # of a decoding step, where the executor chooses
-    follows: bool = False  # its tokens are those that the state's step before chose; `tokens` says only how many
     owner: object = None  # whose step it is, where callers share an executor; the result has it
 
 
@@ -105,7 +104,7 @@ class StepResult(NamedTuple):
     seconds: float  # since the previous result; since `submit` if no step was in flight
     state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
     logprobs: Logprobs | None = None  # (B, T) and (B, T, likeliest), on the CPU, if `following` was set
-    tokens: Tensor | None = None  # (B,) int64, on the CPU, if `choice` was set
+    tokens: Tensor | None = None  # (B,) int64, on the CPU, if `choice` was set; -1 if the row's logits are not finite
     owner: object = None  # the step's
 
 

@@ -2,6 +2,9 @@
 
 A graph has the addresses of what it reads and writes. So the states of rows that decode lie in seats, which never move:
 a state is copied into a free seat before its first step in place, and stays there until nobody has it any more.
+
+A seat has two halves, and a step goes from one to the other. So the step after may run ahead, while the host reads the
+tokens of this one; if the host then wants something else, what ran ahead is dropped, and nothing has changed.
 """
 
 from collections.abc import Callable
@@ -15,9 +18,11 @@ from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Step
 from xlstm_ray.runtime.folded import FoldedWeights
 from xlstm_ray.runtime.worker import Worker
-from xlstm_ray.sampling.sampler import Sampler
+from xlstm_ray.sampling.sampler import Needs, Sampler
 
+NOT_FINITE = -1  # in place of a token whose logits are not finite
 WARMING = -2  # the number of a state that only warms up
+States = list[AnyState]  # one for each block
 
 
 class Outcome(NamedTuple):
@@ -30,17 +35,21 @@ class Outcome(NamedTuple):
 
 
 class Seat:
-    """States of up to `rows` rows that never move, and the graphs that step them."""
+    """States of up to `rows` rows that never move, in two halves, and the graphs that step them."""
 
     def __init__(self, worker: Worker, rows: int):
-        self.rows, self.owner = rows, -1
-        self.parts = [worker.fresh_state(n, rows) for n in range(len(worker.blocks))]
+        self.rows, self.owner, self.half = rows, -1, 0  # the half in which the state is now
+        self._parts = [[worker.fresh_state(n, rows) for n in range(len(worker.blocks))] for _ in range(2)]
         self.graphs: dict[tuple, Captured] = {}
         self.given: dict[int, Tensor] = {}  # by the number of rows, (4, B) int64: tokens, start, end, slots
 
-    def views(self, batch: int) -> list[AnyState]:
+    def views(self, batch: int, half: int) -> States:
         """The states of the first rows."""
-        return [tuple(part[:batch] for part in state) for state in self.parts]  # type: ignore[misc]
+        return [tuple(part[:batch] for part in state) for state in self._parts[half]]  # type: ignore[misc]
+
+    def has(self, state: AnyState) -> bool:
+        """Whether the first block's state is here."""
+        return state[0].data_ptr() == self._parts[self.half][0][0].data_ptr()
 
 
 class Captured(NamedTuple):
@@ -52,17 +61,46 @@ class Captured(NamedTuple):
     run: Callable[[], Outcome]  # what was captured: it has the other tensors, which must live as long as the graph
 
 
+class Ahead(NamedTuple):
+    """A step that ran ahead of the host, for the state `number`: like `step`, with the tokens that that one chose."""
+
+    number: int
+    step: Step
+    needs: Needs  # the sampler's
+    taken: Tensor  # (B,) int64, pinned: these tokens
+    known: torch.cuda.Event  # when they are
+    outcome: Outcome
+
+    def is_for(self, number: int, step: Step) -> bool:
+        """Whether it is what is wanted now."""
+        mine, other = self.step, step
+        if number != self.number or mine.choice is None or other.choice is None or mine.logits != other.logits:
+            return False
+        sampler = other.choice.sampler
+        if sampler is not mine.choice.sampler or sampler.needs != self.needs:
+            return False
+        self.known.synchronize()
+        pairs = (
+            (self.taken, other.tokens[:, 0]),
+            (mine.start, other.start),
+            (mine.end, other.end),
+            (mine.choice.slots, other.choice.slots),
+        )
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
 class Graphs:
     """A token of each row through a stage, in place, by a worker that has all heads.
 
     capture: as graphs, on seats; else the same kernels are launched one by one, on the states as they lie, to the same
-    bits. Only one thread uses it, in one stream.
+    bits. One thread at a time uses it, in one stream.
     """
 
     def __init__(self, worker: Worker, *, capture: bool):
         self._worker, self.captures = worker, capture
         self._seats: list[Seat] = []
         self._pool = torch.cuda.graph_pool_handle() if capture else None  # one: graphs never run at once
+        self._ahead: Ahead | None = None
 
     def warm_up(self, batch: int) -> None:
         """Compile, and capture, a step of `batch` rows, on a state of its own."""
@@ -77,31 +115,42 @@ class Graphs:
     def step(self, number: int, x: Tensor, step: Step) -> Outcome:
         """A step of the state `number`. x: tokens (B, 1) on the CPU in the first stage, else (B, 1, D).
 
-        step.in_place: only such a state gets a seat.
+        step.in_place: only such a state gets a seat. Tokens are on their way to pinned memory.
         """
-        B, first, choice, head = x.shape[0], x.ndim == 2, step.choice, step.logits != "none"
-        sampler = choice.sampler if choice is not None else None
-        rest = [step.start, step.end, choice.slots if choice is not None else torch.zeros_like(step.start)]
-        given = torch.stack([x[:, 0] if first else step.start, *rest])
+        choice, first = step.choice, x.ndim == 2
+        slots = choice.slots if choice is not None else torch.zeros_like(step.start)
+        given = torch.stack([x[:, 0] if first else step.start, step.start, step.end, slots])
         if not (self.captures and step.in_place):
+            assert choice is None, "only a captured step chooses"
             states = [state for state in self._worker.states[number] if state is not None]
             stream = None if first else x.to(self._worker.device, self._worker.dtype)
-            return self._whole(states, given.to(self._worker.device), stream, sampler, head=head)()
-        seat = self._seated(number, B)
-        key = B, first, head, sampler and (id(sampler), sampler.needs)
-        if key not in seat.graphs:
-            seat.graphs[key] = self._capture(seat, B, sampler, first=first, head=head)
-        captured = seat.graphs[key]
-        if step.follows:
-            seat.given[B][1:].copy_(given[1:], non_blocking=True)
+            head = step.logits != "none"
+            return self._whole((states, states), given.to(self._worker.device), stream, None, head=head)()
+        seat = self._seated(number, len(x))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_for(number, step):
+            outcome = ahead.outcome
         else:
-            seat.given[B].copy_(given, non_blocking=True)
-        if captured.x is not None:
-            captured.x.copy_(x, non_blocking=True)
-        captured.graph.replay()
-        # Copies: the next step, whose results may be asked for later, writes over these.
-        stream, *others = captured.outcome
-        return Outcome(stream.clone(), *(None if part is None else part.clone() for part in others))
+            captured = self._graph(seat, step, len(x), first=first)
+            seat.given[len(x)].copy_(given, non_blocking=True)
+            if captured.x is not None:
+                captured.x.copy_(x, non_blocking=True)
+            outcome = _replayed(captured)
+        seat.half = 1 - seat.half
+        self._worker.states[number] = list(seat.views(len(x), seat.half))
+        if choice is not None and outcome.tokens is not None:
+            # What the graph chose last is given to the next one.
+            choice.sampler.count(seat.given[len(x)][3], seat.given[len(x)][0])
+        return outcome
+
+    def run_ahead(self, number: int, step: Step, outcome: Outcome) -> None:
+        """Begin the step after this one with the tokens that it has chosen, as if the host had asked for it."""
+        if step.choice is None or outcome.tokens is None or not (self.captures and step.in_place):
+            return
+        seat, B = self._seated(number, len(step.tokens)), len(step.tokens)
+        known = torch.cuda.current_stream(self._worker.device).record_event()
+        made = _replayed(self._graph(seat, step, B, first=True))
+        self._ahead = Ahead(number, step, step.choice.sampler.needs, outcome.tokens, known, made)
 
     # ------------------------------------------------------------------------------------------------------------------
     def _seated(self, number: int, batch: int) -> Seat:
@@ -119,7 +168,7 @@ class Graphs:
             large = [Seat(self._worker, batch)]
             self._seats += large
         seat = large[0]
-        views = seat.views(batch)
+        views = seat.views(batch, seat.half)
         for view, parts in zip(views, state, strict=True):
             assert parts is not None
             for to, part in zip(view, parts, strict=True):
@@ -130,7 +179,15 @@ class Graphs:
     def _sits(self, seat: Seat, number: int) -> bool:
         """Whether this state exists, and is in this seat."""
         state = self._worker.states.get(number)
-        return seat.owner == number and state is not None and state[0] is not None and _same(state[0], seat.parts[0])
+        return seat.owner == number and state is not None and state[0] is not None and seat.has(state[0])
+
+    def _graph(self, seat: Seat, step: Step, B: int, *, first: bool) -> Captured:
+        """The graph of such a step, out of the half in which the state is."""
+        sampler, head = step.choice.sampler if step.choice is not None else None, step.logits != "none"
+        key = B, seat.half, first, head, sampler and (id(sampler), sampler.needs)
+        if key not in seat.graphs:
+            seat.graphs[key] = self._capture(seat, B, sampler, first=first, head=head)
+        return seat.graphs[key]
 
     def _capture(self, seat: Seat, B: int, sampler: Sampler | None, *, first: bool, head: bool) -> Captured:
         worker = self._worker
@@ -138,12 +195,13 @@ class Graphs:
         before, x = given.clone(), None
         if not first:
             x = torch.zeros(B, 1, worker.config.hidden_size, dtype=worker.dtype, device=worker.device)
-        given.zero_()  # compiles; start = end, so that no state changes, and the idle slot is nobody's
+        given.zero_()
         if sampler is not None:
             given[3] = sampler.idle
-        run = self._whole(seat.views(B), given, x, sampler, head=head)
+        states = seat.views(B, seat.half), seat.views(B, 1 - seat.half)
+        run = self._whole(states, given, x, sampler, head=head)
         try:
-            for _ in range(2):
+            for _ in range(2):  # compiles; the half that it writes to has nothing yet
                 run()
             torch.cuda.synchronize(worker.device)
             graph = torch.cuda.CUDAGraph()
@@ -158,9 +216,9 @@ class Graphs:
         return Captured(graph, x, outcome, run)
 
     def _whole(
-        self, states: list[AnyState], given: Tensor, x: Tensor | None, sampler: Sampler | None, *, head: bool
+        self, states: tuple[States, States], given: Tensor, x: Tensor | None, sampler: Sampler | None, *, head: bool
     ) -> Callable[[], Outcome]:
-        """A step on these tensors."""
+        """A step on these tensors. states: the old ones, and where the new ones are written."""
         worker, (tokens, start, end, slots) = self._worker, given
         folded = isinstance(worker.blocks[0], FoldedWeights)
         blocks = _folded(worker, states, len(tokens)) if folded else _copied(worker, states)
@@ -169,29 +227,39 @@ class Graphs:
             outcome = blocks(x, tokens, (start, end), head and worker.ends.head is not None)
             if sampler is None or outcome.logits is None:
                 return outcome
-            chosen = sampler.choose(outcome.logits, slots)
-            tokens.copy_(chosen)  # for a step that follows
-            return outcome._replace(tokens=chosen)
+            chosen = sampler.pick(outcome.logits, slots)
+            tokens.copy_(chosen)  # for the next step
+            finite = outcome.logits.sum(-1).isfinite()  # a sum keeps NaN and infinity
+            return outcome._replace(tokens=torch.where(finite, chosen, NOT_FINITE))
 
         return run
 
 
-def _copied(worker: Worker, states: list[AnyState]) -> Callable[..., Outcome]:
+def _replayed(captured: Captured) -> Outcome:
+    """Run a graph. Copies of its results: the next step, before theirs are asked for, writes over them."""
+    captured.graph.replay()
+    x, logits, tokens = captured.outcome
+    if tokens is not None:  # begun now: later, the copy would wait for the steps submitted meanwhile
+        tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+    return Outcome(x.clone(), None if logits is None else logits.clone(), tokens)
+
+
+def _copied(worker: Worker, states: tuple[States, States]) -> Callable[..., Outcome]:
     """A step by the functions that make a state beside the old one."""
 
     def blocks(x: Tensor | None, tokens: Tensor, active: tuple[Tensor, Tensor], head: bool) -> Outcome:
         stream = x if x is not None else worker.embed(tokens.unsqueeze(-1))
-        for n, state in enumerate(states):
-            stream, made = worker.functions(n, stream, 1).block(stream, worker.blocks[n], state, *active)
-            for old, new in zip(state, made, strict=True):
-                old.copy_(new)
+        for n, (old, new) in enumerate(zip(*states, strict=True)):
+            stream, made = worker.functions(n, stream, 1).block(stream, worker.blocks[n], old, *active)
+            for to, part in zip(new, made, strict=True):
+                to.copy_(part)
         return Outcome(stream, worker.logits(stream[:, 0]) if head else None)
 
     return blocks
 
 
-def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Outcome]:
-    """A step by the Triton kernels, in place; 64 rows at a time, if there are more."""
+def _folded(worker: Worker, states: tuple[States, States], B: int) -> Callable[..., Outcome]:
+    """A step by the Triton kernels; 64 rows at a time, if there are more."""
     from xlstm_ray.kernels.quantized import plain
     from xlstm_ray.kernels.triton_decode import MOST_ROWS, Rows, Scratch, enter, skinny
     from xlstm_ray.runtime.triton_blocks import StepBlock
@@ -212,10 +280,10 @@ def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Out
                 rows.copy_(x[piece, 0])
                 enter(rows, scratch)
             live = active[0][piece], active[1][piece]
-            for w, state in zip(worker.blocks, states, strict=True):
+            for w, old, new in zip(worker.blocks, *states, strict=True):
                 assert isinstance(w, FoldedWeights)
-                C, n, m = (part[piece] for part in state)
-                step.step_block(rows, w, (C, n, m), live, scratch)
+                pair = tuple(tuple(part[piece] for part in state) for state in (old, new))
+                step.step_block(rows, w, pair, live, scratch)  # type: ignore[arg-type]
             if logits is not None and ends.head is not None and not tied:
                 eps = None if ends.out_norm is None else config.norm_eps
                 cap = config.output_logit_soft_cap or 0.0
@@ -225,8 +293,3 @@ def _folded(worker: Worker, states: list[AnyState], B: int) -> Callable[..., Out
         return Outcome(stream.unsqueeze(1), logits)
 
     return blocks
-
-
-def _same(a: AnyState, b: AnyState) -> bool:
-    """Whether two states begin at the same place."""
-    return a[0].data_ptr() == b[0].data_ptr()

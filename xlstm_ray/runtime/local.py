@@ -15,7 +15,7 @@ from xlstm_ray.memory.sample import peak_device_bytes
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult, rows_of
 from xlstm_ray.runtime.folded import FoldedWeights
-from xlstm_ray.runtime.graphs import Graphs
+from xlstm_ray.runtime.graphs import Graphs, Outcome
 from xlstm_ray.runtime.worker import Move, Worker
 from xlstm_ray.sampling.logprobs import Logprobs
 
@@ -110,7 +110,11 @@ class InProcessExecutor:
             self._before = perf_counter()
         if self._tokens and step.chunk_size == 1:
             state = state if step.in_place else self.take(rows_of(state))
-            self._pending.append(_Pending(self._token(state, step), None, self._fence()))
+            outcome = self._token(state, step)
+            result = StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=outcome.tokens, owner=step.owner)
+            self._pending.append(_Pending(result, None, self._fence()))
+            if len(self._tokens) == 1:
+                self._tokens[0].run_ahead(state.number, step, outcome)
             return state
         assert step.choice is None, "only a captured step chooses"
         src, state = state, state if step.in_place else self._names.new(state.batch)
@@ -172,17 +176,14 @@ class InProcessExecutor:
         for worker in self._workers:
             worker.free(number)
 
-    def _token(self, state: StateRef, step: Step) -> StepResult:
+    def _token(self, state: StateRef, step: Step) -> Outcome:
         """A token of each row, in place, by each stage's graph."""
         x, outcome = step.tokens, None
         for graphs in self._tokens:
             outcome = graphs.step(state.number, x, step)
             x = outcome.x
         assert outcome is not None
-        tokens = outcome.tokens
-        if tokens is not None:  # begun now: later, the copy would wait for the steps submitted meanwhile
-            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
-        return StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=tokens, owner=step.owner)
+        return outcome
 
     def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
         """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""

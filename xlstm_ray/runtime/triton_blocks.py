@@ -1,7 +1,7 @@
 """A block's functions by the Triton kernels, with folded weights: for tiles, and for a token of a few rows.
 
-x (B, T, D) bfloat16 is overwritten by a whole block. A tile's state is made beside the old one; a token's is written in
-place by `step_block`, which a CUDA graph captures, and in a copy by the others.
+x (B, T, D) bfloat16 is overwritten by a whole block. A state is made beside the old one; `step_block`, which a CUDA
+graph captures, writes it wherever it is told to.
 """
 
 from typing import NamedTuple
@@ -97,20 +97,18 @@ class StepBlock(NamedTuple):
 
     def block(self, x: Tensor, w: FoldedWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
         """Overwrites x (B, 1, D) with the new residual stream, and returns it and the new state."""
-        C, n, m = (part.clone() for part in state)
-        rows, scratch = x.view(x.shape[0], -1), self.scratch(x)
+        made, rows, scratch = _beside(state), x.view(x.shape[0], -1), self.scratch(x)
         enter(rows, scratch)
-        self.step_block(rows, w, (C, n, m), (start, end), scratch)
-        return x, (C, n, m)
+        self.step_block(rows, w, (state, made), (start, end), scratch)
+        return x, made
 
     def mixer(self, x: Tensor, w: FoldedWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
         """This band's share of the mixer's output (B, 1, D), and the new state."""
-        C, n, m = (part.clone() for part in state)
-        rows, scratch, sum_ = x.view(x.shape[0], -1), self.scratch(x), torch.zeros_like(x)
+        made, rows, scratch, sum_ = _beside(state), x.view(x.shape[0], -1), self.scratch(x), torch.zeros_like(x)
         enter(rows, scratch)
-        y = self._cell(rows, w, (C, n, m), (start, end), scratch)
+        y = self._cell(rows, w, (state, made), (start, end), scratch)
         skinny("out", y, Rows(w.out, w.out_scale), sum_.view_as(rows), scratch)
-        return sum_, (C, n, m)
+        return sum_, made
 
     def ffn(self, x: Tensor, w: FoldedWeights) -> Tensor:
         """This band's share of the feed-forward's output (B, 1, D)."""
@@ -120,15 +118,18 @@ class StepBlock(NamedTuple):
         return sum_
 
     def step_block(
-        self, x: Tensor, w: FoldedWeights, state: State, tokens: tuple[Tensor, Tensor], scratch: Scratch
+        self, x: Tensor, w: FoldedWeights, states: tuple[State, State], tokens: tuple[Tensor, Tensor], scratch: Scratch
     ) -> None:
-        """A token of x (B, D), which `enter` or the block before made, and state: both are overwritten."""
-        y = self._cell(x, w, state, tokens, scratch)
+        """A token of x (B, D), which `enter` or the block before made, and which is overwritten.
+
+        states: the old one, and where the new one is written, which may be the same place.
+        """
+        y = self._cell(x, w, states, tokens, scratch)
         skinny("out", y, Rows(w.out, w.out_scale), x, scratch)
         self._fed(x, w, x, scratch)
 
     def _cell(
-        self, x: Tensor, w: FoldedWeights, state: State, tokens: tuple[Tensor, Tensor], scratch: Scratch
+        self, x: Tensor, w: FoldedWeights, states: tuple[State, State], tokens: tuple[Tensor, Tensor], scratch: Scratch
     ) -> Tensor:
         B, N, eps = x.shape[0], w.qkvo.shape[0], self.shape.norm_eps
         if w.together is not None:
@@ -138,9 +139,15 @@ class StepBlock(NamedTuple):
             qkvo = torch.empty(B, N + 3 * gate_columns(self.shape.heads), dtype=torch.float32, device=x.device)
             skinny("qkvo", x, Rows(w.qkvo, w.qkvo_scale), qkvo[:, :N], scratch, norm_eps=eps)
             skinny("gates", x, Rows(w.gates.flatten(0, 1)), qkvo[:, N:], scratch, norm_eps=eps)
-        return step(qkvo, w.gates_bias, state, tokens, cell_shape(self.shape, x.shape[1], 1), scratch)
+        return step(qkvo, w.gates_bias, states, tokens, cell_shape(self.shape, x.shape[1], 1), scratch)
 
     def _fed(self, x: Tensor, w: FoldedWeights, out: Tensor, scratch: Scratch) -> None:
         act = torch.empty(x.shape[0], w.down.shape[1], dtype=torch.bfloat16, device=x.device)
         skinny("up", x, Rows(w.up, w.up_scale), act, scratch, norm_eps=self.shape.norm_eps)
         skinny("down", act, Rows(w.down, w.down_scale), out, scratch)
+
+
+def _beside(state: State) -> State:
+    """Room for a new state."""
+    C, n, m = state
+    return torch.empty_like(C), torch.empty_like(n), torch.empty_like(m)

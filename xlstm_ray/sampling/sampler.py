@@ -115,6 +115,12 @@ class Sampler:
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
         """logits (n, vocabulary) float32, the rows' slots (n,) int64 -> their tokens (n,) int64. Counts the tokens."""
+        tokens = self.pick(logits, slots)
+        self.count(slots, tokens)
+        return tokens
+
+    def pick(self, logits: Tensor, slots: Tensor) -> Tensor:
+        """As `choose`, but does not count the tokens: a second call picks the same ones."""
         needs = self.needs
         scores = self.scores(logits, slots)
         tokens = scores.argmax(-1)  # the first of equals
@@ -130,11 +136,14 @@ class Sampler:
                 weights = torch.where(all_of, weights, some)
             weights = weights.masked_fill(shares < min_p, 0)
             tokens = torch.where(greedy.squeeze(-1), tokens, drawn(weights, random_bits(key, position)))
+        return tokens
+
+    def count(self, slots: Tensor, tokens: Tensor) -> None:
+        """The rows in these slots (n,) have these tokens (n,) now."""
         self._wholes.index_add_(0, slots, self._moves.expand(len(slots), -1))
-        if needs.counts and self._made is not None:
+        if self.needs.counts and self._made is not None:
             places = slots * self.vocabulary + tokens
             self._made.view(-1).scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-        return tokens
 
     def scores(self, logits: Tensor, slots: Tensor) -> Tensor:
         """The logits (n, vocabulary) to choose from: after bias, forbidden end tokens and penalties.
