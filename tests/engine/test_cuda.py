@@ -83,6 +83,21 @@ def test_rows_that_come_and_go_and_buckets_that_grow_leave_answers_as_they_are()
         assert [len(end.tokens) for end in ends] == [90, 99, *(5 + 7 * n for n in range(7))]
 
 
+def test_rows_that_end_while_the_next_step_runs_ahead_keep_their_states():
+    """Each row ends at another time, by its number of tokens or a stop text."""
+    given = [{"max_new_tokens": 6 + 5 * n, "ignore_eos": True, "seed": n, "temperature": 0.9} for n in range(5)]
+    given.append({"max_new_tokens": 60, "stop": ("e",)})
+    found = []
+    for graphs in (True, False):
+        with xlstm_ray.load(**DEMO, cuda_graphs=graphs) as engine:
+            engine.serve(slots=8, buckets=(8,))
+            handles = [engine.submit(Request(TEXT, sampling=Sampling(**each), keep=True)) for each in given]
+            ends = [handle.result(120) for handle in handles]
+            found.append([(end.tokens, end.text, end.state.digest()) for end in ends if end.state is not None])
+    assert found[0] == found[1]
+    assert len(found[0]) == len(given)
+
+
 def test_a_prefill_has_the_same_bits_again_and_resumed(lm):
     ids = torch.randint(0, lm.config.vocab_size, (3000,), generator=torch.Generator().manual_seed(1)).tolist()
     whole = lm.prefill(ids)

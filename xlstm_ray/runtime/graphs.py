@@ -39,6 +39,7 @@ class Seat:
 
     def __init__(self, worker: Worker, rows: int):
         self.rows, self.owner, self.half = rows, -1, 0  # the half in which the state is now
+        self.last = -1  # the state of the last step
         self._parts = [[worker.fresh_state(n, rows) for n in range(len(worker.blocks))] for _ in range(2)]
         self.graphs: dict[tuple, Captured] = {}
         self.given: dict[int, Tensor] = {}  # by the number of rows, (4, B) int64: tokens, start, end, slots
@@ -71,22 +72,18 @@ class Ahead(NamedTuple):
     known: torch.cuda.Event  # when they are
     outcome: Outcome
 
-    def is_for(self, number: int, step: Step) -> bool:
-        """Whether it is what is wanted now."""
+    def serves(self, number: int, step: Step) -> list[int] | None:
+        """None if another step is wanted now; else the rows that have no token any more, which it has moved on."""
         mine, other = self.step, step
         if number != self.number or mine.choice is None or other.choice is None or mine.logits != other.logits:
-            return False
+            return None
         sampler = other.choice.sampler
         if sampler is not mine.choice.sampler or sampler.needs != self.needs:
-            return False
+            return None
         self.known.synchronize()
-        pairs = (
-            (self.taken, other.tokens[:, 0]),
-            (mine.start, other.start),
-            (mine.end, other.end),
-            (mine.choice.slots, other.choice.slots),
-        )
-        return all(torch.equal(a, b) for a, b in pairs)
+        before, now = mine.start < mine.end, other.start < other.end
+        alike = (self.taken == other.tokens[:, 0]) & (mine.choice.slots == other.choice.slots) & before
+        return torch.nonzero(before & ~now)[:, 0].tolist() if bool((alike | ~now).all()) else None
 
 
 class Graphs:
@@ -101,6 +98,7 @@ class Graphs:
         self._seats: list[Seat] = []
         self._pool = torch.cuda.graph_pool_handle() if capture else None  # one: graphs never run at once
         self._ahead: Ahead | None = None
+        self._in_turn = 0  # steps of one state, one after the other
 
     def warm_up(self, batch: int) -> None:
         """Compile, and capture, a step of `batch` rows, on a state of its own."""
@@ -127,9 +125,17 @@ class Graphs:
             head = step.logits != "none"
             return self._whole((states, states), given.to(self._worker.device), stream, None, head=head)()
         seat = self._seated(number, len(x))
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.is_for(number, step):
+        self._in_turn = self._in_turn + 1 if seat.last == number else 0
+        seat.last, ahead, self._ahead = number, self._ahead, None
+        gone = None if ahead is None else ahead.serves(number, step)
+        if ahead is not None and gone is not None:
             outcome = ahead.outcome
+            for old, new in zip(seat.views(len(x), seat.half), seat.views(len(x), 1 - seat.half), strict=True):
+                for row in gone:
+                    for to, part in zip(new, old, strict=True):
+                        to[row].copy_(part[row])
+            if gone:
+                seat.given[len(x)][1:].copy_(given[1:], non_blocking=True)
         else:
             captured = self._graph(seat, step, len(x), first=first)
             seat.given[len(x)].copy_(given, non_blocking=True)
@@ -146,6 +152,8 @@ class Graphs:
     def run_ahead(self, number: int, step: Step, outcome: Outcome) -> None:
         """Begin the step after this one with the tokens that it has chosen, as if the host had asked for it."""
         if step.choice is None or outcome.tokens is None or not (self.captures and step.in_place):
+            return
+        if not self._in_turn:  # a state's first step: while prompts are read, rows join after each one
             return
         seat, B = self._seated(number, len(step.tokens)), len(step.tokens)
         known = torch.cuda.current_stream(self._worker.device).record_event()
