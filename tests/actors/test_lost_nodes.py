@@ -99,6 +99,7 @@ def test_a_lost_node_is_replaced_by_another_or_leaves_a_state_to_go_on_from(mode
 # other one's too.
 FAR = """
     import json, os, subprocess, sys, threading, time
+    from pathlib import Path
     model, token, prompt = sys.argv[1:]
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
     bystanders = [subprocess.Popen(["sleep", "600"]) for _ in range(400)]
@@ -106,8 +107,12 @@ FAR = """
     start += ["--node-ip-address=10.231.77.2", "--object-store-memory=83886080", "--disable-usage-stats"]
     subprocess.run(start, stdout=subprocess.DEVNULL, check=True)
     import xlstm_ray
-    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address="10.231.77.1:6379", stages=2,
+    from xlstm_ray.supervisor.connect import connect
+    early = connect("near.test:6379", token_path=Path(token))  # as a command does, while it imports torch
+    early.__enter__()
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address="near.test:6379", stages=2,
         ray_token_path=token, device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
+    early.__exit__(None, None, None)
     seats = lm.executor.placement.seats
     assert len({s.node for s in seats}) == 2
     pids = [s.process and s.process.pid for s in seats]
@@ -137,6 +142,8 @@ def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_ano
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n10.231.77.1 near.test\n")
     near = subprocess.Popen(["true"])
     temporary = tempfile.mkdtemp(prefix="n", dir="/tmp")
     other = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -175,7 +182,7 @@ def test_a_network_that_is_away_costs_nothing_and_a_node_of_the_same_name_is_ano
             *other,
             "sh",
             "-c",
-            f'mount -t tmpfs tmpfs {temporary} && exec "$@"',
+            f'mount -t tmpfs tmpfs {temporary} && mount --bind {hosts} /etc/hosts && exec "$@"',
             "sh",
         ]
         done = subprocess.run(
