@@ -219,9 +219,9 @@ class Cache:
         return self._tree.used
 
     @property
-    def evictions(self) -> int:
-        """How many states made room for others."""
-        return self._tree.evictions
+    def evicted(self) -> Mapping[str, int]:
+        """How many states have made room for others, by tier."""
+        return self._tree.evicted
 
     def __len__(self) -> int:
         return len(self._tree.entries)
@@ -385,6 +385,7 @@ class Cache:
                 if self.counts.unwritten == 1:
                     self._note(f"the cache has not written a state: {failure}; the run goes on without it")
             names = {*gone}
+            self._tree.evicted[DISK] += len(names)
             for other in [e for e in self._tree.entries if DISK in e.tiers and f"{e.name}.state" in names]:
                 self._tree.drop(other, DISK)
             self._tree.drop(entry)

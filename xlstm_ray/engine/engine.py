@@ -29,6 +29,7 @@ from xlstm_ray.engine.tree import Run
 from xlstm_ray.engine.turn import Turn, a_call
 from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
+from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
@@ -246,6 +247,13 @@ class Engine:
     def failed(self) -> XlstmRayError | None:
         """What has ended the service of requests; None: nothing has."""
         return None if self._service is None else self._service.failed
+
+    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None:
+        """Tell this of each step that is made for requests, in the engine's thread: its kind and its seconds.
+
+        A `stall` is what rows that decode have waited for other work between two of their tokens.
+        """
+        self._serving().watch(on_step)
 
     def _serving(self) -> Service:
         if self._service is None:

@@ -13,7 +13,7 @@ from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.windows import GROUP_SIZES
-from xlstm_ray.engine.work import Work
+from xlstm_ray.engine.work import StepKind, Work
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.sampling.params import require_likeliest
 
@@ -72,6 +72,10 @@ class Service:
         handles = [answer.handle for answer in reader.answers]
         self._put(reader)
         return handles
+
+    def watch(self, on_step: Callable[[StepKind, float], None]) -> None:
+        """Tell this of each step that was made, in the engine's thread: its kind and its seconds."""
+        self._work.on_step = on_step
 
     def close(self) -> None:
         """Cancel all requests and end the thread."""

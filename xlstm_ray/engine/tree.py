@@ -143,7 +143,7 @@ class Tree:
     def __init__(self, budgets: dict[str, int]):
         self.budgets, self.used = budgets, dict.fromkeys(budgets, 0)
         self.entries: set[Entry] = set()
-        self.evictions = 0
+        self.evicted = dict.fromkeys(budgets, 0)  # by tier: how many states have made room for others
         self._nodes: dict[bytes, _Node] = {}
         self._lengths: dict[bytes, Counter[int]] = {}
         self._gone: dict[str, Entry] = {}  # by name, the oldest first
@@ -318,7 +318,7 @@ class Tree:
             if self.used[tier] + new <= self.budgets[tier]:
                 break
             self.drop(entry, tier)
-            self.evictions += 1
+            self.evicted[tier] += 1
             gone.append(entry)
         return gone
 

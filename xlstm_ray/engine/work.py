@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
 
+StepKind = Literal["prefill", "decode", "stall", "snapshot", "park"]
+
+
+class _Flight(NamedTuple):
+    """A step under way. since: perf_counter time when it was submitted. take: what takes its result."""
+
+    kind: StepKind
+    since: float
+    take: Callable[[StepResult], None]
+
 
 class Work:
     """Works on the requests of a service. Only the service's thread calls it. Arguments as in Service."""
@@ -35,7 +46,10 @@ class Work:
         self._tasks: dict[int, Task] = {}
         executor = self._executor = core.lane()
         self._batches = [Batch(executor, buckets) for _ in range(executor.parallel)]
-        self._under_way: deque[Callable[[StepResult], None]] = deque()  # functions that take the results, in order
+        self._under_way: deque[_Flight] = deque()  # in order
+        self._taken = 0.0  # perf_counter time of the last result
+        self._decoded_at: float | None = None  # of the last decoding step, if its rows go on
+        self.on_step: Callable[[StepKind, float], None] = lambda kind, seconds: None
         self._held: Decode | Park | None = None  # the action that waits for a step in flight
         self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
         self.guard: MemoryGuard | None = None
@@ -107,7 +121,16 @@ class Work:
     def _take_result(self) -> None:
         """Wait for the oldest result under way."""
         result = self._executor.result()
-        self._under_way.popleft()(result)
+        kind, since, take = self._under_way.popleft()
+        now = perf_counter()
+        seconds = now - max(since, self._taken)  # a step begins when the one before has ended
+        self.on_step(kind, seconds)
+        if kind == "decode" and self._decoded_at is not None:
+            self.on_step("stall", max(0.0, now - self._decoded_at - seconds))
+        self._taken = now
+        take(result)
+        if kind == "decode":
+            self._decoded_at = now if any(batch.tasks for batch in self._batches) else None
 
     def _drain(self) -> None:
         """Take all results in flight."""
@@ -169,14 +192,16 @@ class Work:
             if wanted:
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
                 here = windows.snapshot(core.states.rows(ref, 1, tensors))
+                began = perf_counter()
                 task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
+                self.on_step("snapshot", perf_counter() - began)
             if task.cancelled and not windows.under_way:
                 self._finish(task, Finish("cancelled"))
             elif last and not task.cancelled:
                 self._scheduler.filled(task.number)
                 self._prompt_read(task)
 
-        self._under_way.append(take)
+        self._under_way.append(_Flight("prefill", perf_counter(), take))
 
     def _prompt_read(self, task: Task) -> None:
         """Go on after the whole prompt was read: choose the first token, or end a task that only reads."""
@@ -210,7 +235,7 @@ class Work:
                     self._core.warm_up(size, [1])
                 chooses = self._executor.chooses
                 batch.step(self._slots.choice(batch.places) if chooses else None)
-                self._under_way.append(partial(self._decoded, batch))
+                self._under_way.append(_Flight("decode", perf_counter(), partial(self._decoded, batch)))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
         batch.under_way = False
@@ -259,6 +284,7 @@ class Work:
     # -- leaving -------------------------------------------------------------------------------------------------------
     def _park(self, task: Task) -> None:
         """Move the task's state to the host and free its slot."""
+        began = perf_counter()
         self._take_out(task)
         assert task.state is not None
         task.rows, task.state = self._core.states.rows(task.state, 1), None
@@ -266,6 +292,7 @@ class Work:
             for row in task.rows:
                 if row is not None:
                     row.held.evict()
+        self.on_step("park", perf_counter() - began)
 
     def _resume(self, task: Task) -> None:
         self._began(task)

@@ -51,6 +51,7 @@ class Desk:
 
     def open(self, engine: Serves, slots: int) -> None:
         """Take requests from now on; the engine serves. From any thread."""
+        engine.watch_steps(self.metrics.step)
         self.slots, self._engine = slots, engine
 
     @property
@@ -151,11 +152,18 @@ class Desk:
         for handle in list(self._handles.values()):
             handle.cancel()
 
-    def _gauges(self) -> Iterator[Gauge]:
+    def _gauges(self, running: int) -> Iterator[Gauge]:
         """What Prometheus is told of now."""
+        used = min(running, self.slots)
         yield "slots_total", "Requests that can be worked on at once.", {"": self.slots}
+        yield "slots_used", "Requests that are worked on.", {"": used}
+        yield (
+            "kv_cache_usage_perc",
+            "The part of the slots that is used, as vLLM calls it.",
+            {"": used / max(1, self.slots)},
+        )
         cache = None if self._engine is None else self._engine.cache
         if cache is not None:
             yield "snapshot_bytes", "What kept states take.", dict(cache.used)
             yield "snapshots", "Kept states.", {"": len(cache)}
-            yield "cache_evictions", "States that made room for others.", {"": cache.evictions}
+            yield "evictions", "States that made room for others.", {**cache.evicted}

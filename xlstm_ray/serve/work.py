@@ -106,6 +106,7 @@ class Work:
         self._early: list[tuple[int, Event]] = []  # what came before the last prompt was looked up
         self._handles: list[Handle] = []
         self._since = perf_counter()
+        self._lengths: dict[int, list[int]] = {}  # of the answers that have ended, by their prompt
 
     async def begin(self) -> None:
         """Hand all prompts in, and wait until each was looked up in the cache. Raises Refused."""
@@ -163,6 +164,10 @@ class Work:
             if isinstance(event, End):
                 self._desk.release(1)
                 self.used.finished.append(event.finish.reason)
+                lengths = self._lengths.setdefault(number // self._ask.n, [])
+                lengths.append(event.usage.answer_tokens)
+                if answer and event.finish.reason in ("stop", "length") and len(lengths) == self._ask.n:
+                    self._desk.metrics.observe("request_max_num_generation_tokens", max(lengths))
             if first or not isinstance(event, Reading):
                 self._events.put_nowait((number, event))
 
