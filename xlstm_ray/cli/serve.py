@@ -5,8 +5,9 @@ import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,6 +96,12 @@ def serve(
     metrics_compat: Annotated[
         Literal["vllm"] | None, _option("--metrics-compat", "Figures by the names of vllm, too. [default: only xlstm:]")
     ] = None,
+    max_stall_ms: Annotated[
+        float | None,
+        _option(
+            "--max-stall-ms", "Answers wait no longer than this for a prompt: smaller tiles. [default: any]", min=1e-3
+        ),
+    ] = None,
     access_log: Annotated[
         Path | None, _option("--access-log", "A line of JSON for each request is added to this file; - prints them.")
     ] = None,
@@ -118,6 +125,10 @@ def serve(
     wanted = Wanted(replicas, prefill_replicas, decode_replicas, max_replicas)
     if wanted:
         require_fleet(settings)
+        if max_stall_ms is not None:
+            raise UsageError(
+                "--max-stall-ms times a model of this process, which has none beside replicas; leave one out"
+            )
     run_under_keeper(settings, on_ray=bool(wanted))
     from xlstm_ray.choose import choose_model
     from xlstm_ray.serve.options import Options, read_keys
@@ -158,7 +169,7 @@ def serve(
         opened = (
             open_replicas(settings, wanted, Slots(slots, deterministic), drain_s, progress)
             if wanted
-            else _open_here(settings, Slots(slots, deterministic), asked, progress)
+            else _open_here(settings, Slots(slots, deterministic), asked, progress, max_stall_ms)
         )
         with opened as (engine, room, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -179,13 +190,37 @@ def serve(
 
 
 @contextmanager
+def _paced(
+    settings: Settings, asked: dict[str, Any], progress: ProgressKind, max_stall_ms: float | None
+) -> "Iterator[tuple[Engine, Reporter]]":
+    """The engine and its reporter. Where a tile takes longer than max_stall_ms, it is opened again with a smaller one:
+    a service has one size of tile, since bits depend on it.
+    """
+    with ExitStack() as opened:
+        _, engine, report = opened.enter_context(open_engine(settings, None, None, asked, progress, 1))
+        if max_stall_ms is not None:
+            from xlstm_ray.engine.pace import fitting_tile, window_seconds
+
+            tile, chunk = engine.numerics.tile_size, engine.numerics.chunk_size
+            seconds = partial(window_seconds, engine)
+            fits = fitting_tile(tile, chunk, max_stall_ms, seconds, given=settings.tile_size is not None)
+            if fits != tile:
+                tell(f"tiles of {fits} tokens, not {tile}, keep --max-stall-ms; --tile-size {fits} takes them at once")
+                opened.close()
+                asked = {**asked, "tile_size": fits}
+                again = open_engine(Settings.make(**asked), None, None, asked, progress, 1)
+                _, engine, report = opened.enter_context(again)
+        yield engine, report
+
+
+@contextmanager
 def _open_here(
-    settings: Settings, slots: Slots, asked: dict[str, Any], progress: ProgressKind
+    settings: Settings, slots: Slots, asked: dict[str, Any], progress: ProgressKind, max_stall_ms: float | None
 ) -> "Iterator[tuple[Serves, Callable[[], int], Reporter]]":
     """What takes the requests, in this process; what makes it ready and returns its slots; the reporter."""
     from xlstm_ray.serve.warm import begin
 
-    with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
+    with _paced(settings, asked, progress, max_stall_ms) as (engine, report):
         yield engine, lambda: begin(engine, slots), report
 
 

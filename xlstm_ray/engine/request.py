@@ -55,10 +55,11 @@ class Queued(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The number of the prompt's tokens that the state has seen."""
+    """The number of the prompt's tokens that the state has seen. scores: with the last of them, if asked for."""
 
     tokens_done: int
     tokens_total: int
+    scores: Scores | None = None
 
 
 class Piece(NamedTuple):

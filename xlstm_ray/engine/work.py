@@ -186,7 +186,7 @@ class Work:
 
         def take(result: StepResult) -> None:
             wanted = windows.take(result).wanted
-            task.tell(Reading(read, task.total))
+            task.tell(Reading(read, task.total, task.scores if last else None))
             if result.logits is not None:
                 task.logits = result.logits[0]
             if wanted:

@@ -9,6 +9,7 @@ from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 
 from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading
+from xlstm_ray.engine.scores import Scores
 from xlstm_ray.serve.desk import DRAINING_S, Desk
 from xlstm_ray.serve.fields import Body, StreamOptions
 from xlstm_ray.serve.refusals import Refused
@@ -23,11 +24,6 @@ REPLICA = "x-xlstm-replica"  # and this one by whom, where a service has several
 async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: Form) -> Response:
     """Do what is asked and reply. The request's body must have been read. Raises Refused."""
     options = body.options()
-    if body.stream and ask.scores is not None:
-        text = (
-            "`echo` with `logprobs` is not streamed: a prompt's log-probabilities come at its end; leave `stream` out"
-        )
-        raise Refused(400, text, param="stream")
     account = desk.account(request.scope["tenant"])
     work = Work(desk, ask, account)
     request.scope["used"] = work.used  # for the log of requests
@@ -37,11 +33,15 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
         if work.used.replica:
             headers[REPLICA] = work.used.replica
         reply = Reply(form, desk.options.name, ask.echo or [""] * len(ask.prompts), ask.n)
+        if body.return_token_ids:
+            reply.ids = [[] if isinstance(prompt, str) else prompt or [] for prompt in ask.prompts]  # no text is left
+        reply.echoes, reply.scores_prompts = ask.echo is not None, body.prompt_logprobs is not None
         if not body.stream:
             await _finish(work, reply, desk.options.ping_s)
             whole = await asyncio.to_thread(reply.whole, work.used.usage())  # a prompt's log-probabilities are many
             return JSONResponse(whole, headers=headers)
-    return EventStream(_events(work, reply, options, desk.options.ping_s), work.cancel, headers)
+    events = _events(work, reply, options, desk.options.ping_s, scored=ask.scores is not None)
+    return EventStream(events, work.cancel, headers)
 
 
 async def _finish(work: Work, reply: Reply, ping_s: float) -> None:
@@ -60,15 +60,24 @@ async def _finish(work: Work, reply: Reply, ping_s: float) -> None:
             reply.end_of(number, event)
 
 
-async def _events(work: Work, reply: Reply, options: StreamOptions, ping_s: float) -> AsyncIterator[str]:
-    """The events of a stream: the answers' pieces, and in between what keeps their reader patient."""
+async def _events(
+    work: Work, reply: Reply, options: StreamOptions, ping_s: float, *, scored: bool
+) -> AsyncIterator[str]:
+    """The events of a stream: the answers' pieces, and in between what keeps their reader patient.
+
+    scored: log-probabilities are wanted of the prompts that answers begin with.
+    """
     counted = {"usage": None} if options.include_usage else {}
     quiet = monotonic()
-    for number in range(len(reply.answers)):
-        if reply.answers[number].text:
+    waiting = set(range(len(reply.answers))) if scored else set()  # for the prompt that they begin with
+    for number, said in enumerate(reply.answers):
+        if said.text and not scored:
             yield data({**reply.echo(number), **_counted(work, options, counted)})
     async for found in work.events(ping_s):
         text = ""
+        for number in sorted(waiting & _read(found, reply.n)):  # now its log-probabilities are known
+            waiting.discard(number)
+            yield data({**reply.echo(number, _scores(found)), **_counted(work, options, counted)})
         if found is None:
             text = comment("waiting")
         elif isinstance(found[1], Piece):
@@ -92,6 +101,22 @@ async def _events(work: Work, reply: Reply, options: StreamOptions, ping_s: floa
     if options.include_usage:
         yield data(reply.note(usage=work.used.usage()))
     yield DONE
+
+
+def _read(found: tuple[int, Event] | None, n: int) -> set[int]:
+    """The answers whose prompt was read, as this event tells. n: the answers to each prompt."""
+    if _scores(found) is None:
+        return set()
+    assert found is not None
+    first = found[0] - found[0] % n
+    return set(range(first, first + n))
+
+
+def _scores(found: tuple[int, Event] | None) -> Scores | None:
+    event = None if found is None else found[1]
+    if isinstance(event, Reading):
+        return event.scores
+    return event.prompt_logprobs if isinstance(event, End) else None
 
 
 def _counted(work: Work, options: StreamOptions, counted: dict[str, Any]) -> dict[str, Any]:

@@ -91,13 +91,14 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         body = read(Completion, await read_body(request, options.body_bytes))
         desk.require_model(body.model)
         prompts = body.prompts()
-        if not body.add_special_tokens and body.state is None:  # a text after a state never has any
-            bare = partial(encode, bare=True)
-            prompts = [await asyncio.to_thread(bare, p) if isinstance(p, str) else p for p in prompts]
+        bare = not body.add_special_tokens or body.state is not None  # a text after a state never has any
+        if body.return_token_ids or (bare and body.state is None):
+            cut = partial(encode, bare=bare)
+            prompts = [await asyncio.to_thread(cut, p) if isinstance(p, str) else p for p in prompts]
         ask = await ask_of(request, body, prompts)
         if body.echo:
             echo = [text if isinstance(text, str) else engine.decode(text or []) for text in body.prompts()]
-            ask = replace(ask, echo=echo, scores=body.logprobs)
+            ask = replace(ask, echo=echo)
         return await reply_to(request, desk, body, ask, Completions(engine.decode))
 
     @app.post("/v1/chat/completions", openapi_extra=takes(Chat))
@@ -107,7 +108,11 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         body = read(Chat, await read_body(request, options.body_bytes))
         desk.require_model(body.model)
         text = rendered(body.plain(), answer=body.add_generation_prompt, more=body.chat_template_kwargs)
-        prompt: Prompt = text if body.state is not None else await asyncio.to_thread(conversation, text)
+        prompt: Prompt = text
+        if body.state is None:
+            prompt = await asyncio.to_thread(conversation, text)
+        elif body.return_token_ids:
+            prompt = await asyncio.to_thread(partial(encode, bare=True), text)
         return await reply_to(request, desk, body, await ask_of(request, body, [prompt]), Chats(engine.decode))
 
     @app.post("/tokenize", openapi_extra=takes(Tokenize))
@@ -183,7 +188,7 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
             text = "`repetition_penalty` needs the prompt's tokens, and a state does not have them; leave one out"
             raise Refused(400, text, param="repetition_penalty")
         salt = f"{tenant}/{body.cache_salt}" if body.cache_salt else tenant
-        return Ask(prompts, sampling, -body.priority, salt, state)
+        return Ask(prompts, sampling, -body.priority, salt, state, scores=body.scores_asked())
 
     def model() -> dict[str, Any]:
         about = {"id": options.name, "object": "model", "created": began, "owned_by": "xlstm-ray"}

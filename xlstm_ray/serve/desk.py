@@ -9,6 +9,7 @@ from typing import Protocol
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.cache import Cache
 from xlstm_ray.engine.request import End, Event, Handle, Request
+from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.serve.limits import Account
@@ -35,6 +36,7 @@ class Serves(Protocol):
     def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]: ...
     def decode(self, tokens: Sequence[int]) -> str: ...
     def submit_n(self, request: Request) -> list[Handle]: ...
+    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None: ...
 
 
 class Desk:

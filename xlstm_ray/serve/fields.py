@@ -17,7 +17,6 @@ from xlstm_ray.text.prompt import Prompt
 # Fields that other services have, with the values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "prompt_logprobs": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False,),
@@ -28,7 +27,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "response_format": ({"type": "text"},),
     "store": (False,),
@@ -87,6 +85,8 @@ class Body(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     state: str | None = None  # a document, after which the prompt comes
+    return_token_ids: bool = False  # vLLM's: answers and prompts as tokens, too
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # vLLM's: of a prompt's own tokens
     user: str | None = None  # for the caller's own records
     cache_salt: str = Field("", max_length=256)  # who has the same shares kept states
     priority: int = Field(0, ge=-10, le=10)  # as in vLLM: the lowest goes first
@@ -98,6 +98,13 @@ class Body(BaseModel):
     def answer_tokens(self, most: int) -> tuple[str, int]:
         """The name of the field that says how long the answer may be, and its value."""
         raise NotImplementedError
+
+    def scores_asked(self) -> int | None:
+        """How many of the likeliest tokens are wanted at each place of the prompt; None: no log-probabilities of it."""
+        if self.prompt_logprobs is not None and self.stream:
+            text = "`prompt_logprobs` is not streamed; leave `stream` out, or take `echo` with `logprobs`"
+            raise Refused(400, text, param="prompt_logprobs")
+        return self.prompt_logprobs
 
     def options(self) -> StreamOptions:
         """What a stream is to have. Raises Refused where nothing is streamed."""
@@ -144,6 +151,14 @@ class Completion(Body):
 
     def logprobs_asked(self) -> int | None:
         return self.logprobs
+
+    def scores_asked(self) -> int | None:
+        own = self.logprobs if self.echo else None
+        given = {count for count in (super().scores_asked(), own) if count is not None}
+        if len(given) > 1:
+            text = "`prompt_logprobs` and `logprobs` differ, and `echo` asks for both of the prompt; give one"
+            raise Refused(400, text, param="prompt_logprobs")
+        return next(iter(given), None)
 
     def answer_tokens(self, most: int) -> tuple[str, int]:
         return "max_tokens", min(COMPLETION_TOKENS, most) if self.max_tokens is None else self.max_tokens

@@ -5,7 +5,7 @@ Import it only where Ray may be imported.
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from xlstm_ray.choose import Setup
 from xlstm_ray.engine.cache import Cache
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Request
+from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import ReplicaLost, StateError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling.params import require_likeliest
@@ -80,6 +81,9 @@ class Remote:
     def decode(self, tokens: Sequence[int]) -> str:
         """As the engine's."""
         return self._text.text_of(tokens)
+
+    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None:
+        """Steps are made in replicas, which do not tell of them: those figures stay at 0."""
 
     def submit_n(self, request: Request) -> list[Handle]:
         """As the engine's; what a replica finds wrong comes as the error of an End."""

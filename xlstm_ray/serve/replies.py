@@ -25,6 +25,8 @@ class Answer:
     made: list[Scored] = field(default_factory=list)
     last: Made | None = None
     scores: Scores | None = None  # of the prompt
+    ids: list[int] = field(default_factory=list)  # of the answer's tokens
+    sent: int = 0  # of these, in pieces
     at: int = 0
     begun: bool = False
     reason: str | None = None
@@ -110,10 +112,17 @@ Form = Completions | Chats
 
 
 class Reply:
-    """One reply: its id and time, and its answers as they come, n to each prompt. echo: what they begin with."""
+    """One reply: its id and time, and its answers as they come, n to each prompt. echo: what they begin with.
+
+    ids: the tokens of the prompts, where those and the answers' are told. echoes: whether log-probabilities begin with
+    the prompt's. scores_prompts: whether a whole reply has vLLM's `prompt_logprobs`.
+    """
+
+    ids: Sequence[Sequence[int]] | None = None
+    echoes = scores_prompts = False
 
     def __init__(self, form: Form, model: str, echo: Sequence[str], n: int):
-        self._form, self._model = form, model
+        self._form, self._model, self.n = form, model, n
         self.answers = [Answer([text] if text else []) for text in echo for _ in range(n)]
         self.id, self._created = f"{form.prefix}-{token_hex(12)}", int(time())
 
@@ -131,21 +140,26 @@ class Reply:
         if said.last is not None and isinstance(end.finish.by, int):
             said.made.append((end.finish.by, said.last))
 
-    def echo(self, number: int) -> dict[str, Any]:
-        """A chunk with the prompt that an answer begins with."""
-        return self._chunk(number, "".join(self.answers[number].text), [])
+    def echo(self, number: int, scores: Scores | None = None) -> dict[str, Any]:
+        """A chunk with the prompt that an answer begins with, and its log-probabilities."""
+        made = [] if scores is None else list(zip(scores.tokens, scores, strict=True))
+        return self._chunk(number, "".join(self.answers[number].text), made)
 
     def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        for said in self.answers:
-            if said.scores is not None:
+        choices = []
+        for n, said in enumerate(self.answers):
+            if said.scores is not None and self.echoes:
                 said.made[:0] = zip(said.scores.tokens, said.scores, strict=True)
-        choices = [self._form.choice(n, said) for n, said in enumerate(self.answers)]
+            choices.append({**self._form.choice(n, said), **self._tokens(n)})
+            if self.scores_prompts:
+                choices[-1]["prompt_logprobs"] = self._prompt_logprobs(said)
         return {**self._head(self._form.whole), "choices": choices, "usage": usage}
 
     def piece(self, number: int, piece: Piece) -> dict[str, Any] | None:
         """A chunk with what this adds; None: there is nothing to show."""
         made = self._made(self.answers[number], piece)
-        if not piece.text and not made:
+        self._note_token(self.answers[number], piece)
+        if not piece.text and not made and (self.ids is None or piece.token is None):
             return None
         return self._chunk(number, piece.text, made)
 
@@ -168,9 +182,41 @@ class Reply:
 
     def _chunk(self, number: int, text: str, made: Sequence[Scored]) -> dict[str, Any]:
         said = self.answers[number]
-        choice = self._form.piece(number, said, text, made)
+        choice = {**self._form.piece(number, said, text, made), **self._tokens(number)}
         said.begun = True
         return {**self._head(self._form.part), "choices": [choice]}
+
+    def _note_token(self, said: Answer, piece: Piece) -> None:
+        if self.ids is not None and piece.token is not None:
+            said.ids.append(piece.token)
+
+    def _tokens(self, number: int) -> dict[str, Any]:
+        """What was not told yet of an answer's tokens; the prompt's with the first of them. vLLM's names."""
+        if self.ids is None:
+            return {}
+        said = self.answers[number]
+        told: dict[str, Any] = {"token_ids": said.ids[said.sent :]}
+        if not said.begun:
+            told["prompt_token_ids"] = list(self.ids[number // self.n])
+        said.sent = len(said.ids)
+        return told
+
+    def _prompt_logprobs(self, said: Answer) -> list[dict[str, Any] | None]:
+        """As vLLM has them: by token ids, the likeliest and the prompt's own. rank: null beyond the likeliest."""
+        rows: list[dict[str, Any] | None] = []
+        for token, one in [] if said.scores is None else zip(said.scores.tokens, said.scores, strict=True):
+            if one is None:
+                rows.append(None)
+                continue
+            ranks = {other: (rank, logprob) for rank, (other, logprob) in enumerate(one.likeliest, 1)}
+            ranks.setdefault(token, (None, one.logprob))  # type: ignore[arg-type]
+            rows.append(
+                {
+                    str(other): {"logprob": logprob, "rank": rank, "decoded_token": self._form.text_of([other])}
+                    for other, (rank, logprob) in ranks.items()
+                }
+            )
+        return rows
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
