@@ -77,7 +77,8 @@ async def _events(
         text = ""
         for number in sorted(waiting & _read(found, reply.n)):  # now its log-probabilities are known
             waiting.discard(number)
-            yield data({**reply.echo(number, _scores(found)), **_counted(work, options, counted)})
+            echo = await asyncio.to_thread(reply.echo, number, _scores(found))  # it may be long
+            yield data({**echo, **_counted(work, options, counted)})
         if found is None:
             text = comment("waiting")
         elif isinstance(found[1], Piece):

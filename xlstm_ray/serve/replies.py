@@ -130,6 +130,7 @@ class Reply:
         """For the whole reply."""
         said = self.answers[number]
         said.text.append(piece.text)
+        self._note_token(said, piece)
         said.made += self._made(said, piece)
 
     def end_of(self, number: int, end: End) -> None:
