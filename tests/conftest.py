@@ -97,6 +97,10 @@ MARKED = {
         test_other_clients
         test_outputs
         test_page
+        test_tokens
+        test_pace
+        test_figures
+        test_access
         test_service
         test_slstm
         test_states
