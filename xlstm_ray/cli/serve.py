@@ -27,6 +27,7 @@ from xlstm_ray.serve.options import Slots
 from xlstm_ray.settings import Settings
 
 if TYPE_CHECKING:
+    from xlstm_ray.engine.engine import Engine
     from xlstm_ray.serve.desk import Serves
     from xlstm_ray.serve.options import Options
 
