@@ -3,6 +3,7 @@
 
     python scripts/bench_decode.py                                    # 7B's widths, 32 blocks, random weights
     python scripts/bench_decode.py --batches 1 --contestants this:bfloat16,this:float8
+    python scripts/bench_decode.py --prefill 16384,65536 --tile-size 4096    # prefill instead: its steps alone
 
 A token of every row is a whole step: embedding, blocks, logits, the choice of the next token; ids come back to the
 host, one step behind. Rounds alternate, and the output has medians. Contestants:
@@ -10,6 +11,10 @@ host, one step behind. Rounds alternate, and the output has medians. Contestants
     this:bfloat16, this:float8    one CUDA graph a step; `this:eager` calls block after block
     products:bfloat16             torch's products of the same rows with all weights, captured: no cell, no norms
     transformers:bfloat16         its model with its cache, native kernels (needs its weights beside ours in memory)
+
+--prefill measures what bench_prefill.py does without a checkpoint on disk and without what an engine does for a prompt
+(hashes of its tokens, a watchdog): steps of tiles, the last logits to the host, beside the large products of all blocks.
+It also tells the memory that a prefill of the longest prompt takes beside the weights, its states included.
 
 The copy bandwidth is that of a large copy on the device, bytes read and written. A step has to move the weights once
 and the states twice: the share says how near it is to that.
@@ -31,7 +36,8 @@ from xlstm_ray.layout import make_layout
 from xlstm_ray.memory.need import state_bytes
 from xlstm_ray.model import BlockWeights, EndWeights
 from xlstm_ray.runtime.blocks import Kernels
-from xlstm_ray.runtime.executor import Choice, decoding_step
+from xlstm_ray.runtime.executor import Choice, Step, decoding_step
+from xlstm_ray.runtime.executor import run as run_steps
 from xlstm_ray.runtime.folded import fold, fold_ends
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import Worker
@@ -147,6 +153,71 @@ def transformers(c: ModelConfig, kind: str, B: int, made: dict) -> Run:
     return run
 
 
+def tiles(c: ModelConfig, kind: str, tokens: int, args: argparse.Namespace, made: dict) -> Run:
+    """A prefill of so many tokens, by steps."""
+    executor = made.get(kind) or made.setdefault(kind, random_executor(c, kind))
+    ids, start = torch.randint(0, c.vocab_size, (1, tokens)), torch.zeros(1, dtype=torch.long)
+    size, chunk = args.tile_size, min(256, args.tile_size)
+
+    def run() -> None:
+        *before, last = ids.split(size, 1)
+        step = Step(last, start, start + size, chunk)
+        steps = [*(step._replace(tokens=tile) for tile in before), step._replace(logits="last")]
+        *_, (_, _, result) = run_steps(executor, executor.load(None, 1), steps)
+        result.logits.cpu()
+
+    return run
+
+
+def tile_products(c: ModelConfig, kind: str, tokens: int, args: argparse.Namespace, made: dict) -> Run:
+    """The large products of all blocks, a tile at a time."""
+    executor = made.get(kind) or made.setdefault(kind, random_executor(c, kind))
+    from xlstm_ray.kernels.triton_products import FP8, product8
+
+    xs: dict[int, torch.Tensor] = {}
+    for size in {c.hidden_size, c.v_dim, c.ffn_dim}:
+        x = torch.randn(args.tile_size, size, dtype=torch.bfloat16, device="cuda")
+        xs[size] = x.to(FP8) if kind == "float8" else x
+    ones = torch.ones(args.tile_size, 1, device="cuda")
+
+    def run() -> None:
+        for _ in range(tokens // args.tile_size):
+            for b in executor.stages[0][0].blocks:
+                pairs = (b.qkvo, b.qkvo_scale), (b.out, b.out_scale), (b.up, b.up_scale), (b.down, b.down_scale)
+                for w, scale in pairs:
+                    if scale is None:
+                        torch.mm(xs[w.shape[1]], w.t())
+                    else:
+                        product8((xs[w.shape[1]], ones), (w, scale))
+
+    return run
+
+
+def compare_prefill(c: ModelConfig, args: argparse.Namespace) -> None:
+    made: dict = {}
+    kinds = [word.partition(":")[2] for word in args.contestants.split(",") if word.startswith("this:")]
+    for tokens in map(int, args.prefill.split(",")):
+        field = {(k, f.__name__): f(c, k, tokens, args, made) for k in kinds for f in (tiles, tile_products)}
+        seconds: dict[tuple[str, str], list[float]] = {word: [] for word in field}
+        for run in field.values():
+            run()
+        for _ in range(args.rounds):
+            for word, run in field.items():
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+                seconds[word].append(time.perf_counter() - began)
+        for kind in kinds:
+            ours, bare = (statistics.median(seconds[kind, name]) for name in ("tiles", "tile_products"))
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            field[kind, "tiles"]()
+            memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+            print(f"  {tokens} tokens  {kind:9s} {tokens / ours:9,.0f} tokens/s  products {tokens / bare:9,.0f}"
+                  f"  {bare / ours:.3f} of them  {memory:.2f} GiB", flush=True)  # fmt: skip
+
+
 CONTESTANTS = {"this": this_project, "products": products, "transformers": transformers}
 
 
@@ -180,8 +251,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", default="1,8,32,64", help="rows, with commas between them")
     parser.add_argument("--contestants", default="this:bfloat16,products:bfloat16,this:float8")
+    parser.add_argument("--prefill", help="measure prefills of so many tokens instead, whole tiles, with commas")
+    parser.add_argument("--tile-size", type=int, default=4096, help="of --prefill")
     args = parser.parse_args()
     c, made = config_of(args), {}
+    if args.prefill:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {c.num_blocks} blocks, D {c.hidden_size}, "
+              f"tiles of {args.tile_size}; medians of {args.rounds} alternating rounds", flush=True)  # fmt: skip
+        with torch.inference_mode():
+            compare_prefill(c, args)
+        return
     card, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     print(f"{card}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s; {c.num_blocks} blocks, "
           f"D {c.hidden_size}; medians of {args.rounds} alternating rounds of {STEPS} steps", flush=True)  # fmt: skip
