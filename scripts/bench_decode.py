@@ -13,7 +13,7 @@ host, one step behind. Rounds alternate, and the output has medians. Contestants
     transformers:bfloat16         its model with its cache, native kernels (needs its weights beside ours in memory)
 
 --prefill measures what bench_prefill.py does without a checkpoint on disk and without what an engine does for a prompt
-(hashes of its tokens, a watchdog): steps of tiles, the last logits to the host, beside the large products of all blocks.
+(hashes of its tokens, a watchdog): steps of tiles, the last logits to the host; beside it the blocks' large products.
 It also tells the memory that a prefill of the longest prompt takes beside the weights, its states included.
 
 The copy bandwidth is that of a large copy on the device, bytes read and written. A step has to move the weights once
