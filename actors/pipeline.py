@@ -39,8 +39,9 @@ class Pipeline:
     def __init__(self, link: Link, placement: Placement):
         self._link, self._placement, self._stages = link, placement, placement.stages
         self._one_band = len(self._stages[0]) == 1
-        # Steps in flight. One more than there are stages: while a result travels, its stage works on the next step.
-        self.depth = max(2, len(self._stages) + 1) if self._one_band else 2 * len(self._stages)
+        # Steps in flight. Two a stage: between two stages, too, a step travels while others are computed. With one more
+        # than there are stages, four GPUs waited a fifth of their time for steps on their way.
+        self.depth = 2 * len(self._stages)
         self._epoch = 0
         self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call; the next one waits for it
 
