@@ -9,7 +9,7 @@ VARIABLES = "XLSTM_RAY_API_KEY", "OPENAI_API_KEY"  # the first that is set count
 
 
 def find_key(file: Path | None) -> str | None:
-    """The first line of the file, or a variable's value; None: there is neither. Raises UsageError."""
+    """The key in the first line of the file, or a variable's value; None: there is neither. Raises UsageError."""
     found, place = next(
         ((os.environ[name], f"the variable {name}") for name in VARIABLES if os.environ.get(name)), ("", "")
     )
@@ -20,7 +20,7 @@ def find_key(file: Path | None) -> str | None:
         except (OSError, UnicodeDecodeError) as err:
             why = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
             raise UsageError(f"{place}: cannot be read ({why})") from None
-        found = next((line.strip() for line in lines if line.strip()), "")
+        found = next((line.split()[0] for line in lines if line.strip()), "")  # a service's file says more of a key
         if not found:
             raise UsageError(f"{place}: is empty; its first line is the key")
     if not (found.isascii() and found.isprintable() and " " not in found):

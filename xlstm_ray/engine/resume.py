@@ -9,6 +9,7 @@ from torch import Tensor
 from xlstm_ray.engine.tokens import Tail, Tokens
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.detokenize import TextEnd
 from xlstm_ray.text.history import Row, TextTrail, TokenTrail
 from xlstm_ray.text.tokenizer import Text
 
@@ -43,10 +44,11 @@ class Going:
 
     def known(self, text: Text, *, complete: bool) -> Row:
         """The row's entry in a state. complete: all rows of that state were seen to their ends."""
-        if not complete:
-            return self.row
-        before = self.row.end if self.row.appended_to else None
-        return Row(tokens=self.row.tokens, text=self.text, end=text.end_of(self.given, before))
+        return Row(tokens=self.row.tokens, text=self.text, end=self.end(text)) if complete else self.row
+
+    def end(self, text: Text) -> TextEnd:
+        """Where the text ends when all tokens were seen."""
+        return text.end_of(self.given, self.row.end if self.row.appended_to else None)
 
 
 def unchanged(state: RecurrentState) -> Going:

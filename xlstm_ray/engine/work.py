@@ -214,7 +214,7 @@ class Work:
         if sampling is None:
             self._finish(task, Finish("stop"))
             return
-        end = task.known(self._core.text).end
+        end = task.going.end(self._core.text)  # not `known`: hashes of all tokens, which only a kept state needs
         task.answer = Answer(sampling, self._ends, self._core.text.stream(end), last=not task.request.keep)
         self._slots.take(task)
         self._choose(task.logits.unsqueeze(0), [task])
