@@ -422,7 +422,7 @@ def test_without_warm_up_kernels_compile_on_first_use(tmp_path):
         ({"GOMP_SPINCOUNT": "77"}, "xlstm_ray", "GOMP_SPINCOUNT = '77'"),
         ({"OMP_WAIT_POLICY": "active"}, "xlstm_ray", "OMP_WAIT_POLICY = 'ACTIVE'"),
         ({}, "xlstm_ray.actors.actor", "GOMP_SPINCOUNT = '10000'"),  # what Ray's worker imports
-        ({}, "torch, xlstm_ray", "GOMP_SPINCOUNT = '300000'"),  # too late: README says so
+        ({}, "torch, xlstm_ray", "GOMP_SPINCOUNT = '300000'"),  # too late: docs/using.md says so
     ],
 )
 def test_threads_that_wait_for_each_other_sleep_soon(given, first, said):

@@ -40,7 +40,7 @@ def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **
     return plan(partial(choose_on_paper, Settings.make(model=model, **asked)), device, tokens, machines)
 
 
-# README.md: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_sizes: those of the prefill alone.
+# Measured: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_sizes: those of the prefill alone.
 @pytest.mark.parametrize(("chunk", "measured"), [(None, 35_201), (64, 31_300), (128, 36_400), (256, 39_900)])
 def test_7b_on_an_h100_as_measured(of_7b: Path, chunk: int | None, measured: int) -> None:
     estimate = planned(of_7b, "h100", chunk_size=chunk)

@@ -19,7 +19,7 @@ class Shares:
 
 SHARES = {
     # The bare products of the 7B model reach 53,834 tokens/s x 12.9 GFLOP = 0.70 of the published rate. With 0.5 for
-    # traffic, the estimates for chunks of 64, 128 and 256 are within 6 % of the times in README.md.
+    # traffic, the estimates for chunks of 64, 128 and 256 are within 6 % of the times in docs/figures.md.
     # With tiles of 2048 the calls of 32 blocks took 20 to 28 ms on the host of an H200.
     "cuda": Shares(0.70, 0.5, 0.75e-3, "measured on one H100"),
     # No Mac has run this program yet. llama.cpp's published F16 prompts of 7B models (M1 Pro, M2 Ultra, M3 Pro:

@@ -9,7 +9,7 @@ It reads only config.json and, if there are weights, their headers. A tile's tim
               / (bandwidth x the share of it that is reached)
     calls     the host's time to launch a block's work on a GPU, for any tile size
 
-The shares were measured: on an H100 with a 7B model (README.md), and on two CPU cores.
+The shares were measured: on an H100 with a 7B model (docs/figures.md), and on two CPU cores.
 """
 
 from collections.abc import Callable
