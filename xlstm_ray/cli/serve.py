@@ -65,7 +65,7 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         _option(
-            "--api-key-file", "Callers give the key of one of its lines: Authorization: Bearer KEY. docs/serving.md: limits."
+            "--api-key-file", "Callers give the key of one of its lines: Authorization: Bearer KEY (docs/serving.md)."
         ),
     ] = None,
     allowed_host: Annotated[
