@@ -22,7 +22,8 @@ from xlstm_ray.settings import table
 VALUES: dict[str, Any] = {
     "device": "cuda", "dtype": "bfloat16", "chunkwise_backend": "queued_compiled_steps", "tile_size": 64,
     "chunk_size": 8, "heads_per_band": 2, "workers": 3, "streams": 1, "t_inner": 4, "autoscale": True,
-    "autoscale_again": True, "warmup": False, "enable_mps_fallback": True, "mem_watchdog": False, "mem_soft_pct": 0.5,
+    "autoscale_again": True, "warmup": False, "cuda_graphs": False,
+    "enable_mps_fallback": True, "mem_watchdog": False, "mem_soft_pct": 0.5,
     "mem_hard_pct": 0.95, "mem_soft_mb": 99_000, "mem_hard_mb": 99_500, "mem_poll_ms": 7, "mem_action": "empty_cache",
     "shrink_on_soft": False, "min_chunk": 4, "mem_log": Path("m.csv"), "force": True, "stats_log": Path("s.csv"),
     "overwrite": True, "profile": "high-memory-256gb", "stages": 2, "threads": 1, "ray_local_mode": False,

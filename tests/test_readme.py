@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SMALL = "--chunkwise-backend native"  # kernels that need not be compiled for this test
 
+
+def shown(command: str) -> list[str]:
+    """The lines of README that are such a command, without comments."""
+    return [" ".join(line.split()) for line in re.findall(rf"^({command})(?:\s+#.*)?$", README, re.MULTILINE)]
+
+
 # What README shows -> what is added at its end, where later options win.
 RUN = {
     './scripts/run prefill --prompt "The capital of France is"': SMALL,
@@ -38,13 +44,15 @@ RUN = {
 }
 # What is not run here, and why. Its options are parsed all the same.
 SERVED = "a service, which goes on until it is ended: tests/serve/test_clients.py runs it"
+CLIENT = "it asks a service: tests/serve/test_client_commands.py runs it"
 RAY = "a Ray head and actors that compile: tests/actors/test_grid.py and tests/supervisor/test_supervisor.py run them"
 NOT_RUN = {
     "./scripts/test": "it runs this test",
     "EXTRAS=serve ./scripts/run serve": SERVED,
     "pip install '.[serve]'": "it installs: tests/test_packages.py knows what",
     "xlstm-ray serve --model DIR --cache-dir cache": SERVED,
-    **{" ".join(line.split()): SERVED for line in re.findall(r"^(curl .*?)(?:\s+#.*)?$", README, re.MULTILINE)},
+    **dict.fromkeys(shown(r"curl .*?"), SERVED),
+    **dict.fromkeys(shown(r"xlstm-ray client .*?"), CLIENT),
     "xlstm-ray download NX-AI/xLSTM-7b": "14 GB of the network: tests/cli/test_models.py has a hub of its own",
     "xlstm-ray parity": "minutes of compiling: tests/measure/test_parity_command.py runs it",
     "EXTRAS=bench ./scripts/run bench --lengths 512,2048,8192 --png bench.png": "installs: test_bench.py draws",

@@ -104,14 +104,18 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@torch.library.custom_op("xlstm_ray::linear_f32", mutates_args=())
-def linear_f32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 x @ weight^T + bias on the CPU, by oneDNN.
 
     For float32 torch uses MKL, which reaches 170 to 200 GFLOP/s on two Zen 4 cores. oneDNN reaches 200 to 220; the peak
-    is 225. This is a custom operator because Inductor lowers oneDNN's own only for constant weights.
+    is 225.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# In compiled code it is an operator of its own, because Inductor lowers oneDNN's only for constant weights. Elsewhere
+# it is not: the first call of such an operator loads torch's compiler, 170 MiB.
+linear_f32 = torch.library.custom_op("xlstm_ray::linear_f32", onednn_linear, mutates_args=())
 
 
 @linear_f32.register_fake
@@ -124,7 +128,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None) -> Tensor
     if isinstance(weight, Quantized):
         return weight.linear(x, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not weight.requires_grad:
-        return linear_f32(x, weight, bias)
+        return (linear_f32 if torch.compiler.is_compiling() else onednn_linear)(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

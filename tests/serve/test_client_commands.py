@@ -192,7 +192,7 @@ def test_an_interrupt_leaves_the_service_reading(service, client):
     with process("prefill", "--name", "left", "--url", service.url, "--progress", "ndjson") as program:
         assert program.stdin is not None
         assert program.stderr is not None
-        program.stdin.write(BOOK * 4)
+        program.stdin.write(BOOK * 16)  # is read for longer than a signal needs to arrive
         program.stdin.close()
         reading_line(program.stderr, '"event": "document", .*("tokens_total")')
         program.send_signal(signal.SIGINT)
@@ -203,7 +203,7 @@ def test_an_interrupt_leaves_the_service_reading(service, client):
     end = time.monotonic() + 60
     while (info := client("states", "show", "left", "--json").row)["status"] != "ready":
         assert (info["status"], time.monotonic() < end) == ("reading", True)
-    assert info["tokens_total"] == 4 * len(BOOK)
+    assert info["tokens_total"] == 16 * len(BOOK)
 
 
 def test_it_waits_on_when_the_service_is_killed_and_comes_again(model, tmp_path):

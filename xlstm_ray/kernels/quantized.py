@@ -133,7 +133,7 @@ class Quantized(NamedTuple):
     def _planes(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, (G, N) each."""
         if self.packed:
-            scale, zero = planes(self.scale).unbind()
+            scale, zero = (planes_apart if torch.compiler.is_compiling() else planes)(self.scale).unbind()
             return scale, zero
         return self.scale, self.zero
 
@@ -192,13 +192,17 @@ def plain(weight: Tensor | Quantized) -> Tensor:
     return weight
 
 
-@torch.library.custom_op("xlstm_ray::planes", mutates_args=())
 def planes(pairs: Tensor) -> Tensor:
-    """(G, N, 2) -> (2, G, N), contiguous. An operator of its own: fused, every element of a matrix would gather."""
+    """(G, N, 2) -> (2, G, N), contiguous."""
     return pairs.movedim(-1, 0).contiguous()
 
 
-@planes.register_fake
+# In compiled code an operator of its own: fused, every element of a matrix would gather. Elsewhere its first call would
+# load torch's compiler, 170 MiB.
+planes_apart = torch.library.custom_op("xlstm_ray::planes", planes, mutates_args=())
+
+
+@planes_apart.register_fake
 def _(pairs: Tensor) -> Tensor:
     return pairs.new_empty(2, *pairs.shape[:2])
 

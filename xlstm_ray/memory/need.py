@@ -24,6 +24,7 @@ DASHBOARD = 300 * MIB
 WATCHDOG = 60 * MIB
 RAY_IN_DRIVER = 60 * MIB
 ACTOR = 350 * MIB
+TRITON = 80 * MIB  # what a program with the compiler takes more where triton is installed, as torch for cuda has it
 
 
 @dataclass(frozen=True)

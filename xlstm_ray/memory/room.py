@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
 import psutil
@@ -14,6 +15,7 @@ from xlstm_ray.memory.need import (
     ACTOR,
     HELD_ROWS,
     RAY_IN_DRIVER,
+    TRITON,
     Call,
     GridNeed,
     Loaded,
@@ -74,7 +76,7 @@ class Room:
             head=self.head,
             driver=process_bytes() + RAY_IN_DRIVER + state + loaded.cache,
             actors=actors,
-            programs=actors * ACTOR,
+            programs=actors * (ACTOR + TRITON * (find_spec("triton") is not None)),
             weights=loaded.weights * on_host,
             state=state * on_host,
             tiles=((actors - 1) * tile + last) * on_host,
