@@ -21,7 +21,7 @@ from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Found, Run, Tree, 
 from xlstm_ray.errors import StateError
 from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
-from xlstm_ray.text.history import Place, Row, TokenTrail
+from xlstm_ray.text.history import LaterTrail, Place, Row, TokenTrail
 
 COMPARED = 4  # states of earlier processes with which a prompt is compared, to find where they part
 
@@ -39,7 +39,7 @@ class Start(NamedTuple):
 
     rows: HeldRows
     logits: Logits
-    trail: TokenTrail
+    trail: LaterTrail
 
 
 @dataclass
@@ -331,7 +331,7 @@ class Cache:
 
     def _start(self, state: RecurrentState) -> Start:
         tensors = {key: tensor for key, tensor in state.tensors.items() if key != "logits"}
-        return Start(self._states.rows(None, 1, tensors), state.logits[0], state.rows[0].tokens)
+        return Start(self._states.rows(None, 1, tensors), state.logits[0], LaterTrail(state.rows[0].tokens))
 
     def _refuse(self, name: str, why: str) -> None:
         assert self._folder is not None
@@ -354,11 +354,12 @@ class Cache:
     def _state_of(self, entry: Entry, start: Start) -> RecurrentState:
         """An entry's state, with its place in the tree."""
         after = entry.parent.key.hex() if entry.parent else ""
+        trail = start.trail.made()
         return RecurrentState(
             {**start.rows.bring(), "logits": computed(start.logits)[None]},
             tokens=[entry.length],
-            prompt_hash=[start.trail.hash],
-            rows=[Row(tokens=start.trail)],
+            prompt_hash=[trail.hash],
+            rows=[Row(tokens=trail)],
             model=self._maker.model,
             numerics=self._maker.numerics,
             complete=True,

@@ -1,7 +1,7 @@
 """Where each row of a prefill continues a state, or why it cannot."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,22 +10,31 @@ from xlstm_ray.engine.tokens import Tail, Tokens
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.detokenize import TextEnd
-from xlstm_ray.text.history import Row, TextTrail, TokenTrail
+from xlstm_ray.text.history import LaterTrail, Row, TextTrail
 from xlstm_ray.text.tokenizer import Text
 
 
 @dataclass
 class Going:
-    """A row during a prefill. row: what is known of its tokens that were seen so far."""
+    """A row during a prefill. begun: what was known of it at its start; trail: of its tokens that were seen so far."""
 
     tokens: Tokens  # (T,) int32, on the CPU
-    row: Row
+    begun: Row
     given: memoryview  # the new tokens that the caller gave
     text: TextTrail | None  # of the whole text, valid when all tokens were seen
+    trail: LaterTrail = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trail = LaterTrail(self.begun.tokens)
 
     @property
     def seen(self) -> int:
-        return self.row.tokens.length
+        return self.trail.length
+
+    @property
+    def row(self) -> Row:
+        """What is known of its tokens that were seen so far."""
+        return self.begun.model_copy(update={"tokens": self.trail.made()})
 
     @property
     def ids(self) -> memoryview:
@@ -33,22 +42,21 @@ class Going:
         assert isinstance(self.tokens, Tensor)
         return _ids(self.tokens)
 
-    def jump(self, seen: TokenTrail) -> None:
+    def jump(self, seen: LaterTrail) -> None:
         """So many of the row's tokens are in a state that was found."""
-        self.row = self.row.model_copy(update={"tokens": seen})
+        self.trail = seen
 
     def advance(self, seen: int) -> None:
         """Note that `seen` of the row's tokens were seen."""
-        tokens = self.row.tokens.extend(_ids(self.tokens[self.seen : seen]))
-        self.row = self.row.model_copy(update={"tokens": tokens})
+        self.trail = LaterTrail(self.trail, _ids(self.tokens[self.seen : seen]))
 
     def known(self, text: Text, *, complete: bool) -> Row:
         """The row's entry in a state. complete: all rows of that state were seen to their ends."""
-        return Row(tokens=self.row.tokens, text=self.text, end=self.end(text)) if complete else self.row
+        return Row(tokens=self.trail.made(), text=self.text, end=self.end(text)) if complete else self.row
 
     def end(self, text: Text) -> TextEnd:
         """Where the text ends when all tokens were seen."""
-        return text.end_of(self.given, self.row.end if self.row.appended_to else None)
+        return text.end_of(self.given, self.begun.end if self.begun.appended_to else None)
 
 
 def unchanged(state: RecurrentState) -> Going:

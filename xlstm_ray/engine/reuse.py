@@ -16,6 +16,7 @@ from xlstm_ray.engine.tokens import Tail
 from xlstm_ray.engine.tree import Chain, Run
 from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.state import Numerics
+from xlstm_ray.text.history import LaterTrail
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ class Reuse:
                 continue
             hit.points.remove(seen)
             self._going[b].advance(seen)
-            trail = self._going[b].row.tokens
-            row = Start(part.rows.pick([n]), part.some(partial(_row, n)), trail)
+            row = Start(part.rows.pick([n]), part.some(partial(_row, n)), self._going[b].trail)
             with self._cache.turn():
                 self._cache.keep(hit, seen, row, cold=cold and hit.exact)
 
@@ -132,7 +132,7 @@ class Reuse:
         going.advance(len(going.tokens))
         tokens = array("i", [*going.ids, *answer])
         run, chain = hit.run._replace(length=len(tokens)), Chain(hit.chain.root, memoryview(tokens))
-        start = Start(rows, logits, going.row.tokens.extend(answer))
+        start = Start(rows, logits, LaterTrail(going.trail, array("i", answer)))
         with self._cache.turn():
             self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
 
