@@ -100,18 +100,21 @@ class LaterTrail:
 
     def __init__(self, before: "TokenTrail | LaterTrail", more: Sequence[int] = ()):
         self.length: int = before.length + len(more)
-        self._before, self._more = before, more
+        # One pair, replaced whole: another thread may ask for the same trail meanwhile.
+        self._parts: tuple[TokenTrail | LaterTrail, Sequence[int]] = before, more
 
     def made(self) -> TokenTrail:
         """The trail itself."""
         chain = [self]  # a loop, since a conversation may be of any length
-        while isinstance(before := chain[-1]._before, LaterTrail):
+        while isinstance(before := chain[-1]._parts[0], LaterTrail):
             chain.append(before)
         for one in reversed(chain):
-            before = one._before.made() if isinstance(one._before, LaterTrail) else one._before
-            one._before, one._more = before.extend(one._more) if one._more else before, ()
-        assert isinstance(self._before, TokenTrail)
-        return self._before
+            before, more = one._parts
+            trail = before.made() if isinstance(before, LaterTrail) else before
+            if more:
+                trail = trail.extend(more)
+            one._parts = trail, ()
+        return trail
 
 
 class TextTrail(Trail):
