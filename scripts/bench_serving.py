@@ -11,7 +11,7 @@ Tables (medians of rounds; all contestants are engines of this process, which ta
     streams   as many requests at once as there are slots, of a short prompt and --answer tokens each, against one slot
     mixed     prompts of 8 to 2,048 tokens and answers of 8 to 96, which arrive at random (--rate), against one slot
     long      streams, and one prompt of --long tokens that is read beside them, against streams alone
-    unique    prompts that never repeat, with a cache of states and without
+    unique    prompts that never repeat, with a cache of states and without, in turn in one engine
     hit       a prompt that was seen and a new end of 64 tokens, against the same length unseen; and an exact repeat
     http      prompts of 64 tokens, one at a time and 32 at once, over HTTP from another process against submit here
     memory    --many requests through one engine: resident memory on the way, and the computed need
@@ -207,24 +207,31 @@ class Bench:
         return time.perf_counter() - began, end.usage
 
     def unique(self) -> None:
-        sides = {"no cache": self.engine(1), "a cache": self.engine(1, cache_mb=256)}
-        lengths = [self.args.prompt // n for n in (8, 4, 2, 1)]
-        ratios, fastest = [], dict.fromkeys(sides, float("inf"))
-        for number in range(5 * self.args.rounds):
-            times = {}
-            for title in list(sides)[:: 1 if number % 2 else -1]:
-                lm = sides[title]
-                prompts = [self.tokens(lm, n) for n in lengths]
-                times[title] = sum(self._read(lm, prompt)[0] for prompt in prompts)
-            ratios.append(times["a cache"] / times["no cache"])
-            fastest = {title: min(times[title], fastest[title]) for title in sides}
-        low, middle, high = (percent(ratios, share) for share in (0.25, 0.5, 0.75))
-        print(
-            f"\nunique prompts of {', '.join(map(str, lengths))} tokens: time with a cache / without, {len(ratios)} "
-            f"pairs: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}; of the fastest "
-            f"{fastest['a cache'] / fastest['no cache']:.3f}",
-            flush=True,
-        )
+        """One engine, whose cache is taken away for every second request: two engines differ by where memory is."""
+        lm = self.engine(1, cache_mb=256)
+        core = lm._core
+        caches = {"no cache": None, "a cache": core.cache}
+        print("\n| unique prompts | no cache: ms | a cache: ms | ratio | pairs: median, quartiles |")
+        print("| --- | --- | --- | --- | --- |")
+        sums = dict.fromkeys(caches, 0.0)
+        for length in (self.args.prompt // n for n in (8, 4, 2, 1)):
+            times: dict[str, list[float]] = {title: [] for title in caches}
+            for number in range(self.args.pairs):
+                for title in list(caches)[:: 1 if number % 2 else -1]:
+                    core.cache = caches[title]
+                    times[title].append(self._read(lm, length)[0])
+            off, on = (statistics.median(seconds) for seconds in times.values())
+            sums = {title: sums[title] + statistics.median(times[title]) for title in caches}
+            ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+            low, middle, high = (percent(ratios, share) for share in (0.25, 0.5, 0.75))
+            print(
+                f"| {length} tokens | {off * 1e3:.1f} | {on * 1e3:.1f} | {on / off:.3f} "
+                f"| {middle:.3f}, {low:.3f} to {high:.3f} |",
+                flush=True,
+            )
+        core.cache = caches["a cache"]
+        off, on = sums.values()
+        print(f"| all | {off * 1e3:.1f} | {on * 1e3:.1f} | {on / off:.3f} | |", flush=True)
 
     def hit(self) -> None:
         lm = self.engine(1, cache_mb=256)
@@ -348,6 +355,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the longest prompt of unique and hit")
     parser.add_argument("--many", type=int, default=1000, help="requests of the memory's table")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of requests of each length of unique")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()
