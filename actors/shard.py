@@ -31,6 +31,7 @@ from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.canaries import require_sound
 from xlstm_ray.runtime.executor import Following, Step, Wanted
 from xlstm_ray.runtime.graphs import Graphs
 from xlstm_ray.runtime.worker import Move, build_worker
@@ -115,6 +116,7 @@ class ShardWork:
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there[self.device.type]:
             raise UsageError(f"`device` is {spec.device!r}, but node {os.uname().nodename} has none")
+        require_sound(self.device, spec.config)
         if not spec.model.is_dir():
             command = hub.fetched_by(spec.model)
             how = f"`{command}` with the same HF_HOME" if command else "a copy, or a mount of the same files,"

@@ -16,6 +16,7 @@ from xlstm_ray.kernels.inductor import LaunchCounter
 from xlstm_ray.memory.watchdog import Event, Limits, Seen
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.canaries import require_sound
 from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.runtime.local import InProcessExecutor
 from xlstm_ray.runtime.worker import build_worker
@@ -128,6 +129,7 @@ class Running:
 
     # ------------------------------------------------------------------------------------------------------------------
     def _in_process(self, plan: RunPlan, checkpoint: Checkpoint) -> InProcessExecutor:
+        require_sound(plan.device, plan.config)
         # Launches can be counted only in Metal code; elsewhere the figure would be a guess.
         if plan.backend.compiled and plan.device.type == "mps":
             self.launches = LaunchCounter()

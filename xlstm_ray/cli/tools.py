@@ -27,17 +27,22 @@ def doctor(
     *,
     asked: dict[str, Any],
 ) -> None:
-    """Show this machine's devices; with --kernels, the Metal kernels of a model on Apple's GPU."""
+    """Show this machine's devices and try the known faults of mps; with --kernels, a model's Metal kernels."""
     settings = Settings.make(**asked)
     given = next((name for name, value in asked.items() if value is not None), None)
     if given and not kernels:
         named = settings.named(given) if given in table() else f"`{given}`"
         raise UsageError(f"{named} is for the table of kernels: add --kernels, or leave it out")
+    import torch
+
     from xlstm_ray.choose import choose_device, choose_setup
-    from xlstm_ray.measure.doctor import kernel_report, machine
+    from xlstm_ray.measure.doctor import canary_report, kernel_report, machine
 
     facts: dict[str, Any] = {"machine": machine()}
     lines = [f"{name:<22} {value}" for name, value in facts["machine"].items()]
+    if "mps" in facts["machine"]:
+        facts["canaries"], more = canary_report(torch.device("mps"))
+        lines += ["", *more]
     if kernels:
         if (device := choose_device(settings)).type != "mps":
             raise UsageError(f"--kernels shows Metal kernels, and the device is {device.type}; it needs --device mps")

@@ -20,6 +20,7 @@ from xlstm_ray.layout import make_layout
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.plan import RunPlan
 from xlstm_ray.runtime.blocks import Kernels
+from xlstm_ray.runtime.canaries import failures
 from xlstm_ray.runtime.worker import Worker
 from xlstm_ray.state import Numerics
 
@@ -42,6 +43,17 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["cuda"] = torch.cuda.get_device_name()
     return facts
+
+
+def canary_report(device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    """What is known to have gone wrong on mps, tried on a device: as figures, and as lines of text."""
+    rows, lines = [], []
+    for one, wrong in failures(device):
+        rows.append({"name": one.name, "issues": one.issues, "known": one.where, "wrong": wrong})
+        issues = ", ".join(f"#{number}" for number in one.issues)
+        said = f"{one.name} (known of {one.where}, pytorch {issues})"
+        lines.append(f"right  {said}" if wrong is None else f"WRONG  {said}; {wrong}")
+    return rows, lines
 
 
 def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
