@@ -70,6 +70,25 @@ def test_an_answer_that_is_cut_short_is_part_of_the_conversation_as_far_as_it_we
     assert chat.state.tokens == [len(TURNS[0]) + 4]
 
 
+@pytest.mark.parametrize("read", [0, 1, 4])
+def test_what_is_said_before_an_answer_was_read_follows_what_was_made_of_it(lm, read):
+    chat = lm.chat(sampling={"max_new_tokens": 50})
+    left = chat.say(TURNS[0])
+    for _ in range(read):
+        next(left)
+    assert chat.fork().state.tokens == [len(TURNS[0]) + read]
+    answer = "".join(chat.say(TURNS[1], max_new_tokens=6))
+    now = chat.state.digest()
+    left.close()
+    del left
+    assert chat.state.digest() == now
+
+    other = lm.chat()
+    list(other.say(TURNS[0], max_new_tokens=read)) if read else other.say(TURNS[0])
+    assert "".join(other.say(TURNS[1], max_new_tokens=6)) == answer
+    assert other.state.digest() == now
+
+
 def test_nothing_said_is_no_state(lm):
     with pytest.raises(UsageError, match="nothing has been said"):
         _ = lm.chat().state

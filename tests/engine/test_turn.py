@@ -195,7 +195,8 @@ def test_close_waits_for_the_call_that_runs_and_ends_a_generation(model):
 
 
 def _use(lm: xlstm_ray.Engine, said: Any) -> None:
-    for call in (lambda: lm.prefill("abc"), lambda: lm.generate("abc"), lambda: lm.warm_up(1, [16]), lm.close):
+    calls = [lambda: lm.prefill("abc"), lambda: lm.generate("abc"), lambda: lm.warm_up(1, [16]), lm.serve]
+    for call in (*calls, lambda: lm.submit(Request("abc")).result(30), lm.close):
         try:
             call()
         except UsageError as error:
@@ -209,7 +210,7 @@ def test_a_forked_child_is_told_and_its_parents_engine_goes_on(lm):
     child = fork.Process(target=_use, args=(lm, said))
     child.start()
     try:
-        lines = [said.get(timeout=60) for _ in range(4)]
+        lines = [said.get(timeout=60) for _ in range(6)]
     finally:
         child.kill()
         child.join()

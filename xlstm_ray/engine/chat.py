@@ -23,31 +23,36 @@ class Chat:
         state: RecurrentState | None = None,
         sampling: Mapping[str, Any] | None = None,
     ):
-        self._generate, self._state, self._sampling = generate, state, dict(sampling or {})
+        self._generate, self._sampling = generate, dict(sampling or {})
+        self._at: RecurrentState | Generation | None = state  # an answer, until it was read to its end
 
     @property
     def state(self) -> RecurrentState:
         """The state after everything that was said. Raises UsageError before the first turn."""
-        if self._state is None:
+        if self._at is None:
             raise UsageError("nothing has been said in this conversation yet, so it has no state")
-        return self._state
+        return self._at.state() if isinstance(self._at, Generation) else self._at
 
     def say(self, text: str, **sampling: Any) -> Iterator[str]:
-        """Say something, and iterate over the pieces of the answer.
+        """Say something, which is read at once, and iterate over the pieces of the answer.
 
         sampling: for this answer, over the conversation's. An answer that is not read to its end is part of the
         conversation as far as it was made.
         """
-        given = {"prompt": text} if self._state is None else {"append": text, "state": self._state}
-        generation = self._generate(**given, sampling={**self._sampling, **sampling}, last=False)
+        given = {"prompt": text} if self._at is None else {"append": text, "state": self.state}
+        self._at = answer = self._generate(**given, sampling={**self._sampling, **sampling}, last=False)
+        return self._pieces(answer)
+
+    def _pieces(self, answer: Generation) -> Iterator[str]:
         try:
-            yield from generation
+            yield from answer
         finally:
-            self._state = generation.state()
+            if self._at is answer:  # else something more was said before it was read to its end
+                self._at = answer.state()
 
     def fork(self) -> "Chat":
         """Another conversation that goes on from here; they do not affect each other."""
-        return Chat(self._generate, state=self._state, sampling=self._sampling)
+        return Chat(self._generate, state=None if self._at is None else self.state, sampling=self._sampling)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> str:
         """Write its state, like `--state-out`; returns the digest."""

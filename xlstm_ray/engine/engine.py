@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -62,6 +63,7 @@ class Engine:
     ):
         self._turn = Turn()
         self._service: Service | None = None
+        self._beginning = Lock()  # of the service
         self.on_note = on_note or _warn  # called with remarks for people while a run goes on
         self._kept = Kept(None)
         self._running = Running(on_phase, on_note or (lambda text: None))
@@ -256,10 +258,10 @@ class Engine:
         self._serving().watch(on_step)
 
     def _serving(self) -> Service:
-        if self._service is None:
-            self.serve()
-        assert self._service is not None
-        return self._service
+        with self._beginning:  # of callers that are first at once, one begins it
+            self._turn.require_own_process()
+            self._service = self._service or Service(self._core, self.end_tokens)
+            return self._service
 
     def serve(
         self, *, slots: int | None = None, buckets: Sequence[int] = GROUP_SIZES, fills_per_decode: int = 1
@@ -268,16 +270,14 @@ class Engine:
 
         slots: states on the device (None: 16, or as many as fit in memory). buckets: the numbers of rows of a decoding
         call; with only one bucket, an answer's bits do not depend on other requests. fills_per_decode: the most
-        windows of prompts that are read between two decoding steps.
+        windows of prompts that are read between two decoding steps. Raises MemoryLimitError for slots that do not fit.
         """
-        if self._service is not None:
-            raise UsageError("this engine serves requests already")
-        _ = self.executor  # it may have been closed
-        room = slots or self.plan.room.slots(max(buckets))
-        self._service = Service(
-            self._core, ends=self.end_tokens, slots=room, buckets=buckets, fills_per_decode=fills_per_decode
-        )
-        return room
+        with self._beginning:
+            self._turn.require_own_process()
+            if self._service is not None:
+                raise UsageError("this engine serves requests already")
+            self._service = Service(self._core, self.end_tokens, slots, buckets, fills_per_decode)
+            return self._service.slots
 
     @a_call
     def warm_up(self, batch: int, sizes: Sequence[int]) -> float:
@@ -345,7 +345,7 @@ class Engine:
 
         keep_journal: keep the lock of the journal's directory, for `discard_journal`.
         """
-        with self._turn.of("close"):  # not from inside another call: it would wait for it
+        with self._turn.of("close"), self._beginning:  # not from inside another call: it would wait for it
             service, self._service = self._service, None
         if service is not None:
             service.close()

@@ -1,20 +1,24 @@
 """A caller's request to an engine that serves many, and its events."""
 
 import asyncio
+import sys
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from threading import Lock
 from typing import NamedTuple
 
 from torch import Tensor
 
 from xlstm_ray.engine.decode import Made
 from xlstm_ray.engine.result import Use
+from xlstm_ray.engine.reuse import Share
 from xlstm_ray.engine.scores import Scores
-from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Finish
 from xlstm_ray.text.prompt import Prompt
@@ -39,6 +43,22 @@ class Request:
     tenant: str = ""
     keep_at: Sequence[int] = ()
     prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a value of a wrong kind: in the engine's thread it would be everybody's error."""
+        _ = self.share
+        require_likeliest(self.prompt_logprobs)
+        kinds = {"state": RecurrentState | None, "sampling": Sampling | None, "priority": int, "keep": bool}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                wanted = getattr(kind, "__name__", kind)
+                raise UsageError(f"`{name}` is {repr(value)[:80]}; give a value of type {wanted}")
+
+    @property
+    def share(self) -> Share:
+        """How it shares states of the cache."""
+        return Share(self.tenant, self.keep_at)
 
 
 class Queued(NamedTuple):
@@ -108,14 +128,17 @@ Event = Queued | Reading | Piece | End
 class Handle:
     """A request in work: iterate over its events, or wait for its `result`; in asyncio, `async for` or `await`.
 
-    Each event is handed out once, to the first of these that asks.
+    Each event is handed out once, to the first of these that asks; after the last one, every iteration ends. Who stops
+    waiting, by a timeout too, does not cancel the request.
     """
 
     def __init__(self, cancel: Callable[[], None]):
         self._cancel = cancel
-        self._lock = Lock()
-        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._wakes: list[Callable[[], object]] = []  # of those in asyncio that wait for an event
         self._listener: Callable[[Event], object] | None = None
+        self._over = False  # the last event has come
         self._end: Future[End] = Future()
 
     def cancel(self) -> None:
@@ -135,40 +158,75 @@ class Handle:
 
     def __iter__(self) -> Iterator[Event]:
         while True:
-            event = self._events.get()
+            with self._changed:
+                self._changed.wait_for(lambda: self._events or self._over)
+                if not self._events:
+                    return
+                event = self._events.popleft()
             yield event
-            if isinstance(event, End):
-                return
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self.listen(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         while True:
-            event = await events.get()
-            yield event
-            if isinstance(event, End):
-                return
+            came = None
+            with self._changed:
+                if self._events:
+                    event = self._events.popleft()
+                elif self._over:
+                    return
+                else:
+                    came = self._more()
+            if came is None:
+                yield event
+            else:
+                await came.wait()
 
     def __await__(self) -> Generator[object, None, End]:
         return self._wait().__await__()
 
     async def _wait(self) -> End:
-        await asyncio.wrap_future(self._end)
-        return self.result()
+        while True:
+            with self._changed:
+                if self._over:
+                    return self.result()
+                came = self._more()
+            await came.wait()
+
+    def _more(self) -> asyncio.Event:
+        """Set in this thread's loop when the next event comes."""
+        came = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._wakes.append(lambda: loop.call_soon_threadsafe(came.set))
+        return came
 
     def listen(self, listener: Callable[[Event], object]) -> None:
-        """Call `listener` with every event, also past ones, instead of queueing them; in the engine's thread."""
-        with self._lock:
+        """Call `listener` with every event, also past ones, instead of queueing them; in the engine's thread.
+
+        It must not wait for anything of this engine. If it raises, the request is cancelled and the traceback printed.
+        """
+        with self._changed:
             self._listener = listener
-            while not self._events.empty():
-                listener(self._events.get())
+            while self._events:
+                self._call(listener, self._events.popleft())
 
     def tell(self, event: Event) -> None:
         """Add an event; only the engine calls this."""
-        with self._lock:
+        with self._changed:
             if self._listener is not None:
-                self._listener(event)
+                self._call(self._listener, event)
             else:
-                self._events.put(event)
-        if isinstance(event, End):
-            self._end.set_result(event)
+                self._events.append(event)
+            if isinstance(event, End):
+                self._over = True
+                self._end.set_result(event)
+            self._changed.notify_all()
+            for wake in self._wakes:
+                with suppress(RuntimeError):  # its loop has been closed
+                    wake()
+            self._wakes.clear()
+
+    def _call(self, listener: Callable[[Event], object], event: Event) -> None:
+        try:
+            listener(event)
+        except Exception:  # noqa: BLE001  a caller's fault, which must not end the requests of others
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+            self.cancel()

@@ -15,6 +15,7 @@ from xlstm_ray.engine.resume import Going
 from xlstm_ray.engine.tokens import Tail
 from xlstm_ray.engine.tree import Chain, Run
 from xlstm_ray.engine.windows import Group, Window
+from xlstm_ray.errors import UsageError
 from xlstm_ray.state import Numerics
 from xlstm_ray.text.history import LaterTrail
 
@@ -25,6 +26,13 @@ class Share:
 
     salt: str = ""
     keep_at: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.salt, str):
+            raise UsageError(f"`tenant` is {repr(self.salt)[:80]}; give a text")
+        at = self.keep_at
+        if not isinstance(at, Sequence) or any(type(n) is not int or n < 0 for n in at):
+            raise UsageError(f"`keep_at` is {repr(at)[:80]}; give numbers of tokens, from 0 on")
 
 
 class Reuse:

@@ -17,12 +17,17 @@ class Batch:
         self.under_way = False  # a step of it is in flight
 
     @property
+    def most(self) -> int:
+        """The most rows of a call."""
+        return self._buckets[-1]
+
+    @property
     def tasks(self) -> list[Task]:
         return [task for task in (*self.places, *self.joining) if task is not None]
 
     def size_for(self, rows: int) -> int:
         """The size of the smallest call for this many rows."""
-        return next((bucket for bucket in self._buckets if bucket >= rows), self._buckets[-1])
+        return next(bucket for bucket in self._buckets if bucket >= rows)
 
     def has(self, task: Task) -> bool:
         return any(there is task for there in self.tasks)

@@ -1,5 +1,6 @@
 """Many requests in one engine: any thread submits them, and one thread works on all of them."""
 
+import atexit
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,26 +15,36 @@ from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.windows import GROUP_SIZES
 from xlstm_ray.engine.work import StepKind, Work
-from xlstm_ray.errors import UsageError, XlstmRayError
-from xlstm_ray.sampling.params import require_likeliest
+from xlstm_ray.errors import MemoryLimitError, UsageError, XlstmRayError
 
 
 class Service:
     """Serves requests of any thread.
 
-    slots: the most states on the device at once. buckets: the numbers of rows that a call may have; with only one, the
-    bits of a row do not depend on how many others there are. ends: end tokens.
+    slots: the most states on the device at once; None: as many as a call has rows, or as fit in memory. buckets: the
+    numbers of rows that a call may have; with only one, the bits of a row do not depend on how many others there are.
+    ends: end tokens. Raises MemoryLimitError for slots that do not fit.
     """
 
     def __init__(
         self,
         core: Core,
-        *,
         ends: Sequence[int],
-        slots: int,
+        slots: int | None = None,
         buckets: Sequence[int] = GROUP_SIZES,
         fills_per_decode: int = 1,
     ):
+        _ = core.running.executor  # the engine may have been closed
+        at_once = [1 if slots is None else slots]
+        asked = {"slots": at_once, "buckets": buckets, "fills_per_decode": [fills_per_decode]}
+        for name, numbers in asked.items():
+            if not numbers or any(type(n) is not int or n < 1 for n in numbers):
+                raise UsageError(f"`{name}`: {', '.join(map(repr, numbers)) or 'none'} was given; allowed: 1 and more")
+        given, slots = slots, core.plan.room.slots(slots or max(buckets))
+        if given is not None and slots < given:
+            raise MemoryLimitError(
+                f"`slots` is {given}, and {slots} fit in memory; give fewer, or start all the same with `force=True`"
+            )
         self._core, self.slots = core, slots
         self._work = Work(core, ends=ends, slots=slots, buckets=buckets, fills_per_decode=fills_per_decode)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -51,6 +62,7 @@ class Service:
         )
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread in the middle of a step would abort the program's end
 
     def submit(self, request: Request) -> Handle:
         """Begin a request; its text is cut into tokens here. Raises UsageError or StateError for a wrong request."""
@@ -79,12 +91,12 @@ class Service:
 
     def close(self) -> None:
         """Cancel all requests and end the thread."""
+        atexit.unregister(self.close)
         self._inbox.put(None)
         self._thread.join()
 
     def _task(self, request: Request) -> Task:
         self._require_open()
-        require_likeliest(request.prompt_logprobs)
         if request.sampling is not None:
             request.sampling.require_vocabulary(self._core.plan.config.vocab_size)
         return Task.of(self._core, request, *self._new())

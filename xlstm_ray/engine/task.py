@@ -13,7 +13,7 @@ from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Request, Usage
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going, unchanged
-from xlstm_ray.engine.reuse import Reuse, Share
+from xlstm_ray.engine.reuse import Reuse
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, Window
 from xlstm_ray.errors import XlstmRayError
@@ -134,7 +134,7 @@ class Task:
         state, numerics, likeliest = self.request.state, core.plan.numerics, self.request.prompt_logprobs
         self.begun = 0 if state is None else (state.begun or state.tokens)[0]
         cache = core.cache if likeliest is None else None  # for log-probabilities, the whole prompt must be read
-        self.reuse = Reuse(cache, [self.going], Share(self.request.tenant, self.request.keep_at))
+        self.reuse = Reuse(cache, [self.going], self.request.share)
         self.reuse.find([ALONE], [self.begun], numerics)
         start = self.start = self.reuse.start(self.start)
         (self.resumed,), self.rows = start.consumed, start.rows

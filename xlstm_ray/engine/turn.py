@@ -31,7 +31,7 @@ class Turn:
     @contextmanager
     def executor(self) -> Iterator[None]:
         """This thread has the executor while the block runs; a block inside may take it again."""
-        self._require_own_process()
+        self.require_own_process()
         me = threading.get_ident()
         if self._threads and self._threads[0] == me:
             yield
@@ -55,7 +55,7 @@ class Turn:
     @contextmanager
     def of(self, call: str) -> Iterator[None]:
         """A call is under way while the block runs. `close` waits for all others but `serve`, which it ends itself."""
-        self._require_own_process()
+        self.require_own_process()
         calls = self._own.__dict__.setdefault("calls", [])
         if calls and calls[-1] not in WITHIN.get(call, ()):
             raise UsageError(
@@ -89,7 +89,8 @@ class Turn:
             self._closing -= closes
             self._changed.notify_all()
 
-    def _require_own_process(self) -> None:
+    def require_own_process(self) -> None:
+        """Raise UsageError in a forked child."""
         if os.getpid() != self._pid:
             raise UsageError(
                 f"this engine was loaded by process {self._pid}, and this one is a fork of it: load the model in this "

@@ -45,7 +45,9 @@ class Work:
         self._scheduler = Scheduler(slots, fills_per_decode)
         self._tasks: dict[int, Task] = {}
         executor = self._executor = core.lane()
-        self._batches = [Batch(executor, buckets) for _ in range(executor.parallel)]
+        self._parallel = executor.parallel
+        batches = max(self._parallel, -(-slots // max(buckets)))
+        self._batches = [Batch(executor, buckets) for _ in range(batches)]
         self._under_way: deque[_Flight] = deque()  # in order
         self._taken = 0.0  # perf_counter time of the last result
         self._decoded_at: float | None = None  # of the last decoding step, if its rows go on
@@ -222,8 +224,9 @@ class Work:
             self._join(task)
 
     def _join(self, task: Task) -> None:
-        """Add the task to the batch with the fewest tasks."""
-        min(self._batches, key=lambda batch: len(batch.tasks)).joining.append(task)
+        """Add the task to a batch: to the one with the fewest tasks of those that keep all stages busy."""
+        free = [batch for batch in self._batches if len(batch.tasks) < batch.most]
+        min(free[: self._parallel], key=lambda batch: len(batch.tasks)).joining.append(task)
 
     # -- decoding ------------------------------------------------------------------------------------------------------
     def _decode(self) -> None:
