@@ -65,21 +65,24 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     shapes |= {OUT_NORM: (args.hidden,), HEAD: (args.vocab, args.hidden)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, shape in shapes.items():
-        tensor = torch.randn(shape, device=device) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
-        if "norm" in name:
-            tensor.add_(1)
-        elif name.endswith("fgate_preact.bias"):
-            tensor.add_(torch.linspace(3, 6, len(tensor), device=device))
+    files: dict[str, list[str]] = {}
+    for name in shapes:
         part = name.split(".")[2] if ".blocks." in name else "ends"
-        shards.setdefault(f"model-{part}.safetensors", {})[name] = tensor.to("cpu", getattr(torch, args.store))
+        files.setdefault(f"model-{part}.safetensors", []).append(name)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    index = {}
-    for file, tensors in shards.items():
+    for file, names in files.items():  # one after the other: at most one of them is in memory
+        tensors = {}
+        for name in names:
+            shape = shapes[name]
+            tensor = torch.randn(shape, device=device) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+            if "norm" in name:
+                tensor.add_(1)
+            elif name.endswith("fgate_preact.bias"):
+                tensor.add_(torch.linspace(3, 6, len(tensor), device=device))
+            tensors[name] = tensor.to("cpu", getattr(torch, args.store))
         save_file(tensors, directory / file, {"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
+    index = {name: file for file, names in files.items() for name in names}
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(64)}, merges=[])).save(str(directory / "tokenizer.json"))
 

@@ -23,8 +23,8 @@ from xlstm_ray import digests
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, one_line
 from xlstm_ray.files import MIB
-from xlstm_ray.headers import DTYPES, INDEX_FILE, check, locate, read_header
-from xlstm_ray.kernels.quantized import Quantized, unpacked
+from xlstm_ray.headers import DTYPES, INDEX_FILE, check, locate, read_digests, read_header
+from xlstm_ray.kernels.quantized import Quantized, dequantized, unpacked
 from xlstm_ray.layout import Shard
 from xlstm_ray.model import BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SCALE, SLSTM_GATES, ZERO, bytes_of, is_quantized, projections
@@ -57,11 +57,13 @@ class Checkpoint:
         self.config, self.directory = config, directory
         self._files = locate(directory)
         self._header: dict[str, tuple[list[int], str]] = {}
+        self._noted: dict[str, bytes] = {}
         for path in sorted(set(self._files.values())):
             for name, entry in read_header(path).items():
                 if name not in self._files or self._files[name] != path:
                     raise CheckpointError(f"{path}: tensor {name!r} is in it, but {INDEX_FILE} does not say so")
                 self._header[name] = entry
+            self._noted |= read_digests(path)
         self._whole = check(directory, config, self._files, self._header)  # shapes, before quantization
         self._expected = expected
         if expected is not None and {n: (list(e.shape), e.dtype) for n, e in expected.items()} != self._header:
@@ -267,7 +269,7 @@ class Checkpoint:
     def _matrix(
         self, parts: Sequence[tuple[str, slice]], columns: slice, dtype: torch.dtype, device: torch.device
     ) -> Tensor | Quantized:
-        """Rows of several matrices, stacked, and a range of their columns; integers stay integers."""
+        """Rows of several matrices, stacked, and a range of their columns; integers stay integers, but in float64."""
         if not is_quantized(self.config, parts[0][0]):
             ((name, rows),) = parts
             return self._tensor(name, dtype, device, rows, columns)
@@ -284,6 +286,8 @@ class Checkpoint:
 
         zero = of_groups(ZERO) if bits == 4 else None
         before = start - groups.start * group
+        if dtype == torch.float64:  # for references
+            return dequantized(values, of_groups(SCALE), zero)[:, before : before + stop - start].to(device)
         packed = device.type == "cpu" and parts[0][0] not in (EMBEDDING, HEAD)
         return Quantized.make(values, of_groups(SCALE), zero, before=before, packed=packed).to(device)
 
@@ -324,8 +328,13 @@ class Checkpoint:
         """Compute or check the digests of these units of a tensor."""
         rows, units = self._rows(name)[0], self._units[name]
         for n in missing:
-            unit: Any = whole[n * rows : (n + 1) * rows].contiguous().view(torch.uint8).numpy()
-            units[n] = xxh3_128_digest(unit)
+            units[n] = _digest_of(whole[n * rows : (n + 1) * rows])
+            noted = self._noted.get(name)
+            if noted is not None and units[n] != noted[n * DIGEST : (n + 1) * DIGEST]:
+                raise CheckpointError(
+                    f"{self._files[name]}: tensor {name} is not as it was written; the file is damaged: make it again, "
+                    "or copy it again"
+                )
             if self._expected is not None and units[n] != self._expected[name].units[n * DIGEST : (n + 1) * DIGEST]:
                 raise self._another()
 
@@ -337,7 +346,7 @@ class Checkpoint:
     def _rows(self, name: str) -> tuple[int, int]:
         """For a tensor: rows per unit, and number of units."""
         shape, dtype = self._header[name]
-        rows = max(1, UNIT // (torch.Size(shape[1:]).numel() * DTYPES[dtype].itemsize))
+        rows = _rows_of_unit(torch.Size(shape), DTYPES[dtype])
         return rows, -(-shape[0] // rows)
 
     def _another(self) -> CheckpointError:
@@ -365,3 +374,17 @@ class Checkpoint:
 
     def _names(self, path: Path) -> list[str]:
         return [name for name, where in self._files.items() if where == path]
+
+
+def digests_of(tensor: Tensor) -> bytes:
+    """The digests of a stored tensor, as `Stored.units`."""
+    return b"".join(map(_digest_of, tensor.split(_rows_of_unit(tensor.shape, tensor.dtype))))
+
+
+def _digest_of(rows: Tensor) -> bytes:
+    unit: Any = rows.contiguous().view(torch.uint8).numpy()
+    return xxh3_128_digest(unit)
+
+
+def _rows_of_unit(shape: torch.Size, dtype: torch.dtype) -> int:
+    return max(1, UNIT // (shape[1:].numel() * dtype.itemsize))

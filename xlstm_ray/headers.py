@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from xlstm_ray.config import ModelConfig, parse_json, read_json
@@ -16,7 +17,12 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 DTYPES = {**FLOATS, "I8": torch.int8, "U8": torch.uint8}  # integers of 8 and of 4 bits
 
 
+# In a file's metadata: each tensor's digests as it was written, in JSON. Only files that this program wrote have them.
+DIGESTS = "xlstm-ray digests 1"
+
+
 Header = dict[str, tuple[list[int], str]]  # each tensor's shape and dtype
+_NOTED: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 
 
 def check(
@@ -111,3 +117,13 @@ def read_header(path: Path) -> Header:
         if is_lfs_pointer(path):
             raise CheckpointError(lfs_advice(path)) from None
         raise CheckpointError(f"{path}: is not a whole safetensors file: {one_line(err)}") from None
+
+
+def read_digests(path: Path) -> dict[str, bytes]:
+    """The digests that a file's writer noted, by tensor; none in files of others."""
+    with safe_open(path, framework="pt") as file:
+        noted = (file.metadata() or {}).get(DIGESTS, "{}")
+    try:
+        return {name: bytes.fromhex(digits) for name, digits in _NOTED.validate_json(noted).items()}
+    except ValueError as err:  # pydantic's too
+        raise CheckpointError(f"{path}: its digests cannot be read: {one_line(err)}") from None

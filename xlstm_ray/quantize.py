@@ -16,15 +16,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xlstm_ray import hub
-from xlstm_ray.checkpoint import Checkpoint
+from xlstm_ray.checkpoint import Checkpoint, digests_of
 from xlstm_ray.config import ModelConfig, Quantization, read_json
 from xlstm_ray.errors import ConfigError, OutputError, UsageError
 from xlstm_ray.files import TEMPORARY, require_writable, write_whole
-from xlstm_ray.headers import INDEX_FILE, read_header
+from xlstm_ray.headers import DIGESTS, INDEX_FILE, read_header
 from xlstm_ray.kernels.quantized import packed, quantize
 from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, SCALE, ZERO, is_quantized, stored_tensors
 
-PART = 1 << 24  # elements of a matrix that are quantized at a time: 64 MiB of float32
+PART = 1 << 18  # elements of a matrix that are quantized at a time: their 1 MiB of float32 stays in a core's cache
 ORDER, LOCK = "quantize.json", ".lock"  # in the directory of parts: what was asked for, and who writes
 
 
@@ -55,7 +55,9 @@ def quantize_model(source: Path, out: Path, asked: Quantization) -> Iterator[tup
             yield len(done), len(parts)
             for name, tensors in parts:
                 if name not in done:
-                    write_whole(folder / name, save(dict(_quantized(checkpoint, config, tensors))))
+                    made = dict(_quantized(checkpoint, config, tensors))
+                    digests = json.dumps({name: digests_of(tensor).hex() for name, tensor in made.items()})
+                    write_whole(folder / name, save(made, {DIGESTS: digests}))
                     done.add(name)
                     yield len(done), len(parts)
             _finish(folder, source, raw, parts, sum(sizes.values()))
@@ -103,7 +105,7 @@ def _quantized(checkpoint: Checkpoint, config: ModelConfig, tensors: list[str]) 
     for name in tensors:
         weight = checkpoint.read(name)
         if not is_quantized(config, name):
-            yield name, weight.clone() if name in (EMBEDDING, HEAD) else weight.float()
+            yield name, weight if name in (EMBEDDING, HEAD) else weight.float()
             continue
         made: list[Any] = [quantize(rows, bits=bits, group=group) for rows in weight.split(_rows(weight))]
         values, scale, zero = ([part[n] for part in made] for n in range(3))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import torch
 from conftest import Ran
 from metal.simulator import Simulator
 from slstm import CASES, write_model
+from tiny import make_model
 from torch import Tensor
 
 from xlstm_ray import kernels
+from xlstm_ray.config import Quantization
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
+from xlstm_ray.kernels.quantized import Quantized, torch_has_this_layout
+from xlstm_ray.quantize import quantize_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -54,6 +59,29 @@ def test_a_hybrid_model_goes_through_every_backend_of_this_process(parity, tmp_p
     assert len(lines) == 2 * 2 * len(queued)
     assert all(line.endswith("  ok") for line in lines)
     assert sum("two bands" in line for line in lines) == 2 * len(queued)
+
+
+def test_every_product_of_integers_is_compared(parity, eager):
+    ran = parity("weights", "--device", "cpu", "--json")
+    assert ran.code == 0, ran
+    found = rows(ran)
+    own = [f"4 bits, {name}, torch's own" for name in ("few rows", "many rows")] if torch_has_this_layout() else []
+    names = {f"{bits} bits, {name}" for bits in (8, 4) for name in ("few rows", "many rows", "embedding")} | set(own)
+    assert sorted((row["name"], row["dtype"]) for row in found) == sorted(product(names, ("float32", "bfloat16")))
+    assert all(row["outputs"] <= row["tolerance"] and row["state"] is None and row["good"] for row in found)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_goes_through_every_backend_of_this_process(bits, parity, tmp_path, eager):
+    make_model(tmp_path / "plain", hidden_size=64, num_hidden_layers=2, ffn_proj_factor=2.0)
+    asked = Quantization(bits=bits, group_size=32, embedding=bits == 4, head=bits == 4)
+    list(quantize_model(tmp_path / "plain", tmp_path / "q", asked))
+    ran = parity("model", "--model", tmp_path / "q", "--device", "cpu", "--json")
+    assert ran.code == 0, ran
+    backends = [backend for backend in kernels.CHUNKWISE_BACKENDS.values() if backend.runs_on("cpu")]
+    queued = [backend.name for backend in backends if backend.executor == "queued"]
+    assert len(rows(ran)) == 2 * 2 * len(queued)  # dtypes, bands
+    assert all(0 < row["outputs"] <= row["tolerance"] and 0 < row["state"] <= row["tolerance"] for row in rows(ran))
 
 
 def test_the_script_compiles_and_compares_in_a_process_of_its_own():
@@ -139,13 +167,28 @@ def test_a_wrong_step_and_a_wrong_backend_are_found_among_the_others(parity, mon
     assert bad == {("step metal", "float32"), ("queued_compiled_steps", "float32")}
 
 
+def test_a_wrong_product_of_integers_is_found_and_named(parity, monkeypatch, eager):
+    halves = Quantized._halves
+
+    def off(self: Quantized) -> Any:
+        return [(q + 1e-3, scale, zero) for q, scale, zero in halves(self)]
+
+    monkeypatch.setattr(Quantized, "_halves", off)
+    ran = parity("weights", "--device", "cpu", "--json")
+    assert ran.code == 1
+    bad = {(row["name"], row["dtype"]) for row in rows(ran) if not row["good"]}
+    assert bad >= {(f"4 bits, {name}", "float32") for name in ("few rows", "many rows")}
+    assert not [name for name, _ in bad if "embedding" in name]
+
+
 # -- input -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tensor"], "part 'tensor' is not known; there are: mlstm, slstm, model"),
+        (["tensor"], "part 'tensor' is not known; there are: mlstm, slstm, weights, model"),
         (["slstm", "--device", "tpu"], "--device is 'tpu'"),
         (["slstm", "--device", "cuda"], "--device is 'cuda', but this machine has none"),
+        (["weights", "--model", "somewhere"], "--model is for parity's part 'model'"),
         (["slstm", "--model", "somewhere"], "--model is for parity's part 'model'"),
         (["model", "--model", "nowhere", "--device", "cpu"], "nowhere"),
     ],

@@ -10,8 +10,9 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
-from xlstm_ray.config import ModelConfig
+from xlstm_ray.config import ModelConfig, Quantization
 from xlstm_ray.kernels.metal import Fit
+from xlstm_ray.quantize import quantize_model
 from xlstm_ray.runtime.canaries import require_sound
 
 from .operators import operators_with_mps_kernels
@@ -128,6 +129,25 @@ def test_doctor_shows_the_kernels(simulator: Simulator, tiny: Path, run: Callabl
 
     refused = run("doctor", "--kernels", "--device", "cpu").error
     assert "--kernels shows Metal kernels, and the device is cpu; it needs --device mps" in refused
+
+
+def test_doctor_shows_the_kernels_of_integers(
+    simulator: Simulator, tiny: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """A token reads the weights, and little else."""
+    read = {}
+    for bits in (16, 8, 4):
+        model = tiny
+        if bits < 16:
+            model = tmp_path / str(bits)
+            list(quantize_model(tiny, model, Quantization(bits=bits, group_size=64)))
+        words = "doctor", "--kernels", "--model", model, "--tile-size", 16, "--dtype", "bfloat16", "--json"
+        token = run(*words).row["kernels"]["windows"][-1]
+        assert token["tokens"] == 1
+        assert 0 < token["most_buffers"] <= 31
+        read[bits] = token["bytes_per_token"]
+    assert read[8] < 0.6 * read[16]
+    assert read[4] < 0.75 * read[8]  # scales and zeros are a larger share
 
 
 def test_every_operator_used_has_an_mps_kernel(mps: torch.device) -> None:

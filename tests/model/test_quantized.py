@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import xLSTMForCausalLM
 
 import xlstm_ray
+import xlstm_ray.quantize
 from xlstm_ray.actors.shard import ShardWork, WorkerSpec
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig, Quantization
 from xlstm_ray.errors import OutputError, UsageError, XlstmRayError
+from xlstm_ray.files import write_whole
 from xlstm_ray.kernels.quantized import FEW, Quantized, packed, quantize, unpacked
 from xlstm_ray.layout import make_layout
 from xlstm_ray.quantize import quantize_model
@@ -330,6 +332,28 @@ def test_a_broken_run_goes_on_and_nothing_half_written_is_there(tmp_path):
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_it_goes_on(number, code, run, tmp_path, monkeypatch):
+    """The signal comes while the third part is written."""
+    make_model(tmp_path / "plain", num_hidden_layers=3, hidden_size=64)
+    calls = iter(range(100))
+
+    def write(path: Path, data: bytes) -> None:
+        if path.suffix == ".safetensors" and next(calls) == 2:
+            os.kill(os.getpid(), number)
+        write_whole(path, data)
+
+    monkeypatch.setattr(xlstm_ray.quantize, "write_whole", write)
+    words = "quantize", tmp_path / "plain", tmp_path / "out", "--bits", 8
+    ran = run(*words)
+    assert (ran.code, ran.out, ran.err.splitlines()[-1]) == (code, "", "interrupted; run it again for the rest")
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / ".out.parts").glob("*.safetensors"))) == 2
+    assert run(*words).code == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
+    assert not (tmp_path / ".out.parts").exists()
+
+
 def test_what_cannot_be_quantized_is_said_in_one_line(tmp_path):
     make_model(tmp_path / "plain", num_hidden_layers=1, num_heads=1, hidden_size=64)
     once = quantized(tmp_path / "plain", tmp_path / "once", bits=8, group_size=32)
@@ -376,6 +400,28 @@ def quantization(**change: Any) -> Callable[[Path], None]:
     return damage
 
 
+def flipped(name: str, last: bool = False) -> Callable[[Path], None]:
+    """A bit of a tensor's first or last byte."""
+
+    def damage(model: Path) -> None:
+        path = next(p for p in model.glob("*.safetensors") if name in load_file(p))
+        data = bytearray(path.read_bytes())
+        begin = 8 + int.from_bytes(data[:8], "little")
+        first, end = json.loads(data[8:begin])[name]["data_offsets"]
+        data[begin + (end - 1 if last else first)] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def in_the_digests(model: Path) -> None:
+    path = next(model.glob("model-00002-*"))
+    data = path.read_bytes()
+    at = data.index(Q.encode(), data.index(b"digests")) + len(Q) + 10
+    path.write_bytes(data[:at] + (b"x" if data[at : at + 1] != b"x" else b"y") + data[at + 1 :])
+
+
+WRITTEN = "is not as it was written; the file is damaged"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no scale": (tensors(lambda t: t.pop(Q + "_scale")), "proj_down.weight_scale"),
     "no zero": (tensors(lambda t: t.pop(Q + "_zero")), "proj_down.weight_zero"),
@@ -396,6 +442,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "rows missing": (tensors(lambda t: t.update({Q: t[Q][1:].contiguous()})), "has shape"),
     "cut": (lambda model: os.truncate(next(model.glob("model-00002-*")), 5000), "is not a whole safetensors file"),
+    "a bit of an integer": (flipped(Q), f"{Q} {WRITTEN}"),
+    "the last bit of the integers": (flipped(Q, last=True), f"{Q} {WRITTEN}"),
+    "a bit of a scale": (flipped(Q + "_scale"), f"{Q}_scale {WRITTEN}"),
+    "a bit of a zero": (flipped(Q + "_zero"), f"{Q}_zero {WRITTEN}"),
+    "a bit of a norm": (flipped("backbone.blocks.0.norm_ffn.weight"), f"norm_ffn.weight {WRITTEN}"),
+    "a bit of the embedding": (flipped("backbone.embeddings.weight"), f"embeddings.weight {WRITTEN}"),
+    "a digest": (in_the_digests, "its digests cannot be read"),
     "other bits": (quantization(bits=8), "is not part of the model"),
     "bits that are none": (quantization(bits=3), "quantization.bits"),
     "another group": (quantization(group_size=64), "has shape"),
@@ -421,4 +474,5 @@ def test_damaged_files_are_refused_in_one_line(name, whole, tmp_path):
     with pytest.raises(XlstmRayError) as refused:
         xlstm_ray.load(model, device="cpu", chunkwise_backend="native").close()
     assert said in str(refused.value)
+    assert str(model) in str(refused.value)
     assert "\n" not in str(refused.value)

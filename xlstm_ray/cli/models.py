@@ -14,7 +14,7 @@ from xlstm_ray.cli.keep import program
 from xlstm_ray.cli.options import RUN, JsonOption, ProgressOption, bare, examples
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
-from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
+from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
 from xlstm_ray.config import ModelConfig, Quantization
 from xlstm_ray.errors import ConfigError
 from xlstm_ray.files import shown_bytes
@@ -100,9 +100,12 @@ def quantize(
         asked = Quantization.model_validate(
             {"bits": int(bits), "group_size": int(group_size), "embedding": embedding, "head": head}
         )
-        with stop_on_signals(rescued=lambda: "; run it again for the rest"):
-            for done, total in quantize_model(directory, out, asked):
-                report.parts(done, total)
+        with stop_on_signals() as stop:
+            try:
+                for done, total in quantize_model(directory, out, asked):
+                    report.parts(done, total)
+            except KeyboardInterrupt:
+                raise stopped_by("interrupted; run it again for the rest", stop) from None
     show(str(out))
 
 

@@ -83,21 +83,24 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
 @commands.command(rich_help_panel=MACHINE, epilog=examples("xlstm-ray parity mlstm --device cpu"))
 @takes("model device")
 def parity(
-    part: Annotated[str | None, typer.Argument(help=bare("mlstm, slstm or model. [default: all three]"))] = None,
+    part: Annotated[
+        str | None, typer.Argument(help=bare("mlstm, slstm, weights (8 and 4 bits) or model. [default: all]"))
+    ] = None,
     json_output: JsonOption = False,
     *,
     asked: dict[str, Any],
 ) -> None:
     """Compare every kernel and backend with the reference; exit code 1 if one is over its tolerance."""
     settings = Settings.make(**asked)
-    if part in ("mlstm", "slstm") and asked["model"]:
+    only_kernels = part in ("mlstm", "slstm", "weights")
+    if only_kernels and asked["model"]:
         raise UsageError(f"--model is for parity's part 'model', and {part!r} compares only kernels; leave it out")
     from xlstm_ray.choose import DEMO_MODEL, choose_device, choose_model
     from xlstm_ray.measure.parity import HEADER, compare
 
     rows: list[Any] = []
     fetch_weights(settings)
-    directory = DEMO_MODEL if part in ("mlstm", "slstm") else choose_model(settings)
+    directory = DEMO_MODEL if only_kernels else choose_model(settings)
     for row in compare(part, choose_device(settings), directory):
         if not rows and not json_output:
             show(HEADER)

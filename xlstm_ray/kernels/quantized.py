@@ -262,6 +262,17 @@ def unpacked(stored: Tensor, *, bits: int, group: int) -> Tensor:
     return F.pad(values, (0, -values.shape[1] % group))
 
 
+def dequantized(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The numbers that integers stand for, float64: the reference of all products.
+
+    values (N, K), K whole groups; scale and, 4 bits, zero (N, G).
+    """
+    by_group = values.double().unflatten(1, (scale.shape[1], -1))
+    scale = scale.double().unsqueeze(-1)
+    made = by_group * scale if zero is None else (by_group - MIDDLE) * scale + zero.double().unsqueeze(-1)
+    return made.flatten(1)
+
+
 def _wide(x: Tensor) -> Tensor:
     """x in float32; float64 stays, for references."""
     return x if x.dtype == torch.float64 else x.float()

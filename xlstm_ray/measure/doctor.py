@@ -16,6 +16,7 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.metal import MAX_BUFFERS, Generated, Probe
+from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.layout import make_layout
 from xlstm_ray.model import BandShape, BlockWeights, EndWeights, SlstmWeights, Weights
 from xlstm_ray.plan import RunPlan
@@ -161,8 +162,18 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
     s, D = BandShape.of(config, heads), config.hidden_size
     rows, v = 2 * heads * (s.dhqk + s.dhhv), heads * s.dhhv
 
+    bits, group = (q.bits, q.group_size) if (q := config.quantization) else (0, 1)
+
     def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="mps")
+        return torch.empty(shape, dtype=torch.float32 if bits else dtype, device="mps")
+
+    def matrix(rows: int, columns: int) -> torch.Tensor | Quantized:
+        if not bits:
+            return empty(rows, columns)
+        values = torch.empty(rows, -(-columns // group) * group, dtype=torch.int8 if bits == 8 else torch.uint8)
+        scale = torch.empty(rows, values.shape[1] // group, dtype=dtype)
+        made = Quantized.make(values, scale, scale if bits == 4 else None, before=0, packed=False)
+        return made.to(torch.device("mps"))
 
     def bias(size: int) -> torch.Tensor | None:
         return empty(size) if config.use_bias else None
@@ -170,19 +181,19 @@ def _empty_weights(config: ModelConfig, heads: int, ffn: int, dtype: torch.dtype
     return BlockWeights(
         mixer_norm=empty(D),
         mixer_norm_bias=bias(D),
-        qkvo=empty(rows, D),
+        qkvo=matrix(rows, D),
         qkvo_bias=bias(rows),
         gates=empty(2 * heads, D).float(),
         gates_bias=empty(2 * heads).float(),
         head_norm=empty(v),
         head_norm_bias=bias(v),
-        out=empty(D, v),
+        out=matrix(D, v),
         out_bias=bias(D),
         ffn_norm=empty(D),
         ffn_norm_bias=bias(D),
-        up=empty(2 * ffn, D),
+        up=matrix(2 * ffn, D),
         up_bias=bias(2 * ffn),
-        down=empty(D, ffn),
+        down=matrix(D, ffn),
         down_bias=bias(D),
     )
 

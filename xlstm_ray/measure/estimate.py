@@ -80,8 +80,13 @@ def read_model(paper: OnPaper) -> Model:
             shapes[HEAD] = (config.vocab_size, config.hidden_size)
         shapes = stored_tensors(config, shapes)
     size = {name: bytes_of(config, name, shape, dtype) for name, shape in shapes.items()}
-    blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
-    first, last = size[EMBEDDING], size.get(OUT_NORM, 0) + size.get(HEAD, 0)
+
+    def of(*beginnings: str) -> int:
+        """With scales and zeros, whose names begin with their tensor's."""
+        return sum(size[name] for name in size if name.startswith(beginnings))
+
+    blocks = [of(f"backbone.blocks.{b}.") for b in range(config.num_blocks)]
+    first, last = of(EMBEDDING), of(OUT_NORM, HEAD)
     largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * paper.stored.itemsize
     return Model(paper.model, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
 

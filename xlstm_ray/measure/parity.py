@@ -32,6 +32,7 @@ from xlstm_ray.kernels import (
 from xlstm_ray.kernels.compiled import compile_each, compile_strict
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
 from xlstm_ray.kernels.native import PAD_F, PAD_I, mlstm_sequence, slstm_sequence
+from xlstm_ray.kernels.quantized import FEW, Quantized, dequantized, quantize
 from xlstm_ray.layout import make_layout
 from xlstm_ray.model import Weights
 from xlstm_ray.runtime.blocks import Kernels
@@ -41,6 +42,7 @@ B, T, WINDOWS, CHUNK = 2, 48, 6, 16  # rows; tokens of a window, number of windo
 K, V, DH = 16, 32, 16
 T_INNER = 4  # few enough steps for Metal's limit of buffers at any shape
 PADDED = 5  # the last tokens of the second row are padding
+ROWS, COLUMNS, GROUP = 130, 192, 32  # of a weight: its last block of 64 rows is not whole
 PROMPT, NEW = 96, 4  # tokens given to a model, tokens then decoded
 
 # Each step multiplies the state by a number that float32 rounds by up to 3e-8: 1e-5 after 288 tokens. A bfloat16
@@ -52,18 +54,18 @@ MODEL_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float8": 3e-1}
 class Row(NamedTuple):
     """A line of the table. Errors as described above; None if the kernel did not run, with `reason`."""
 
-    part: str  # mlstm, slstm or model
+    part: str  # mlstm, slstm, weights or model
     name: str
     dtype: str
     outputs: float | None
-    state: float | None
+    state: float | None  # also None for what has no state
     tolerance: float
     reason: str | None = None
 
     @property
     def good(self) -> bool:
-        figures = (self.outputs, self.state)
-        return all(x is not None and x <= self.tolerance for x in figures)  # also false of NaN
+        figures = [x for x in (self.outputs, self.state) if x is not None]
+        return self.reason is None and all(x <= self.tolerance for x in figures)  # also false of NaN
 
     @property
     def line(self) -> str:
@@ -74,7 +76,7 @@ class Row(NamedTuple):
 
 
 HEADER = f"{'part':<6} {'kernel or backend':<33} {'dtype':<9} {'outputs':>8} {'state':>8} {'tolerance':>10}"
-Errors = tuple[float, float]  # outputs, state
+Errors = tuple[float, float | None]  # outputs, state
 
 
 def compare(part: str | None, device: torch.device, model: Path) -> Iterator[Row]:
@@ -226,6 +228,39 @@ def slstm_rows(device: torch.device, _model: Path) -> Iterator[Row]:
         yield _row("slstm", name, "float32", TOLERANCE, partial(errors, name))
 
 
+# -- weights of integers -----------------------------------------------------------------------------------------------
+def weights_rows(device: torch.device, _model: Path) -> Iterator[Row]:
+    """The products of 8- and 4-bit weights in each of their forms, and an embedding's rows."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS, generator=g) * torch.rand(ROWS, 1, generator=g)
+    counts = {"few rows": FEW.compiled // 2, "many rows": FEW.packed + 1}
+    x = {name: torch.randn(count, COLUMNS, generator=g) for name, count in counts.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        for bits in (8, 4):
+            values, scale, zero = quantize(weight, bits=bits, group=GROUP)
+            want = dequantized(values, scale, zero)
+            of_groups = scale.to(dtype), None if zero is None else zero.to(dtype)
+            plain, own = (Quantized.make(values, *of_groups, before=0, packed=packed) for packed in (False, True))
+            forms = {"": plain.to(device)} | ({", torch's own": own} if own.packed and device.type == "cpu" else {})
+            kind = str(dtype).removeprefix("torch.")
+            for form, w in forms.items():
+                for name, given in x.items():
+                    errors = partial(_product_errors, w, given.to(dtype), want)
+                    yield _row("weights", f"{bits} bits, {name}{form}", kind, TOLERANCE, errors)
+            errors = partial(_embedding_errors, plain.to(device), want)
+            yield _row("weights", f"{bits} bits, embedding", kind, TOLERANCE, errors)
+
+
+def _product_errors(w: Quantized, x: Tensor, want: Tensor) -> Errors:
+    y = compile_strict(lambda x, w: w.linear(x), f"product_{len(x)}")(x.to(w.device), w)
+    return _worst(y.reshape(1, 1, -1), (x.double() @ want.T).view(1, 1, -1)), None
+
+
+def _embedding_errors(w: Quantized, want: Tensor) -> Errors:
+    tokens = torch.arange(ROWS).view(2, -1)
+    return _worst(w.embed(tokens.to(w.device)).reshape(1, 1, -1), want[tokens].view(1, 1, -1)), None
+
+
 # -- a whole model -----------------------------------------------------------------------------------------------------
 def model_rows(device: torch.device, directory: Path) -> Iterator[Row]:
     """A model through every backend of this process: prefill in tiles, then decoding.
@@ -313,5 +348,6 @@ def _state_error(tensors: dict[str, Tensor], reference: dict[str, Tensor], confi
 PARTS: dict[str, Callable[[torch.device, Path], Iterator[Row]]] = {
     "mlstm": mlstm_rows,
     "slstm": slstm_rows,
+    "weights": weights_rows,
     "model": model_rows,
 }
