@@ -224,6 +224,7 @@ def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_proc
 
     done = after_tiles(8, signal_it, tmp_path, *words)
     assert done.returncode == code, done.stderr
+    assert kept.exists(), done.stderr
     digest = resumed(model, RecurrentState.load(kept)).state.digest()
     assert digest == in_process[4]["digest"]
     if code == 0:
@@ -235,7 +236,54 @@ def test_what_is_kept_when_ray_itself_is_gone(name, number, code, model, in_proc
         assert "Traceback" not in error
         assert f"state in {kept}" in error
         assert f"--state-in {kept}" in error  # the command that goes on
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".kept"]
+    assert not list(tmp_path.glob(".*.kept"))
+    down(state_dir)
+
+
+# The state of a finished prefill is with the actors until it is saved.
+LOST_LATE = """
+    import json, os, socket, sys
+    from pathlib import Path
+    import xlstm_ray
+    from xlstm_ray.cli import keeper
+    from xlstm_ray.cli.keep import keeping, save_state, snapshot_kept
+    from xlstm_ray.errors import GridLost
+    from xlstm_ray.settings import Settings
+    from xlstm_ray.supervisor.records import all_heads, session_of
+    model, prompt, state_dir, kept = *sys.argv[1:4], Path(sys.argv[4])
+    parent, ours = socket.socketpair()
+    keeper.current = keeper.Run(ours)
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", stages=2, device="cpu", threads=1, tile_size=16,
+        chunk_size=16, journal_every=3)
+    try:
+        with snapshot_kept():
+            result = lm.prefill(prompt, on_snapshot=keeping(lm, kept))
+            (head,) = all_heads(Path(state_dir))
+            for process in session_of(head):
+                if process.name() == "gcs_server":
+                    process.kill()
+                    process.wait(30)
+            for seat in lm.executor.placement.seats:
+                seat.process.kill()
+                seat.process.wait(30)
+            save_state(lm, result.state, kept, Settings(), needed=False)
+    except GridLost as lost:
+        print(json.dumps([result.complete, str(lost)]), flush=True)
+    keeper.current.ended(4)
+    os._exit(0)  # Ray's own end takes half a minute without a head
+"""
+
+
+def test_a_grid_that_is_lost_after_the_last_tile_leaves_the_last_snapshot(model, in_process, tmp_path):
+    state_dir, kept = tmp_path / ".local" / "state" / "xlstm-ray", tmp_path / "kept.state"
+    ((complete, error),) = script(tmp_path, LOST_LATE, model, PROMPT, state_dir, kept)
+    assert complete
+    assert f"; state in {kept}\nto go on: " in error
+    assert f"--state-in {kept}" in error
+    state = RecurrentState.load(kept)
+    assert sum(state.tokens) == len(PROMPT) - len(PROMPT) % (3 * TILE)  # the last snapshot
+    assert resumed(model, state).state.digest() == in_process[4]["digest"]
+    assert not list(tmp_path.glob(".*.kept"))
     down(state_dir)
 
 

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import xLSTMForCausalLM
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.engine.windows import GROUP_SIZES, plan_groups, plan_windows
+from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import StateRef, Step
 
 TILE, CHUNK = 128, 16
@@ -136,6 +139,36 @@ def test_a_stopped_batch_has_rows_that_have_not_begun_and_goes_on_to_the_same_bi
     resumed = lm.prefill(rows, state=RecurrentState.load(tmp_path / "state"), on_ready=lambda b, _: ready.append(b))
     assert resumed.state.digest() == whole.state.digest()
     assert sorted(ready) == list(range(len(rows)))
+
+
+def test_snapshots_come_as_often_as_asked_and_a_grid_lost_at_one_leaves_the_one_before(oracle, lm, tmp_path):
+    """A row is a group here, of one window. Neither a group nor a run ends with a snapshot of its own."""
+    rows, seen = [prompt(TILE, seed) for seed in range(5)], []
+
+    def kept(name: str, rows: Any, failing: int = 0) -> xlstm_ray.PrefillResult:
+        """failing: the copy to the host, from 1 on, at which the grid is lost."""
+        seen.clear()
+        own = {"journal": tmp_path / name, "journal_every": 2, "tile_size": TILE, "chunk_size": CHUNK}
+        with xlstm_ray.load(oracle[0], device="cpu", chunkwise_backend="native", **own) as engine:
+            plain, copies = engine.executor.save, count(1)
+
+            def save(state: StateRef) -> dict[str, torch.Tensor]:
+                if next(copies) == failing:
+                    raise GridLost("gone")
+                return plain(state)
+
+            engine.executor.save = save
+            return engine.prefill(rows, on_snapshot=lambda state: seen.append(state.tokens))
+
+    kept("one", prompt(5 * TILE))
+    assert seen == [[2 * TILE], [4 * TILE]]
+    whole = kept("many", rows)
+    assert seen == [[TILE] * done + [0] * (5 - done) for done in (2, 4)]
+    part = kept("lost", rows, failing=6)  # the first snapshot takes four: of two rows, for the look and for the file
+    assert (str(part.ended_by), part.state.tokens, part.complete) == ("gone", seen[0], False)
+    part.state.save(tmp_path / "state")
+    resumed = lm.prefill(rows, state=RecurrentState.load(tmp_path / "state"))
+    assert resumed.state.digest() == whole.state.digest()
 
 
 def test_questions_to_one_book_go_together_and_resume_to_the_same_bits(lm, tmp_path):

@@ -43,6 +43,15 @@ def save_state(
 
     Without a requested file, or if it cannot be written, a needed state goes to the cache directory.
     """
+    saved = _saved(engine, state, state_out, settings, needed=needed)
+    if keeper.current is not None and (saved.start or not needed):
+        keeper.current.settle()
+    return saved
+
+
+def _saved(
+    engine: "Engine", state: "RecurrentState", state_out: Path | None, settings: Settings, *, needed: bool
+) -> Saved:
     failure: str | None = None
     start: tuple[str, ...] = ()
     if state_out is not None:
@@ -122,6 +131,24 @@ def keeping(engine: "Engine", state_out: Path | None) -> "Callable[[RecurrentSta
 
 
 @contextmanager
+def snapshot_kept() -> Iterator[None]:
+    """If the run ends before its state is saved, its last snapshot gets the state's place.
+
+    A state is with the grid until it is saved: a grid that is lost after the last tile takes it along.
+    """
+    try:
+        yield
+    except BaseException as error:
+        text = keeper.current.put_in_place() if keeper.current is not None else None
+        if text is None:
+            raise
+        if isinstance(error, GridLost):
+            raise type(error)(f"{error}; {text}") from None
+        tell(f"note: {text}")
+        raise
+
+
+@contextmanager
 def prompts_state_kept(
     engine: "Engine", result: "PrefillResult", state_out: Path | None, settings: Settings
 ) -> Iterator[None]:
@@ -135,6 +162,8 @@ def prompts_state_kept(
         if state_out is not None:
             saved = save_state(engine, result.state, state_out, settings, needed=True)
             way_on = f"; {saved.said}{saved.go_on()}"
+        if keeper.current is not None:
+            keeper.current.settle()
         raise GridLost(f"{lost}; the state is the prompt's, without an answer{way_on}") from None
 
 

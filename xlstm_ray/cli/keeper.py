@@ -81,15 +81,23 @@ def _watch(child: "subprocess.Popen[bytes]", ours: socket.socket) -> int:
     code = child.wait()
     text = kept.get("text", "nothing was kept yet")
     if kept.get("held"):
-        try:
-            os.replace(kept["held"], kept["place"])
-        except OSError as error:
-            text = f"{text}\n{kept['place']}: cannot be written ({error.strerror}); the state is in {kept['held']}"
+        text = _moved(Path(kept["held"]), Path(kept["place"]), text)
     lost = GridLost(f"{RAY_GONE}; {text}")
     if code == -signal.SIGKILL:
         lost = GridLost(f"this run's process was killed (SIGKILL); {text}")
         lost.exit_code = 128 + signal.SIGKILL
     raise lost
+
+
+def _moved(held: Path, place: Path, text: str) -> str:
+    """Move a snapshot to its place; returns the text, and where the snapshot is if it cannot be moved."""
+    try:
+        os.replace(held, place)
+    except FileNotFoundError:  # the run moved it just before it was killed
+        return text
+    except OSError as error:
+        return f"{text}\n{place}: cannot be written ({error.strerror}); the state is in {held}"
+    return text
 
 
 class Run:
@@ -99,6 +107,7 @@ class Run:
         self._parent = parent
         self._signals: deque[int] = deque()
         self._held: Path | None = None
+        self._last: tuple[str, Path | None] | None = None  # of the last snapshot: its text, and its place if it is held
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})  # the parent sends each once
         signal.signal(signal.SIGUSR1, self._handle)
         threading.Thread(target=self._listen, name="keeper", daemon=True).start()
@@ -110,7 +119,22 @@ class Run:
 
     def kept(self, text: str, place: Path | None) -> None:
         """Report a snapshot, in the file that `hold` gave for `place` if one is given; the text is for people."""
+        self._last = text, place
         self._say({"text": text, "held": str(self._held) if place else None, "place": str(place)})
+
+    def settle(self) -> None:
+        """Note that the run's state is where it belongs, so that no snapshot is needed any more."""
+        self._last = None
+
+    def put_in_place(self) -> str | None:
+        """Move the last snapshot to its place, unless none is needed; returns its text."""
+        if self._last is None:
+            return None
+        (text, place), self._last = self._last, None
+        if place is None or self._held is None:
+            return text
+        held, self._held = self._held, None
+        return _moved(held, place, text)
 
     def ended(self, code: int) -> None:
         """Send the last message."""

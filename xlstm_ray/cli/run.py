@@ -15,6 +15,7 @@ from xlstm_ray.cli.keep import (
     require_some,
     rescued_state,
     save_state,
+    snapshot_kept,
 )
 from xlstm_ray.cli.options import (
     RUN,
@@ -95,7 +96,8 @@ def prefill(
     given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from)
     require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
     check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
-    with open_engine(settings, state_in, state_out, asked, progress, row_count(given)) as (start, engine, report):
+    opened = open_engine(settings, state_in, state_out, asked, progress, row_count(given))
+    with opened as (start, engine, report), snapshot_kept():
         a_line_each = a_line_each or ("state" in start and start["state"].batch > 1)
 
         def ready(b: int, of_row: "PrefillResult") -> None:
@@ -172,7 +174,8 @@ def generate(
         raise UsageError("--ordered has no effect on lines that end in one state: they are in order; leave it out")
     each = check_generation(sampling or {}, own, printed=json_output or jsonl)
     rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
-    with open_engine(settings, state_in, state_out, asked, progress, rows) as (start, engine, report):
+    opened = open_engine(settings, state_in, state_out, asked, progress, rows)
+    with opened as (start, engine, report), snapshot_kept():
         state = start.get("state")
         if served and (state is None or (state.batch == 1 and "append" in given)):
             require_no_shrinking(settings)

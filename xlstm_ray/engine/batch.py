@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from time import perf_counter
 
 import torch
@@ -94,13 +95,14 @@ def prefill_groups(
     whole = Whole(start)
     outcome = BatchOutcome(start, [0.0] * len(rows), [0.0] * len(rows))
     logits: dict[int, Tensor] = {}
-    unsaved, started = 0, perf_counter()
+    unsaved, kept, started = 0, start, perf_counter()  # kept: the last snapshot
 
     def snapshot(group: Group, part: Snapshot) -> None:
-        nonlocal unsaved
+        nonlocal unsaved, kept
         whole.put(group.rows, part)
         if hooks.on_snapshot is not None:
-            hooks.on_snapshot(whole.hand_out())
+            kept = whole.hand_out()
+            hooks.on_snapshot(kept)
         unsaved = 0
 
     def report(p: Progress) -> None:
@@ -113,7 +115,8 @@ def prefill_groups(
         assert hooks.on_window is not None
         hooks.on_window(lambda: whole.put(group.rows, part))
 
-    for group in sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows)):
+    order = sorted(groups, key=lambda g: any(begin[b] < end[b] for b in g.rows))
+    for group in order:
         new = any(begin[b] < end[b] for b in group.rows)
         if new or len(groups) == 1:
             whole_begin = list(whole.now.consumed)
@@ -143,17 +146,24 @@ def prefill_groups(
             outcome.tile_seconds += run.tile_seconds
             outcome.tile_tokens += run.tile_tokens
             outcome.tile_whole += run.tile_whole
-            unsaved += len(run.tile_seconds)
+            every, tiles = hooks.keep_every, len(run.tile_seconds)
+            unsaved = unsaved + tiles if every is None or tiles < every else tiles % every
+            done = run.lost is None and all(outcome.end.consumed[b] == end[b] for b in group.rows)
+            if done and group is not order[-1] and hooks.on_snapshot is not None and unsaved >= (every or inf):
+                try:
+                    for row in filter(None, whole.now.rows):
+                        row.held.bring()
+                    snapshot(group, run.end)
+                except GridLost as lost:  # with it the state of this group, unless it was brought
+                    outcome.end, outcome.lost = kept, lost
+                    break
             logits |= dict(zip(group.rows, run.all_logits, strict=False))
             outcome.scores |= dict(zip(group.rows, run.scores, strict=False))
             outcome.seconds = perf_counter() - started
             for b in group.rows:
                 outcome.ready_s[b], outcome.group_s[b] = outcome.seconds, run.seconds
-            if run.lost or any(outcome.end.consumed[b] < end[b] for b in group.rows):
+            if not done:
                 break
-            if hooks.on_snapshot is not None and hooks.keep_every is not None and unsaved >= hooks.keep_every:
-                hooks.on_snapshot(whole.hand_out())
-                unsaved = 0
         if hooks.on_group is not None:
             hooks.on_group(group, replace(outcome, end=whole.now))
     if each.logits:
