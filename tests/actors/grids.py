@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from slstm import CASES, write_model
@@ -67,7 +68,10 @@ def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def after_tiles(
     tiles: int, act: Callable[[subprocess.Popen[str]], object], home: Path, *words: object, **variables: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program, and call `act` with its process after this many tiles. stderr comes without the progress."""
+    """Run the program, and call `act` with its process after this many tiles. stderr comes without the progress.
+
+    The run stands still during `act`: it may be at its end before the act is.
+    """
     run = subprocess.Popen(
         program(*words, "--progress", "ndjson"),
         env=environment(home) | {name: str(value) for name, value in variables.items()},
@@ -82,7 +86,10 @@ def after_tiles(
         if not line.startswith("{"):
             said.append(line)
         elif not acted and json.loads(line).get("tiles_done", 0) >= tiles:
+            (work,) = psutil.Process(run.pid).children()
+            work.suspend()
             act(run)
+            work.resume()
             acted = True
     out = run.stdout.read()
     code = run.wait(120)
