@@ -9,7 +9,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _wide(x: TensorHandle) -> np.ndarray:
-    """The interpreter has bfloat16 as 16 bits without a meaning."""
+    """The interpreter stores bfloat16 as plain 16-bit integers."""
     if x.dtype.scalar == tl.bfloat16:
         return (x.data.astype(np.uint32) << 16).view(np.float32)
     return x.data

@@ -238,7 +238,7 @@ def test_what_padding_holds_changes_no_bit(kernel, padded):
     tokens = [t for t in range(20) if t not in range(20)[padded]]
     assert torch.equal(h[:, :, tokens], other_h[:, :, tokens])
     assert all(torch.equal(a, b) for a, b in zip(state, other_state, strict=True))
-    # And what is left is the run of the tokens alone.
+    # The rest equals a run of the tokens without padding.
     q, k, v, i, f, before = inputs
     alone = at_once(*(x[:, :, tokens] for x in (q, k, v)), i=i[:, :, tokens], f=f[:, :, tokens], state=before)
     assert_close((h[:, :, tokens], state), alone, 1e-5)
@@ -308,11 +308,11 @@ def test_20_000_tokens_with_gates_near_the_caps_equal_float64(kernel):
         now = [x[:, :, start : start + tile].contiguous() for x in (q, k, v, i, f)]
         h, state = run(cell, (*now, state))
         outputs.append(h)
-    # The steps' m stays where logf + m rounds to m; it is only the scale of C and n, and they follow it.
+    # The steps' m stops once logf + m rounds to m. m is only the scale of C and n, so these stay right.
     assert_close((torch.cat(outputs, 2)[:, :, rows], state), reference, 1e-4, m_tolerance=1e-3)
 
 
-# Windows of one chunk: what a long prompt's state goes through where tiles are that short.
+# Windows of one chunk, as for a long prompt with the shortest tiles.
 MANY, AT_THE_CAP = 40_000, {
     "steps": (8, lambda: sequence_kernel("native_sequence__metal", t_inner=8)),
     "closed form": (16, lambda: compile_strict(positional(EAGER["closed form"](16, 16)), "window")),
@@ -341,7 +341,7 @@ def test_decayed_is_accurate_for_every_exponent(compile_it):
     out = (compile_strict(decayed, "decayed") if compile_it else decayed)(old, exponents, new).double()
     want = torch.exp(exponents.double()) * old + new
     assert ((out - want).abs() <= 1.2e-7 * (torch.exp(exponents.double()) * old.abs() + new)).all()
-    assert torch.equal(out[:, -1], (old + new)[:, 0].double())  # 0 takes nothing away, to the bit
+    assert torch.equal(out[:, -1], (old + new)[:, 0].double())  # an exponent of 0 changes no bit
     wide = [x.double() for x in (old, exponents, new)]
     assert torch.allclose(decayed(*wide), want, rtol=1e-15, atol=0)
 
@@ -355,13 +355,13 @@ def test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates(compile_it):
     known = reference.abs() > 1e-30
     assert ((out - reference).abs()[known] / reference.abs()[known]).max() < 1e-6
     assert out[f == PAD_F] == 0
-    assert out.max() == 0  # never above 0: nothing grows by being kept
+    assert out.max() == 0  # never above 0: no gate makes a state grow
 
 
 # -- buffers nobody wrote ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kernel", ["sequence metal", "closed form", "closed form compiled"])
 def test_no_kernel_reads_memory_that_nobody_wrote(kernel, poisoned):
-    # Sizes of their own: a module that was loaded before would not see the poison.
+    # Sizes that no other test uses: a module that is loaded already would not see the poison.
     q, k, v, i, f, state = inputs = make_run(1, 2, 21, 3, 9)
     cell = EAGER["closed form"](21, 7)
     if kernel == "sequence metal":
@@ -406,7 +406,7 @@ def test_compiled_kernels_of_many_threads_are_all_seen_to_run():
     for kernel in kernels:
         kernel(torch.ones(2))
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    sys.setswitchinterval(1e-6)  # switch threads as often as possible
     try:
         with ThreadPoolExecutor(3) as pool:
             threads = [pool.submit(lambda k: [k(torch.ones(2)) for _ in range(20_000)], kernel) for kernel in kernels]

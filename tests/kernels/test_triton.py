@@ -173,7 +173,7 @@ def test_gates_at_their_caps_do_not_drift_over_many_tiles_and_steps():
     """The first head's forget gate is at its cap: what it forgets over 2,000 tokens is 6e-4 of its state."""
     x, state, _, _ = inputs(1, L)
     x = torch.zeros_like(x)
-    x[..., 0] = 1e-3  # nothing to read: only the decay changes the state
+    x[..., 0] = 1e-3  # no input: only the decay changes the state
     start, end = torch.zeros(1, dtype=torch.long, device=DEVICE), torch.full((1,), L, device=DEVICE)
     ref_state: tuple[Tensor, ...] = tuple(double(state))
     tiles, steps = (30, 60) if DEVICE.type == "cuda" else (2, 3)
@@ -184,7 +184,7 @@ def test_gates_at_their_caps_do_not_drift_over_many_tiles_and_steps():
         _, ref_state = reference(x[:, :1], ref_state, start, start + 1)
         _, state = StepBlock(S).block(x[:, :1].clone(), folded(False), state, start, start + 1)
     (C, n, m), (C_ref, n_ref, m_ref) = double(state), ref_state
-    head = slice(0, 1)  # which keeps its beginning; the other one is made of bfloat16 products by now
+    head = slice(0, 1)  # it keeps its beginning; the other head holds only bfloat16 products by now
     scale = torch.exp(m - m_ref)
     assert error((C * scale.unsqueeze(-1))[:, head], C_ref[:, head]) <= 2e-5
     assert error((n * scale)[:, head], n_ref[:, head]) <= 2e-5

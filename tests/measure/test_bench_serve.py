@@ -34,9 +34,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Other:
-    """A service by the standard library alone. It says the words 0, 1, 2; a token is a word, and it never forgets one.
+    """A service made of the standard library alone. It answers 0, 1, 2; a token is a word; its cache is endless.
 
-    chats_only: it has no completions. counts: it tells of tokens.
+    chats_only: it lacks /v1/completions. counts: its answers have token counts.
     """
 
     def __init__(self, *, chats_only: bool = False, counts: bool = True):
@@ -128,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["workload"], row["what"]): row for row in rows}
 
 
-def test_a_service_that_is_none_of_ours_is_measured(run, tmp_path):
+def test_a_service_of_others_is_measured(run, tmp_path):
     other = Other()
     with running(other) as url:
         found = run("bench", "serve", "--url", url, *WORDS, "--json", "--png", tmp_path / "a.png", "--seed", 3).row

@@ -112,6 +112,6 @@ def _device_library() -> Path:
 
 
 def _forget_answers() -> None:
-    """torch remembers what it asked the device once."""
+    """torch remembers what it once asked the device."""
     for question in ("is_available", "is_macos_or_newer", "is_macos13_or_newer", "get_name", "get_core_count"):
         getattr(torch.backends.mps, question).cache_clear()

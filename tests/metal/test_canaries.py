@@ -47,7 +47,7 @@ def planted(fault: Callable[[Any, tuple[Any, ...], Tensor], Tensor]) -> Iterator
 
 
 def operands(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-    """A product's operands (..., K) and (..., K, N); None: it is none."""
+    """A product's operands (..., K) and (..., K, N); None: the call is not a product."""
     if func is aten.linear.default:
         return args[0], args[1].T
     if func is aten.addmm.default:

@@ -331,7 +331,7 @@ def state_after(kernel: str, f: Tensor) -> tuple[list[Tensor], State]:
     return list(want), state
 
 
-# What float32 leaves: a factor of exp(-3e-7) a token, rounded next to 1, would be off by up to 3e-8 each time.
+# The limit of float32: a factor exp(-3e-7) a token, rounded next to 1, would be off by up to 3e-8 each time.
 # m itself is rounded at every step; the decay is taken from the rounded one, so that C exp(m) does not see it.
 @pytest.mark.parametrize(("kernel", "of_m"), [("chunks", 3e-5), ("steps", 4e-3)])
 def test_a_hundred_thousand_tokens_at_the_cap(simulator: Simulator, kernel: str, of_m: float) -> None:

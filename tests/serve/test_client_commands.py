@@ -224,7 +224,7 @@ def test_it_waits_on_when_the_service_is_killed_and_comes_again(model, tmp_path)
 
 @contextmanager
 def stranger(status: int, body: bytes, **headers: str) -> Iterator[str]:
-    """A server that is none of ours, and always says this."""
+    """Somebody else's server, which always says this."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
