@@ -7,7 +7,6 @@ Waiting for results is done here too: it checks the head from time to time.
 """
 
 import shutil
-import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -16,15 +15,12 @@ from time import monotonic
 from types import ModuleType
 from typing import Any
 
-import psutil
-
 from xlstm_ray.errors import GridLost, XlstmRayError, one_line
 from xlstm_ray.files import MIB
+from xlstm_ray.supervisor.presence import LOOK_S, PATIENCE_S, Presence
 from xlstm_ray.supervisor.ray_inside import session_dir
 
-LOOK_S = 2.0  # between two checks of the head during a wait
 LEAST_DISK = 64 * MIB  # with less left, Ray's processes end when they cannot write
-PATIENCE_S = 60.0  # as long as Ray itself waits for an unreachable head; networks come back
 
 
 class Link:
@@ -33,10 +29,8 @@ class Link:
     def __init__(self, ray: ModuleType, patience_s: float = PATIENCE_S):
         self.ray, self._patience_s = ray, patience_s
         self.head: str = ray.get_runtime_context().gcs_address
-        self._host, _, port = self.head.rpartition(":")
-        self._port = int(port)
+        self._presence = Presence(self.head, patience_s)
         self._asked: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] | None = None
-        self._silent: tuple[float, float] | None = None  # time of the first unanswered check, and of the last
         self.gone: str | None = None  # the reason, if it is gone
 
     def ask(self, call: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
@@ -118,25 +112,11 @@ class Link:
             raise self._lost(f"Ray's head at {self.head} or this machine's raylet does not answer")
 
     def require_head(self) -> None:
-        """Raise GridLost if the head is known to be gone, or has been silent as long as Ray itself would wait.
-
-        It is known to be gone if this machine's kernel refuses a connection to one of its own addresses.
-        """
+        """Raise GridLost if the head is known to be gone."""
         if self.gone:
             raise GridLost(self.gone)
-        try:
-            socket.create_connection((self._host, self._port), timeout=LOOK_S).close()
-        except OSError as error:
-            now = monotonic()
-            if self._silent is None or now - self._silent[1] > 5 * LOOK_S:  # no check in between
-                self._silent = now, now
-            since = self._silent[0]
-            self._silent = since, now
-            known = isinstance(error, ConnectionRefusedError) and _is_own(self._host)
-            if known or now - since >= self._patience_s:
-                raise self._lost(f"Ray's head at {self.head} is gone ({error.strerror or error})") from None
-        else:
-            self._silent = None
+        if (why := self._presence.gone()) is not None:
+            raise self._lost(why)
 
     def _lost(self, text: str) -> GridLost:
         self.gone = self.gone or text
@@ -151,7 +131,3 @@ def _answer(asked: "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]") -> None
         except BaseException as error:  # noqa: BLE001  it is raised where it was asked
             answer.set_exception(error)
         del answer, call
-
-
-def _is_own(host: str) -> bool:
-    return any(a.address == host for addresses in psutil.net_if_addrs().values() for a in addresses)

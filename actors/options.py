@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xlstm_ray.actors.link import PATIENCE_S
 from xlstm_ray.actors.watchdog import Event
 from xlstm_ray.memory.watchdog import Limits, Seen
+from xlstm_ray.supervisor.presence import PATIENCE_S
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 
 ASK = """
 import inspect, json, ray
-from ray._private import worker
+from ray._private import state, worker
 from xlstm_ray.supervisor.ray_inside import job_config, session_dir
 
 wanted, plain = job_config(ray, {"job_name": "a"}, ["/b"]), ray.job_config.JobConfig()
@@ -24,6 +24,7 @@ print(json.dumps({
     "job": [dict(sent.metadata)["job_name"], list(sent.py_driver_sys_path)],
     "client": [plain._client_job, wanted._client_job],
     "unconnected": session_dir() is None,
+    "jobs": inspect.getsource(state),
     "folder": callable(ray._private.node.Node.get_session_dir_path),
 }))
 """
@@ -57,3 +58,9 @@ def test_a_job_says_where_its_workers_import_from(inside):
     assert inside["client"] == [False, True]
     current_folder = "not job_config._client_job and not job_config._runtime_env_has_working_dir()"
     assert current_folder in inside["source"]
+
+
+def test_a_table_says_which_jobs_have_ended(inside):
+    assert "def jobs()" in inside["jobs"]
+    assert 'job_info["JobID"] = entry.job_id.hex()' in inside["jobs"]
+    assert 'job_info["IsDead"] = entry.is_dead' in inside["jobs"]

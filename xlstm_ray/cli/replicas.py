@@ -81,9 +81,9 @@ def require_fleet(settings: Settings) -> None:
 
 @contextmanager
 def open_replicas(
-    settings: Settings, wanted: Wanted, slots: Slots, drain_s: float, progress: ProgressKind
+    settings: Settings, wanted: Wanted, slots: Slots, port: int, drain_s: float, progress: ProgressKind
 ) -> "Iterator[tuple[Remote, Callable[[], int], Reporter]]":
-    """What takes the requests; the number of all its slots; the reporter."""
+    """What takes the requests; the number of all its slots; the reporter. port: where the service listens."""
     from xlstm_ray.choose import choose_setup
 
     inner = settings.model_copy(update={name: table()[name].default for name in OF_THE_HEAD.split()})
@@ -103,7 +103,7 @@ def open_replicas(
             setup = choose_setup(inner.model_copy(update={"device": device, "threads": threads}))
             fleet = Fleet(setup, slots, wanted.readers, wanted.decode or 0, wanted.most, drain_s, needs)
             report.phase(f"starting {wanted.all} replicas, which load the model")
-            remote = open_.enter_context(running(fleet))
+            remote = open_.enter_context(running(fleet, f"xlstm-ray-serve-{port}"))
         yield remote, lambda: remote.slots * wanted.all, report
 
 

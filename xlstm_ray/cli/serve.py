@@ -168,7 +168,7 @@ def serve(
 
     try:
         opened = (
-            open_replicas(settings, wanted, Slots(slots, deterministic), drain_s, progress)
+            open_replicas(settings, wanted, Slots(slots, deterministic), server.port, drain_s, progress)
             if wanted
             else _open_here(settings, Slots(slots, deterministic), asked, progress, max_stall_ms)
         )

@@ -7,10 +7,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -21,6 +22,7 @@ from xlstm_ray.errors import RayError, one_line
 from xlstm_ray.serve.options import Slots
 from xlstm_ray.serve.remote import Remote
 from xlstm_ray.serve.replica import Replica, Router
+from xlstm_ray.supervisor.presence import Presence
 
 AT_ONCE = 1 << 14  # calls that a replica takes: its engine has a queue, and the desk knows how long it may be
 SLOTS = 16  # that autoscaling counts on where their number is not given
@@ -32,7 +34,8 @@ class Fleet:
 
     replicas: that read prompts, and answer unless there are decoders. most: to which Serve may add replicas of each
     kind under load; None: their numbers stay. drain_s: seconds that a replica's requests have to end when it is to go.
-    needs: what Ray reserves for each, as `ray_actor_options`.
+    needs: what Ray reserves for each, as `ray_actor_options`. job: of the program that asks them, by Ray's id; they end
+    with it. None: they stay.
     """
 
     setup: Setup
@@ -42,6 +45,7 @@ class Fleet:
     most: int | None
     drain_s: float
     needs: Mapping[str, Any]
+    job: str | None = None
 
     def readers(self) -> Application:
         """As Serve takes it."""
@@ -72,36 +76,45 @@ class Fleet:
             request_router_config=RequestRouterConfig(request_router_class=router),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             **scale,
-        ).bind(self.setup, self.slots)
+        ).bind(self.setup, self.slots, self.job)
 
 
 @contextmanager
-def running(fleet: Fleet) -> Iterator[Remote]:
-    """Replicas, until the block ends. Raises RayError where they do not start."""
+def running(fleet: Fleet, name: str) -> Iterator[Remote]:
+    """Replicas, until the block ends. name: what Serve's applications begin with. Raises RayError where they do not
+
+    start. If the head goes, the Remote has failed.
+    """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    mark, names = token_hex(3), []
+    context = ray.get_runtime_context()
+    fleet, mark, names = replace(fleet, job=context.get_job_id()), token_hex(3), []
     had = serve.status().applications
     serve.start(proxy_location="Disabled")  # this process takes the requests
+    remote: Remote | None = None
     try:
         handles: dict[str, Any] = {"prefill": None, "decode": None}
         kinds = {"prefill": fleet.readers(), "decode": fleet.answerers()}
         for kind, application in kinds.items():
             if application is not None:
-                name = f"xlstm-ray-{mark}-{kind}"
-                names.append(name)
+                names.append(f"{name}-{mark}-{kind}")
                 try:
-                    handles[kind] = serve.run(application, name=name, route_prefix=None)
+                    handles[kind] = serve.run(application, name=names[-1], route_prefix=None)
                 except RuntimeError:
-                    raise RayError(f"replicas did not start: {_why(name)}") from None
+                    raise RayError(f"replicas did not start: {_why(names[-1])}") from None
         remote = Remote(fleet.setup, handles["prefill"], handles["decode"])
+        watching = remote.run(remote.watch(Presence(context.gcs_address)))
         try:
             yield remote
         finally:
+            if not watching.cancel():
+                watching.result()  # the head is gone, or this is where a bug shows
             remote.close()
     finally:
-        if had:
-            for name in names:
-                serve.delete(name)
+        if remote is not None and remote.failed is not None:
+            pass  # nobody is there to be asked
+        elif had:
+            for one in names:
+                serve.delete(one)
         else:
             serve.shutdown()
 

@@ -21,12 +21,13 @@ from xlstm_ray.choose import Setup
 from xlstm_ray.engine.cache import Cache
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Request
 from xlstm_ray.engine.work import StepKind
-from xlstm_ray.errors import ReplicaLost, StateError, XlstmRayError
+from xlstm_ray.errors import GridLost, ReplicaLost, StateError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.serve.replica import LOST, Call, Told, failed
 from xlstm_ray.serve.routes import Mark, Routes, mark_of_state, marks_of
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.supervisor.presence import LOOK_S, Presence
 from xlstm_ray.text.answer import Finish
 from xlstm_ray.text.prompt import Prompt
 from xlstm_ray.text.tokenizer import Text
@@ -63,6 +64,14 @@ class Remote:
     def run(self, work: Any) -> "Future[Any]":
         """Do this in the thread that talks with replicas."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def watch(self, head: Presence) -> None:
+        """Until the head is gone, which Ray itself tells after minutes: then all requests end, and none is taken."""
+        while (why := await asyncio.to_thread(head.gone)) is None:
+            await asyncio.sleep(LOOK_S)
+        self.failed = GridLost(f"{why}, and the replicas with it; start this command again")
+        for task in self._tasks:
+            task.cancel()
 
     def close(self) -> None:
         """End the thread; nothing is asked any more."""
@@ -184,6 +193,8 @@ class _Asked:
         """Ask until it is answered. Every answer has an End."""
         error: XlstmRayError = ReplicaLost("the replica that worked on this is lost; try again")
         try:
+            if self.remote.failed is not None:
+                return
             for _ in range(TRIES):
                 try:
                     await self._answer()
@@ -193,6 +204,8 @@ class _Asked:
                         raise
                     if self.told or self.cancelled >= self.left:
                         return
+        except asyncio.CancelledError:  # the head is gone
+            raise
         except BaseException:
             error = XlstmRayError("a fault of this program; a replica's log has the traceback")
             raise

@@ -26,6 +26,7 @@ from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.serve.options import Slots
 from xlstm_ray.serve.warm import begin
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.supervisor.ray_inside import job_has_ended
 from xlstm_ray.text.answer import Finish
 
 TOGETHER_S = 0.02  # pieces of one answer within this time travel together: each message costs the asker a millisecond
@@ -104,7 +105,8 @@ def _call(request: PendingRequest | None) -> Call | None:
 class Replica:
     """The model, for many requests at once."""
 
-    def __init__(self, setup: Setup, slots: Slots):
+    def __init__(self, setup: Setup, slots: Slots, job: str | None):
+        self._job = job
         self._engine = Engine(setup)
         self._slots = begin(self._engine, slots)
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -183,10 +185,18 @@ class Replica:
         for n in call.answers:
             handles[n].cancel()
 
-    def check_health(self) -> None:
-        """Serve replaces a replica that raises here."""
+    async def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces a replica that raises here.
+
+        Where the program that asks is gone (nothing else outlives a kill -9 of it), its replicas go, too.
+        """
         if self._engine.failed is not None:
             raise self._engine.failed
+        if self._job is not None and await asyncio.to_thread(job_has_ended, self._job):
+            for handle in [one for handles in self._handles.values() for one in handles]:
+                handle.cancel()
+            name = serve.get_replica_context().app_name
+            await asyncio.to_thread(serve.delete, name, _blocking=False)
 
     async def _state(self, given: tuple[Any, ...]) -> RecurrentState | None:
         """The state behind a reference."""

@@ -35,3 +35,10 @@ def session_dir() -> Path | None:
 
     node = worker._global_node
     return None if node is None else Path(node.get_session_dir_path())
+
+
+def job_has_ended(job: str) -> bool:
+    """Whether the program of this job (its id as Ray shows it) is gone, in whatever way it ended. Asks the head."""
+    from ray._private import state
+
+    return not any(one["JobID"] == job and not one["IsDead"] for one in state.jobs())
