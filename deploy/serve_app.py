@@ -63,7 +63,7 @@ class Ingress:
         # Serve's proxy is what listens.
         service = ServiceOptions(host="0.0.0.0", keys=read_keys(options.token_file), name=name, folder=folder)
         self.desk = Desk(service)
-        self.documents = Documents(self.desk, None if folder is None else Shelf(folder), service.states_bytes)
+        self.documents = Documents(self.desk, Shelf(folder), service.states_bytes)
         self.template = find_template(setup.model, None)
         await self.documents.restore()
         remote = Remote(setup, readers, decoders)

@@ -107,6 +107,9 @@ def _followed(service: Service, name: str, report: Reporter) -> dict[str, Any]:
                     report.document(
                         info["tokens_done"], info["tokens_total"], info["tokens_per_s"], info["seconds_left"]
                     )
+                elif info.get("characters_total"):
+                    done, of = info["characters_done"], info["characters_total"]
+                    report.phase(f"the service cuts the text into tokens ({done:,} of {of:,} characters)")
                 if info["status"] not in OPEN:
                     return info
             raise ServiceError(f"{service.url}: the service has ended the stream")

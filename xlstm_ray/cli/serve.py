@@ -88,6 +88,9 @@ def serve(
     queue: Annotated[int, _option("--queue", "Answers that may wait for a slot.", min=0, max=1 << 20)] = 256,
     max_tokens: Annotated[int, _option("--max-tokens", "The most tokens of an answer.", min=1, max=1 << 30)] = 4096,
     max_body_mb: Annotated[int, _option("--max-body-mb", "MiB of the largest body.", min=1, max=1 << 20)] = 32,
+    max_upload_mb: Annotated[
+        int, _option("--max-upload-mb", "MiB of the largest file that is sent as a document.", min=1, max=1 << 30)
+    ] = 4096,
     states_mb: Annotated[
         int, _option("--states-mb", "MiB that the states of documents may take.", min=1, max=1 << 30)
     ] = 4096,
@@ -142,6 +145,7 @@ def serve(
         name=served_name or ("demo" if settings.model is None else hub.name_of(settings.model)),
         queue=queue,
         body_bytes=max_body_mb * MIB,
+        upload_bytes=max_upload_mb * MIB,
         answer_tokens=max_tokens,
         drain_s=drain_s,
         folder=None if settings.cache_dir is None else settings.cache_dir / "documents",

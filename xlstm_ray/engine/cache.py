@@ -22,6 +22,7 @@ from xlstm_ray.errors import StateError
 from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import LaterTrail, Place, Row, TokenTrail
+from xlstm_ray.text.ondisk import TokenFile
 
 COMPARED = 4  # states of earlier processes with which a prompt is compared, to find where they part
 
@@ -106,7 +107,7 @@ class Cache:
     # -- for a prompt --------------------------------------------------------------------------------------------------
     def find(
         self,
-        tokens: memoryview,
+        tokens: memoryview | TokenFile,
         run: Run,
         *,
         salt: str = "",
@@ -136,7 +137,7 @@ class Cache:
             found.entry.leases += 1
         return Hit(use, chain, run, start, exact, points, found.entry)
 
-    def _compared(self, found: Found, root: bytes, tokens: memoryview) -> Found:
+    def _compared(self, found: Found, root: bytes, tokens: memoryview | TokenFile) -> Found:
         """Add where a prompt parts from prompts of earlier processes: of these, the tree has only the kept states."""
         others = [e for e in self._tree.entries if e.root == root and e.length > found.known and e.what.trail]
         best, parted = found.known, False

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from xlstm_ray.engine.cache import Cache, Maker
 from xlstm_ray.engine.driver import Snapshot
@@ -11,6 +12,7 @@ from xlstm_ray.engine.held import HeldRows, States
 from xlstm_ray.engine.journal import Kept
 from xlstm_ray.engine.lanes import Lanes
 from xlstm_ray.engine.resume import Going, appended, prompts
+from xlstm_ray.engine.tokens import Stored
 from xlstm_ray.engine.turn import Turn
 from xlstm_ray.errors import StateError, UsageError
 from xlstm_ray.launch import Running
@@ -19,7 +21,8 @@ from xlstm_ray.plan import RunPlan
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.history import Row
-from xlstm_ray.text.prompt import Prompt, as_batch
+from xlstm_ray.text.ondisk import TextFile, TokenFile
+from xlstm_ray.text.prompt import Given, as_batch
 from xlstm_ray.text.tokenizer import Text
 
 
@@ -123,8 +126,8 @@ class Core:
 
     def going_on(
         self,
-        prompt: Prompt | Sequence[Prompt] | None,
-        append: Prompt | Sequence[Prompt] | None,
+        prompt: Given | Sequence[Given] | None,
+        append: Given | Sequence[Given] | None,
         state: RecurrentState | None,
         *,
         any_numerics: bool = False,
@@ -139,8 +142,8 @@ class Core:
             if prompt is None:
                 raise UsageError("neither a prompt nor a state was given")
             given = as_batch(prompt)
-            texts = [p if isinstance(p, str) else None for p in given]
-            return prompts([self.text.tokens(p) for p in given], texts, state), state
+            texts = [p if isinstance(p, str | TextFile) else None for p in given]
+            return prompts([self._tokens(p) for p in given], texts, state), state
         if prompt is not None:
             raise UsageError("a prompt and what to append were both given; give one")
         if state is None:
@@ -151,6 +154,12 @@ class Core:
         elif len(more) == 1:
             more *= state.batch
         return appended(more, state, lambda new, row: self.text.more(new, row.end.tokens)), state
+
+    def _tokens(self, prompt: Given) -> Tensor | Stored:
+        """A prompt's tokens: of a file, in a file."""
+        if isinstance(prompt, TextFile | TokenFile):
+            return Stored(self.text.on_disk(prompt))
+        return self.text.tokens(prompt)
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
         """The rows of a state; without a copy if an earlier call left them with the executor."""

@@ -42,7 +42,7 @@ from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.records import Head
-from xlstm_ray.text.prompt import Prompt, as_batch
+from xlstm_ray.text.prompt import Given, Prompt, as_batch
 from xlstm_ray.text.tokenizer import NextToken, Text
 
 
@@ -229,7 +229,7 @@ class Engine:
         return self._serving().submit_n(request)
 
     @a_call
-    def lend(self, prompt: Prompt, tenant: str = "") -> RecurrentState | None:
+    def lend(self, prompt: Given, tenant: str = "") -> RecurrentState | None:
         """The longest kept state that a prompt may begin from, for the cache of another engine; None: there is none."""
         tokens, sizes = self._core.text.tokens(prompt), self.numerics
         if self.cache is None:

@@ -21,7 +21,7 @@ from xlstm_ray.sampling import Sampling
 from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Finish
-from xlstm_ray.text.prompt import Prompt
+from xlstm_ray.text.prompt import Given
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Request:
     prompt's tokens, and of so many likeliest ones at each place; then nothing is taken from the cache.
     """
 
-    prompt: Prompt | None = None
-    append: Prompt | None = None
+    prompt: Given | None = None
+    append: Given | None = None
     state: RecurrentState | None = None
     sampling: Sampling | None = None
     priority: int = 0

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from xlstm_ray.engine.tokens import Tail, Tokens
+from xlstm_ray.engine.tokens import Stored, Tail, Tokens, ids
 from xlstm_ray.errors import StateError
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.detokenize import TextEnd
 from xlstm_ray.text.history import LaterTrail, Row, TextTrail
+from xlstm_ray.text.ondisk import TextFile, TokenFile
+from xlstm_ray.text.prompt import Given
 from xlstm_ray.text.tokenizer import Text
 
 
@@ -20,7 +22,7 @@ class Going:
 
     tokens: Tokens  # (T,) int32, on the CPU
     begun: Row
-    given: memoryview  # the new tokens that the caller gave
+    given: memoryview | TokenFile  # the new tokens that the caller gave
     text: TextTrail | None  # of the whole text, valid when all tokens were seen
     trail: LaterTrail = field(init=False)
 
@@ -37,10 +39,10 @@ class Going:
         return self.begun.model_copy(update={"tokens": self.trail.made()})
 
     @property
-    def ids(self) -> memoryview:
+    def ids(self) -> memoryview | TokenFile:
         """int32, of a row whose tokens are all here."""
-        assert isinstance(self.tokens, Tensor)
-        return _ids(self.tokens)
+        assert not isinstance(self.tokens, Tail)
+        return ids(self.tokens)
 
     def jump(self, seen: LaterTrail) -> None:
         """So many of the row's tokens are in a state that was found."""
@@ -48,7 +50,7 @@ class Going:
 
     def advance(self, seen: int) -> None:
         """Note that `seen` of the row's tokens were seen."""
-        self.trail = LaterTrail(self.trail, _ids(self.tokens[self.seen : seen]))
+        self.trail = LaterTrail(self.trail, ids(self.tokens, slice(self.seen, seen)))
 
     def known(self, text: Text, *, complete: bool) -> Row:
         """The row's entry in a state. complete: all rows of that state were seen to their ends."""
@@ -65,7 +67,9 @@ def unchanged(state: RecurrentState) -> Going:
     return Going(Tail(torch.empty(0, dtype=torch.int32), row.tokens.length), row, memoryview(b""), row.text)
 
 
-def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: RecurrentState | None) -> list[Going]:
+def prompts(
+    rows: Sequence[Tensor | Stored], texts: Sequence[str | TextFile | None], state: RecurrentState | None
+) -> list[Going]:
     """Whole prompts. rows: their tokens. texts: their texts, None for token ids. Raises StateError."""
     if state is not None and state.batch != len(rows):
         raise StateError(
@@ -77,16 +81,16 @@ def prompts(rows: Sequence[Tensor], texts: Sequence[str | None], state: Recurren
         known = Row() if state is None else state.rows[b]
         if state is not None:
             which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
-            _require_beginning(which, _ids(tokens), text, known, state)
-        trail = None if text is None else TextTrail().extend(text.encode())
+            _require_beginning(which, ids(tokens), text, known, state)
+        trail = None if text is None else TextTrail()
+        for piece in text.pieces() if isinstance(text, TextFile) else [] if text is None else [text.encode()]:
+            trail = trail and trail.extend(piece)
         row = Row(tokens=known.tokens, text=known.text, end=known.end)
-        going.append(Going(tokens, row, _ids(tokens), trail))
+        going.append(Going(tokens, row, ids(tokens), trail))
     return going
 
 
-def appended(
-    more: Sequence[str | Sequence[int]], state: RecurrentState, encode: Callable[[str | Sequence[int], Row], list[int]]
-) -> list[Going]:
+def appended(more: Sequence[Given], state: RecurrentState, encode: Callable[[Given, Row], list[int]]) -> list[Going]:
     """Texts that follow the state's rows. encode: (text, its row) -> tokens."""
     if len(more) != state.batch:
         raise StateError(f"{state.name} has {state.batch} prompts, but {len(more)} texts to append were given")
@@ -98,6 +102,7 @@ def appended(
                 f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens, and nothing can be "
                 "appended to a part of a prompt; give the same prompt to go on"
             )
+        new = new[:] if isinstance(new, TextFile) else new
         tokens = encode(new, row)
         done = row.tokens.length - begun.length
         if begun.extend(tokens[:done]).hash != row.tokens.hash:
@@ -106,11 +111,13 @@ def appended(
             )
         text = row.text.extend(new.encode()) if isinstance(new, str) and row.text is not None else None
         tail = Tail(torch.tensor(tokens, dtype=torch.int32), begun.length)
-        going.append(Going(tail, row.model_copy(update={"appended_to": begun}), _ids(tail.tokens), text))
+        going.append(Going(tail, row.model_copy(update={"appended_to": begun}), ids(tail.tokens), text))
     return going
 
 
-def _require_beginning(which: str, tokens: memoryview, text: str | None, known: Row, state: RecurrentState) -> None:
+def _require_beginning(
+    which: str, tokens: memoryview | TokenFile, text: str | TextFile | None, known: Row, state: RecurrentState
+) -> None:
     """Raise StateError unless the prompt's tokens begin with those that the state has seen."""
     apart = known.tokens.difference(tokens)
     if apart is None:
@@ -125,7 +132,7 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
             f"{name} is of another prompt than {which}: {tokens_differ}; give the same prompt or a longer "
             f"one, or, {way_out}"
         )
-    data = text.encode()
+    data = text[:].encode()
     differs = known.text.difference(data)
     if differs is None:
         left = data[known.text.length :].decode()
@@ -146,11 +153,6 @@ def _require_beginning(which: str, tokens: memoryview, text: str | None, known: 
         f"its text differs {_between('byte', *differs)} ({lines})"
         f"; give the same prompt or a longer one, or, {way_out}"
     )
-
-
-def _ids(tokens: Tensor) -> memoryview:
-    """Token ids, without making Python integers of all of them."""
-    return tokens.numpy().data
 
 
 def _between(unit: str, alike: int, apart: int) -> str:

@@ -67,5 +67,5 @@ class Slots:
         assert task.slot is not None
         assert task.answer is not None
         tokens, made = task.going.tokens, task.answer.tokens
-        prompt = tokens.tokens if isinstance(tokens, Tail) else tokens
+        prompt = tokens.tokens if isinstance(tokens, Tail) else tokens[:]
         sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)

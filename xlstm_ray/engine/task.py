@@ -21,7 +21,7 @@ from xlstm_ray.runtime.executor import StateRef
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
-from xlstm_ray.text.prompt import Prompt
+from xlstm_ray.text.prompt import Given
 from xlstm_ray.text.tokenizer import Text
 
 ALONE = Group([0], 1)
@@ -183,7 +183,7 @@ class Task:
         return core.plan.numerics.model_copy(update={"mixed": mixed})
 
 
-def _one(prompt: Prompt | None) -> list[Prompt] | None:
+def _one(prompt: Given | None) -> list[Given] | None:
     return None if prompt is None else [prompt]
 
 

@@ -1,5 +1,6 @@
-"""Rows of tokens, and the part of them that is in a window."""
+"""Rows of tokens, in memory or in a file, and the part of them that is in a window."""
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.windows import Window
+from xlstm_ray.text.ondisk import TokenFile
 
 
 class Tail:
@@ -26,7 +28,25 @@ class Tail:
         return self.tokens[start - self._start : stop - self._start]
 
 
-Tokens = Tensor | Tail
+class Stored:
+    """A row's tokens in a file. A slice is read when it is asked for."""
+
+    def __init__(self, file: TokenFile):
+        self.file = file
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return torch.tensor(array("i", self.file[part].tobytes()), dtype=torch.int32)
+
+
+Tokens = Tensor | Tail | Stored
+
+
+def ids(tokens: Tokens, part: slice = slice(None)) -> memoryview | TokenFile:
+    """Token ids (int32) of a row whose tokens are all here, without making Python integers of all of them."""
+    return tokens.file[part] if isinstance(tokens, Stored) else tokens[part].numpy().data
 
 
 class Part(NamedTuple):

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from xlstm_ray.engine.windows import Group, plan_windows
+from xlstm_ray.text.ondisk import TokenFile
 
 STEP = 64  # tokens: the place where two prompts part is known to this precision
+LINKS = 1 << 14  # hashes of a prompt that are kept
 NODES = 1 << 16  # beginnings without a state that are remembered
 EVICTED = 256  # evicted states that are remembered
 KEPT_A_PROMPT = 8  # the most states that are kept along a long prompt
@@ -26,22 +28,37 @@ def root_of(model: str, salt: str) -> bytes:
 
 
 class Chain:
-    """The hashes of a prompt's beginnings. tokens: int32, contiguous."""
+    """The hashes of a prompt's beginnings. tokens: int32, contiguous, or in a file.
 
-    def __init__(self, root: bytes, tokens: memoryview):
-        self.root, self.length = root, len(tokens)
-        self._bytes = tokens.cast("B")
+    every: tokens between two hashes that are kept. Of a prompt of more than a million tokens some are left out, so that
+    they take no more memory.
+    """
+
+    def __init__(self, root: bytes, tokens: memoryview | TokenFile):
+        self.root, self.length, self.every = root, len(tokens), STEP
+        while self.length // self.every > LINKS:
+            self.every *= 2
+        self._tokens = tokens
         self._links = [root]
-        for place in range(STEP, self.length + 1, STEP):
-            self._links.append(self._hash(self._links[-1], place - STEP, place))
+        for place in self.places:
+            self._links.append(self._hash(self._links[-1], place - self.every, place))
+
+    @property
+    def places(self) -> range:
+        """The lengths of the beginnings whose hashes are kept."""
+        return range(self.every, self.length + 1, self.every)
 
     def at(self, length: int) -> bytes:
         """The hash of the first `length` tokens."""
-        block, rest = divmod(length, STEP)
-        return self._hash(self._links[block], length - rest, length) if rest else self._links[block]
+        block, rest = divmod(length, self.every)
+        return self._hash(self._links[block], length - rest, length)
 
-    def _hash(self, before: bytes, start: int, end: int) -> bytes:
-        return hashlib.blake2b(before + self._bytes[4 * start : 4 * end], digest_size=16).digest()
+    def _hash(self, value: bytes, start: int, end: int) -> bytes:
+        """The hash of the first `end` tokens; value: of the first `start`."""
+        data = memoryview(self._tokens[start:end].tobytes())
+        for at in range(0, len(data), 4 * STEP):
+            value = hashlib.blake2b(value + data[at : at + 4 * STEP], digest_size=16).digest()
+        return value
 
 
 class Run(NamedTuple):
@@ -61,8 +78,11 @@ class Run(NamedTuple):
     @classmethod
     def in_group(cls, group: Group, b: int, ends: Sequence[int], *, tile: int, chunk: int) -> "Run":
         """The run of row b of a group whose rows begin at 0. ends: the lengths of all rows of the batch."""
-        windows = plan_windows([0] * len(group.rows), [ends[r] for r in group.rows], tile_size=tile, chunk_size=chunk)
-        tiled = max((w.start + w.size for w in windows if w.size == tile), default=0)
+        # A row alone fills its tiles: only the last ones need a plan.
+        begin = max(0, ends[b] // tile - 1) * tile if len(group.rows) == 1 else 0
+        begins = [begin] * len(group.rows)
+        windows = plan_windows(begins, [ends[r] for r in group.rows], tile_size=tile, chunk_size=chunk)
+        tiled = max((w.start + w.size for w in windows if w.size == tile), default=begin)
         return cls(ends[b], tile, chunk, tiled, group.size)
 
     def tiles(self, place: int) -> int | None:
@@ -189,13 +209,12 @@ class Tree:
 
     def _known(self, chain: Chain) -> int:
         """The number of tokens, in whole steps, that an earlier prompt began with too."""
-        places = range(chain.length // STEP * STEP, 0, -STEP)
-        return next((n for n in places if chain.at(n) in self._nodes), 0)
+        return next((n for n in reversed(chain.places) if chain.at(n) in self._nodes), 0)
 
     def see(self, chain: Chain) -> None:
         """Remember this prompt's beginnings: where a later prompt parts from it, a state is worth keeping."""
         before = None
-        for place in range(STEP, chain.length + 1, STEP):
+        for place in chain.places:
             before = self._link(before, chain.at(place), place)
         if len(self._nodes) > NODES + len(self.entries):
             free = [key for key, node in self._nodes.items() if not node.entries]

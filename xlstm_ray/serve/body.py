@@ -1,5 +1,6 @@
 """A request's body: its bytes, and its schema."""
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.requests import Request
@@ -12,8 +13,13 @@ PATIENCE = 16 << 20  # bytes over the limit that are still read: many clients re
 
 async def read_body(request: Request, most: int) -> bytes:
     """A request's body. Raises Refused where it has more bytes than `most`, or its sender leaves."""
-    whole, told = bytearray(), int(request.headers.get("content-length") or 0)
-    size, more = 0, told <= most + PATIENCE
+    return b"".join([piece async for piece in pieces(request, most, 1)])
+
+
+async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes]:
+    """A request's body in pieces of at least so many bytes, but for the last. Raises as `read_body`."""
+    told = int(request.headers.get("content-length") or 0)
+    piece, size, more = bytearray(), 0, told <= most + PATIENCE
     while more and size <= most + PATIENCE:
         message = await request.receive()
         if message["type"] != "http.request":
@@ -21,10 +27,13 @@ async def read_body(request: Request, most: int) -> bytes:
         part = message.get("body", b"")
         more, size = message.get("more_body", False), size + len(part)
         if size <= most:
-            whole += part
+            piece += part
+        if len(piece) >= least:
+            yield bytes(piece)
+            piece.clear()
     if max(size, told) > most:
         raise Refused(413, f"the body has more than {most:,} bytes, which is the most that this service takes")
-    return bytes(whole)
+    yield bytes(piece)
 
 
 def takes(body: type[BaseModel]) -> dict[str, Any]:

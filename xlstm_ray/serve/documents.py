@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import IO, Any, Literal
 
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Reading, Request
 from xlstm_ray.errors import StateError, XlstmRayError
@@ -19,14 +20,25 @@ from xlstm_ray.state import RecurrentState
 PRIORITY = -1  # who asks goes before what is read for later
 AGAIN_S = 2  # seconds after which a document may be ready
 OPEN = "queued", "reading"
+AT_ONCE = 1 << 16  # characters or tokens of a prompt that waits for no other one to be cut
+
+
+class _Stopped(Exception):
+    """It was stopped before it was handed in."""
 
 
 @dataclass
 class Document:
-    """record: what is kept of it on disk. tokens_done of tokens_total are in its state."""
+    """record: what is kept of it on disk. prompt: its file, until it was read. tokens_done of tokens_total are in its
+
+    state. cut: of a long text, the characters that were cut into tokens, and all.
+    """
 
     record: Record
     state: RecurrentState | None = None
+    prompt: IO[bytes] | None = None
+    cut: tuple[int, int] | None = None
+    turn: "asyncio.Task[Literal[True]] | None" = None  # it waits until other texts were cut
     tokens_done: int = 0
     tokens_total: int | None = None
     began: tuple[float, int] | None = None  # perf_counter time, and tokens done then
@@ -52,6 +64,8 @@ class Document:
             "status": record.status,
             "tokens_done": self.tokens_done,
             "tokens_total": total,
+            "characters_done": None if self.cut is None else self.cut[0],
+            "characters_total": None if self.cut is None else self.cut[1],
             "tokens_per_s": self.rate if self.open else None,
             "seconds_left": left,
             "ttl": record.ttl,
@@ -62,8 +76,9 @@ class Document:
 class Documents:
     """All documents of a service, of all tenants; used in the thread of the app's event loop."""
 
-    def __init__(self, desk: Desk, shelf: Shelf | None, budget: int):
-        self._desk, self._shelf, self._budget = desk, shelf, budget
+    def __init__(self, desk: Desk, shelf: Shelf, budget: int):
+        self._desk, self.shelf, self._budget = desk, shelf, budget
+        self._cutting = asyncio.Lock()  # texts that are cut one after the other, so that requests are cut beside one
         self._all: dict[tuple[str, str], Document] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._restored = False
@@ -101,96 +116,14 @@ class Documents:
                 retry_s=AGAIN_S,
             )
         if document.state is None:
-            assert self._shelf is not None
             try:
-                document.state = await asyncio.to_thread(self._shelf.load, document.record)
+                document.state = await asyncio.to_thread(self.shelf.load, document.record)
             except StateError as err:
                 raise Refused.of(err) from None
         return document.state
 
-    async def add(self, record: Record, state: RecurrentState | None = None) -> Document:
-        """Begin to read a document, or take a state that is whole. Raises Refused and XlstmRayError."""
-        self._require_room(record)
-        self._desk.admit(1)
-        document = Document(record, state)
-        self._all[record.tenant, record.name] = document  # the name is taken from now on
-        try:
-            base = None
-            if state is None:
-                base = await self._base(document)
-            else:
-                length = document.tokens_done = document.tokens_total = await self._checked(record.tenant, state)
-                document.record = record.now("ready", tokens=length)
-            await self._keep(document, state)
-        except (Refused, XlstmRayError):
-            self._forget(document)
-            self._desk.release(1)
-            document.ended.set()
-            raise
-        self._touch(document)
-        if state is None:
-            self._begin(document, base)
-        else:
-            self._desk.release(1)
-        return document
-
-    def cancel(self, document: Document, status: Status = "cancelled") -> None:
-        """Stop to read it; what was computed stays."""
-        if document.open:
-            document.stop_as = status
-            if document.handle is not None:
-                document.handle.cancel()
-
-    async def resume(self, document: Document) -> None:
-        """Read the rest of a document that was stopped. Raises Refused."""
-        if document.record.status not in ("cancelled", "parked", "failed") or document.record.prompt is None:
-            text = f"the state {document.record.name!r} is {document.record.status}: nothing is left to read"
-            raise Refused(409, text, code="state_not_stopped")
-        before, document.record = document.record, document.record.now("queued")
-        document.stop_as = None
-        await self._start(document, before)
-
-    async def remove(self, document: Document) -> None:
-        """It goes, whatever is done with it."""
-        self.cancel(document)
-        if document.open:
-            await document.ended.wait()
-        self._forget(document)
-        if self._shelf is not None:
-            await asyncio.to_thread(self._shelf.remove, document.record)
-
-    # -- what the service does -----------------------------------------------------------------------------------------
-    async def restore(self) -> None:
-        """Know what an earlier service has left. Before the desk opens."""
-        for record in [] if self._shelf is None else await asyncio.to_thread(self._shelf.read):
-            total = record.tokens if record.status == "ready" else None
-            begun = record.status in (*OPEN, "parked")
-            document = Document(
-                record.now("queued") if begun else record, tokens_done=record.tokens or 0, tokens_total=total
-            )
-            self._all[record.tenant, record.name] = document
-            self._touch(document)
-        self._restored = True
-
-    async def go_on(self) -> None:
-        """Read on what an earlier service had begun."""
-        for document in list(self._all.values()):
-            if document.open:
-                with suppress(Refused):  # there is no room now
-                    await self._start(document, document.record.now("parked"))
-
-    def park(self) -> None:
-        """Stop to read documents that the next service can go on with."""
-        if self._shelf is not None:
-            for document in self._all.values():
-                self.cancel(document, "parked")
-
-    # ------------------------------------------------------------------------------------------------------------------
-    def _require_restored(self) -> None:
-        if not self._restored:
-            raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
-
-    def _require_room(self, record: Record) -> None:
+    def require_room(self, record: Record) -> None:
+        """Raise Refused where the name is taken, or no more states may be here."""
         if (record.tenant, record.name) in self._all:
             text = f"there is a state {record.name!r}; delete it first, or choose another name"
             raise Refused(409, text, param="id", code="state_exists")
@@ -211,14 +144,103 @@ class Documents:
                 code="states_full",
             )
 
+    async def add(self, record: Record, given: RecurrentState | Path) -> Document:
+        """Begin to read a document, or take a state that is whole. Raises Refused and XlstmRayError.
+
+        given: that state, or the prompt, a file of the shelf's `room` as the record says.
+        """
+        state = given if isinstance(given, RecurrentState) else None
+        self.require_room(record)
+        self._desk.admit(1)
+        document = Document(record, state)
+        self._all[record.tenant, record.name] = document  # the name is taken from now on
+        try:
+            base = None
+            if isinstance(given, Path):
+                base = await self._base(document)
+                document.prompt = await asyncio.to_thread(self.shelf.take, record, given)
+            else:
+                assert state is not None
+                length = document.tokens_done = document.tokens_total = await self._checked(record.tenant, state)
+                document.record = record.now("ready", tokens=length)
+            await self._keep(document, state)
+        except (Refused, XlstmRayError):
+            self._forget(document)
+            self._desk.release(1)
+            document.ended.set()
+            await asyncio.to_thread(self.shelf.remove, record)
+            raise
+        self._touch(document)
+        if state is None:
+            self._begin(document, base)
+        else:
+            self._desk.release(1)
+        return document
+
+    def cancel(self, document: Document, status: Status = "cancelled") -> None:
+        """Stop to read it; what was computed stays."""
+        if document.open:
+            document.stop_as = status
+            if document.handle is not None:
+                document.handle.cancel()
+            if document.turn is not None:
+                document.turn.cancel()
+
+    async def resume(self, document: Document) -> None:
+        """Read the rest of a document that was stopped. Raises Refused."""
+        if document.record.status not in ("cancelled", "parked", "failed") or document.record.source is None:
+            text = f"the state {document.record.name!r} is {document.record.status}: nothing is left to read"
+            raise Refused(409, text, code="state_not_stopped")
+        before, document.record = document.record, document.record.now("queued")
+        document.stop_as = None
+        await self._start(document, before)
+
+    async def remove(self, document: Document) -> None:
+        """It goes, whatever is done with it."""
+        self.cancel(document)
+        if document.open:
+            await document.ended.wait()
+        self._forget(document)
+        await asyncio.to_thread(self.shelf.remove, document.record)
+
+    # -- what the service does -----------------------------------------------------------------------------------------
+    async def restore(self) -> None:
+        """Know what an earlier service has left. Before the desk opens."""
+        for record in await asyncio.to_thread(self.shelf.read):
+            total = record.tokens if record.status == "ready" else None
+            begun = record.status in (*OPEN, "parked")
+            document = Document(
+                record.now("queued") if begun else record, tokens_done=record.tokens or 0, tokens_total=total
+            )
+            self._all[record.tenant, record.name] = document
+            self._touch(document)
+        self._restored = True
+
+    async def go_on(self) -> None:
+        """Read on what an earlier service had begun."""
+        for document in list(self._all.values()):
+            if document.open:
+                with suppress(Refused):  # there is no room now
+                    await self._start(document, document.record.now("parked"))
+
+    def park(self) -> None:
+        """Stop to read: the next service goes on with them, where they outlive this one; else nobody can ask them."""
+        for document in self._all.values():
+            self.cancel(document, "parked")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    def _require_restored(self) -> None:
+        if not self._restored:
+            raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
+
     async def _base(self, document: Document) -> RecurrentState | None:
         """The state that it goes on from: its own, as far as it came, or another document's."""
         record = document.record
         if document.state is not None:
             return document.state
-        if self._shelf is not None and self._shelf.has_state(record):
+        if self.shelf.has_state(record):
             try:
-                return await asyncio.to_thread(self._shelf.load, record)
+                return await asyncio.to_thread(self.shelf.load, record)
             except StateError:  # it begins again
                 return None
         return None if record.base is None else await self.state(record.tenant, record.base)
@@ -247,30 +269,58 @@ class Documents:
     async def _read(self, document: Document, base: RecurrentState | None) -> None:
         """From the first window to the last, or to where it is stopped."""
         record, events = document.record, asyncio.Queue[Event]()
-        appended = record.base is not None
-        request = Request(
-            None if appended else record.prompt,
-            append=record.prompt if appended else None,
-            state=base,
-            priority=PRIORITY,
-            keep=True,
-            tenant=record.tenant,
-        )
         try:
             account = self._desk.account(record.tenant)
             track = Track(self._desk.metrics, account, since=perf_counter(), answer=False)
-            (document.handle,) = await self._desk.submit(request, [both(track, events.put_nowait)])
+            document.handle = await self._submitted(document, base, both(track, events.put_nowait))
             if document.stop_as is not None:
                 document.handle.cancel()
             while not isinstance(event := await events.get(), End):
                 _progress(document, event)
             await self._ended(document, event)
+        except _Stopped:
+            document.record = document.record.now(document.stop_as or "parked")
+            await self._keep(document, None)
         except (Refused, XlstmRayError) as err:
             document.record = document.record.now("failed", str(err))
         finally:
-            document.handle = None
+            document.handle = document.cut = None
             self._desk.release(1)
             document.ended.set()
+
+    async def _submitted(
+        self, document: Document, base: RecurrentState | None, hear: Callable[[Event], None]
+    ) -> Handle:
+        """Cut its text into tokens, and hand it in. Raises _Stopped if it is stopped before."""
+        record = document.record
+
+        def look(done: int, of: int) -> None:
+            document.cut = None if done >= of else (done, of)
+            if document.stop_as is not None:
+                raise _Stopped
+
+        if document.prompt is None:
+            document.prompt = await asyncio.to_thread(self.shelf.reopen, record)
+        prompt = await asyncio.to_thread(self.shelf.prompt, record, document.prompt, look)
+        given: dict[str, Any] = {"prompt": prompt} if record.base is None else {"append": prompt}
+        request = Request(**given, state=base, priority=PRIORITY, keep=True, tenant=record.tenant)
+        if len(prompt) <= AT_ONCE:
+            (handle,) = await self._desk.submit(request, [hear])
+            return handle
+        if document.stop_as is not None:
+            raise _Stopped
+        document.turn = asyncio.ensure_future(self._cutting.acquire())
+        try:
+            await document.turn
+        except asyncio.CancelledError:
+            raise _Stopped from None
+        finally:
+            document.turn = None
+        try:
+            (handle,) = await self._desk.submit(request, [hear])
+        finally:
+            self._cutting.release()
+        return handle
 
     async def _ended(self, document: Document, end: End) -> None:
         reason = end.finish.reason
@@ -282,12 +332,14 @@ class Documents:
             document.tokens_done = end.state.tokens[0]
         status: Status = "ready" if reason == "stop" else document.stop_as or "parked"
         document.record = document.record.now(status, tokens=document.tokens_done)
+        if status == "ready":
+            document.prompt = None
         await self._keep(document, end.state)
 
     async def _keep(self, document: Document, state: RecurrentState | None) -> None:
         """On disk, where it is to outlive this process."""
-        if self._shelf is not None and (document.record.tenant, document.record.name) in self._all:
-            await asyncio.to_thread(self._shelf.write, document.record, state)
+        if (document.record.tenant, document.record.name) in self._all:
+            await asyncio.to_thread(self.shelf.write, document.record, state)
 
     async def _checked(self, tenant: str, state: RecurrentState) -> int:
         """The tokens of a state that a caller has sent, if this model can go on from it. Raises Refused."""

@@ -48,8 +48,9 @@ class Options:
     """Of one service. Raises UsageError where it would be open to strangers.
 
     keys: callers give one of them; none: nobody has to. hosts: more names that callers may use for this machine. queue:
-    answers that may wait besides those in slots. body_bytes: the largest body. answer_tokens: the most of an answer.
-    ping_s: seconds without an event after which a stream gets a comment. drain_s: seconds that requests have to end.
+    answers that may wait besides those in slots. body_bytes: the largest body; upload_bytes: of a document's file.
+    answer_tokens: the most of an answer. ping_s: seconds without an event after which a stream gets a comment. drain_s:
+    seconds that requests have to end.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +60,7 @@ class Options:
     name: str = "demo"
     queue: int = 256
     body_bytes: int = 32 * MIB
+    upload_bytes: int = 4096 * MIB
     answer_tokens: int = 4096
     ping_s: float = 5.0
     drain_s: float = 25.0

@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self, options: Options, stop: threading.Event, template: Template | None = None):
         self.desk, self._stop = Desk(options), stop
-        self._shelf = None if options.folder is None else Shelf(options.folder)
+        self._shelf = Shelf(options.folder)
         self.documents = Documents(self.desk, self._shelf, options.states_bytes)
         self._socket = _listen(options.host, options.port)
         self.port: int = self._socket.getsockname()[1]
@@ -77,8 +77,7 @@ class Server:
         self.desk.draining = True
         self._server.should_exit = True
         self._thread.join()
-        if self._shelf is not None:
-            self._shelf.close()
+        self._shelf.close()
 
     def _run(self) -> None:
         try:

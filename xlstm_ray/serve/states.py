@@ -1,8 +1,11 @@
 """The addresses below /v1/states."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from errno import ENOSPC
+from os import strerror
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
@@ -13,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from xlstm_ray.errors import StateError
 from xlstm_ray.files import HEAD_BYTES, STATE
-from xlstm_ray.serve.body import read_body, takes
+from xlstm_ray.serve.body import pieces, read_body, takes
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Document, Documents
 from xlstm_ray.serve.fields import one_prompt, read
@@ -21,10 +24,11 @@ from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.shelf import Record, named
 from xlstm_ray.serve.stream import EventStream, comment, data
 from xlstm_ray.state import RecurrentState
-from xlstm_ray.text.prompt import decoded, whole_prompt
+from xlstm_ray.text.ondisk import take_text
 
 POLL_S = 0.1
 PIECE = 1 << 20  # bytes of a download at once
+FILES = "text/plain", "application/octet-stream"  # what a document's body may be besides JSON
 HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
 
 
@@ -48,9 +52,17 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
 
     @app.post("/v1/states", openapi_extra=takes(NewState))
     async def new(request: Request) -> Response:
-        """Begin to read a document; answers at once, with its id."""
+        """Begin to read a document; answers at once, with its id.
+
+        A body of text/plain or application/octet-stream is a file, as with PUT; `?id=` and `?ttl=` go with it.
+        """
+        if _kind(request) in FILES:
+            return await take_file(request, request.query_params.get("id"), "id", "ttl")
         _ = desk.engine
         desk.account(request.scope["tenant"]).admit()
+        if _kind(request) == "multipart/form-data":
+            text = "a form is not taken; send the file itself, as text/plain (curl -T FILE URL/v1/states/NAME)"
+            raise Refused(415, text)
         body = read(NewState, await read_body(request, desk.options.body_bytes), {})
         desk.require_model(body.model)
         tenant = request.scope["tenant"]
@@ -58,21 +70,26 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
             record = Record.named(body.id, tenant=tenant, ttl=body.ttl)
             state = await documents.state(tenant, body.state)
             return JSONResponse((await documents.add(record, state)).info(), 201)
-        record = Record.named(body.id, tenant=tenant, ttl=body.ttl, base=body.state, prompt=one_prompt(body.prompt))
-        return JSONResponse((await documents.add(record)).info(), 202)
+        record, prompt = Record.named(body.id, tenant=tenant, ttl=body.ttl, base=body.state), one_prompt(body.prompt)
+        with documents.shelf.room() as path:
+            source = await asyncio.to_thread(documents.shelf.write_prompt, path, prompt)
+            del prompt, body
+            return JSONResponse((await documents.add(record.of(source), path)).info(), 202)
 
     @app.put("/v1/states/{name}")
     async def upload(request: Request, name: str) -> Response:
         """Begin to read a document that is a file of text, or take one that is the state of `--state-out`."""
+        return await take_file(request, name, "ttl")
+
+    async def take_file(request: Request, name: str | None, *fields: str) -> Response:
         engine = desk.engine
         desk.account(request.scope["tenant"]).admit()
-        record = Record.named(name, tenant=request.scope["tenant"], ttl=_ttl(request))
-        with TemporaryDirectory(prefix="xlstm-ray-") as folder:
-            path = Path(folder) / "upload"
-            is_state = await _receive(request, path)
-            if not is_state:
-                text = await asyncio.to_thread(_text, path)
-                return JSONResponse((await documents.add(record.model_copy(update={"prompt": text}))).info(), 202)
+        record = Record.named(name, tenant=request.scope["tenant"], ttl=_ttl(request, fields))
+        documents.require_room(record)  # before all of it was sent
+        with documents.shelf.room() as path:
+            if not await _receive(request, path, desk.options.upload_bytes):
+                await asyncio.to_thread(take_text, path, "the file")
+                return JSONResponse((await documents.add(record.of("text"), path)).info(), 202)
             if path.stat().st_size > engine.config.state_file_bytes(1) + HEADER:
                 raise Refused(413, "the state is larger than one of this model")
             try:
@@ -136,33 +153,35 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
         return documents.get(request.scope["tenant"], name)
 
 
-async def _receive(request: Request, path: Path) -> bool:
-    """Write the body to a file, piece by piece; whether it is a state of this program. Raises Refused."""
-    head, more = b"", True
-    with open(path, "wb") as file:
-        while more:
-            message = await request.receive()
-            if message["type"] != "http.request":
-                raise Refused(400, "the client has left before the file's end")
-            part, more = message.get("body", b""), message.get("more_body", False)
-            head += part[: max(0, HEAD_BYTES - len(head))]
-            try:
-                file.write(part)
-            except OSError as err:
-                raise Refused(507, f"the file cannot be taken ({err.strerror})") from None
+async def _receive(request: Request, path: Path, most: int) -> bool:
+    """Write the body to a file, piece by piece; whether it is a state of this program.
+
+    Raises Refused where it has more bytes than `most`, the disk has no room for it, or its sender leaves.
+    """
+    head, told = b"", int(request.headers.get("content-length") or 0)
+    try:
+        if most >= told > disk_usage(path).free:
+            raise OSError(ENOSPC, strerror(ENOSPC))
+        with open(path, "wb") as file:
+            async for piece in pieces(request, most, PIECE):
+                head += piece[: max(0, HEAD_BYTES - len(head))]
+                await asyncio.to_thread(file.write, piece)
+    except OSError as err:
+        raise Refused(507, f"the file cannot be taken ({err.strerror})") from None
     return STATE.ours(head)
 
 
-def _text(path: Path) -> str:
-    """A file's text, as `--prompt-file` has it. Raises UsageError."""
-    return whole_prompt(decoded(path.read_bytes(), "the file"), "the file")
+def _kind(request: Request) -> str:
+    """What a body says that it is."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _ttl(request: Request) -> float | None:
-    """The time to live in an address. Raises Refused for anything else there."""
+def _ttl(request: Request, fields: Sequence[str]) -> float | None:
+    """The time to live in an address, of the fields that may be there. Raises Refused for anything else."""
     for name in request.query_params:
-        if name != "ttl":
-            raise Refused(400, f"`{name}` is not a field here; there is: ttl", param=name, code="unknown_field")
+        if name not in fields:
+            there = ", ".join(fields)
+            raise Refused(400, f"`{name}` is not a field here; there is: {there}", param=name, code="unknown_field")
     given = request.query_params.get("ttl")
     try:
         ttl = None if given is None else float(given)

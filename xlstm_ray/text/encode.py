@@ -1,4 +1,5 @@
-"""A text to tokens, piece by piece: a long text needs only the memory of its tokens, four bytes each.
+"""A text to tokens, piece by piece: a long text needs only the memory of its tokens, four bytes each, and a text in a
+file not even that, where they are taken piece by piece too.
 
 Pieces overlap. A piece begins at a word of the piece before. Two pieces are joined at a word from which both have the
 same tokens at the same places, up to the overlap's last quarter: their tokens can differ only near a piece's ends. The
@@ -16,16 +17,26 @@ also gets the whole text at once: it does not report the places of its tokens.
 
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
+from typing import TypeVar
 
 from tokenizers import Encoding, Tokenizer
+
+from xlstm_ray.text.ondisk import TextFile
 
 PIECE = 1 << 16  # characters
 OVERLAP = 1 << 12  # characters; a tokenizer is assumed to look at fewer to cut a word
 AGREE = 8  # tokens, at least
 IDS = "I"  # unsigned, as in the library: an id may be outside the vocabulary, which the caller reports
+
+
+T = TypeVar("T")
+
+
+class _Whole(Exception):
+    """This text must be cut at once."""
 
 
 class TextEncoder:
@@ -45,13 +56,25 @@ class TextEncoder:
         self._whole, self._calling, self._piece, self._overlap = tokenizer, calling, piece, overlap
         self._plain: Tokenizer | None = None
 
-    def encode(self, text: str, on_piece: Callable[[int], object] = lambda done: None) -> "array[int]":
+    def encode(self, text: str | TextFile, on_piece: Callable[[int], object] = lambda done: None) -> "array[int]":
         """The token ids of the text. on_piece is called after every piece with the number of finished characters.
 
         Raises the errors of the tokenizers library.
         """
+        return self.taken_by(joined, text, on_piece)
+
+    def taken_by(
+        self, take: "Callable[[Iterable[array[int]]], T]", text: str | TextFile, on_piece: Callable[[int], object]
+    ) -> T:
+        """What `take` makes of the ids, which come some at a time. It is called once more if that does not work out."""
+        try:
+            return take(self._pieces(text, on_piece))
+        except _Whole:
+            return take([self._at_once(text)])
+
+    def _pieces(self, text: str | TextFile, on_piece: Callable[[int], object]) -> "Iterator[array[int]]":
         if len(text) <= self._piece:
-            return self._at_once(text)
+            raise _Whole
         if self._plain is None:
             with self._calling():
                 parts = json.loads(self._whole.to_str())
@@ -60,9 +83,9 @@ class TextEncoder:
             self._joins_within_words = _joins_within_words(parts)
             self._knows_places = _knows_places(parts)
         if not self._knows_places:
-            return self._at_once(text)
+            raise _Whole
         before, after = self._added()
-        ids = array(IDS, before)
+        yield array(IDS, before)
         at, size = 0, self._piece
         piece = self._piece_of(text, at, size)
         while piece.end < len(text):
@@ -71,31 +94,30 @@ class TextEncoder:
                 size *= 2
                 longer = self._piece_of(text, at, size)
                 if not longer.begins_as(piece):
-                    return self._at_once(text)
+                    raise _Whole
                 piece = longer
                 continue
             first, second = join
-            ids.extend(piece.ids[piece.first : first])
+            yield piece.ids[piece.first : first]
             following.first = second
             piece, at, size = following, following.start, self._piece
             on_piece(at)
-        ids.extend(piece.ids[piece.first :])
+        yield piece.ids[piece.first :]
         on_piece(len(text))
-        ids.extend(after)
-        return ids
+        yield array(IDS, after)
 
-    def _at_once(self, text: str) -> "array[int]":
+    def _at_once(self, text: str | TextFile) -> "array[int]":
         with self._calling():
-            return array(IDS, self._whole.encode(text).ids)
+            return array(IDS, self._whole.encode(text[:]).ids)
 
-    def _piece_of(self, text: str, start: int, size: int) -> "_Piece":
+    def _piece_of(self, text: str | TextFile, start: int, size: int) -> "_Piece":
         """text[start:start + size], encoded."""
         assert self._plain is not None
         with self._calling():
             encoding = self._plain.encode(text[start : start + size], add_special_tokens=False)
             return _Piece(encoding, start, min(start + size, len(text)))
 
-    def _next(self, text: str, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
+    def _next(self, text: str | TextFile, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
         """The next piece, and the place of their join: the index of the same token in both."""
         within = [False, True] if self._joins_within_words else [False]
         for anywhere in within:
@@ -115,6 +137,14 @@ class TextEncoder:
         if not own:
             return [], []
         return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def joined(pieces: "Iterable[array[int]]") -> "array[int]":
+    """All ids together."""
+    ids = array(IDS)
+    for some in pieces:
+        ids.extend(some)
+    return ids
 
 
 class _Piece:

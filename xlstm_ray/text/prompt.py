@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from operator import index
 
 from xlstm_ray.errors import UsageError
+from xlstm_ray.text.ondisk import TextFile
 
 Prompt = str | Sequence[int]
+Given = Prompt | TextFile  # a prompt may be in a file, too
 
 
-def as_batch(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompt, str):
+def as_batch(prompt: Given | Sequence[Given]) -> list[Given]:
+    if isinstance(prompt, str | TextFile):
         return [prompt]
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
         raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token")
-    return list(prompt) if isinstance(prompt[0], (str, Sequence)) else [prompt]  # type: ignore[list-item, arg-type]
+    return list(prompt) if isinstance(prompt[0], (str, Sequence, TextFile)) else [prompt]  # type: ignore[list-item, arg-type]
 
 
 def decoded(data: bytes, source: str) -> str:

@@ -2,13 +2,13 @@
 
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from threading import RLock
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from tokenizers import Encoding, Tokenizer
@@ -16,12 +16,14 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig, read_json
-from xlstm_ray.errors import CheckpointError, UsageError, one_line
+from xlstm_ray.errors import CheckpointError, OutputError, UsageError, one_line
 from xlstm_ray.text.detokenize import Detokenizer, TextEnd, TextStream
-from xlstm_ray.text.encode import TextEncoder
-from xlstm_ray.text.prompt import Prompt, require_text, token_ids
+from xlstm_ray.text.encode import TextEncoder, joined
+from xlstm_ray.text.ondisk import TextFile, TokenFile
+from xlstm_ray.text.prompt import Given, require_text, token_ids
 
 _STDERR = RLock()
+T = TypeVar("T")
 
 
 class NextToken(NamedTuple):
@@ -50,18 +52,40 @@ class Text:
         """How many tokens the model knows."""
         return self._config.vocab_size
 
-    def tokens(self, prompt: Prompt) -> Tensor:
+    def tokens(self, prompt: Given) -> Tensor:
         """A prompt's tokens (T,) int32, with the begin token if the model's configuration asks for it.
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        return self._checked(prompt, self._encoded(prompt) if isinstance(prompt, str) else token_ids(prompt))
+        ids = self._taken(prompt, joined) if isinstance(prompt, str | TextFile) else token_ids(prompt)
+        return self._checked(prompt, ids)
 
-    def more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
+    def on_disk(self, prompt: TextFile | TokenFile) -> TokenFile:
+        """The same of a prompt that is a file, in a file: only some of the tokens are in memory at once.
+
+        Raises OutputError where the file cannot be written.
+        """
+        if isinstance(prompt, TokenFile):
+            for ids in prompt.pieces():
+                self._checked(prompt, ids)
+            return prompt
+
+        def write(pieces: "Iterable[array[int]]") -> TokenFile:
+            return TokenFile.of((ids for ids in pieces if len(self._checked(prompt, ids))), prompt.folder)
+
+        try:
+            return self._taken(prompt, write)
+        except OSError as err:
+            where = prompt.folder or gettempdir()
+            raise OutputError(f"{where}: the prompt's tokens cannot be kept there ({err.strerror})") from None
+
+    def more(self, more: Given, after: Sequence[int] = ()) -> list[int]:
         """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
 
         Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
+        if isinstance(more, TextFile):
+            more = more[:]
         if not isinstance(more, str):
             return self._checked(more, token_ids(more)).tolist()
         require_text(more)
@@ -104,23 +128,36 @@ class Text:
         with tokenizing(self._file):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _encoded(self, prompt: str) -> "array[int]":
-        require_text(prompt)
-        tokens = self._encoder.encode(prompt, lambda done: self._between(done, len(prompt)))
-        if prompt and not tokens:
-            raise CheckpointError(f"{self._file}: makes no tokens of the prompt")
-        bos = self._config.bos_token_id
-        if self._config.force_bos_token_insert and bos is not None and tokens and tokens[0] != bos:
-            tokens.insert(0, bos)
-        return tokens
+    def _taken(self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]") -> T:
+        """What `take` makes of a text's tokens, which come some at a time."""
+        if isinstance(prompt, str):
+            require_text(prompt)
 
-    def _checked(self, prompt: Prompt, ids: "Sequence[int] | array[int]") -> Tensor:
+        def between(done: int) -> None:
+            self._between(done, len(prompt))
+            if isinstance(prompt, TextFile):
+                prompt.on_piece(done, len(prompt))
+
+        def begun(pieces: "Iterable[array[int]]") -> "Iterator[array[int]]":
+            bos, began = self._config.bos_token_id if self._config.force_bos_token_insert else None, False
+            for ids in pieces:
+                if ids:
+                    if not began and bos not in (None, ids[0]):
+                        yield array("I", [bos or 0])
+                    yield ids
+                    began = True
+            if len(prompt) and not began:
+                raise CheckpointError(f"{self._file}: makes no tokens of the prompt")
+
+        return self._encoder.taken_by(lambda pieces: take(begun(pieces)), prompt, between)
+
+    def _checked(self, prompt: Given, ids: "Sequence[int] | array[int]") -> Tensor:
         """The prompt's tokens, int32, if all are in the vocabulary."""
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         vocabulary = self.vocabulary
         odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < vocabulary), None)
-        if odd is not None and isinstance(prompt, str):
+        if odd is not None and isinstance(prompt, str | TextFile):
             raise CheckpointError(
                 f"{self._file}: makes token {odd} of the prompt, but config.json says vocab_size {vocabulary}"
             )

@@ -124,7 +124,9 @@ export class Documents {
     const facts = this.facts(info);
     if (card.querySelector(".facts").textContent !== facts) card.querySelector(".facts").textContent = facts;
     const progress = card.querySelector("progress");
-    const share = info.status === "sending" ? info.share : info.tokens_total ? info.tokens_done / info.tokens_total : 0;
+    const of = info.characters_total || info.tokens_total;
+    const done = info.characters_total ? info.characters_done : info.tokens_done;
+    const share = info.status === "sending" ? info.share : of ? done / of : 0;
     progress.hidden = !["sending", "queued", "reading"].includes(info.status);
     progress.value = share;
     if (card.dataset.status !== info.status) {
@@ -135,6 +137,8 @@ export class Documents {
 
   facts(info) {
     const { status, tokens_done: done, tokens_total: total, tokens_per_s: rate, seconds_left: left } = info;
+    const { characters_done: cut, characters_total: all } = info;
+    if (all) return `Cut into tokens: ${Math.floor((cut / all) * 100)} %`;
     if (status === "sending") return `Sending ${bytes(info.size)}: ${Math.floor(info.share * 100)} %`;
     if (status === "ready") return `${WORDS.ready}: ${counted(done, "token")}`;
     const how = total ? `: ${number(done)} of ${number(total)} tokens` : "";
