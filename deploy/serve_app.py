@@ -23,7 +23,7 @@ from xlstm_ray.serve.options import Options as ServiceOptions
 from xlstm_ray.serve.options import Slots, read_keys
 from xlstm_ray.serve.remote import Remote
 from xlstm_ray.serve.shelf import Shelf
-from xlstm_ray.serve.template import find_template
+from xlstm_ray.text.template import find_template
 
 
 class Options(BaseModel):

@@ -155,6 +155,9 @@ MARKED = {
         test_sampling_follows_the_probabilities_and_keeps_to_its_limits
         test_scoring_8k_tokens_of_a_50k_vocabulary_holds_a_piece
         test_each_option_reaches_the_answer
+        test_ctrl_c_stops_the_answer_and_keeps_it_and_a_second_one_leaves
+        test_at_the_prompt_ctrl_c_asks_once_and_ctrl_d_leaves
+        test_a_signal_to_leave_keeps_the_conversation
         test_threads_that_wait_for_each_other_sleep_soon
         test_torchs_own_variables_are_passed_on
         test_memory_and_settings_are_the_engines

@@ -1,10 +1,15 @@
 """A conversation: turns, forks and files, with nothing computed twice."""
 
+from functools import partial
+
 import pytest
+import torch
 from engines import OPTIONS, lm, model
 
 import xlstm_ray
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.state import EMPTY_PROMPT, RecurrentState, extend_prompt_hash
+from xlstm_ray.text.template import PLAIN, Template
 
 __all__ = ["lm", "model"]
 
@@ -92,3 +97,111 @@ def test_what_is_said_before_an_answer_was_read_follows_what_was_made_of_it(lm, 
 def test_nothing_said_is_no_state(lm):
     with pytest.raises(UsageError, match="nothing has been said"):
         _ = lm.chat().state
+
+
+# -- messages by a template --------------------------------------------------------------------------------------------
+MARKS = Template(
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "test",
+    {},
+)
+TRIMS = Template(MARKS.source.replace("m.content", "m.content | trim"), "test", {})
+
+
+def render(template: Template, messages: list[tuple[str, str]], *, answer: bool = True) -> str:
+    return template.render([{"role": role, "content": content} for role, content in messages], answer=answer)
+
+
+@pytest.mark.parametrize("template", [MARKS, TRIMS, PLAIN])
+def test_a_turn_is_a_run_over_the_whole_conversations_tokens(lm, template):
+    """The last answer is trimmed by TRIMS: it was said with spaces, so its state cannot be of use."""
+    (space,) = lm.encode(" ")
+    sampling = {"max_new_tokens": 5, "logit_bias": {space: 100}}
+    chat = lm.chat(template=template, sampling=sampling, system="Be brief.")
+    messages, tokens, state, seen = [("system", "Be brief.")], [], None, ""
+    for turn in ("Who are you?", "é And what is this?", "Well, then."):
+        text = "".join(chat.say(turn))
+        messages.append(("user", turn))
+        whole = render(template, messages)
+        if whole.startswith(seen) and state is not None:
+            assert template is not TRIMS
+            new = lm.encode_more(whole[len(seen) :], state.rows[0].end.tokens)
+            generation = lm.generate(append=whole[len(seen) :], state=state, sampling=sampling, last=False)
+        else:
+            assert template is TRIMS or state is None
+            tokens, new = [], lm.encode(whole)
+            begun = chat.generation.prefill
+            assert (state is None) == (begun.stats.resumed_tokens == 0)  # up to the answer nothing is read again
+            generation = lm.generate(whole, sampling=sampling, last=False)
+        assert ("".join(generation), generation.tokens) == (text, [[space] * 5])
+        state, seen = generation.state(), whole + generation.said[0]
+        tokens += [*new, *generation.tokens[0]]
+        messages.append(("assistant", text))
+        assert [(one.role, one.content) for one in chat.messages] == messages
+        assert chat.state.tokens == [len(tokens)]
+        assert chat.state.prompt_hash == [extend_prompt_hash(EMPTY_PROMPT, tokens)]
+        if template is not TRIMS:
+            assert chat.state.digest() == state.digest()
+        at_once = lm.prefill(tokens).state
+        assert chat.state.prompt_hash == at_once.prompt_hash
+        for name, tensor in at_once.tensors.items():
+            assert torch.allclose(chat.state.tensors[name], tensor, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("template", [MARKS, TRIMS, PLAIN])
+@pytest.mark.parametrize("document", [False, True])
+def test_a_saved_conversation_has_its_messages(lm, template, document, tmp_path):
+    (space,) = lm.encode(" ")
+    sampling = {"max_new_tokens": 5, "logit_bias": {space: 8}}
+    book = lm.prefill("A long book. " * 5).state if document else None
+    begin = partial(lm.chat, template=template, sampling=sampling)
+    chat = begin(book, system="Be brief.")
+    for turn in TURNS[:2]:
+        list(chat.say(turn))
+    chat.save(tmp_path / "chat.state")
+    again = begin(tmp_path / "chat.state")
+    assert again.messages == chat.messages
+    said = "".join(chat.say(TURNS[2]))
+    assert "".join(again.say(TURNS[2])) == said
+    assert again.state.digest() == chat.state.digest()
+    assert again.state.tokens[0] > (65 if document else 0)
+    with pytest.raises(UsageError, match="`system` begins a conversation, and the state .* has begun already"):
+        begin(tmp_path / "chat.state", system="Be long.")
+    other = lm.chat(tmp_path / "chat.state", template=Template("{{ messages | length }}", "test", {}))
+    if document:
+        with pytest.raises(UsageError, match="does not go on from what was said"):
+            list(other.say("a"))
+    plain = "".join(lm.generate(state=RecurrentState.load(tmp_path / "chat.state"), max_new_tokens=3))
+    assert len(plain) <= 3  # it is a state like any other
+
+
+def test_a_turn_that_is_stopped_before_it_is_read_was_not_said(lm):
+    chat = lm.chat(sampling=LIMIT, template=MARKS)
+    assert "".join(chat.say("a" * 100, should_stop=lambda: True)) == ""
+    assert chat.messages == []
+    asked = iter([False] * 3 + [True] * 9)
+    first = "".join(chat.say(TURNS[0], should_stop=lambda: next(asked)))
+    assert chat.generation.finish_reasons == ["cancelled"]
+    assert chat.messages[1].content == first
+    assert chat.state.tokens == [len(render(MARKS, [("user", TURNS[0])])) + len(chat.generation.tokens[0])]
+    before = chat.state.digest()
+    assert "".join(chat.say("a" * 100, should_stop=lambda: True)) == ""
+    assert chat.state.digest() == before
+    assert len("".join(chat.say(TURNS[1]))) > 0
+
+
+def test_what_is_not_a_conversation_is_refused(lm, model, tmp_path):
+    both = lm.prefill(["a", "b"]).state
+    with pytest.raises(UsageError, match="has 2 prompts; a conversation goes on from one"):
+        lm.chat(both)
+    asked = iter([False, True])
+    part = lm.prefill("a" * 100, should_stop=lambda: next(asked)).state
+    with pytest.raises(StateError, match="was stopped after 32 tokens"):
+        lm.chat(part)
+    with pytest.raises(UsageError, match="without a template"):
+        lm.chat(system="Be brief.")
+    with pytest.raises(UsageError, match="makes no text"):
+        list(lm.chat(template=Template("", "test", {})).say("a"))
+    with pytest.raises(UsageError, match="does not take these messages"):
+        list(lm.chat(template=Template("{{ raise_exception('no') }}", "test", {})).say("a"))

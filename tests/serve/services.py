@@ -22,7 +22,7 @@ from tiny import make_model
 import xlstm_ray
 from xlstm_ray.serve.options import Key, Options
 from xlstm_ray.serve.server import Server
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 WORDS = "--device cpu --tile-size 32 --chunk-size 16 --chunkwise-backend native".split()
 

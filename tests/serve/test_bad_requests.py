@@ -11,7 +11,7 @@ from services import Here, model, serving_here
 
 from xlstm_ray.serve.fields import NEUTRAL, Chat, Completion, Detokenize, Tokenize
 from xlstm_ray.serve.states import NewState
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
 

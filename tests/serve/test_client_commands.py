@@ -20,7 +20,7 @@ from services import WORDS, model, reading_line, serving, serving_here
 from test_documents import BOOK, LONG, QUESTION, parts, saved
 
 from xlstm_ray.client import service as http_client
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
 

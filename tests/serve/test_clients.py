@@ -16,7 +16,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from services import model, reading_line, serving_here
 
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
 

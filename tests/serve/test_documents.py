@@ -14,7 +14,7 @@ from services import WORDS, Client, Here, model, serving, serving_here
 from xlstm_ray import RecurrentState
 from xlstm_ray.errors import UsageError
 from xlstm_ray.serve.shelf import Shelf
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
 

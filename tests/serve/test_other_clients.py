@@ -13,7 +13,7 @@ import yaml
 from services import serving_here
 from transformers import xLSTMForCausalLM
 
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 KEY = "the-key-of-this-test"
 DEMO = Path(__file__).parents[2] / "xlstm_ray" / "demo"

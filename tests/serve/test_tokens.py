@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from services import Here, model, serving_here
 
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
 

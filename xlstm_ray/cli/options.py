@@ -85,6 +85,18 @@ PromptLogprobsOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", help="A message of the system, before all others.", rich_help_panel=PROMPT),
+]
+ChatTemplateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        help=bare("The template that makes messages text, a jinja file. [default: the model's own]"),
+        rich_help_panel=PROMPT,
+    ),
+]
 OrderedOption = Annotated[
     bool,
     typer.Option(
@@ -106,12 +118,12 @@ ProgressOption = Annotated[
 ]
 
 
-def takes(names: str = "") -> Callable[[Callable], Callable]:
+def takes(names: str = "", *, without: str = "") -> Callable[[Callable], Callable]:
     """Decorates a command that takes these settings (all, if none is named) after its own options, and --config.
 
-    They arrive as the keyword argument `asked`, for Settings.make; None: not given.
+    without: settings that are left out. All arrive as the keyword argument `asked`, for Settings.make; None: not given.
     """
-    rows = [table()[name] for name in names.split()] or list(table().values())
+    rows = [row for name, row in table().items() if name in (names.split() or table()) and name not in without.split()]
     options = {"config": ConfigOption} | {row.name: _option(row) for row in rows if row.flags}
 
     def decorate(command: Callable) -> Callable:

@@ -1,7 +1,7 @@
-"""The fields of Sampling as options of `generate` and as keys of a line of `--jsonl`."""
+"""The fields of Sampling as options of `generate` and `chat`, and as keys of a line of `--jsonl`."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -31,14 +31,15 @@ METAVAR = {"logit_bias": "ID=NUMBER", "stop": "TEXT"}
 KEYS = tuple(Sampling.model_fields)
 
 
-def samples(command: Callable, more: Mapping[str, str] = MORE) -> Callable:
+def samples(command: Callable, more: Mapping[str, str] = MORE, without: Sequence[str] = ()) -> Callable:
     """Add an option for each field to a command with the parameter `sampling`, which gets the given fields by name.
 
-    more: what the help says after a field's own text.
+    more: what the help says after a field's own text. without: fields that the command does not take.
     """
+    keys = [name for name in KEYS if name not in without]
 
     def run(**given: Any) -> None:
-        values = {name: given.pop(name) for name in KEYS}
+        values = {name: given.pop(name) for name in keys}
         asked = {name: value for name, value in values.items() if value is not None and value is not False}
         if "logit_bias" in asked:
             asked["logit_bias"] = dict(map(_bias, asked["logit_bias"]))
@@ -48,7 +49,7 @@ def samples(command: Callable, more: Mapping[str, str] = MORE) -> Callable:
     parameters: list[inspect.Parameter] = []
     for parameter in own.parameters.values():
         kind = parameter.kind
-        new = [inspect.Parameter(name, kind, default=_unset(name), annotation=_option(name, more)) for name in KEYS]
+        new = [inspect.Parameter(name, kind, default=_unset(name), annotation=_option(name, more)) for name in keys]
         parameters += new if parameter.name == "sampling" else [parameter]
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 SERVICE, REPLICAS = "Service", "Replicas on Ray Serve"
 LOOK_S = 1.0  # seconds between two looks at whether the engine still serves
-PACKAGES = "fastapi", "uvicorn", "jinja2", "prometheus-client"
+PACKAGES = "fastapi", "uvicorn", "prometheus-client"
 # A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
 SETTINGS = """
     model device dtype chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale
@@ -159,7 +159,7 @@ def serve(
     require_places(settings, asked["config"], None, None, None)
     with leave_at_once():
         from xlstm_ray.serve.server import Server
-        from xlstm_ray.serve.template import find_template
+        from xlstm_ray.text.template import find_template
     template = find_template(choose_model(settings), chat_template)
     stop, hurry = threading.Event(), threading.Event()
     server = Server(options, stop, template)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlstm_ray import files
 from xlstm_ray.cachefiles import Folder
@@ -22,6 +22,7 @@ from xlstm_ray.settings import Settings
 if TYPE_CHECKING:
     from xlstm_ray.choose import Setup
     from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.text.template import Template
 
 
 def require_places(
@@ -191,6 +192,30 @@ def _backend_of(kernel: str) -> str:
     from xlstm_ray.kernels import CHUNKWISE_BACKENDS
 
     return next(name for name, backend in CHUNKWISE_BACKENDS.items() if backend.kernel == kernel)
+
+
+class Chosen(NamedTuple):
+    """The template of chats; note: what is to be said about it."""
+
+    template: "Template"
+    note: str | None = None
+
+
+def chosen_template(settings: Settings, given: Path | None) -> Chosen:
+    """The template that was named, else the model's own, else that of plain lines."""
+    with leave_at_once():
+        from xlstm_ray.choose import choose_model
+        from xlstm_ray.text.template import PLAIN, find_template
+    found = find_template(choose_model(settings), given)
+    return (
+        Chosen(found)
+        if found
+        else Chosen(
+            PLAIN,
+            "this model has no chat template: it goes on from what is said, word for word, each turn on a new line; "
+            "--chat-template FILE gives it one",
+        )
+    )
 
 
 def run_under_keeper(settings: Settings, *, on_ray: bool = False) -> None:

@@ -112,7 +112,8 @@ class Engine:
         self.model_path, self.config, self.backend, self.device = plan.model, plan.config, plan.backend, plan.device
         self.dtype, self.dtype_reason, self.numerics = plan.dtype, plan.dtype_reason, plan.numerics
         self.workers, self.bands, self.stages, self.t_inner = plan.workers, plan.bands, plan.stages, plan.steps.t_inner
-        self.tokenizer, self.fingerprint, self._warm = text.tokenizer, self._core.fingerprint, self._core.warm
+        self.text, self.tokenizer = text, text.tokenizer
+        self.fingerprint, self._warm = self._core.fingerprint, self._core.warm
 
     @property
     def executor(self) -> Executor:
@@ -206,12 +207,12 @@ class Engine:
         asked = Asked(Each(all_logits, prompt_logprobs), on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
 
-    def chat(
-        self, state: RecurrentState | str | Path | None = None, *, sampling: Mapping[str, Any] | None = None
-    ) -> Chat:
-        """A conversation, from its beginning or from a state or a file of one; sampling: of its answers, by name."""
+    def chat(self, state: RecurrentState | str | Path | None = None, **options: Any) -> Chat:
+        """A conversation, from its beginning or from a state or a file of one; options: as in `Chat`."""
         begun = RecurrentState.load(state) if isinstance(state, str | Path) else state
-        return Chat(self.generate, state=begun, sampling=sampling)
+        if begun is not None:
+            self._core.require_whole(begun)
+        return Chat(self.generate, self.text.conversation, state=begun, **options)
 
     # -- requests ------------------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> Handle:

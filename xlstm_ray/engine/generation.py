@@ -82,6 +82,11 @@ class Generation:
         return [answer.text for answer in self._answers]
 
     @property
+    def said(self) -> list[str]:
+        """Each row's text of all tokens so far, with the stop text that ended it."""
+        return [answer.said for answer in self._answers]
+
+    @property
     def finishes(self) -> list[Finish | None]:
         """Why each row's answer ended, and by which token or text; None if it has not ended."""
         return [answer.finish for answer in self._answers]

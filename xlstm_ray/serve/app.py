@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from xlstm_ray import __version__
-from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.serve.access import Access
 from xlstm_ray.serve.answering import reply_to
 from xlstm_ray.serve.body import read_body, takes
@@ -25,9 +25,9 @@ from xlstm_ray.serve.pages import add_pages
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.replies import Chats, Completions
 from xlstm_ray.serve.states import add_states
-from xlstm_ray.serve.template import Template
 from xlstm_ray.serve.work import Ask
 from xlstm_ray.text.prompt import Prompt
+from xlstm_ray.text.template import OWN, Template
 
 
 def make_app(desk: Desk, documents: Documents | None, template: Template | None = None) -> App:
@@ -169,7 +169,13 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
                 "--chat-template FILE` gives a template",
                 code="no_chat_template",
             )
-        return template.render(messages, answer=answer, more=more)
+        odd = next((name for name in more or {} if name in OWN), None)
+        if odd is not None:
+            raise Refused(400, f"`chat_template_kwargs` may not set {odd!r}", param="chat_template_kwargs")
+        try:
+            return template.render(messages, answer=answer, more=more)
+        except UsageError as err:
+            raise Refused(400, str(err), param="messages") from None
 
     def conversation(text: str) -> list[int]:
         """The tokens of a rendered conversation: its template writes special tokens itself."""

@@ -15,7 +15,7 @@ from xlstm_ray.serve.desk import Desk, Serves
 from xlstm_ray.serve.documents import Documents
 from xlstm_ray.serve.options import Options
 from xlstm_ray.serve.shelf import Shelf
-from xlstm_ray.serve.template import Template
+from xlstm_ray.text.template import Template
 
 POLL_S = 0.05
 LAST_S = 5  # seconds that replies have to reach their readers

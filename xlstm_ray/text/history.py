@@ -1,4 +1,4 @@
-"""What a state knows of its text and tokens: hashes of a fixed size, never the text itself.
+"""What a state knows of its text and tokens: hashes of a fixed size, and the text only of a conversation.
 
 They show whether a prompt continues the state, and where it differs if not: there are hashes at up to 64 evenly spaced
 places.
@@ -127,12 +127,34 @@ class TextTrail(Trail):
         return extend_text_hash(before, units)
 
 
+class Message(BaseModel):
+    """A message of a conversation, as chat templates know it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    role: str
+    content: str
+
+
+class Conversation(BaseModel):
+    """What a saved conversation needs to go on.
+
+    text: what the state has seen of it, from the first message on. alone: the state has seen nothing before that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    messages: list[Message] = []
+    text: str = ""
+    alone: bool = True
+
+
 class Row(BaseModel):
     """What a state knows of one of its rows, besides the tensors.
 
     tokens: the tokens that it has seen. text: their text; None if ids were given or the prefill has not ended. end: the
     end of the text. appended_to: while appended tokens are only partly seen, the tokens before them; text and end are
-    then also those before them.
+    then also those before them. conversation: of a saved one; the only text itself in a state.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -141,6 +163,7 @@ class Row(BaseModel):
     text: TextTrail | None = None
     end: TextEnd = TextEnd()
     appended_to: TokenTrail | None = None
+    conversation: Conversation | None = None
 
 
 class Place(BaseModel):

@@ -11,7 +11,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from xlstm_ray.config import read_json
 from xlstm_ray.errors import ConfigError, UsageError, one_line
-from xlstm_ray.serve.refusals import Refused
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 OWN = "messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"
@@ -37,17 +36,13 @@ class Template:
     ) -> str:
         """The text of a conversation. answer: it ends where the model's answer begins. more: the template's own words.
 
-        Raises Refused where the template does not take these messages.
+        Raises UsageError where the template does not take these messages.
         """
-        odd = next((name for name in more or {} if name in OWN), None)
-        if odd is not None:
-            raise Refused(400, f"`chat_template_kwargs` may not set {odd!r}", param="chat_template_kwargs")
         words = {"tools": None, "documents": None, **self._special, **(more or {})}
         try:
             return self._template.render(messages=messages, add_generation_prompt=answer, **words)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as err:
-            text = f"the chat template does not take these messages: {one_line(err)}"
-            raise Refused(400, text, param="messages") from None
+            raise UsageError(f"the chat template does not take these messages: {one_line(err)}") from None
 
 
 def find_template(model: Path, given: Path | None) -> Template | None:
@@ -82,3 +77,12 @@ def _to_json(value: Any, indent: int | None = None, **_more: Any) -> str:
 
 def _refuse(text: str) -> NoReturn:
     raise jinja2.TemplateError(text)
+
+
+# What is said as it is, each line of a person on a line of its own: for models that only go on with a text.
+PLAIN = Template(
+    "{% for m in messages %}{% if not loop.first and m.role != 'assistant' %}{{ '\\n' }}{% endif %}"
+    "{{ m.content }}{% endfor %}",
+    "plain",
+    {},
+)
