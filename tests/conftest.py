@@ -158,6 +158,8 @@ MARKED = {
         test_ctrl_c_stops_the_answer_and_keeps_it_and_a_second_one_leaves
         test_at_the_prompt_ctrl_c_asks_once_and_ctrl_d_leaves
         test_a_signal_to_leave_keeps_the_conversation
+        test_score_command
+        test_memory_is_flat
         test_threads_that_wait_for_each_other_sleep_soon
         test_torchs_own_variables_are_passed_on
         test_memory_and_settings_are_the_engines

@@ -119,7 +119,7 @@ def test_help_answers_without_torch(tmp_path):
     assert not found & {"torch", "tokenizers", "safetensors", "ray", "numpy", "huggingface_hub"}
 
 
-COMMANDS = "prefill generate chat download doctor config up status down parity bench plan".split()
+COMMANDS = "prefill generate chat score download doctor config up status down parity bench plan".split()
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -47,6 +47,7 @@ def take(snapshot: Snapshot, rows: Sequence[int], size: int) -> Snapshot:
         [snapshot.consumed[b] for b in rows] + [0] * empty,
         snapshot.some(own),
         HeldRows([*snapshot.rows.pick(rows), *[None] * empty]),
+        [snapshot.scored[b] for b in rows] + [None] * empty,
     )
 
 
@@ -67,12 +68,12 @@ class Whole:
         if list(rows) == list(range(batch)) and len(part.consumed) == batch:
             self.now = part
             return part
-        consumed, held = list(self.now.consumed), list(self.now.rows)
+        consumed, held, scored = list(self.now.consumed), list(self.now.rows), list(self.now.scored)
         logits, self._own = self.now.logits if self._own else self.now.logits.clone(), True  # large
-        for b, seen, row in zip(rows, part.consumed, part.rows, strict=False):
-            consumed[b], held[b] = seen, row
+        for b, seen, row, sums in zip(rows, part.consumed, part.rows, part.scored, strict=False):
+            consumed[b], held[b], scored[b] = seen, row, sums
         logits[list(rows)] = part.logits[:n]
-        self.now = Snapshot(consumed, logits, HeldRows(held))
+        self.now = Snapshot(consumed, logits, HeldRows(held), scored)
         return self.now
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.held import HeldRows, States
-from xlstm_ray.engine.scores import Scores, following
+from xlstm_ray.engine.scores import Scores, Sums, following
 from xlstm_ray.engine.tokens import Tokens, make_part
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor, Step, StepResult, run
+from xlstm_ray.text.history import Scored
 
 
 class Sizes(NamedTuple):
@@ -47,10 +48,19 @@ class Progress:
 
 
 class Each(NamedTuple):
-    """What a run returns of each token: its logits; its log-probability and those of the likeliest tokens there."""
+    """What a run returns of each token: its logits; its log-probability and those of the likeliest tokens there.
+
+    sums: instead of these, only the sum of the tokens' log-probabilities.
+    """
 
     logits: bool = False
     likeliest: int | None = None  # how many; None: no log-probabilities
+    sums: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities are computed."""
+        return self.sums or self.likeliest is not None
 
 
 LAST = Each()  # nothing but the logits of the last one
@@ -67,11 +77,14 @@ class Snapshot:
     """A prefill at a window's end, where it can be resumed.
 
     consumed: for each row, the number of its tokens in the state. rows: the state after them. logits: (B, vocabulary)
-    float32, after each row's last consumed token.
+    float32, after each row's last consumed token. scored: the sums of each row's log-probabilities, if requested.
     """
 
-    def __init__(self, consumed: list[int], logits: Logits, rows: HeldRows):
+    def __init__(
+        self, consumed: list[int], logits: Logits, rows: HeldRows, scored: Sequence[Scored | None] | None = None
+    ):
         self.consumed, self.rows, self._logits = consumed, rows, logits
+        self.scored = [None] * len(consumed) if scored is None else list(scored)
 
     @property
     def logits(self) -> Tensor:
@@ -158,7 +171,13 @@ class Reader:
         self.consumed = list(self.begin)  # how far the results that were taken go
         self.read = max(self.begin, default=0)  # how far the windows that were given out go
         self.scores: list[Scores] = []  # of each row, if requested
-        if each.likeliest is not None:
+        self.sums: list[Sums] = []
+        if each.sums:
+            self.sums = [
+                Sums(row, b, start.logits[n], start.scored[n])
+                for n, (row, b) in enumerate(zip(rows, self.begin, strict=True))
+            ]
+        elif each.likeliest is not None:
             self.scores = [
                 Scores(row, b, start.logits[n], each.likeliest)
                 for n, (row, b) in enumerate(zip(rows, self.begin, strict=True))
@@ -201,7 +220,7 @@ class Reader:
             next(self._numbers),
             "all" if self._each.logits else "none",
             keep=wanted and not self.executor.local,  # actors send it before they go on
-            following=following(window, self.scores) if self.scores else None,
+            following=following(window, self.sums or self.scores) if self._each.scores else None,
         )
         self._under_way.append(Read(step, window, filled, wanted))
         self.read = min(window.start + window.size, max(self.end))
@@ -218,19 +237,20 @@ class Reader:
                     with self._states.turn():
                         self._pieces[b].append(result.logits[b, row_start:row_end].cpu())
                 if result.logprobs is not None:
-                    self.scores[b].add(result.logprobs, b, row_start, row_end)
+                    (self.sums or self.scores)[b].add(result.logprobs, b, row_start, row_end)
         return read
 
     def snapshot(self, rows: HeldRows) -> Snapshot:
         """The snapshot after the last result that was taken. rows: the state there."""
         consumed, before = list(self.consumed), self.start.some(lambda logits: logits)
+        scored = [row.so_far for row in self.sums] or None
         if not any(hidden is not None for hidden in self._hidden):
-            return Snapshot(consumed, before, rows)
+            return Snapshot(consumed, before, rows, scored)
         logits = partial(_logits, self._states, self.executor, list(self._hidden))
         moved = torch.tensor([c > b or e == 0 for b, c, e in zip(self.begin, consumed, self.end, strict=True)])
         if moved.all():
-            return Snapshot(consumed, logits, rows)
-        return Snapshot(consumed, lambda: torch.where(moved.unsqueeze(-1), logits(), computed(before)), rows)
+            return Snapshot(consumed, logits, rows, scored)
+        return Snapshot(consumed, lambda: torch.where(moved.unsqueeze(-1), logits(), computed(before)), rows, scored)
 
     def finish(self, end: Snapshot) -> list[Tensor]:
         """Drop scores and logits of tokens after the snapshot `end`. Returns each row's logits, if requested."""

@@ -24,6 +24,7 @@ from xlstm_ray.engine.prefill import Asked, Prefill
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.result import PrefillResult, Statistics
 from xlstm_ray.engine.reuse import Share
+from xlstm_ray.engine.score import Score, score
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.service import Service
 from xlstm_ray.engine.tree import Run
@@ -42,6 +43,7 @@ from xlstm_ray.runtime.executor import Executor
 from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.records import Head
+from xlstm_ray.text.ondisk import TextFile
 from xlstm_ray.text.prompt import Given, Prompt, as_batch
 from xlstm_ray.text.tokenizer import NextToken, Text
 
@@ -134,10 +136,7 @@ class Engine:
         return self._core.text.tokens(prompt).tolist()
 
     def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
-        """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
-
-        Some tokenizers put a space before a text's first word; here it is avoided if possible.
-        """
+        """As `Text.more`: the tokens of a text that follows the tokens `after`."""
         return self._core.text.more(more, after)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -145,8 +144,7 @@ class Engine:
         return self._core.text.text_of(tokens)
 
     def next_tokens(self, logits: Tensor, count: int = 5) -> list[NextToken]:
-        """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Equal ones are in the order of
-        their ids, as in greedy decoding."""
+        """As `Text.likeliest`: the likeliest next tokens: logits (vocabulary,) -> id, text, log probability."""
         return self._core.text.likeliest(logits, count)
 
     def text_of(self, token: int) -> str:
@@ -179,11 +177,10 @@ class Engine:
         With a state, only new tokens are computed. `prompt` is the whole prompt; `append` is only what follows the
         state: one text for each row of the state, or one for all rows, or several texts for a state of one row. Without
         either, the result is the state itself. should_stop is called between tiles; a stopped run returns a state that
-        resumes there. Raises StateError where the state belongs to another model
-        or prompt or was made with other numerics, and UsageError for an empty prompt. any_numerics takes a state of
-        other numerics: the result is then the same within tolerance, not to the bit. on_snapshot is given every state
-        that a grid keeps on the way, before the grid is asked anything more. A run that lost actors or nodes for good
-        ends with the state of its last snapshot and the reason in `ended_by`.
+        resumes there. Raises StateError where the state belongs to another model or prompt or was made with other
+        numerics, and UsageError for an empty prompt. any_numerics takes a state of other numerics: the result is then
+        the same within tolerance, not to the bit. on_snapshot is given every state that a grid keeps on the way. A run
+        that lost actors or nodes for good ends with the state of its last snapshot and the reason in `ended_by`.
 
         Where the engine has a cache, a prompt begins from the longest state there that gives the bits of a run without
         one. Prompts of one `tenant` share states. keep_at: so many tokens of each prompt, at whose end, or at the last
@@ -207,6 +204,11 @@ class Engine:
         asked = Asked(Each(all_logits, prompt_logprobs), on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()
 
+    @a_call
+    def score(self, text: str | TextFile, **how: Any) -> Score:
+        """A text's log-likelihood, perplexity, bits per byte, in flat memory; how: as in `engine.score.score`."""
+        return score(self._core, text, **how)
+
     def chat(self, state: RecurrentState | str | Path | None = None, **options: Any) -> Chat:
         """A conversation, from its beginning or from a state or a file of one; options: as in `Chat`."""
         begun = RecurrentState.load(state) if isinstance(state, str | Path) else state
@@ -216,10 +218,7 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------------------------------
     def submit(self, request: Request) -> Handle:
-        """Begin a request beside others; from any thread. The first one begins the service: see `serve`.
-
-        Raises UsageError or StateError for what cannot be asked for.
-        """
+        """Begin a request beside others, from any thread; see `serve`. Raises UsageError or StateError."""
         return self._serving().submit(request)
 
     def submit_n(self, request: Request) -> list[Handle]:

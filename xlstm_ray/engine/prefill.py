@@ -49,7 +49,8 @@ class Prefill:
             nothing, fresh = torch.zeros(len(going), plan.config.vocab_size), HeldRows([None] * len(going))
             self._start = Snapshot(self._begin, nothing, fresh)
         else:
-            self._start = Snapshot(self._begin, state.logits, core.rows_of(state))
+            sums = [one.begun.scored for one in going]
+            self._start = Snapshot(self._begin, state.logits, core.rows_of(state), sums)
         mixed = state is not None and state.numerics != plan.numerics and any(self._begin)
         self._groups = plan_groups(
             self._begun, self._ends, tile_size=plan.numerics.tile_size, chunk_size=plan.numerics.chunk_size
@@ -88,7 +89,7 @@ class Prefill:
     def _run(self, kept_rows: int | None) -> PrefillResult:
         core, plan, kept, asked = self._core, self._core.plan, self._core.kept, self._asked
         calls = self._calls(self._groups, self._begun, self._sizes)
-        plan.room.require(len(self._rows), calls, kept_rows, scored=asked.each.likeliest is not None)
+        plan.room.require(len(self._rows), calls, kept_rows, scored=asked.each.scores)
         kept.begin(plan.config.state_file_bytes(len(self._rows)))
         with RunLogs(plan.logs, core.logs, self._log_failed) as logs, ExitStack() as open_:
             guard = MemoryGuard.of(
@@ -133,7 +134,7 @@ class Prefill:
             kept.write(state)
         ended_by = outcome.lost or self._ended_by
         scores = self._scores(outcome, range(len(self._rows)))
-        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, scores, ended_by)
+        return PrefillResult(state, outcome.end.logits, stats, outcome.all_logits, scores, ended_by, outcome.end.scored)
 
     # -- between windows -----------------------------------------------------------------------------------------------
     @property
@@ -242,6 +243,10 @@ class Prefill:
             self._going[b].advance(c)
         complete = snapshot.consumed == [self._ends[b] for b in places]
         known = [self._going[b].known(self._core.text, complete=complete) for b in places]
+        known = [
+            row.model_copy(update={"scored": None if complete else sums})
+            for row, sums in zip(known, snapshot.scored, strict=True)
+        ]
         made = self._core.state(snapshot, known, self._numerics, self._sampling, complete=complete)
         made.begun = None if complete else [self._begun[b] for b in places]
         return made

@@ -13,6 +13,7 @@ from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import peak_device_bytes, peak_process_bytes
 from xlstm_ray.state import RecurrentState
+from xlstm_ray.text.history import Scored
 
 
 class Use(NamedTuple):
@@ -157,6 +158,7 @@ class PrefillResult:
     all_logits: list[Tensor] = field(default_factory=list, repr=False)  # for each row (tokens, vocabulary)
     prompt_logprobs: list[Scores] = field(default_factory=list, repr=False)  # for each row, if requested
     ended_by: XlstmRayError | None = None  # what ended the run early, other than should_stop
+    scored: Sequence[Scored | None] = ()  # for each row, the sums of its log-probabilities, if requested
 
     @property
     def complete(self) -> bool:

@@ -85,7 +85,7 @@ def prompts(
         trail = None if text is None else TextTrail()
         for piece in text.pieces() if isinstance(text, TextFile) else [] if text is None else [text.encode()]:
             trail = trail and trail.extend(piece)
-        row = Row(tokens=known.tokens, text=known.text, end=known.end)
+        row = Row(tokens=known.tokens, text=known.text, end=known.end, scored=known.scored)
         going.append(Going(tokens, row, ids(tokens), trail))
     return going
 

@@ -109,7 +109,7 @@ class Reuse:
                 both[b] = computed(own)
             return both
 
-        return Snapshot(consumed, logits if found else before, HeldRows(rows))
+        return Snapshot(consumed, logits if found else before, HeldRows(rows), start.scored)
 
     def wants(self, group: Group, window: Window) -> bool:
         """Whether any row's state at this window's end must be kept. At a row's own end, it comes with its group."""

@@ -149,12 +149,28 @@ class Conversation(BaseModel):
     alone: bool = True
 
 
+class Scored(BaseModel):
+    """The sums of a text's log-probabilities so far, where the row has `seen` so many tokens.
+
+    tokens: how many were scored. logprob: their sum in nats, added one after the other in float64. following: the token
+    that comes next, and its log-probability.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    seen: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)] = 0
+    logprob: float = 0.0
+    following: tuple[int, float] | None = None
+
+
 class Row(BaseModel):
     """What a state knows of one of its rows, besides the tensors.
 
     tokens: the tokens that it has seen. text: their text; None if ids were given or the prefill has not ended. end: the
     end of the text. appended_to: while appended tokens are only partly seen, the tokens before them; text and end are
-    then also those before them. conversation: of a saved one; the only text itself in a state.
+    then also those before them. conversation: of a saved one; the only text itself in a state. scored: of a run that
+    scores its text, and was stopped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -164,6 +180,7 @@ class Row(BaseModel):
     end: TextEnd = TextEnd()
     appended_to: TokenTrail | None = None
     conversation: Conversation | None = None
+    scored: Scored | None = None
 
 
 class Place(BaseModel):
