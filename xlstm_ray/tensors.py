@@ -110,12 +110,17 @@ def bytes_of(
     return prod(shape) * (1 if is_quantized(config, name) else itemsize_of(name, dtype, float8=float8))
 
 
-def whole_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the largest matrix of a block that is made whole for a product, in `dtype`; 0 without integers."""
+def whole_bytes(config: ModelConfig, dtype: torch.dtype, *, compiled: bool) -> int:
+    """Bytes that a block's largest matrix takes where integers become numbers for a product; 0 without integers.
+
+    Compiled, only the matrix is made, in `dtype`. Uncompiled, 12 bytes an element are alive at once in either dtype:
+    8 bits in float32, with their scale in float32, in `dtype`, in order. 4 bits are made by halves, of which the first
+    is alive while the second is made (docs/figures.md).
+    """
     if config.quantization is None:
         return 0
     rows = max(2 * config.ffn_dim, 2 * config.qk_dim + 2 * config.v_dim)
-    return rows * config.hidden_size * dtype.itemsize
+    return rows * config.hidden_size * (dtype.itemsize if compiled else 12)
 
 
 def itemsize_of(name: str, dtype: torch.dtype, *, float8: bool = False) -> int:

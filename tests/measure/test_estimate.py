@@ -36,8 +36,11 @@ def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def planned(model: Path, device: str, tokens: int = 65536, machines: int = 1, **asked: object) -> Plan:
-    return plan(partial(choose_on_paper, Settings.make(model=model, **asked)), device, tokens, machines)
+def planned(
+    model: Path, device: str, tokens: int = 65536, machines: int = 1, memory_gb: float | None = None, **asked: object
+) -> Plan:
+    choose = partial(choose_on_paper, Settings.make(model=model, **asked))
+    return plan(choose, device, tokens, machines, memory_gb=memory_gb)
 
 
 # Measured: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_sizes: those of the prefill alone.
@@ -135,6 +138,32 @@ def test_the_tile_is_halved_until_it_fits(of_7b: Path) -> None:
     assert not planned(of_7b, "h100", mem_hard_pct=0.18, tile_size=4096).fits
 
 
+def test_the_table_of_macs_in_the_readme_is_what_plan_says(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (table,) = re.findall(r"^\| xLSTM-7B \|.*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n") if line]
+    forms = {
+        "bfloat16": None,
+        "8 bits, 32": {"bits": 8, "group_size": 32},
+        "4 bits, 32": {"bits": 4, "group_size": 32},
+        "4 bits, 64, with embedding and head": {"bits": 4, "group_size": 64, "embedding": True, "head": True},
+    }
+    assert [line[0] for line in lines] == list(forms)
+    memories = [float(cell.removesuffix(" GB")) for cell in head[2:]]
+    assert memories == [8, 16, 24, 32, 36, 48, 64]
+    for name, weights, *cells in lines:
+        (tmp_path / "config.json").write_text(
+            json.dumps(XLSTM_7B | ({"quantization": q} if (q := forms[name]) else {}))
+        )
+        for gb, cell in zip(memories, cells, strict=True):
+            found = planned(tmp_path, "m1", memory_gb=gb)
+            assert cell == (str(found.tile_size) if found.fits else f"{found.machines_needed} Macs")
+            assert weights == f"{found.model.weights / 1e9:.1f} GB"
+            assert found.device.memory_gb == gb
+            if not found.fits:
+                assert planned(tmp_path, "m1", machines=found.machines_needed or 0, memory_gb=gb).fits
+
+
 def test_time_grows_with_the_prompt_and_memory_does_not(of_7b: Path) -> None:
     for device in DEVICES:
         short, long = planned(of_7b, device, 8192), planned(of_7b, device, 1 << 20)
@@ -170,6 +199,8 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
         ("--device m9", "--device is 'm9'; there are: this, m1, m1-pro"),
         ("--device m1 --prompt-tokens 0", "--prompt-tokens is 0; allowed: 1 to"),
         ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
+        ("--device m1 --memory-gb 0.5", "--memory-gb is 0.5; allowed: 1 to 4096"),
+        ("--device this --memory-gb 8", "--memory-gb is for a device of the table; this machine's memory is known"),
         ("--device m1 --check", "--check runs on this machine"),
         ("--device m1 --model nowhere", "nowhere: is not a directory"),
         ("--device m1 --tile-size 100", "--tile-size is 100, which is not a multiple of the chunk size 64"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
+from xlstm_ray.config import Quantization
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.memory.sample import Sample, take_sample
 from xlstm_ray.memory.watchdog import Limits
 from xlstm_ray.plan import choose_limits
+from xlstm_ray.quantize import quantize_model
 from xlstm_ray.settings import Settings
 
 
@@ -75,9 +78,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_child(program: str, *args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run_child(program: str, *args: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **variables})
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -309,3 +312,34 @@ def test_the_computed_need_is_the_measured_peak_within_15_percent(tmp_path):
     need, tile, peak = map(float, run_child(NEED_AND_PEAK, tmp_path).stdout.split())
     assert 0.85 < need / peak < 1.15
     assert tile > 0.25 * need  # the computed part is large
+
+
+INTEGERS = """
+    import json, sys, torch, xlstm_ray
+    from xlstm_ray.memory.sample import peak_process_bytes
+    model, dtype = sys.argv[1:]
+    lm = xlstm_ray.load(model, device="cpu", tile_size=64, chunk_size=64, dtype=dtype, chunkwise_backend="native")
+    lm.prefill(list(range(128)))
+    need = lm.need(1)
+    print(json.dumps([need.total, need.base, need.tile, peak_process_bytes()]))
+"""
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "bfloat16"), (4, "float32")])
+def test_the_need_of_integers_is_the_measured_peak(bits, dtype, wide, tmp_path):
+    """Uncompiled, a matrix that is made for a product is most of what a run takes. glibc is to keep nothing that was
+    freed: it keeps blocks below 32 MiB, which those of larger models are not."""
+    list(quantize_model(wide, tmp_path / "q", Quantization(bits=bits, group_size=32)))
+    need, base, tile, peak = json.loads(
+        run_child(INTEGERS, tmp_path / "q", dtype, MALLOC_MMAP_THRESHOLD_="1048576").stdout
+    )
+    assert tile > 0.5 * (need - base)
+    assert 0.85 < need / peak < 1.15
+    assert 0.75 < (need - base) / (peak - base) < 1.25
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wide")
+    make_model(directory, hidden_size=2048, num_hidden_layers=1)
+    return directory

@@ -118,6 +118,7 @@ def parity(
     rich_help_panel=MACHINE,
     epilog=examples(
         "xlstm-ray plan -m DIR --device m2-ultra --prompt-tokens 65536",
+        "xlstm-ray plan -m DIR --device m2 --memory-gb 16 --prompt-tokens 65536",
         "xlstm-ray plan -m DIR --device this --prompt-tokens 4096 --check",
     ),
 )
@@ -126,6 +127,10 @@ def plan(
     device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
     machines: Annotated[int, typer.Option("--machines", help="Machines; each has a stage of the blocks.")] = 1,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option("--memory-gb", help=bare("The device's memory. [default: the most that is sold of it]")),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="With --device this: run it too; exit code 1 beyond a factor of 1.5.")
     ] = False,
@@ -143,7 +148,7 @@ def plan(
     if check:
         fetch_weights(settings)
 
-    found = estimate.plan(partial(choose_on_paper, settings), device, prompt_tokens, machines)
+    found = estimate.plan(partial(choose_on_paper, settings), device, prompt_tokens, machines, memory_gb=memory_gb)
     if json_output:
         json_line(found.to_json())
     else:

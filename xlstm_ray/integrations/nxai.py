@@ -6,7 +6,7 @@ For inference: a call that would need a gradient is refused. What follows a kern
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,16 +35,12 @@ def mlstm_chunkwise(name: str = "queued_compiled_chunks", *, tile_size: int = TI
     backend = kernels.chunkwise_backend(name)
     if backend.executor == "ray":
         raise UsageError(f"{name!r} needs a Ray grid; inside other code, take a kernel of one process: queued_...")
-    cells: dict[tuple, Callable] = {}
 
-    def cell(tokens: int, chunk_size: int, inference: tuple[bool, ...]) -> Callable:
-        key = tokens, chunk_size, inference  # compiled code is for one kind of tensor, as it is for one shape
-        if key not in cells:
-            whole = backend.cell(tokens, chunk_size=chunk_size, t_inner=T_INNER, compiler=compile_strict)
-            if backend.kernel == "compiled_chunks":
-                whole = _compiled(whole, f"mlstm_{tokens}")
-            cells.setdefault(key, whole)
-        return cells[key]
+    def make(tokens: int, chunk_size: int) -> Callable:
+        cell = backend.cell(tokens, chunk_size=chunk_size, t_inner=T_INNER, compiler=compile_strict)
+        return _compiled(cell, f"mlstm_{tokens}") if backend.kernel == "compiled_chunks" else cell
+
+    cell = _by_kind(make)
 
     def chunkwise(
         q: Tensor,
@@ -63,13 +59,16 @@ def mlstm_chunkwise(name: str = "queued_compiled_chunks", *, tile_size: int = TI
         if chunk_size < 1 or tile_size % chunk_size:
             raise UsageError(f"tile_size {tile_size} is not a multiple of chunk_size {chunk_size}")
         _require_no_gradient(q, k, v, i, f)
-        state, outputs = _state(q, v, (c_initial, n_initial, m_initial)), []
+        state = _state(q, v, (c_initial, n_initial, m_initial))
+        B, NH, S, V = v.shape
+        out = q.new_empty(B, S, NH, V).transpose(1, 2)  # callers go on with all heads of a token
         for window in plan_windows([0], [q.shape[2]], tile_size=tile_size, chunk_size=chunk_size):
             parts = [_window(x, window.start, window.size, pad) for x, pad in zip((q, k, v, i, f), PADS, strict=True)]
-            run = cell(window.size, chunk_size, tuple(x.is_inference() for x in (*parts, *state)))
+            run = cell((*parts, *state), window.size, chunk_size)
             h, state = run(*parts[:3], i=parts[3], f=parts[4], state=state, eps=eps)
-            outputs.append(h)
-        return _result(torch.cat(outputs, 2)[:, :, : q.shape[2]], state, return_last_states)
+            here = out[:, :, window.start : window.start + window.size]
+            here.copy_(h[:, :, : here.shape[2]])
+        return _result(out, state, return_last_states)
 
     return chunkwise
 
@@ -80,7 +79,7 @@ def mlstm_sequence(name: str = "native_sequence__metal") -> Callable[..., Any]:
 
     Shapes and results as mlstm_chunkwise. Raises UsageError for a name that is not known.
     """
-    cells: dict[tuple, Callable] = {}
+    cell = _by_kind(partial(kernels.sequence_kernel, name, t_inner=T_INNER))
 
     def sequence(
         q: Tensor,
@@ -97,9 +96,7 @@ def mlstm_sequence(name: str = "native_sequence__metal") -> Callable[..., Any]:
     ) -> Any:
         _require_no_gradient(q, k, v, i, f)
         state = _state(q, v, (c_initial, n_initial, m_initial))
-        key = tuple(x.is_inference() for x in (q, k, v, i, f, *state))
-        run = cells.setdefault(key, cells.get(key) or kernels.sequence_kernel(name, t_inner=T_INNER))
-        h, state = run(q, k, v, i=i, f=f, state=state, eps=eps)
+        h, state = cell((q, k, v, i, f, *state))(q, k, v, i=i, f=f, state=state, eps=eps)
         return _result(h, state, return_last_states)
 
     kernels.lookup(kernels.SEQUENCE_KERNELS, "sequence kernel", name)
@@ -112,7 +109,7 @@ def mlstm_step(name: str = "metal") -> Callable[..., tuple[Tensor, State]]:
 
     q, k (B, NH, K)   v (B, NH, V)   i, f (B, NH, 1)   Raises UsageError for a name that is not known.
     """
-    cells: dict[tuple, Callable] = {}
+    cell = _by_kind(partial(kernels.step_kernel, name))
 
     def step(
         q: Tensor,
@@ -129,9 +126,7 @@ def mlstm_step(name: str = "metal") -> Callable[..., tuple[Tensor, State]]:
         _require_no_gradient(q, k, v, i, f)
         state = _state(q.unsqueeze(2), v, (c, n, m))
         inputs = [x.contiguous() for x in (q, k, v, i.squeeze(-1), f.squeeze(-1))]
-        key = tuple(x.is_inference() for x in (*inputs, *state))
-        run = cells.setdefault(key, cells.get(key) or kernels.step_kernel(name))
-        return run(*inputs[:3], i=inputs[3], f=inputs[4], state=state, eps=eps)
+        return cell((*inputs, *state))(*inputs[:3], i=inputs[3], f=inputs[4], state=state, eps=eps)
 
     kernels.lookup(kernels.STEP_KERNELS, "step kernel", name)
     return step
@@ -145,7 +140,7 @@ def slstm_forward(name: str = "native_compiled") -> Callable[..., tuple[Tensor, 
     Their forget gate's pre-activation has no limit, ours is at most 15, as in published models.
     Raises UsageError for a name that is not known.
     """
-    cells: dict[tuple, Callable] = {}
+    cell = _by_kind(partial(kernels.slstm_kernel, name, t_inner=T_INNER))
 
     def forward(x: Tensor, states: Tensor, R: Tensor, b: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         _require_no_gradient(x, states, R, b)
@@ -153,8 +148,7 @@ def slstm_forward(name: str = "native_compiled") -> Callable[..., tuple[Tensor, 
         gates = (x + b).view(S, B, 4, NH, DH).permute(1, 3, 0, 2, 4).contiguous()
         state = [part.view(B, NH, DH).contiguous() for part in states]
         token = torch.ones(B, 1, S, dtype=torch.bool, device=x.device)
-        key = tuple(x.is_inference() for x in (gates, R, *state))
-        run = cells.setdefault(key, cells.get(key) or kernels.slstm_kernel(name, t_inner=T_INNER))
+        run = cell((gates, R, *state))
         h, state = run(gates, recurrent=R.transpose(1, 2).contiguous(), token=token, state=tuple(state))
         return h.permute(2, 0, 1, 3).reshape(S, B, NH * DH), torch.stack([part.reshape(B, NH * DH) for part in state])
 
@@ -163,6 +157,19 @@ def slstm_forward(name: str = "native_compiled") -> Callable[..., tuple[Tensor, 
 
 
 PADS = 0.0, 0.0, 0.0, PAD_I, PAD_F  # of q, k, v, i, f
+
+
+def _by_kind(make: Callable[..., Callable]) -> Callable[..., Callable]:
+    """The kernel for given tensors, and sizes that `make` takes: compiled code is for one kind of tensor, too."""
+    made: dict[tuple, Callable] = {}
+
+    def find(tensors: Sequence[Tensor], *sizes: int) -> Callable:
+        key = *sizes, *(x.is_inference() for x in tensors)
+        if key not in made:
+            made.setdefault(key, make(*sizes))  # all threads get the same one
+        return made[key]
+
+    return find
 
 
 def _window(x: Tensor, start: int, size: int, pad: float) -> Tensor:

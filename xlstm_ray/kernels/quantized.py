@@ -223,29 +223,35 @@ def quantize(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor, 
     group's range is the whole or the SHARES of it that gives the least squared error: what is beyond it is its end.
     """
     N, K = weight.shape
-    x = F.pad(weight.float(), (0, -K % group), value=torch.nan).view(N, -1, group)
-    low = x.nan_to_num(torch.inf).amin(-1)
-    high = x.nan_to_num(-torch.inf).amax(-1)
+    missing = -K % group
+    x = F.pad(weight.float(), (0, missing), value=torch.nan).view(N, -1, group)
+    low, high = x, x
+    if missing:
+        low, high = x.nan_to_num(torch.inf), x.nan_to_num(-torch.inf)
+    low, high = low.amin(-1), high.amax(-1)
     if bits == 8:
         scale = (torch.maximum(low.abs(), high.abs()) / 127).bfloat16()
-        q = (x / _divisor(scale)).round().clamp(-127, 127)
+        q = (x / _divisor(scale)).round_().clamp_(-127, 127)
         return q.flatten(1)[:, :K].to(torch.int8), scale, None
     best: list[Tensor] = []
     for share in SHARES:
         scale = ((high - low) * (share / 15)).bfloat16()
         zero = ((high + low + scale.float()) / 2).bfloat16()
-        q = ((x - zero.float().unsqueeze(-1)) / _divisor(scale) + MIDDLE).round().clamp(0, 15)
-        made = (q - MIDDLE) * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
-        now = [(made - x).square().nansum(-1), q, scale, zero]
+        off = _steps(x, scale, zero).mul_(scale.float().unsqueeze(-1)).add_(zero.float().unsqueeze(-1)).sub_(x)
+        if missing:
+            off.nan_to_num_(0)
+        now = [torch.linalg.vecdot(off, off), scale, zero]
         if best:
             less = now[0] < best[0]
-            now = [
-                torch.where(less if new.ndim == 2 else less.unsqueeze(-1), new, old)
-                for new, old in zip(now, best, strict=True)
-            ]
+            now = [torch.where(less, new, old) for new, old in zip(now, best, strict=True)]
         best = now
-    _, q, scale, zero = best
-    return q.flatten(1)[:, :K].to(torch.uint8), scale, zero
+    _, scale, zero = best
+    return (_steps(x, scale, zero) + MIDDLE).flatten(1)[:, :K].to(torch.uint8), scale, zero
+
+
+def _steps(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The 4-bit integers of x (N, G, K / G), from -8 to 7, in float32."""
+    return (x - zero.float().unsqueeze(-1)).div_(_divisor(scale)).round_().clamp_(-MIDDLE, MIDDLE - 1)
 
 
 def packed(values: Tensor, *, bits: int) -> Tensor:

@@ -36,7 +36,9 @@ from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, bytes_of, expected_tens
 
 LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
 SLSTM_STEP_S = 10e-6  # assumed: one token's step of an sLSTM block; each waits for the one before
-METAL_SHARE = 0.75  # of a Mac's memory: about what Metal recommends for its GPU (2/3 on small Macs)
+# Of a Mac's memory, what Metal recommends for its GPU: with less than 36 GB, and with more (16, 32 and 64 GB in logs of
+# github.com/abetlen/llama-cpp-python/issues/687, ollama/ollama/issues/434, ggml-org/llama.cpp/issues/1870).
+METAL_SHARES, LARGE_MAC_GB = (2 / 3, 3 / 4), 36
 UNKNOWN = (
     "other work on the machine, a device that slows down when it is hot, the disk (loading), and compiling kernels "
     "that are new there (10 to 60 s for each shape)"
@@ -208,16 +210,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.0f} s ({minutes // 60:,} h {minutes % 60} min)"
 
 
-def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machines: int = 1) -> Plan:
+def plan(
+    choose: Callable[[str], OnPaper],
+    device_name: str,
+    tokens: int,
+    machines: int = 1,
+    *,
+    memory_gb: float | None = None,
+) -> Plan:
     """The estimate for `tokens` prompt tokens on a device, or on `machines` of them with a stage of the blocks each.
 
     choose: makes the choices of a run for a kind of device. The tile is halved until the run fits, unless it was given.
+    memory_gb: the device's memory, where it is not the most that is sold.
     Raises UsageError for a device that is not in the table, or a number out of range.
     """
     if device_name != "this" and device_name not in DEVICES:
         raise UsageError(f"`device` is {device_name!r}; there are: this, {', '.join(DEVICES)}")
     if not 1 <= tokens <= 1 << 40:
         raise UsageError(f"`prompt_tokens` is {tokens}; allowed: 1 to 2^40")
+    if memory_gb is not None and device_name == "this":
+        raise UsageError("`memory_gb` is for a device of the table; this machine's memory is known, so leave it out")
+    if memory_gb is not None and not 1 <= memory_gb <= 4096:
+        raise UsageError(f"`memory_gb` is {memory_gb:g}; allowed: 1 to 4096")
     kind = "cpu" if device_name == "this" else DEVICES[device_name].kind
     paper = choose(kind)
     model = read_model(paper)
@@ -227,7 +241,9 @@ def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machin
     backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
     tile, chunk, heads = paper.sizes
     device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
-    room = int(min(paper.share, METAL_SHARE if kind == "mps" else 1.0) * device.memory)
+    device = replace(device, memory_gb=memory_gb or device.memory_gb)
+    metal = METAL_SHARES[device.memory_gb >= LARGE_MAC_GB] if kind == "mps" else 1.0
+    room = int(min(paper.share, metal) * device.memory)
     if kind == "cpu":
         room = min(room, take_sample().available_bytes + process_bytes())
 
@@ -239,7 +255,7 @@ def plan(choose: Callable[[str], OnPaper], device_name: str, tokens: int, machin
         base=0 if kind == "cuda" else PROGRAM,
         weights=model.weights,
         largest_tensor=model.largest_tensor,
-        whole_matrix=whole_bytes(model.config, model.dtype),
+        whole_matrix=whole_bytes(model.config, model.dtype, compiled=True),
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,
