@@ -159,6 +159,7 @@ MARKED = {
         test_at_the_prompt_ctrl_c_asks_once_and_ctrl_d_leaves
         test_a_signal_to_leave_keeps_the_conversation
         test_score_command
+        test_lm_eval
         test_memory_is_flat
         test_threads_that_wait_for_each_other_sleep_soon
         test_torchs_own_variables_are_passed_on

@@ -133,7 +133,7 @@ def test_every_way_of_installing_starts_and_finds_the_actors(
 def test_every_import_is_declared() -> None:
     """The program imports only itself, Python's library, and distributions that pyproject.toml names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [text for name in ("bench", "serve") for text in project["optional-dependencies"][name]]
+    extras = [text for name in ("bench", "serve", "eval") for text in project["optional-dependencies"][name]]
     declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"] + extras}
     declared |= {"triton"}  # torch brings it where there are GPUs, and only kernels for those import it
     owners = metadata.packages_distributions()
