@@ -13,7 +13,7 @@ from xlstm_ray.sampling import Sampling
 from xlstm_ray.text.prompt import decoded, whole_prompt
 
 JSONL_KEYS = "prompt", "id"
-PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f"
+PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f", "--chat", "--messages", "--system", "--chat-template"
 
 
 def given_text(
@@ -83,7 +83,7 @@ def _prompts(
 
 def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any, list[dict[str, Any]]]:
     """The file's text; or the texts of its lines, and their names."""
-    source, text = _read_text(file)
+    source, text = read_text(file)
     if not jsonl:
         return whole_prompt(text, source), []
     rows = [
@@ -110,7 +110,7 @@ def piped() -> bool:
     return int.from_bytes(ioctl(0, FIONREAD, bytes(4)), sys.byteorder) > 0
 
 
-def _read_text(name: str) -> tuple[str, str]:
+def read_text(name: str) -> tuple[str, str]:
     """The file's name in errors ('-' is standard input), and its text without a byte order mark."""
     source = "standard input" if name == "-" else name
     try:

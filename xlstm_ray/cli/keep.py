@@ -181,7 +181,7 @@ def resume_command(start: list[str], without: Sequence[str] = ()) -> str:
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip or word.startswith(tuple(f"{r}=" for r in replaced)) or word in replaced:
-            skip = word in replaced and word != "--jsonl" and not skip
+            skip = word in replaced and word not in ("--jsonl", "--chat") and not skip
             continue
         words.append(word)
     variables = "".join(f"{name}={shlex.quote(value)} " for name, value in given_variables().items())

@@ -85,6 +85,20 @@ PromptLogprobsOption = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="The prompt is a message of a user; a chat template makes it text.", rich_help_panel=PROMPT
+    ),
+]
+MessagesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--messages",
+        help="A JSON file with a conversation to answer: objects with role and content; '-' for standard input.",
+        rich_help_panel=PROMPT,
+    ),
+]
 SystemOption = Annotated[
     str | None,
     typer.Option("--system", help="A message of the system, before all others.", rich_help_panel=PROMPT),

@@ -17,12 +17,16 @@ from xlstm_ray.cli.keep import (
     save_state,
     snapshot_kept,
 )
+from xlstm_ray.cli.messages import Asked, Talk
 from xlstm_ray.cli.options import (
     RUN,
     AppendFileOption,
     AppendOption,
+    ChatOption,
+    ChatTemplateOption,
     JsonlOption,
     JsonOption,
+    MessagesOption,
     OrderedOption,
     ProgressOption,
     PromptFileOption,
@@ -30,6 +34,7 @@ from xlstm_ray.cli.options import (
     PromptOption,
     StateInOption,
     StateOutOption,
+    SystemOption,
     examples,
     takes,
 )
@@ -133,6 +138,7 @@ def prefill(
         'xlstm-ray generate -p "The capital of France is" -n 8',
         'xlstm-ray generate -m DIR --state-in book.state --append "Who is the heir?"',
         "xlstm-ray generate -m DIR -f prompts.jsonl --jsonl > answers.jsonl",
+        'xlstm-ray generate -m DIR --chat --system "Be brief." -p "Who are you?"',
         'xlstm-ray generate -p "The capital of" --top-p 0.9 --seed 7 --stop . --json --logprobs 3',
     ),
 )
@@ -142,6 +148,10 @@ def generate(
     prompt: PromptOption = None,
     prompt_file: PromptFileOption = None,
     jsonl: JsonlOption = False,
+    chat: ChatOption = False,
+    messages: MessagesOption = None,
+    system: SystemOption = None,
+    chat_template: ChatTemplateOption = None,
     sampling: dict[str, Any] | None = None,
     state_in: StateInOption = None,
     append: AppendOption = None,
@@ -164,18 +174,25 @@ def generate(
         require_use_of_cache(settings)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
-    given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
+    said = Asked(chat, messages, system, chat_template)
+    said.check((prompt, prompt_file, append, append_file, jsonl))
+    if messages is None:
+        given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
+    else:
+        given, names, a_line_each = {"prompt": said.messages()}, [], False
     own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]
-    require_places(settings, asked["config"], prompt_file or append_file, state_in, state_out)
+    require_places(settings, asked["config"], prompt_file or append_file or messages, state_in, state_out)
     check_prompt_logprobs(prompt_logprobs, printed=json_output or jsonl)
     if ordered and not jsonl:
         raise UsageError("--ordered describes the lines of --jsonl; add it, or leave --ordered out")
     if ordered and not served:
         raise UsageError("--ordered has no effect on lines that end in one state: they are in order; leave it out")
     each = check_generation(sampling or {}, own, printed=json_output or jsonl)
-    rows = sum(each) if jsonl else each[0] * max(1, row_count(given))
+    rows = sum(each) if jsonl else each[0] * (1 if messages is not None else max(1, row_count(given)))
+    talk = Talk(settings, said) if said.any else None
     opened = open_engine(settings, state_in, state_out, asked, progress, rows)
     with opened as (start, engine, report), snapshot_kept():
+        given = given if talk is None else talk.given(engine, given, start.get("state"))
         state = start.get("state")
         if served and (state is None or (state.batch == 1 and "append" in given)):
             require_no_shrinking(settings)

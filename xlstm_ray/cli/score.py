@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_ray.cli.keep import Saved, finish, keeping, require_some, save_state
+from xlstm_ray.cli.keep import Saved, finish, keeping, require_some, save_state, snapshot_kept
 from xlstm_ray.cli.options import PROMPT, RUN, JsonOption, ProgressOption, StateInOption, examples, takes
 from xlstm_ray.cli.output import json_line, show
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
@@ -83,7 +83,7 @@ def score(
         if name != "-":
             _readable(name).close()
     done: dict[str, Score] = {}
-    with open_engine(settings, state_in, None, asked, progress, 1) as (start, engine, report), report:
+    with open_engine(settings, state_in, None, asked, progress, 1) as (start, engine, report), report, snapshot_kept():
         state = start.pop("state", None)
         for n, name in enumerate(files):
             # A run that was stopped goes on with its own text, the first one; any other state comes before each text.

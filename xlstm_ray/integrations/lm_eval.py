@@ -30,7 +30,7 @@ NEUTRAL = "do_sample", "until", "max_gen_toks", "max_tokens", "max_new_tokens"
 class XlstmRay(TemplateLM):
     """A loaded model, by its engine's requests. A text has no greatest length, and is never cut.
 
-    model: as in `xlstm_ray.load`; settings: its other arguments. Contexts that several continuations share are read
+    model: as in `xlstm_ray.load`; options: its other arguments. Contexts that several continuations share are read
     once, and what contexts begin with alike (few-shot examples) is found in the tree of states. chat_template: a jinja
     file, in place of the model's own. max_gen_toks: tokens of an answer, where a task does not say.
     """
@@ -44,14 +44,14 @@ class XlstmRay(TemplateLM):
         max_batch_size: int | None = None,
         max_gen_toks: int = 256,
         chat_template: str | None = None,
-        **settings: Any,
+        **options: Any,
     ):
         super().__init__()
         if batch_size not in (None, 1, "1") or max_batch_size is not None:
             raise UsageError("batch_size has no effect: requests are batched as they come; leave it out")
         if device not in (None, ANY_DEVICE):
-            settings["device"] = device
-        self.engine = xlstm_ray.load(model, **{"cache_memory_mb": 256, **settings})
+            options["device"] = device
+        self.engine = xlstm_ray.load(model, **{"cache_memory_mb": 256, **options})
         self._max_gen_toks = max_gen_toks
         self._template = find_template(self.engine.model_path, None if chat_template is None else Path(chat_template))
 
@@ -83,7 +83,7 @@ class XlstmRay(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._template is None:
-            raise UsageError("this model has no chat template; give chat_template=FILE in --model_args")
+            raise UsageError("this model has no chat template; give chat_template=FILE among the model's arguments")
         return self._template.render(chat_history, answer=add_generation_prompt)
 
     # -- requests ------------------------------------------------------------------------------------------------------
