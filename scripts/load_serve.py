@@ -3,15 +3,20 @@
 
     python scripts/load_serve.py                                  # 64 callers for a minute, the demo model
     XLSTM_MODEL=DIR XLSTM_CACHE_MEMORY_MB=256 python scripts/load_serve.py --clients 16 --seconds 10
+    python scripts/load_serve.py --replicas 2 --kill-every 15     # replicas, of which one dies now and then
+    python scripts/load_serve.py --replicas 1 --max-replicas 2    # and whether one more comes, and goes again
 
 The service takes its settings from their variables. Every question is asked alone first. A run is good (exit code 0)
 if every whole answer is the one that came alone, every malformed body is a 4xx, no request is lost, the service ends
 with 0 after SIGTERM, and its memory stays within the computed need. Lost is: taken, and ended without an answer. A
-request that comes after SIGTERM may be refused.
+request that comes after SIGTERM may be refused. With replicas, callers ask again until they are answered, replicas are
+killed by SIGKILL, and their memory is not looked at.
 """
 
 import argparse
+import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -22,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from xlstm_ray.client.service import Service, state_path  # noqa: E402
 from xlstm_ray.errors import ServiceError  # noqa: E402
+from xlstm_ray.supervisor.status import status  # noqa: E402
 
 PATH = "/v1/completions"
 WORDS = (
@@ -66,7 +73,8 @@ def questions(rng: random.Random, count: int) -> list[dict[str, Any]]:
 class Load:
     """The callers of one service, each a thread, and what they saw: counts by a word, and faults in words."""
 
-    def __init__(self, url: str, asked: list[dict[str, Any]]):
+    def __init__(self, url: str, asked: list[dict[str, Any]], *, again: bool):
+        self.again, self._numbers = again, itertools.count()
         self.service = Service(url, tries=0)
         self.url, self.asked = url, asked
         self.alone = [self.service.post(PATH, body)["choices"][0]["text"] for body in asked]
@@ -80,15 +88,36 @@ class Load:
         kinds = {self.whole: 6, self.stream: 6, self.leave: 4, self.nonsense: 2, self.slowly: 1, self.document: 1}
         while not self.stop.is_set():
             (kind,) = rng.choices(list(kinds), list(kinds.values()))
+            same = rng.getstate()
             try:
                 kind(rng)
             except ServiceError as err:
+                if self.again and err.status in (0, 503) and kind in (self.whole, self.stream, self.document):
+                    self._again(kind, rng, same)
+                    continue
                 self._refused(kind.__name__, err)
                 self.stop.wait(rng.uniform(0.05, min(1.0, err.retry_s or 0.2)))
             except OSError as err:  # of a socket of ours
                 self._count(f"{kind.__name__}, not connected") if self.draining.is_set() else self._fault(
                     kind.__name__, err
                 )
+
+    def _again(self, kind: Callable[[random.Random], None], rng: random.Random, same: Any) -> None:
+        """Ask the same until it is answered; only a service that stops may not do so."""
+        for number in itertools.count(1):
+            if self.draining.is_set() or self.stop.is_set():
+                self._count(f"{kind.__name__}, not again after SIGTERM")
+                return
+            self._count(f"{kind.__name__}, asked again")
+            self.stop.wait(min(5.0, 0.1 * 2**number))
+            rng.setstate(same)
+            try:
+                kind(rng)
+                return
+            except ServiceError as err:
+                if err.status not in (0, 503):
+                    self._refused(kind.__name__, err)
+                    return
 
     # -- what callers do -----------------------------------------------------------------------------------------------
     def whole(self, rng: random.Random) -> None:
@@ -136,7 +165,7 @@ class Load:
 
     def document(self, rng: random.Random) -> None:
         """Let a document be read, ask it, and delete it."""
-        n, name = rng.randrange(len(self.asked)), f"load-{rng.randrange(1 << 40):010x}"
+        n, name = rng.randrange(len(self.asked)), f"load-{next(self._numbers)}"
         prompt = self.asked[n]["prompt"]
         self.service.post("/v1/states", {"id": name, "prompt": prompt, "ttl": 60})
         info: dict[str, Any] = {}
@@ -198,16 +227,64 @@ def computed_need(slots: int) -> int:
         return lm.plan.room.serving(slots).total
 
 
+def replicas(state_dir: Path) -> list[int]:
+    """The processes of the service's replicas."""
+    heads = status(state_dir).heads
+    return [actor.pid for item in heads for actor in item.actors if actor.name.startswith("ServeReplica:")]
+
+
+def watch(args: argparse.Namespace, server: "subprocess.Popen[str]", state_dir: Path, rng: random.Random) -> int:
+    """Let callers go on for a while; returns the largest memory of the service's own process, in bytes.
+
+    Kills a replica now and then, and prints how many there are whenever their number changes.
+    """
+    process, peak, before, began = psutil.Process(server.pid), 0, 0, time.monotonic()
+    kill_at = began + (args.kill_every or args.seconds)
+    while (now := time.monotonic()) < began + args.seconds:
+        peak = max(peak, process.memory_info().rss)
+        if args.replicas is not None:
+            there = replicas(state_dir)
+            if len(there) != before:
+                print(f"{now - began:5.0f} s: {len(there)} replicas")
+            before = len(there)
+            if args.kill_every is not None and now > kill_at and there:
+                victim = rng.choice(there)
+                print(f"{now - began:5.0f} s: replica {victim} is killed")
+                os.kill(victim, signal.SIGKILL)
+                kill_at += args.kill_every
+        time.sleep(0.2)
+    return peak
+
+
+def calm(args: argparse.Namespace, state_dir: Path) -> None:
+    """Wait until the replicas that were added are gone."""
+    began = time.monotonic()
+    while (count := len(replicas(state_dir))) > args.replicas:
+        time.sleep(1)
+    print(f"{time.monotonic() - began:5.0f} s without callers: {count} replicas")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replicas", type=int)
+    parser.add_argument("--max-replicas", type=int)
+    parser.add_argument("--kill-every", type=float, help="seconds between two deaths of a replica")
     args = parser.parse_args()
+    if args.replicas is None and (args.max_replicas is not None or args.kill_every is not None):
+        parser.error("--max-replicas and --kill-every need --replicas")
     rng = random.Random(args.seed)
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", "--deterministic"]
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as folder:
+        state_dir = Path(folder)
+        for name in ("replicas", "max_replicas"):
+            if (count := getattr(args, name)) is not None:
+                command += [f"--{name.replace('_', '-')}", str(count)]
+        if args.replicas is not None:
+            command += ["--ray-state-dir", folder]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
         try:
             found = next(
@@ -216,18 +293,17 @@ def main() -> None:
             if found is None:
                 errors.seek(0)
                 raise SystemExit(errors.read())
-            load, slots = Load(found[1], questions(rng, args.questions)), int(found[2])
-            process, peak = psutil.Process(server.pid), 0
+            load = Load(found[1], questions(rng, args.questions), again=args.replicas is not None)
             callers = [
                 threading.Thread(target=load.call, args=(random.Random(rng.random()),), daemon=True)
                 for _ in range(args.clients)
             ]
             for caller in callers:
                 caller.start()
-            end = time.monotonic() + args.seconds
-            while time.monotonic() < end:
-                peak = max(peak, process.memory_info().rss)
-                time.sleep(0.2)
+            peak = watch(args, server, state_dir, rng)
+            if args.max_replicas is not None:
+                load.stop.set()
+                calm(args, state_dir)
             load.draining.set()
             server.send_signal(signal.SIGTERM)
             code = server.wait(120)
@@ -239,14 +315,18 @@ def main() -> None:
         finally:
             server.kill()
             server.wait()
-    need = computed_need(slots)
     hung = sum(caller.is_alive() for caller in callers)
     for word, count in sorted(load.seen.items()):
-        print(f"{word:<32} {count:>7,}")
-    print(f"exit code {code}; {hung} callers hang; peak {peak >> 20} MiB of the computed {need >> 20} MiB")
+        print(f"{word:<36} {count:>7,}")
+    good = not load.faults and code == 0 and not hung and "Traceback" not in said
+    room = ""
+    if args.replicas is None:
+        need = computed_need(int(found[2]))
+        room = f"; peak {peak >> 20} MiB of the computed {need >> 20} MiB"
+        good = good and peak <= need
+    print(f"exit code {code}; {hung} callers hang{room}")
     for fault in load.faults[:20]:
         print(f"FAULT {fault}")
-    good = not load.faults and code == 0 and not hung and peak <= need and "Traceback" not in said
     if "Traceback" in said:
         print(said)
     print(f"{args.clients} callers, {args.seconds:g} s, {len(load.faults)} faults: {'good' if good else 'NOT GOOD'}")

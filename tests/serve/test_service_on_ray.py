@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from services import WORDS, Client, Here, Running, model, reading_line, serving, serving_here
 
 from xlstm_ray import RecurrentState
@@ -311,7 +312,7 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer(here, two, home):
         caller.start()
     while len(got) < 12:
         time.sleep(0.02)
-    before = replicas(home)
+    before, told = replicas(home), set(figures(two, "xlstm:snapshots"))
     os.kill(before[0], signal.SIGKILL)
     then = len(got)
     while len(got) < then + 24:
@@ -322,6 +323,45 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer(here, two, home):
     assert all(text == alone[prompt] for prompt, text in got)
     while len(now := replicas(home)) < 2 or before[0] in now:  # Serve has started another
         time.sleep(0.2)
+    while len(there := set(figures(two, "xlstm:snapshots"))) != 2 or there == told:  # whose figures are told instead
+        time.sleep(0.2)
+
+
+def figures(client: Client, name: str, **labels: str) -> dict[str, float]:
+    """The values of a figure by replica."""
+    families = text_string_to_metric_families(client.ask("/metrics").body.decode())
+    found = [one for family in families for one in family.samples if one.name == name]
+    return {one.labels["replica"]: one.value for one in found if labels.items() <= one.labels.items()}
+
+
+def test_replicas_tell_their_figures(two):
+    def told() -> list[dict[str, float]]:
+        steps = [figures(two, "xlstm:step_seconds_count", kind=kind) for kind in ("prefill", "decode")]
+        names = "xlstm:stall_seconds_count", "xlstm:snapshot_seconds_count", "xlstm:snapshots"
+        return [*steps, *(figures(two, name) for name in names)]
+
+    while len((before := told())[0]) < 2:
+        time.sleep(0.1)
+    got = two.complete("n" * 320, max_tokens=30, ignore_eos=True)
+    mine = got.headers["x-xlstm-replica"]
+    while (now := told())[1][mine] < before[1][mine] + 29:  # the first token is of the prompt's last window
+        time.sleep(0.1)
+    assert now[0][mine] >= before[0][mine] + 10
+    assert all(now[n][mine] > before[n][mine] for n in (2, 3, 4))
+    assert figures(two, "xlstm:snapshot_bytes", tier="memory")[mine] > 0
+    assert figures(two, "xlstm:evictions_total", tier="memory").keys() == set(now[0])
+    (other,) = set(now[0]) - {mine}
+    assert [part[other] for part in now] == [part[other] for part in before]
+    cache = two.ask("/load").json["cache"]
+    assert cache["states"] == sum(figures(two, "xlstm:snapshots").values())
+
+
+def test_a_stall_that_no_tile_keeps_is_refused_by_what_a_replicas_place_measures(head, home, model):
+    sizes = ["--model", model, *WORDS, "--ray-address", head.address, "--replicas", 2, "--max-stall-ms", "0.001"]
+    command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, sizes)]
+    ran = subprocess.run(command, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: --max-stall-ms is 0.001, and --tile-size 32 takes ")
 
 
 def test_a_reader_that_leaves_ends_its_request_at_the_replica(two):

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlstm_ray.cli.output import note
+from xlstm_ray.cli.output import note, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals
 from xlstm_ray.errors import UsageError, pip_install
@@ -79,9 +79,20 @@ def require_fleet(settings: Settings) -> None:
         raise UsageError(f"`replicas` need Ray Serve; {pip_install('ray')} installs it")
 
 
+def smaller_tiles(fits: int, usual: int) -> str:
+    """What is told where `max_stall_ms` has changed the tile."""
+    return f"tiles of {fits} tokens, not {usual}, keep --max-stall-ms; --tile-size {fits} takes them at once"
+
+
 @contextmanager
 def open_replicas(
-    settings: Settings, wanted: Wanted, slots: Slots, port: int, drain_s: float, progress: ProgressKind
+    settings: Settings,
+    wanted: Wanted,
+    slots: Slots,
+    port: int,
+    drain_s: float,
+    progress: ProgressKind,
+    max_stall_ms: float | None,
 ) -> "Iterator[tuple[Remote, Callable[[], int], Reporter]]":
     """What takes the requests; the number of all its slots; the reporter. port: where the service listens."""
     from xlstm_ray.choose import choose_setup
@@ -95,13 +106,22 @@ def open_replicas(
         with stop_on_signals():
             report.phase("starting Ray")
             device, threads = open_.enter_context(_head(settings, wanted, model))
-            from xlstm_ray.serve.fleet import Fleet, running
+            from xlstm_ray.serve.fleet import SCALED_DRAIN_S, Fleet, measured_tile, running
 
             needs: dict[str, Any] = {"num_cpus": threads if device == "cpu" else 1}
             if device != "cpu":
                 needs |= {"num_gpus": 1} if device == "cuda" else {"resources": {"mps": 1}}
-            setup = choose_setup(inner.model_copy(update={"device": device, "threads": threads}))
-            fleet = Fleet(setup, slots, wanted.readers, wanted.decode or 0, wanted.most, drain_s, needs)
+            found = {"device": device, "threads": threads}
+            setup = choose_setup(inner.model_copy(update=found))
+            if max_stall_ms is not None:
+                report.phase("timing a tile where a replica will be")
+                tile, fits = measured_tile(setup, needs, max_stall_ms, given=settings.tile_size is not None)
+                if fits != tile:
+                    tell(smaller_tiles(fits, tile))
+                setup = choose_setup(inner.model_copy(update={**found, "tile_size": fits}))
+            # At this service's end its requests have ended; only one that is not needed any more still has some.
+            end_s = drain_s if wanted.most is None else max(drain_s, SCALED_DRAIN_S)
+            fleet = Fleet(setup, slots, wanted.readers, wanted.decode or 0, wanted.most, end_s, needs)
             report.phase(f"starting {wanted.all} replicas, which load the model")
             remote = open_.enter_context(running(fleet, f"xlstm-ray-serve-{port}"))
         yield remote, lambda: remote.slots * wanted.all, report
@@ -120,7 +140,7 @@ def _head(settings: Settings, wanted: Wanted, model: Path) -> Iterator[tuple[str
     from xlstm_ray.supervisor.start import managed
 
     def threads_of(device: str, cpus: int) -> int | None:
-        return settings.threads or (max(1, cpus // wanted.all) if device == "cpu" else None)
+        return settings.threads or (max(1, cpus // wanted.at_most) if device == "cpu" else None)
 
     metadata = job_metadata(model, 1)
     if settings.ray_address is not None:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +16,7 @@ import typer
 from xlstm_ray import hub
 from xlstm_ray.cli.options import RUN, ProgressOption, bare, examples, takes
 from xlstm_ray.cli.output import leave_terminal, show, tell
-from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet
+from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet, smaller_tiles
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import handling, leave_at_once
@@ -129,10 +128,6 @@ def serve(
     wanted = Wanted(replicas, prefill_replicas, decode_replicas, max_replicas)
     if wanted:
         require_fleet(settings)
-        if max_stall_ms is not None:
-            raise UsageError(
-                "--max-stall-ms times a model of this process, which has none beside replicas; leave one out"
-            )
     run_under_keeper(settings, on_ray=bool(wanted))
     from xlstm_ray.choose import choose_model
     from xlstm_ray.serve.options import Options, read_keys
@@ -172,7 +167,7 @@ def serve(
 
     try:
         opened = (
-            open_replicas(settings, wanted, Slots(slots, deterministic), server.port, drain_s, progress)
+            open_replicas(settings, wanted, Slots(slots, deterministic), server.port, drain_s, progress, max_stall_ms)
             if wanted
             else _open_here(settings, Slots(slots, deterministic), asked, progress, max_stall_ms)
         )
@@ -204,13 +199,12 @@ def _paced(
     with ExitStack() as opened:
         _, engine, report = opened.enter_context(open_engine(settings, None, None, asked, progress, 1))
         if max_stall_ms is not None:
-            from xlstm_ray.engine.pace import fitting_tile, window_seconds
+            from xlstm_ray.engine.pace import tile_of
 
-            tile, chunk = engine.numerics.tile_size, engine.numerics.chunk_size
-            seconds = partial(window_seconds, engine)
-            fits = fitting_tile(tile, chunk, max_stall_ms, seconds, given=settings.tile_size is not None)
+            tile = engine.numerics.tile_size
+            fits = tile_of(engine, max_stall_ms, given=settings.tile_size is not None)
             if fits != tile:
-                tell(f"tiles of {fits} tokens, not {tile}, keep --max-stall-ms; --tile-size {fits} takes them at once")
+                tell(smaller_tiles(fits, tile))
                 opened.close()
                 asked = {**asked, "tile_size": fits}
                 again = open_engine(Settings.make(**asked), None, None, asked, progress, 1)

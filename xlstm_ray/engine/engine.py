@@ -18,6 +18,7 @@ from xlstm_ray.choose import Dtype, Setup
 from xlstm_ray.engine.chat import Chat
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.driver import Each, Progress
+from xlstm_ray.engine.figures import Figures, KeptStates
 from xlstm_ray.engine.generation import Generation
 from xlstm_ray.engine.journal import Journal, Kept
 from xlstm_ray.engine.prefill import Asked, Prefill
@@ -31,7 +32,6 @@ from xlstm_ray.engine.tree import Run
 from xlstm_ray.engine.turn import Turn, a_call
 from xlstm_ray.engine.wanted import Samplings
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
-from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.kernels.compiled import require_compiler
@@ -250,12 +250,11 @@ class Engine:
         """What has ended the service of requests; None: nothing has."""
         return None if self._service is None else self._service.failed
 
-    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None:
-        """Tell this of each step that is made for requests, in the engine's thread: its kind and its seconds.
-
-        A `stall` is what rows that decode have waited for other work between two of their tokens.
-        """
-        self._serving().watch(on_step)
+    def figures(self) -> dict[str, Figures]:
+        """What it has done for requests, and what its cache keeps, by the name of its replica: it is none, so ""."""
+        cache = self.cache
+        kept = None if cache is None else KeptStates(len(cache), dict(cache.used), dict(cache.evicted))
+        return {"": Figures(self._serving().steps.spreads(), kept)}
 
     def _serving(self) -> Service:
         with self._beginning:  # of callers that are first at once, one begins it

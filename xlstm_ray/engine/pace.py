@@ -1,6 +1,7 @@
 """How long a window of a prompt takes, and the largest one that keeps answers from waiting for longer than allowed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,12 @@ def window_seconds(engine: "Engine", size: int) -> float:
     step = Step(tokens, torch.zeros(1, dtype=torch.long), torch.full((1,), size), chunk)
     results = run(executor, executor.load(None, 1), [step] * (WARM + TIMED))
     return max([result.seconds for _, _, result in results][WARM:])
+
+
+def tile_of(engine: "Engine", most_ms: float, *, given: bool) -> int:
+    """The tile size with which this engine keeps answers waiting for most_ms at most. Arguments as in fitting_tile."""
+    tile, chunk = engine.numerics.tile_size, engine.numerics.chunk_size
+    return fitting_tile(tile, chunk, most_ms, partial(window_seconds, engine), given=given)
 
 
 def fitting_tile(tile: int, chunk: int, most_ms: float, seconds: Callable[[int], float], *, given: bool) -> int:

@@ -9,12 +9,13 @@ from itertools import count
 from queue import Empty, SimpleQueue
 
 from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.figures import Steps
 from xlstm_ray.engine.guard import MemoryGuard
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Handle, Request
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.windows import GROUP_SIZES
-from xlstm_ray.engine.work import StepKind, Work
+from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import MemoryLimitError, UsageError, XlstmRayError
 
 
@@ -85,9 +86,10 @@ class Service:
         self._put(reader)
         return handles
 
-    def watch(self, on_step: Callable[[StepKind, float], None]) -> None:
-        """Tell this of each step that was made, in the engine's thread: its kind and its seconds."""
-        self._work.on_step = on_step
+    @property
+    def steps(self) -> Steps:
+        """What it counts."""
+        return self._work.steps
 
     def close(self) -> None:
         """Cancel all requests and end the thread."""

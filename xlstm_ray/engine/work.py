@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import Made, require_finite
 from xlstm_ray.engine.driver import Sizes, Snapshot
+from xlstm_ray.engine.figures import StepKind, Steps
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
@@ -25,8 +26,6 @@ from xlstm_ray.runtime.executor import StepResult, decoding_step
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
-
-StepKind = Literal["prefill", "decode", "stall", "snapshot", "park"]
 
 
 class _Flight(NamedTuple):
@@ -51,7 +50,7 @@ class Work:
         self._under_way: deque[_Flight] = deque()  # in order
         self._taken = 0.0  # perf_counter time of the last result
         self._decoded_at: float | None = None  # of the last decoding step, if its rows go on
-        self.on_step: Callable[[StepKind, float], None] = lambda kind, seconds: None
+        self.steps = Steps()
         self._held: Decode | Park | None = None  # the action that waits for a step in flight
         self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
         self.guard: MemoryGuard | None = None
@@ -126,9 +125,9 @@ class Work:
         kind, since, take = self._under_way.popleft()
         now = perf_counter()
         seconds = now - max(since, self._taken)  # a step begins when the one before has ended
-        self.on_step(kind, seconds)
+        self.steps.add(kind, seconds)
         if kind == "decode" and self._decoded_at is not None:
-            self.on_step("stall", max(0.0, now - self._decoded_at - seconds))
+            self.steps.add("stall", max(0.0, now - self._decoded_at - seconds))
         self._taken = now
         take(result)
         if kind == "decode":
@@ -196,7 +195,7 @@ class Work:
                 here = windows.snapshot(core.states.rows(ref, 1, tensors))
                 began = perf_counter()
                 task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
-                self.on_step("snapshot", perf_counter() - began)
+                self.steps.add("snapshot", perf_counter() - began)
             if task.cancelled and not windows.under_way:
                 self._finish(task, Finish("cancelled"))
             elif last and not task.cancelled:
@@ -295,7 +294,7 @@ class Work:
             for row in task.rows:
                 if row is not None:
                     row.held.evict()
-        self.on_step("park", perf_counter() - began)
+        self.steps.add("park", perf_counter() - began)
 
     def _resume(self, task: Task) -> None:
         self._began(task)

@@ -1,15 +1,15 @@
 """The desk: how many answers are under way, whether there is an engine yet, and whether new ones are taken."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine.cache import Cache
+from xlstm_ray.engine.figures import Figures
 from xlstm_ray.engine.request import End, Event, Handle, Request
-from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.serve.limits import Account
@@ -26,7 +26,6 @@ class Serves(Protocol):
 
     config: ModelConfig
     published: GenerationConfig | None
-    cache: Cache | None
 
     @property
     def end_tokens(self) -> Sequence[int]: ...
@@ -36,7 +35,7 @@ class Serves(Protocol):
     def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]: ...
     def decode(self, tokens: Sequence[int]) -> str: ...
     def submit_n(self, request: Request) -> list[Handle]: ...
-    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None: ...
+    def figures(self) -> Mapping[str, Figures]: ...
 
 
 class Desk:
@@ -46,14 +45,13 @@ class Desk:
         self.options, self.slots = options, 0
         self._engine: Serves | None = None
         self.draining = False
-        self.metrics = Metrics(options.name, options.metrics, self._gauges)
+        self.metrics = Metrics(options.name, options.metrics, self._gauges, self._figures)
         self._handles: dict[int, Handle] = {}
         self._admitted = 0
         self._accounts = {options.tenant(key): Account(key) for key in options.keys} or {"": Account()}
 
     def open(self, engine: Serves, slots: int) -> None:
         """Take requests from now on; the engine serves. From any thread."""
-        engine.watch_steps(self.metrics.step)
         self.slots, self._engine = slots, engine
 
     @property
@@ -74,7 +72,10 @@ class Desk:
             _ = self.engine
         except Refused as refused:
             error = refused
-        cache = None if self._engine is None else self._engine.cache
+        caches = [figures.kept for figures in self._figures().values() if figures.kept is not None]
+        used = Counter[str]()
+        for cache in caches:
+            used.update(cache.bytes)
         return {
             "status": "ready" if error is None else error.code,
             "error": error.message if error is not None and error.code == "failed" else None,
@@ -83,7 +84,7 @@ class Desk:
             "queue": self.options.queue,
             "running": self.metrics.running,
             "waiting": self.metrics.waiting,
-            "cache": None if cache is None else {"states": len(cache), "bytes": dict(cache.used)},
+            "cache": {"states": sum(cache.states for cache in caches), "bytes": used} if caches else None,
         }
 
     def require_model(self, name: str | None) -> None:
@@ -157,15 +158,10 @@ class Desk:
     def _gauges(self, running: int) -> Iterator[Gauge]:
         """What Prometheus is told of now."""
         used = min(running, self.slots)
-        yield "slots_total", "Requests that can be worked on at once.", {"": self.slots}
-        yield "slots_used", "Requests that are worked on.", {"": used}
-        yield (
-            "kv_cache_usage_perc",
-            "The part of the slots that is used, as vLLM calls it.",
-            {"": used / max(1, self.slots)},
-        )
-        cache = None if self._engine is None else self._engine.cache
-        if cache is not None:
-            yield "snapshot_bytes", "What kept states take.", dict(cache.used)
-            yield "snapshots", "Kept states.", {"": len(cache)}
-            yield "evictions", "States that made room for others.", {**cache.evicted}
+        yield "slots_total", "Requests that can be worked on at once.", self.slots
+        yield "slots_used", "Requests that are worked on.", used
+        part = used / max(1, self.slots)
+        yield "kv_cache_usage_perc", "The part of the slots that is used, as vLLM calls it.", part
+
+    def _figures(self) -> Mapping[str, Figures]:
+        return {} if self._engine is None else self._engine.figures()

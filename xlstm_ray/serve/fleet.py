@@ -13,12 +13,15 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from xlstm_ray.choose import Setup
-from xlstm_ray.errors import RayError, one_line
+from xlstm_ray.engine.engine import Engine
+from xlstm_ray.engine.pace import tile_of
+from xlstm_ray.errors import RayError, XlstmRayError, one_line
 from xlstm_ray.serve.options import Slots
 from xlstm_ray.serve.remote import Remote
 from xlstm_ray.serve.replica import Replica, Router
@@ -26,6 +29,9 @@ from xlstm_ray.supervisor.presence import Presence
 
 AT_ONCE = 1 << 14  # calls that a replica takes: its engine has a queue, and the desk knows how long it may be
 SLOTS = 16  # that autoscaling counts on where their number is not given
+UP_S, CALM_S = 10.0, 120.0  # seconds of load until a replica is added, and of calm until one goes
+TOLD_S = 2.0  # between two counts of the load
+SCALED_DRAIN_S = 3600.0  # that a replica which is not needed any more has for its answers, however long they are
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,13 @@ class Fleet:
             scale = {
                 "num_replicas": None,
                 "autoscaling_config": AutoscalingConfig(
-                    min_replicas=count, max_replicas=max(count, self.most), target_ongoing_requests=target
+                    min_replicas=count,
+                    max_replicas=max(count, self.most),
+                    target_ongoing_requests=target,
+                    upscale_delay_s=UP_S,
+                    downscale_delay_s=CALM_S,
+                    look_back_period_s=UP_S,
+                    metrics_interval_s=TOLD_S,
                 ),
             }
         deployment: Any = Replica
@@ -77,6 +89,28 @@ class Fleet:
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             **scale,
         ).bind(self.setup, self.slots, self.job)
+
+
+def measured_tile(setup: Setup, needs: Mapping[str, Any], most_ms: float, *, given: bool) -> tuple[int, int]:
+    """The usual tile size, and the one with which answers wait for most_ms at most, timed where a replica may be.
+
+    Replicas have one size, since bits depend on it. given: no other may be taken. Raises UsageError where none fits.
+    """
+    task = ray.remote(max_calls=1, **needs)(_sizes_of)  # its process goes, with the model
+    try:
+        return ray.get(task.remote(setup, most_ms, given))
+    except RayTaskError as err:
+        if isinstance(err.cause, XlstmRayError):
+            raise err.cause from None
+        raise
+
+
+def _sizes_of(setup: Setup, most_ms: float, given: bool) -> tuple[int, int]:
+    engine = Engine(setup)
+    try:
+        return engine.numerics.tile_size, tile_of(engine, most_ms, given=given)
+    finally:
+        engine.close()
 
 
 @contextmanager

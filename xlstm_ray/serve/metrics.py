@@ -1,22 +1,23 @@
 """Figures for Prometheus, by vLLM's names behind a prefix of ours."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
+from xlstm_ray.engine.figures import BOUNDS, Figures, KeptStates, Spread, StepKind
 from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading
-from xlstm_ray.engine.work import StepKind
 from xlstm_ray.serve.limits import Account
 
-SHORT_S = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
-LONG_S = *SHORT_S, 10, 20, 40, 80, 160, 320, 640, 1280, 2560
+LONG_S = *BOUNDS, 10, 20, 40, 80, 160, 320, 640, 1280, 2560
 COUNT = 1, 2, 5, 10, 20, 50, 100, 200, 500, *(n * 10**e for e in (3, 4, 5, 6) for n in (1, 2, 5))
 HISTOGRAMS = {  # name -> what it has, and its bounds
     "time_to_first_token_seconds": ("From a request's arrival to its first token.", LONG_S),
-    "inter_token_latency_seconds": ("Between two tokens of an answer.", SHORT_S),
+    "inter_token_latency_seconds": ("Between two tokens of an answer.", BOUNDS),
     "e2e_request_latency_seconds": ("From a request's arrival to its end.", LONG_S),
     "request_queue_time_seconds": ("From a request's arrival to its first window.", LONG_S),
     "request_prefill_time_seconds": ("From a request's first window to its first token.", LONG_S),
@@ -25,8 +26,6 @@ HISTOGRAMS = {  # name -> what it has, and its bounds
     "request_prompt_tokens": ("Tokens of a request's prompt.", COUNT),
     "request_generation_tokens": ("Tokens of an answer.", COUNT),
     "request_max_num_generation_tokens": ("The most tokens that an answer might have had.", COUNT),
-    "stall_seconds": ("What answers wait for other work between two of their tokens.", SHORT_S),
-    "snapshot_seconds": ("To keep the state at a window's end.", SHORT_S),
 }
 COUNTS = {
     "prompt_tokens": "Tokens of prompts.",
@@ -34,7 +33,6 @@ COUNTS = {
     "generation_tokens": "Tokens of answers.",
     "prefix_cache_queries": "Tokens of prompts that were looked up in the cache.",
     "prefix_cache_hits": "Tokens that the cache had.",
-    "parked": "Answers whose slot went to a more important one.",
 }
 LABELLED = {
     "request_success": ("Answers that ended.", "finished_reason"),
@@ -45,36 +43,49 @@ LABELLED = {
 ALSO = {  # what vLLM's own dashboards call these
     "vllm": {"inter_token_latency_seconds": "time_per_output_token_seconds", "parked": "num_preemptions"},
 }
-GROWING = ("evictions",)  # of what is told when it is read
-Gauge = tuple[str, str, dict[str, float]]  # name, text, values by tier ("" where there is one value)
+SPREADS: dict[str, tuple[str, tuple[StepKind, ...]]] = {  # of an engine: name -> what it has, and its kinds of steps
+    "step_seconds": ("Of a step of the engine.", ("prefill", "decode")),
+    "stall_seconds": ("What answers wait for other work between two of their tokens.", ("stall",)),
+    "snapshot_seconds": ("To keep the state at a window's end.", ("snapshot",)),
+}
+Gauge = tuple[str, str, float]  # name, text, value
+Family = GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily
 
 
 class Metrics:
-    """Of one service. prefixes: of the names. gauges: what is to be told when it is read, by the requests that run."""
+    """Of one service. prefixes: of the names. gauges: what is to be told when it is read, by the requests that run.
 
-    def __init__(self, model: str, prefixes: Iterable[str], gauges: Callable[[int], Iterable[Gauge]]):
+    engines: their figures, by the name of the replica; "" is the one in this process.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prefixes: Iterable[str],
+        gauges: Callable[[int], Iterable[Gauge]],
+        engines: Callable[[], Mapping[str, Figures]],
+    ):
         self.registry = CollectorRegistry()
         self.waiting = self.running = 0
         self._sets = [_Set(self.registry, prefix, model) for prefix in prefixes]
-        self._prefixes, self._model, self._gauges = list(prefixes), model, gauges
+        self._prefixes, self._model = list(prefixes), model
+        self._gauges, self._engines = gauges, engines
         self.registry.register(self)
 
     def text(self) -> bytes:
         """In Prometheus' format."""
         return generate_latest(self.registry)
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         """What is asked for when it is read."""
         requests = {"num_requests_running": self.running, "num_requests_waiting": self.waiting}
-        own = [(name, "Requests now.", {"": float(value)}) for name, value in requests.items()]
+        own = [(name, "Requests now.", float(value)) for name, value in requests.items()]
         for prefix in self._prefixes:
-            for name, text, values in [*own, *self._gauges(self.running)]:
-                labels = ["model_name", *(["tier"] if set(values) != {""} else [])]
-                kind = CounterMetricFamily if name in GROWING else GaugeMetricFamily
-                family = kind(f"{prefix}:{name}", text, labels=labels)
-                for tier, value in values.items():
-                    family.add_metric([self._model, tier][: len(labels)], value)
+            for name, text, value in [*own, *self._gauges(self.running)]:
+                family = GaugeMetricFamily(f"{prefix}:{name}", text, labels=["model_name"])
+                family.add_metric([self._model], value)
                 yield family
+            yield from _Engines(prefix, self._model, self._engines()).families()
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         for one in self._sets:
@@ -85,16 +96,6 @@ class Metrics:
         for one in self._sets:
             for histogram in one.histograms[name]:
                 histogram.labels(self._model).observe(max(0.0, value))
-
-    def step(self, kind: StepKind, seconds: float) -> None:
-        """The engine has made a step, or did what is told by its seconds."""
-        if kind == "park":
-            self.count("parked")
-        elif kind in ("stall", "snapshot"):
-            self.observe(f"{kind}_seconds", seconds)
-        else:
-            for one in self._sets:
-                one.steps.labels(self._model, kind).observe(seconds)
 
 
 class _Set:
@@ -111,7 +112,56 @@ class _Set:
             for one in made:
                 one.labels(model)  # it is there from the beginning
         self.counters |= {n: make(Counter, n, text, label) for n, (text, label) in LABELLED.items()}
-        (self.steps,) = make(Histogram, "step_seconds", "Of a step of the engine.", "kind", buckets=SHORT_S)
+
+
+class _Engines:
+    """Figures of engines in Prometheus' form, by replica where there are some."""
+
+    def __init__(self, prefix: str, model: str, engines: Mapping[str, Figures]):
+        self._prefix, self._also, self._engines = prefix, ALSO.get(prefix, {}), engines
+        alone = engines.keys() <= {""}
+        self._labels = ["model_name"] if alone else ["model_name", "replica"]
+        self._values = {name: [model] if alone else [model, name] for name in engines}
+
+    def families(self) -> Iterator[Family]:
+        for name, (text, kinds) in SPREADS.items():
+            labels = [*self._labels, *(["kind"] if len(kinds) > 1 else [])]
+            times = HistogramMetricFamily(f"{self._prefix}:{name}", text, labels=labels)
+            for replica, figures in self._engines.items():
+                for kind in kinds:
+                    values = [*self._values[replica], kind][: len(labels)]
+                    times.add_metric(values, *_buckets(figures.steps[kind]))
+            yield times
+        parked = {replica: sum(figures.steps["park"].counts) for replica, figures in self._engines.items()}
+        for name in filter(None, ["parked", self._also.get("parked")]):
+            text = "Answers whose slot went to a more important one."
+            family = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=self._labels)
+            for replica, count in parked.items():
+                family.add_metric(self._values[replica], count)
+            yield family
+        kept = {replica: figures.kept for replica, figures in self._engines.items() if figures.kept is not None}
+        if kept:
+            yield from self._of_caches(kept)
+
+    def _of_caches(self, kept: Mapping[str, KeptStates]) -> Iterator[Family]:
+        states = GaugeMetricFamily(f"{self._prefix}:snapshots", "Kept states.", labels=self._labels)
+        tiers = [*self._labels, "tier"]
+        size = GaugeMetricFamily(f"{self._prefix}:snapshot_bytes", "What kept states take.", labels=tiers)
+        made_room = CounterMetricFamily(f"{self._prefix}:evictions", "States that made room for others.", labels=tiers)
+        for replica, cache in kept.items():
+            values = self._values[replica]
+            states.add_metric(values, cache.states)
+            for tier, used in cache.bytes.items():
+                size.add_metric([*values, tier], used)
+            for tier, count in cache.evicted.items():
+                made_room.add_metric([*values, tier], count)
+        yield from (states, size, made_room)
+
+
+def _buckets(spread: Spread) -> tuple[list[tuple[str, float]], float]:
+    """As Prometheus counts: each with those before it."""
+    bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(spread.counts)), strict=True)), spread.seconds
 
 
 class Track:

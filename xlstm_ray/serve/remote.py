@@ -5,7 +5,7 @@ Import it only where Ray may be imported.
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from xlstm_ray.choose import Setup
-from xlstm_ray.engine.cache import Cache
+from xlstm_ray.engine.figures import Figures
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Request
-from xlstm_ray.engine.work import StepKind
 from xlstm_ray.errors import GridLost, ReplicaLost, StateError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling.params import require_likeliest
@@ -42,8 +41,6 @@ class Remote:
     from the states of the former; None: readers do both.
     """
 
-    cache: Cache | None = None  # replicas have theirs
-
     def __init__(self, setup: Setup, readers: DeploymentHandle, decoders: DeploymentHandle | None = None):
         self.config = setup.config
         eos = self.config.eos_token_id
@@ -60,6 +57,8 @@ class Remote:
         self._thread.start()
         self.about = self.run(self.readers.ask("about")).result()
         self.slots = self.about.slots
+        self._figures: dict[str, Figures] = {}
+        self._asking = self.run(self._ask_figures())
 
     def run(self, work: Any) -> "Future[Any]":
         """Do this in the thread that talks with replicas."""
@@ -73,8 +72,17 @@ class Remote:
         for task in self._tasks:
             task.cancel()
 
+    async def _ask_figures(self) -> None:
+        while True:
+            groups = [self.readers, *([] if self.decoders is None else [self.decoders])]
+            told = await asyncio.gather(*(group.figures(self._figures) for group in groups))
+            self._figures = {name: figures for one in told for name, figures in one.items()}
+            await asyncio.sleep(LOOK_S)
+
     def close(self) -> None:
         """End the thread; nothing is asked any more."""
+        if not self._asking.cancel():
+            self._asking.result()  # a bug
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
 
@@ -91,8 +99,9 @@ class Remote:
         """As the engine's."""
         return self._text.text_of(tokens)
 
-    def watch_steps(self, on_step: Callable[[StepKind, float], None]) -> None:
-        """Steps are made in replicas, which do not tell of them: those figures stay at 0."""
+    def figures(self) -> dict[str, Figures]:
+        """Of each replica, as it has told last."""
+        return self._figures
 
     def submit_n(self, request: Request) -> list[Handle]:
         """As the engine's; what a replica finds wrong comes as the error of an End."""
@@ -135,6 +144,26 @@ class _Group:
     async def ask(self, method: str, **fields: Any) -> Any:
         """Call a method of any replica, or of the one that `order` says."""
         return await getattr(self.handle, method).remote(Call(token_hex(8), **fields))
+
+    async def figures(self, before: Mapping[str, Figures]) -> dict[str, Figures]:
+        """Of all replicas; of one that does not answer soon, what it has told before."""
+        there: list[str] = []
+
+        def first(names: list[str]) -> list[str]:
+            there[:] = names
+            return names
+
+        async def of(order: Callable[[list[str]], list[str]]) -> dict[str, Figures]:
+            try:
+                return dict([await asyncio.wait_for(self.ask("figures", order=order), LOOK_S)])
+            except (*LOST, TimeoutError):
+                return {}
+
+        told = await of(first)
+        rest = [partial(sorted, key=name.__ne__) for name in there if name not in told]
+        for one in await asyncio.gather(*map(of, rest)):
+            told |= one
+        return {name: figures for name in there if (figures := told.get(name) or before.get(name)) is not None}
 
 
 class _Route:

@@ -21,6 +21,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from xlstm_ray.choose import Setup
 from xlstm_ray.engine.engine import Engine
+from xlstm_ray.engine.figures import Figures
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Request, Usage
 from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.serve.options import Slots
@@ -117,6 +118,10 @@ class Replica:
     def about(self, _call: Call) -> About:
         sizes = self._engine.numerics
         return About(self._slots, sizes.tile_size, sizes.chunk_size)
+
+    def figures(self, _call: Call) -> tuple[str, Figures]:
+        """What it has done, under its name."""
+        return self._name, self._engine.figures()[""]
 
     async def answer(self, call: Call) -> AsyncIterator[Said]:
         """The events of a request until its last answer's end."""
