@@ -106,17 +106,16 @@ class Folder:
             if name not in self._seen:
                 try:
                     new.append(self._header(name, info))
-                except FileNotFoundError:
+                except OSError:  # it is gone, or cannot be read now, which says nothing about what it holds
                     continue
-                except (StateError, OSError):
+                except StateError:
                     refused.append(name)
-                    continue
             self._seen[name] = mark
         self._seen = {name: mark for name, mark in self._seen.items() if name in there}
         return new, refused, there.keys()
 
     def remove(self, names: Collection[str]) -> int:
-        """Remove these files; returns their bytes."""
+        """Remove these files; returns their bytes. Raises OSError where that cannot be done."""
         freed = 0
         for name in names:
             path = self.file(name)

@@ -1,12 +1,15 @@
 """`--cache-dir` on the command line: a second run computes nothing, an edited prompt begins at a common state."""
 
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Ran
 from tiny import make_model
+
+from xlstm_ray.state import RecurrentState
 
 BOOK = "".join(chr(33 + n * n % 90) for n in range(200))
 EDITED = f"{BOOK[:100]}an edit{BOOK[107:]}"
@@ -81,10 +84,51 @@ def test_the_directory_is_looked_after(ask, run, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_an_edit_is_found_between_the_states_that_another_process_has_kept(ask, tmp_path):
+    long = BOOK * 4
+    cache = "--cache-dir", tmp_path, "--json"
+    ask("prefill", "-p", long, *cache)
+    for place in (700, 444, 130, 100):
+        row = ask("prefill", "-p", f"{long[:place]}~~~{long[place + 3 :]}", *cache).row["cache"]
+        assert place - 64 < row["hit_tokens"] + 64 <= place + 64
+        assert place - 16 < int(row["reason"].removeprefix("diverged at ")) <= place
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system, which can be made read only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("damage", [None, "torn", "flipped"])
+def test_a_directory_that_cannot_be_written_serves_what_is_whole(damage, ask, run, disk):
+    cache = "--cache-dir", disk, "--json"
+    first = ask("prefill", "-p", BOOK, *cache).row
+    (longest,) = [path for path in disk.glob("*.state") if RecurrentState.load(path).tokens == [200]]
+    whole = longest.read_bytes()
+    if damage is not None:
+        longest.write_bytes(whole[:300] if damage == "torn" else whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    again = ask("prefill", "-p", BOOK, *cache)
+    assert again.row["state_digest"] == first["state_digest"]
+    assert again.row["cache"]["hit_tokens"] == (200 if damage is None else 192)
+    assert (f"does not use {longest.name}, and cannot remove it (Read-only" in again.err) == (damage is not None)
+    for words in (["prune", disk, "--max-mb", 0], ["clear", disk]):
+        said = f"error: {disk}: cannot be changed (Read-only file system); nothing more is removed"
+        assert run("cache", *words).error == said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["cache", "list", "nowhere"], "nowhere: the cache cannot be used"),
+        (["prefill", "-p", "x", "--cache-dir", ""], "--cache-dir is ''"),
+        (["prefill", "-p", "x", "--journal", ""], "--journal is ''"),
         (["prefill", "-p", "x", "--cache-every", "3"], "--cache-every has no effect without a cache"),
         (["prefill", "-p", "x", "--cache-disk-mb", "3", "--cache-memory-mb", "1"], "add --cache-dir"),
         (["prefill", "-p", "x", "--cache-dir", "/dev/null"], "/dev/null: the cache cannot be used"),

@@ -1,5 +1,7 @@
 """The commands that look after a directory of kept states: cache list, prune, clear."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ import typer
 from xlstm_ray.cachefiles import Folder, KeptFile
 from xlstm_ray.cli.options import JsonOption, bare, examples
 from xlstm_ray.cli.output import json_line, show
+from xlstm_ray.errors import OutputError
 from xlstm_ray.files import MIB, shown_bytes
 
 commands = typer.Typer(
@@ -54,8 +57,7 @@ def prune(
     json_output: JsonOption = False,
 ) -> None:
     """Remove what cannot be used, and what has not been used for the longest time."""
-    folder = Folder(directory, make=False)
-    with folder.lock():
+    with _changing(directory) as folder:
         folder.tidy()
         _, damaged, _ = folder.read()
         before = folder.bytes()
@@ -68,12 +70,22 @@ def prune(
 @commands.command()
 def clear(directory: DirectoryArgument, json_output: JsonOption = False) -> None:
     """Remove all states; files of others stay."""
-    folder = Folder(directory, make=False)
-    with folder.lock():
+    with _changing(directory) as folder:
         folder.tidy()
         names = list(folder.entries())
         freed = folder.remove(names)
     _removed(names, freed, json_output=json_output)
+
+
+@contextmanager
+def _changing(directory: Path) -> Iterator[Folder]:
+    """The directory, with its lock. Raises OutputError where files cannot be removed from it."""
+    folder = Folder(directory, make=False)
+    try:
+        with folder.lock():
+            yield folder
+    except OSError as err:
+        raise OutputError(f"{directory}: cannot be changed ({err.strerror}); nothing more is removed") from None
 
 
 def _removed(names: list[str], freed: int, *, json_output: bool) -> None:

@@ -171,10 +171,12 @@ def _option(row: Setting) -> Any:
     if row.kind is bool:
         shown = "on" if row.default else "off"
     env = "" if row.env == f"XLSTM_{row.name.upper()}" else f" [env: {row.env}]"
-    kind = str if row.kind is tuple else row.kind
+    kind = str if row.kind in (tuple, Path) else row.kind  # a Path of an empty text is the current directory
+    metavar = "<path>" if row.kind is Path else None
     words = f"{in_flags(row.help)}{env} [default: {shown}]"
     flags = [row.flags, *filter(None, [row.short])]
-    return Annotated[kind | None, typer.Option(*flags, help=bare(words), rich_help_panel=row.panel)]  # type: ignore
+    option = typer.Option(*flags, help=bare(words), metavar=metavar, rich_help_panel=row.panel)
+    return Annotated[kind | None, option]  # type: ignore
 
 
 def examples(*lines: str) -> str:

@@ -127,7 +127,7 @@ class Cache:
             tier, start = (None, None) if found.entry is None else self._start_of(found.entry)
             if found.entry is None or start is not None:
                 break
-        if found.reason == "none seen":
+        if found.reason == "none seen" or (found.reason or "").startswith("diverged"):
             found = self._compared(found, chain.root, tokens)
         points = self._tree.points(run, found, every=self.plan.every, asked=asked)
         self._tree.see(chain)
@@ -139,9 +139,9 @@ class Cache:
 
     def _compared(self, found: Found, root: bytes, tokens: memoryview | TokenFile) -> Found:
         """Add where a prompt parts from prompts of earlier processes: of these, the tree has only the kept states."""
-        others = [e for e in self._tree.entries if e.root == root and e.length > found.known and e.what.trail]
+        others = [e for e in self._tree.next_after(found, root) if e.what.trail]
         best, parted = found.known, False
-        for entry in sorted(others, key=lambda e: e.used)[-COMPARED:]:
+        for entry in others[-COMPARED:]:
             apart = entry.what.trail.difference(tokens)
             if apart is not None and apart[0] > best:
                 best, parted = apart[0], apart[1] < len(tokens)
@@ -337,8 +337,12 @@ class Cache:
     def _refuse(self, name: str, why: str) -> None:
         assert self._folder is not None
         self.counts.refused += 1
-        self._folder.remove([name])
-        self._note(f"the cache has removed {name}: {why}")
+        try:
+            self._folder.remove([name])
+        except OSError as err:  # another user's file, or a disk that is read only
+            self._note(f"the cache does not use {name}, and cannot remove it ({err.strerror}): {why}")
+        else:
+            self._note(f"the cache has removed {name}: {why}")
 
     def _write(self, entry: Entry, start: Start) -> None:
         assert self._folder is not None

@@ -211,6 +211,12 @@ class Tree:
         """The number of tokens, in whole steps, that an earlier prompt began with too."""
         return next((n for n in reversed(chain.places) if chain.at(n) in self._nodes), 0)
 
+    def next_after(self, found: Found, root: bytes) -> list[Entry]:
+        """The first states that a prompt has not begun with, of each prompt; those after `found.entry` come last."""
+        longer = [e for e in self.entries if e.root == root and e.length > found.known]
+        first = [e for e in longer if e.parent is None or e.parent.length <= found.known]
+        return sorted(first, key=lambda e: (e.parent is not None and e.parent is found.entry, e.used))
+
     def see(self, chain: Chain) -> None:
         """Remember this prompt's beginnings: where a later prompt parts from it, a state is worth keeping."""
         before = None
