@@ -88,11 +88,18 @@ def test_several_answers_to_a_prompt_are_lines_with_their_place(run, words, tmp_
         ('{"prompt": "a", "n": 0}', "line 1: n is 0; allowed: 1 to 128"),
         ('{"prompt": "a", "temprature": 1}', "line 1: 'temprature' is not a key; did you mean temperature?"),
         ('{"prompt": "a", "stop": [""]}', "line 1: stop is ['']; allowed: texts that are not empty"),
+        ('{"prompt": "a", "min_tokens": 99}', "line of index 0: --min-tokens is 99; allowed: up to --max-new-tokens"),
     ],
 )
 def test_a_mistake_in_a_line_names_the_line(run, words, tmp_path, line, said):
     (tmp_path / "lines").write_text(line)
     assert said in run(*words[:-2], "--prompt-file", tmp_path / "lines", "--jsonl").error
+
+
+def test_a_lines_least_tokens_may_be_as_many_as_the_command_allows(run, words, tmp_path):
+    (tmp_path / "lines").write_text(json.dumps({"prompt": PROMPT, "min_tokens": 66}))
+    row = json.loads(run(*words[:-2], "--prompt-file", tmp_path / "lines", "--jsonl", "-n", 66).out)
+    assert row["new_tokens"] == 66
 
 
 def test_a_greedy_line_among_sampled_ones(run, words, tmp_path):

@@ -407,6 +407,31 @@ def test_requests_share_what_they_have_in_common(load, tmp_path):
         assert (end.usage.cache, end.tokens) == ((150, "disk", None), alone[0].tokens)
 
 
+def test_requests_that_come_at_once_compute_once_what_they_share(plain):
+    prompts = [BOOK[:300], [*BOOK[:260], *OTHER[:40]], BOOK[:300], [*BOOK[:260], *OTHER[:40]], OTHER[:90], BOOK[:300]]
+    sampling = Sampling(max_new_tokens=5)
+    with plain() as cold:
+        cold.serve(slots=4, buckets=(4,))
+        alone = [cold.submit(Request(p, sampling=sampling, keep=True)).result() for p in prompts]
+    with plain(cache_memory_mb=64) as lm:
+        lm.serve(slots=4, buckets=(4,))
+        first = lm.submit(Request([7] * 500, sampling=sampling))  # the others come while it is read
+        several = lm.submit_n(Request(BOOK[:300], sampling=Sampling(max_new_tokens=5, n=2)))
+        handles = [lm.submit(Request(p, sampling=sampling, keep=True)) for p in prompts]
+        read = lm.submit(Request(BOOK[:300], keep=True))
+        ends = [handle.result() for handle in handles]
+        assert [end.usage.cache.hit_tokens for end in ends] == [300, 256, 300, 300, 0, 300]
+        assert [end.usage.resumed_tokens for end in ends] == [300, 256, 300, 300, 0, 300]
+        assert [end.tokens for end in ends] == [end.tokens for end in alone]
+        assert [end.state.digest() for end in ends] == [end.state.digest() for end in alone]
+        assert [handle.result().tokens for handle in several] == [alone[0].tokens] * 2
+        assert read.result().state.tokens == [300]
+        assert first.result().usage.resumed_tokens == 0
+        assert not any(e.leases for e in cached(lm)._tree.entries)
+        counts = cached(lm).counts
+        assert (counts.queries, sum(counts.hit_tokens.values())) == (9, 300 * 5 + 256)
+
+
 def test_what_one_engine_lends_another_goes_on_from_to_the_same_bits(plain):
     lender, borrower, cold = plain(cache_memory_mb=64), plain(cache_memory_mb=64), plain()
     with lender, borrower, cold:

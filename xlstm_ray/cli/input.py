@@ -14,6 +14,7 @@ from xlstm_ray.text.prompt import decoded, whole_prompt
 
 JSONL_KEYS = "prompt", "id"
 PROMPT_OPTIONS = "--prompt", "-p", "--prompt-file", "-f", "--chat", "--messages", "--system", "--chat-template"
+MANY = 1 << 30  # tokens
 
 
 def given_text(
@@ -142,7 +143,8 @@ def _jsonl_row(line: str, place: str, keys: tuple[str, ...]) -> dict[str, Any]:
     except UnicodeEncodeError as err:
         raise UsageError(f"{place}: the prompt is not Unicode text ({err.reason} at character {err.start})") from None
     try:
-        Sampling.make({name: value for name, value in row.items() if name in keys})
+        own = {name: value for name, value in row.items() if name in keys}
+        Sampling.make({"max_new_tokens": MANY, **own})  # the command may allow more tokens than the default
     except UsageError as err:
         raise UsageError(f"{place}: {str(err).replace('`', '')}") from None  # a key is not a flag
     return row

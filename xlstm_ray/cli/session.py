@@ -84,7 +84,12 @@ def check_generation(sampling: dict[str, Any], own: list[dict[str, Any]], *, pri
     """
     from xlstm_ray.sampling.params import Sampling, over
 
-    usual, *lines = [Sampling.make(over(sampling, fields)).n for fields in [{}, *own]]
+    usual, lines = Sampling.make(sampling).n, []
+    for n, fields in enumerate(own):
+        try:
+            lines.append(Sampling.make(over(sampling, fields)).n)
+        except UsageError as err:
+            raise UsageError(f"the line of index {n}: {err}") from None
     if "logprobs" in sampling and not printed:
         raise UsageError("`logprobs` are printed with --json and --jsonl; add one, or leave it out")
     return lines or [usual]

@@ -101,6 +101,7 @@ class Cache:
             self._folder = Folder(plan.folder)
             self._folder.tidy()
             self._writer = ThreadPoolExecutor(1, "cache")
+        self.kept = 0  # states so far
         self._looked: int | None = None  # the folder's time when it was last read
         self._look()
 
@@ -127,7 +128,7 @@ class Cache:
             tier, start = (None, None) if found.entry is None else self._start_of(found.entry)
             if found.entry is None or start is not None:
                 break
-        if found.reason == "none seen" or (found.reason or "").startswith("diverged"):
+        if (found.reason or "").startswith(("none seen", "diverged")):
             found = self._compared(found, chain.root, tokens)
         points = self._tree.points(run, found, every=self.plan.every, asked=asked)
         self._tree.see(chain)
@@ -157,9 +158,8 @@ class Cache:
 
     def release(self, hit: Hit) -> None:
         """End the lease of a hit; its run has ended."""
-        entry, hit.entry = hit.entry, None
-        if entry is not None:
-            entry.leases -= 1
+        if (entry := hit.entry) is not None:
+            hit.entry, entry.leases = None, entry.leases - 1
             self._tree.drop(entry)  # if it is in no tier any more
             self._fit()
 
@@ -172,13 +172,13 @@ class Cache:
         entry = self._tree.add(hit.chain, hit.run, self._numerics, length, size=self._size, tiles=tiles)
         if entry.tiers or entry.leases:
             return
+        self.kept += 1
         entry.what = _What()
         on_host = self._states.executor().on_host
         held = start.rows[0].held if start.rows[0] is not None else None
+        rows = start.rows
         if held is None or held.batch > 1:
-            rows = self._states.rows(self._states.copy_of(start.rows), 1)
-        else:
-            rows = start.rows
+            rows = self._states.rows(self._states.copy_of(rows), 1)
         start = start._replace(rows=rows)
         if on_host:
             for row in filter(None, rows):
@@ -312,8 +312,7 @@ class Cache:
 
     def _load(self, entry: Entry) -> Start | None:
         assert self._folder is not None
-        name = f"{entry.name}.state"
-        path = self._folder.file(name)
+        path = self._folder.file(f"{entry.name}.state")
         try:
             state = RecurrentState.load(path)
             self._check(state)
@@ -324,7 +323,7 @@ class Cache:
         except StateError as err:
             self._tree.drop(entry, DISK)
             if os.path.lexists(path):  # another process may have removed it
-                self._refuse(name, str(err))
+                self._refuse(path.name, str(err))
             return None
         with suppress(OSError):
             os.utime(path)  # the time of its last use
@@ -337,12 +336,12 @@ class Cache:
     def _refuse(self, name: str, why: str) -> None:
         assert self._folder is not None
         self.counts.refused += 1
+        said = f"has removed {name}"
         try:
             self._folder.remove([name])
         except OSError as err:  # another user's file, or a disk that is read only
-            self._note(f"the cache does not use {name}, and cannot remove it ({err.strerror}): {why}")
-        else:
-            self._note(f"the cache has removed {name}: {why}")
+            said = f"does not use {name}, and cannot remove it ({err.strerror})"
+        self._note(f"the cache {said}: {why}")
 
     def _write(self, entry: Entry, start: Start) -> None:
         assert self._folder is not None

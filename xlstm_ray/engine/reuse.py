@@ -41,6 +41,7 @@ class Reuse:
     def __init__(self, cache: Cache | None, going: Sequence[Going], share: Share):
         self._cache, self._going, self._share = cache, going, share
         self.hits: dict[int, Hit] = {}
+        self._ended = False
 
     def find(self, groups: Sequence[Group], begun: Sequence[int], numerics: Numerics) -> None:
         """Look up the rows that a cold run begins at their first tokens. begun: where a cold run begins each row."""
@@ -63,8 +64,6 @@ class Reuse:
                         for hit in hits.values():
                             cache.release(hit)
                         hits = self._look_up(cache, runs, whole=False)
-                for hit in hits.values():
-                    cache.count(hit)
             self.hits |= hits
 
     def _look_up(self, cache: Cache, runs: dict[int, Run], *, whole: bool) -> dict[int, Hit]:
@@ -144,12 +143,15 @@ class Reuse:
         with self._cache.turn():
             self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)
 
-    def release(self) -> None:
-        """End all leases; the run has ended."""
-        for hit in self.hits.values():
+    def release(self, *, used: bool = True) -> None:
+        """End all leases. used: the run that used the hits has ended; they are counted."""
+        ended, self._ended = self._ended, True
+        for hit in [] if ended else self.hits.values():
             if self._cache is not None:
                 with self._cache.turn():
                     self._cache.release(hit)
+                    if used:
+                        self._cache.count(hit)
 
 
 def _row(n: int, logits: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Task:
     first_token: float | None = None
     begun: int = 0  # tokens before the first window of its run
     resumed: int = 0  # tokens before the first window that is computed here
+    kept: int = 0  # how many states the cache had kept when it looked there
     rows: HeldRows = HeldRows()  # its state, while it is not with the executor
     state: StateRef | None = None
     answer: Answer | None = None
@@ -130,16 +131,28 @@ class Task:
         self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error, self.scores))
 
     def look_up(self, core: Core) -> None:
-        """Go on from the longest kept state, if it is longer than the given one."""
+        """Go on from the longest kept state, if it is longer than the given one.
+
+        Once when it arrives, and again before its first window: those before it may have read the same meanwhile.
+        """
         state, numerics, likeliest = self.request.state, core.plan.numerics, self.request.prompt_logprobs
-        self.begun = 0 if state is None else (state.begun or state.tokens)[0]
         cache = core.cache if likeliest is None else None  # for log-probabilities, the whole prompt must be read
-        self.reuse = Reuse(cache, [self.going], self.request.share)
-        self.reuse.find([ALONE], [self.begun], numerics)
-        start = self.start = self.reuse.start(self.start)
+        kept = 0 if cache is None else cache.kept
+        if self.windows is not None and kept == self.kept:
+            return
+        self.begun, self.kept = 0 if state is None else (state.begun or state.tokens)[0], kept
+        reuse = Reuse(cache, [self.going], self.request.share)
+        reuse.find([ALONE], [self.begun], numerics)
+        if self.reuse is not None:
+            if not reuse.found:  # only longer states are found
+                reuse.release(used=False)
+                return
+            self.reuse.release(used=False)
+        self.reuse = reuse
+        start = self.start = reuse.start(self.start)
         (self.resumed,), self.rows = start.consumed, start.rows
         sizes, each = Sizes(numerics.tile_size, numerics.chunk_size), Each(likeliest=likeliest)
-        wants = partial(_wants, self.reuse, self.total)  # a reference to `self` would be a cycle, which keeps the state
+        wants = partial(_wants, reuse, self.total)  # a reference to `self` would be a cycle, which keeps the state
         self.windows = Reader(core.states, [self.going.tokens], start, sizes, each=each, wants=wants)
         if self.windows.last:
             self.logits = start.logits[0]

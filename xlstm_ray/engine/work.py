@@ -171,7 +171,14 @@ class Work:
     # -- prompts -------------------------------------------------------------------------------------------------------
     def _fill(self, task: Task) -> None:
         """Submit the next window of the task's prompt."""
-        core, windows = self._core, task.windows
+        core = self._core
+        if task.began is None:
+            task.look_up(core)
+            if task.read == task.total:  # somebody has read the whole prompt meanwhile
+                self._scheduler.filled(task.number)
+                self._resume(task)
+                return
+        windows = task.windows
         assert windows is not None
         if windows.last or task.cancelled:  # only results are left to take
             self._take_result()
