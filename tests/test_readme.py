@@ -38,6 +38,10 @@ RUN = {
     'xlstm-ray generate --model DIR-4bit --prompt "The capital of France is"': "--max-new-tokens 2 " + SMALL,
     "xlstm-ray models --json": "",
     "xlstm-ray plan --model DIR-4bit --device m1 --memory-gb 8 --prompt-tokens 65536": "",
+    'xlstm-ray chat --model DIR --system "Be brief." --temperature 0.7': SMALL,
+    "xlstm-ray chat --model DIR --json < questions.txt": SMALL + " --max-new-tokens 2",
+    "xlstm-ray generate --model DIR --chat-template chat.jinja --messages talk.json": SMALL + " --max-new-tokens 8",
+    "xlstm-ray score --model DIR --file book.txt --file questions.txt --json": SMALL,
     "xlstm-ray config": "",
     "xlstm-ray plan --model DIR --device m2-ultra --prompt-tokens 65536": "",
     "xlstm-ray bench --lengths 512,2048,8192": "--lengths 8 --backends native --rounds 1",
@@ -48,6 +52,8 @@ SERVED = "a service, which goes on until it is ended: tests/serve/test_clients.p
 CLIENT = "it asks a service: tests/serve/test_client_commands.py runs it"
 RAY = "a Ray head and actors that compile: tests/actors/test_grid.py and tests/supervisor/test_supervisor.py run them"
 NOT_RUN = {
+    "xlstm-ray chat --model DIR --state-in book.state": "tests/cli/test_chat_command.py runs it",
+    "xlstm-ray score --model DIR --file book.txt": "the next one does the same, and more",
     "./scripts/test": "it runs this test",
     "EXTRAS=serve ./scripts/run serve": SERVED,
     "pip install '.[serve]'": "it installs: tests/test_packages.py knows what",
@@ -145,6 +151,9 @@ def test_every_command_is_run_here_or_says_why_not() -> None:
 def test_commands_run_one_after_the_other(fresh: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Once upon a time\n")
     (tmp_path / "questions.jsonl").write_text('"Who is the heir?"\n{"prompt": "And then?", "id": 2}\n')
+    (tmp_path / "questions.txt").write_text("Who is the heir?\nAnd then?\n")
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "The capital of France is"}]')
     (tmp_path / "prompts.jsonl").write_text('"Once"\n{"prompt": "The capital of France is"}\n')
     said = {}
     for command in (command for command in commands() if command in RUN):
@@ -153,6 +162,13 @@ def test_commands_run_one_after_the_other(fresh: dict[str, str], tmp_path: Path)
         assert done.returncode == 0, (command, done.stderr)
         said[command] = done.stdout
     assert "' Paris'" in said['./scripts/run prefill --prompt "The capital of France is"']
+    assert " Paris" in said["xlstm-ray generate --model DIR --chat-template chat.jinja --messages talk.json"]
+    for several in (
+        "chat --model DIR --json < questions.txt",
+        "score --model DIR --file book.txt --file questions.txt",
+    ):
+        (text,) = [text for command, text in said.items() if several in command]
+        assert text.count("\n") == 2
     for lines in (
         "prefill --prompt-file prompts.jsonl",
         "generate --model DIR --state-in book.state --append-file questions.jsonl",
