@@ -5,8 +5,10 @@ import time
 from typing import Any
 
 import pytest
-from services import Here, model, service
+from services import Here, model, service, serving_here
 
+from xlstm_ray.config import Quantization
+from xlstm_ray.quantize import quantize_model
 from xlstm_ray.serve.fields import NEUTRAL
 
 __all__ = ["model", "service"]
@@ -43,6 +45,14 @@ def test_answers_are_those_of_the_engine(service, prompt):
     usage = got["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (read, 12 * len(many))
     assert usage["total_tokens"] == read + 12 * len(many)
+
+
+def test_a_model_of_integers_is_served(model, tmp_path):
+    list(quantize_model(model, tmp_path / "q", Quantization(bits=4, group_size=32, embedding=True, head=True)))
+    with serving_here(tmp_path / "q") as here:
+        text, _, reason = said(here, TEXT)
+        (choice,) = here.complete(TEXT, max_tokens=12).json["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, reason)
 
 
 @pytest.mark.parametrize(
