@@ -303,8 +303,9 @@ def prefill(
         for _, after, result in run(executor, begins, steps()):
             read = reader.take(result)
             if result.state is not None:
-                here = last = reader.snapshot(states.rows(None, len(rows), result.state))
-                _ = last.logits  # a lost grid could not compute them
+                here = reader.snapshot(states.rows(None, len(rows), result.state))
+                _ = here.logits  # a lost grid cannot compute them: then the snapshot before is the last
+                last = here
                 if hooks.on_snapshot is not None:
                     hooks.on_snapshot(last)
             elif executor.local:
