@@ -1,10 +1,11 @@
 """How a grid uses its cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xlstm_ray.actors.watchdog import Event
 from xlstm_ray.memory.watchdog import Limits, Seen
+from xlstm_ray.split import Reserved
 from xlstm_ray.supervisor.presence import PATIENCE_S
 
 
@@ -15,6 +16,7 @@ class GridOptions:
     run: str  # names this run's actors
     actors_per_device: int = 1
     cpus: float | None = None  # CPUs that an actor requests; None: a CPU for each thread
+    places: Sequence[Reserved] | None = None  # of each stage, while its node lives; None: where Ray puts it
     place_timeout_s: float = 10.0
     answer_timeout_s: float = 5.0
     patience_s: float = PATIENCE_S  # for an actor that may be behind a broken network

@@ -1,6 +1,6 @@
 """Places for a grid's actors on the nodes of a cluster; starts, calls, ends and replaces the actors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.checkpoint import DTYPES
 from xlstm_ray.errors import GridLost, UsageError
+from xlstm_ray.files import MIB
 from xlstm_ray.layout import Shard
 from xlstm_ray.supervisor.processes import find, this_machine, wait_for_end
 
@@ -34,9 +35,11 @@ LOAD_RATE = 20e6  # bytes a second
 class Seat:
     """A place in the grid, and its present actor."""
 
-    index: int  # of its bundle
+    index: int  # of all, stage by stage
     name: str
     shard: Shard
+    group: Any = None  # its placement group, and which of the group's bundles it has
+    bundle: int = 0
     handle: Any = None
     node: str = ""  # Ray's id of its node
     process: psutil.Process | None = None  # the actor's, if it is visible from this process
@@ -58,7 +61,7 @@ class Placement:
             for s, shards in enumerate(layout)
         ]
         self.restarts = 0  # the number of actors that replaced another
-        self._group: Any = None
+        self._groups: list[Any] = []
 
     @property
     def seats(self) -> list[Seat]:
@@ -71,7 +74,7 @@ class Placement:
         Raises UsageError if the grid does not fit on the cluster, errors of actors that load, and GridLost if an
         actor does not finish loading.
         """
-        self._group = self._reserve()
+        self._reserve()
         self._start(self.seats)
 
     def close(self) -> None:
@@ -79,10 +82,10 @@ class Placement:
 
         Returns in bounded time in any state of Ray, and raises nothing.
         """
-        group, self._group = self._group, None
+        groups, self._groups = self._groups, []
         self._end(self.seats)
-        if group is not None:
-            with suppress(GridLost, self._ray.exceptions.RayError):
+        with suppress(GridLost, self._ray.exceptions.RayError):
+            for group in groups:
                 self._link.ask(self._ray.util.remove_placement_group, group, timeout_s=END_S)
 
     def replace(self, seats: list[Seat]) -> None:
@@ -92,9 +95,10 @@ class Placement:
         """
         self._end(seats)
         self.restarts += len(seats)
-        if not self._link.ask(self._group.wait, self.options.place_timeout_s):
-            names = ", ".join(seat.name for seat in seats)
-            raise GridLost(f"{names}: gone, and {self._no_room(self._group.bundle_specs[0])}")
+        for group in {id(seat.group): seat.group for seat in seats}.values():
+            if not self._link.ask(group.wait, self.options.place_timeout_s):
+                names = ", ".join(seat.name for seat in seats)
+                raise GridLost(f"{names}: gone, and {self._no_room(group.bundle_specs[0])}")
         self._start(seats)
 
     # -- questions to actors -------------------------------------------------------------------------------------------
@@ -142,7 +146,7 @@ class Placement:
         return seat.handle.sample.options(concurrency_group="control").remote()
 
     # -- places --------------------------------------------------------------------------------------------------------
-    def _reserve(self) -> Any:
+    def _reserve(self) -> None:
         """Reserve a place for every actor, all or none. Raises UsageError within seconds if they do not fit."""
         device = torch.device(self.spec.device).type
         bundle: dict[str, float] = {"CPU": self.options.cpus or (self.spec.threads if device == "cpu" else 1)}
@@ -152,19 +156,29 @@ class Placement:
         room = sum(int(min(n.get(name, 0.0) / each for name, each in bundle.items()) + 1e-6) for n in nodes)
         if room < len(self.seats):  # Ray would wait for somebody to add nodes
             raise UsageError(self._no_room(bundle))
-        bundles = [bundle] * len(self.seats)
-        group = self._link.ask(self._ray.util.placement_group, bundles, strategy="PACK")
+        if self.options.places is None:
+            self._group(self.seats, bundle, strategy="PACK")
+        else:
+            for seats, (node, memory) in zip(self.stages, self.options.places, strict=True):
+                # Ray takes another node where this one is gone: a stage of a lost node goes on there.
+                more = {"memory": memory} if memory else {}
+                self._group(seats, bundle | more, strategy="STRICT_PACK", _soft_target_node_id=node)
+
+    def _group(self, seats: list[Seat], bundle: dict[str, float], **where: Any) -> None:
+        """Reserve a bundle for each of these seats, together."""
+        group = self._link.ask(self._ray.util.placement_group, [bundle] * len(seats), **where)
+        self._groups.append(group)
+        for n, seat in enumerate(seats):
+            seat.group, seat.bundle = group, n
         if not self._link.ask(group.wait, self.options.place_timeout_s):
-            self._link.ask(self._ray.util.remove_placement_group, group)
             raise UsageError(self._no_room(bundle))
-        return group
 
     def _no_room(self, bundle: dict[str, float]) -> str:
         nodes = [node for node in self._link.ask(self._ray.nodes) if node["Alive"]]
         free = self._link.ask(self._ray.available_resources)
-        have = ", ".join(f"{name} {sum(n['Resources'].get(name, 0) for n in nodes):g}" for name in bundle)
-        left = ", ".join(f"{name} {free.get(name, 0):g}" for name in bundle)
-        each = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
+        have = _amounts({name: sum(n["Resources"].get(name, 0) for n in nodes) for name in bundle})
+        left = _amounts({name: free.get(name, 0) for name in bundle})
+        each = _amounts(bundle)
         stages, bands = len(self.stages), len(self.stages[0])
         less = "fewer `threads`" if set(bundle) == {"CPU"} else "more `actors_per_device`"
         return (
@@ -204,8 +218,8 @@ class Placement:
     def _create(self, seats: list[Seat]) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundle = self._group.bundle_specs[0]
         for seat in seats:
+            bundle = seat.group.bundle_specs[0]
             seat.handle = self._actor_class.options(
                 name=seat.name if not self.restarts else f"{seat.name} ({self.restarts})",
                 num_cpus=bundle["CPU"],
@@ -213,7 +227,7 @@ class Placement:
                 resources={"mps": bundle["mps"]} if "mps" in bundle else {},
                 max_restarts=0,
                 allow_out_of_order_execution=True,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, seat.index),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
             ).remote(self.spec, seat.shard, seat.name, one_band=self._one_band)
 
     def _end(self, seats: list[Seat]) -> None:
@@ -235,6 +249,14 @@ class Placement:
         wait_for_end(processes, self.options.answer_timeout_s)
         for seat in seats:
             seat.handle = seat.process = None
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    """Ray's resources, for people."""
+    return ", ".join(
+        f"memory {amount / MIB:,.0f} MiB" if name == "memory" else f"{name} {amount:g}"
+        for name, amount in resources.items()
+    )
 
 
 def _where(stage: int, shard: Shard) -> str:

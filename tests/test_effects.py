@@ -15,6 +15,7 @@ from tiny import make_model
 
 from xlstm_ray.choose import Cluster, setup_of
 from xlstm_ray.errors import UsageError
+from xlstm_ray.explain import explain
 from xlstm_ray.plan import RunPlan, choose_plan
 from xlstm_ray.settings import table
 
@@ -88,6 +89,40 @@ def test_a_setting_changes_the_run_or_is_refused(run: str, models: list[Path]) -
             silent += [f"{one} beside {other}" for made in [alone[other]] if both == made]
             silent += [f"{other} beside {one}" for made in [alone[one]] if both == made]
     assert [name for name in silent if " " in name] == []
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_each_form_of_stages_changes_the_run_or_is_refused(run: str, models: list[Path]) -> None:
+    """By number, by the blocks of each, and by measured speed; of a model with three blocks."""
+    base = {"model": models[1], "device": "cpu", "dtype": "float32", **RUNS[run]}
+    forms = [run_of(**base), *(run_of(**base, stages=stages) for stages in (2, (2, 1), (1, 2), "auto"))]
+    if "ray" in base["chunkwise_backend"]:
+        assert None not in forms
+        assert not any(one == other for one, other in combinations(forms, 2))
+    else:
+        assert forms[1:] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("4,4", "`stages` is 4,4, which is 8 blocks, but the model has 3"),
+        ("9", "`stages` is 9, but the model has 3 blocks"),
+        ("auto", "`stages` is auto, which measures the nodes of a grid, but all work is in this process"),
+        ("2,", "`stages` is '2,'; allowed: a whole number from 1 to 65536, the blocks of each stage with commas"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(stages: str, said: str, models: list[Path]) -> None:
+    with pytest.raises(UsageError) as refused:
+        setup_of(model=models[1], chunkwise_backend="ray_compiled_steps", ray_local_mode=True, stages=stages)
+    assert said in str(refused.value)
+
+
+def test_config_says_when_and_by_what_auto_is_decided(models: list[Path]) -> None:
+    rows = explain(setup_of(model=models[1], device="cpu", **RUNS["a head of its own"], stages="auto"))
+    assert rows["stages"] == ("auto", ("flag", "`stages`; by each node's measured speed and memory, when a run begins"))
+    by_hand = explain(setup_of(model=models[1], device="cpu", **RUNS["a head of its own"], stages="2,1"))
+    assert by_hand["stages"] == ((2, 1), ("flag", "`stages`"))
 
 
 # Beside what the plan shows: options of commands, and settings that a command has no use for.

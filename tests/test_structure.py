@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     "errors container",
     "files directories sampling hub profiles threads declare",
-    "settings config csvlog digests kernels supervisor client",
-    "xlstm_ray generation_config layout tensors model memory text",
+    "settings config csvlog digests kernels supervisor client split",
+    "xlstm_ray generation_config layout tensors model memory text choose_stages",
     "headers",
     "cachefiles checkpoint state",
     "runtime quantize",
@@ -32,7 +32,7 @@ FLOORS = [
     "__main__",
 ]
 MAY_READ_SETTINGS = (
-    r"settings|choose(_kernels)?|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
+    r"settings|choose(_kernels|_stages)?|plan|explain|cli\..*|xlstm_ray"  # the package tells of unknown variables
 )
 MAY_KNOW_ACTORS = r"actors\..*|launch"
 MAY_IMPORT_RAY = r"actors\..*|supervisor\.(connect|ray_inside)|serve\.(replica|remote|fleet)"

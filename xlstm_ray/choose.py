@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlstm_ray import hub
+from xlstm_ray.choose_stages import Asked, choose_stages
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.container import cores, share_of_cpus
 from xlstm_ray.directories import default_state_dir
@@ -16,6 +17,7 @@ from xlstm_ray.errors import ConfigError, UsageError
 from xlstm_ray.files import check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS, Backend, chunkwise_backend
 from xlstm_ray.settings import DEFAULT_BACKEND, Settings, table
+from xlstm_ray.split import Reserved
 from xlstm_ray.supervisor.mode import Mode, ray_mode
 from xlstm_ray.supervisor.ports import is_loopback
 
@@ -52,7 +54,7 @@ class Setup(NamedTuple):
     config: ModelConfig
     backend: Backend
     mode: Mode
-    stages: int
+    stages: Asked
     head: Address | None  # in attached mode
     journal: JournalFolder | None
 
@@ -99,9 +101,7 @@ def choose_setup(settings: Settings) -> Setup:
             f"{settings.named('warmup')} has no effect: {backend.name} is not compiled; leave it out, or use another "
             "`chunkwise_backend`"
         )
-    if settings.stages > config.num_blocks:
-        asked = f"{settings.named('stages')} is {settings.stages}"
-        raise UsageError(f"{asked}, but the model has {config.num_blocks} blocks")
+    stages = choose_stages(settings, config, mode)
     refused = None
     for kind in ("cuda", "mps", "cpu") if settings.device == "auto" else (settings.device,):
         try:
@@ -115,7 +115,7 @@ def choose_setup(settings: Settings) -> Setup:
     head = None
     if mode is Mode.ATTACHED and settings.ray_address is not None:
         head = Address(settings.ray_address, settings.ray_token_path, settings.ray_state_dir or default_state_dir())
-    return Setup(settings, model, config, backend, mode, settings.stages, head, journal)
+    return Setup(settings, model, config, backend, mode, stages, head, journal)
 
 
 def choose_journal(settings: Settings) -> JournalFolder | None:
@@ -358,6 +358,7 @@ class ActorPlan(NamedTuple):
     threads: int  # torch's own threads
     cpus: float | None  # its request to Ray; None: a CPU for each thread
     per_device: int
+    places: tuple[Reserved, ...] | None = None  # of each stage; None: where Ray puts it
 
 
 def choose_actors(settings: Settings, device: "torch.device", actors: int, there: Sequence[float]) -> ActorPlan:

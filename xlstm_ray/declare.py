@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
@@ -47,13 +47,35 @@ Actions = Annotated[
 ]
 
 
+def _stages(value: Any) -> Any:
+    """A text as what it says: a number of stages, or the blocks of each; a list as those."""
+    if isinstance(value, str) and value != "auto":
+        counts = [int(part) if part.isdecimal() else part for part in value.split(",")]
+        return counts[0] if len(counts) == 1 else tuple(counts)
+    return tuple(value) if isinstance(value, list) else value
+
+
+_Count = Annotated[int, Field(ge=1, le=1 << 16)]
+Stages = Annotated[
+    _Count | Annotated[tuple[_Count, ...], Field(min_length=1)] | Literal["auto"], BeforeValidator(_stages)
+]
+
+
 def setting(
-    help: str, default: Any = None, *, env: str = "", flag: str | None = "", shown: str = "", **bounds: Any
+    help: str,
+    default: Any = None,
+    *,
+    env: str = "",
+    flag: str | None = "",
+    shown: str = "",
+    allowed: str = "",
+    **bounds: Any,
 ) -> Any:
     """A field of Settings. env: "" for XLSTM_NAME. flag: "" for --name (and --no-name for a switch), None for no
-    flag. shown: the help's text for the default.
+    flag. shown: the help's text for the default. allowed: what errors say, if its type does not say it.
     """
-    return Field(default, description=help, json_schema_extra={"env": env, "flag": flag, "shown": shown}, **bounds)
+    extra: Any = {"env": env, "flag": flag, "shown": shown, "allowed": allowed}
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
 
 
 def count(help: str, default: int | None = None, *, high: int = 1 << 16, **row: Any) -> Any:
@@ -72,11 +94,12 @@ class Setting:
         self.env, self.shown = extra["env"] or f"XLSTM_{name.upper()}", extra["shown"]
         self.panel = next((title for title, names in PANELS.items() if name in names.split()), "Settings")
         self.short = SHORT.get(name)
-        self.kind = {Literal: str, tuple: tuple}.get(get_origin(hint), hint)  # or int, float, bool, Path
+        # Or int, float, bool, Path. A union comes as a text.
+        self.kind = {Literal: str, tuple: tuple, UnionType: str, Union: str}.get(get_origin(hint), hint)
         self.flags = "--" + name.replace("_", "-") if extra["flag"] == "" else extra["flag"]
         if self.kind is bool and self.flags:
             self.flags += "/--no-" + self.flags[2:]
-        words = ", ".join(get_args(get_args(hint)[0] if self.kind is tuple else hint))
+        words = extra["allowed"] or ", ".join(get_args(get_args(hint)[0] if self.kind is tuple else hint))
         self.allowed = {
             tuple: f"one or more of {words}, with commas between",
             bool: "1 or 0 (true or false)",

@@ -55,7 +55,9 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
     actors = plan.stages * plan.bands
     if plan.actors is not None:
         used["workers"] = None, "each band has an actor"
-        if settings.threads is None and known:
+        if plan.measures:
+            used["stages"] = "auto", "by each node's measured speed and memory, when a run begins"
+        elif settings.threads is None and known:
             used["threads"] = plan.actors.threads, f"an equal share of the cores for {actors} actor(s)"
     else:
         if plan.workers != settings.workers:

@@ -14,7 +14,7 @@ from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.inductor import LaunchCounter
 from xlstm_ray.memory.watchdog import Event, Limits, Seen
-from xlstm_ray.plan import RunPlan
+from xlstm_ray.plan import RunPlan, divide
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.canaries import require_sound
 from xlstm_ray.runtime.executor import Executor
@@ -28,6 +28,8 @@ from xlstm_ray.supervisor.start import managed
 if TYPE_CHECKING:
     from xlstm_ray.actors.grid import RayExecutor
     from xlstm_ray.actors.metrics import GridMetrics
+    from xlstm_ray.actors.options import GridOptions
+    from xlstm_ray.actors.shard import WorkerSpec
     from xlstm_ray.actors.watch import Watch
 
 T = TypeVar("T")
@@ -94,6 +96,19 @@ class Running:
         self._on_phase("starting actors, which load the model")
         self._executor = executor = self._over_actors(ray, plan, checkpoint)
         self.metrics = executor.metrics
+
+    def divided(self, plan: RunPlan, checkpoint: Checkpoint) -> RunPlan:
+        """The plan with stages by the speed and memory of the cluster's nodes, if it asks for that."""
+        if not plan.measures:
+            return plan
+        from xlstm_ray.actors.speed import measure
+
+        plan.room.require_start()  # all in one stage: more stages need more
+        self._ray = ray = self._ray or self._start_head(plan)
+        self._on_phase("measuring the nodes")
+        (bands,), sizes = plan.layout, (plan.numerics.tile_size, plan.numerics.chunk_size)
+        spec, options = self._spec(plan, checkpoint), self._options(plan)
+        return divide(plan, checkpoint, measure(ray, spec, bands, options, threads=plan.threads, sizes=sizes))
 
     def events(self) -> list[Event]:
         """Events that the watchdogs of the grid's nodes reported since the last call."""
@@ -162,11 +177,16 @@ class Running:
     def _over_actors(self, ray: ModuleType, plan: RunPlan, checkpoint: Checkpoint) -> "RayExecutor":
         """The executor over actors, one for each shard, on the cluster that `ray` is connected to."""
         from xlstm_ray.actors.grid import RayExecutor
-        from xlstm_ray.actors.options import GridOptions
+
+        executor = RayExecutor(ray, self._spec(plan, checkpoint), plan.layout, self._options(plan))
+        self._watch = executor.watch
+        return executor
+
+    def _spec(self, plan: RunPlan, checkpoint: Checkpoint) -> "WorkerSpec":
         from xlstm_ray.actors.shard import WorkerSpec
 
         assert plan.actors is not None
-        spec = WorkerSpec(
+        return WorkerSpec(
             model=plan.model.resolve(),
             config=plan.config,
             stored=checkpoint.stored(),
@@ -179,6 +199,11 @@ class Running:
             fusion_limit=plan.steps.fusion_limit,
             threads=plan.actors.threads,
         )
+
+    def _options(self, plan: RunPlan) -> "GridOptions":
+        from xlstm_ray.actors.options import GridOptions
+
+        assert plan.actors is not None
         watched: dict[str, Any] = {}
         if plan.watch is not None:
             watched = {
@@ -187,16 +212,14 @@ class Running:
                 "empty_cache": "empty_cache" in plan.watch.actions,
                 "on_seen": self._seen.append if "mem_log" in plan.logs else None,
             }
-        options = GridOptions(
+        return GridOptions(
             run=token_hex(3),
             actors_per_device=plan.actors.per_device,
             cpus=plan.actors.cpus,
+            places=plan.actors.places,
             on_event=self._events.append,
             **watched,
         )
-        executor = RayExecutor(ray, spec, plan.layout, options)
-        self._watch = executor.watch
-        return executor
 
 
 def _drained(queue: deque[T]) -> list[T]:

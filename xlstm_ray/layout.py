@@ -1,7 +1,8 @@
 """The split of a model over workers: stages of blocks, bands of heads."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -24,8 +25,17 @@ def partition(count: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) -> list[list[Shard]]:
-    """The shards, [stage][band]: every block and head once. The last band may have fewer heads."""
+def ranges(counts: Iterable[int]) -> list[range]:
+    """Contiguous ranges of these lengths, from 0 on."""
+    edges = [0, *accumulate(counts)]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
+def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int | Sequence[int] = 1) -> list[list[Shard]]:
+    """The shards, [stage][band]: every block and head once. The last band may have fewer heads.
+
+    stages: their number, or the number of blocks of each.
+    """
     starts = range(0, config.num_heads, heads_per_band)
     heads = [range(a, min(a + heads_per_band, config.num_heads)) for a in starts]
     ffn = [
@@ -33,7 +43,7 @@ def make_layout(config: ModelConfig, *, heads_per_band: int, stages: int = 1) ->
     ]
     return [
         [Shard(blocks, h, f) for h, f in zip(heads, ffn, strict=True)]
-        for blocks in partition(config.num_blocks, stages)
+        for blocks in (partition(config.num_blocks, stages) if isinstance(stages, int) else ranges(stages))
     ]
 
 

@@ -1,7 +1,7 @@
 """RunPlan: every choice of a run, made once from the settings and the model, before any weight is read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,16 +33,26 @@ from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
 from xlstm_ray.kernels.metal import Fit
 from xlstm_ray.layout import Shard, make_layout
-from xlstm_ray.memory.need import DASHBOARD, HEAD, PROGRAM, WATCHDOG, Loaded
-from xlstm_ray.memory.room import Room
+from xlstm_ray.memory.need import (
+    DASHBOARD,
+    HEAD,
+    HELD_ROWS,
+    PROGRAM,
+    WATCHDOG,
+    Loaded,
+    activation_bytes,
+    state_bytes,
+)
+from xlstm_ray.memory.room import Room, actor_bytes
 from xlstm_ray.memory.sample import device_total_bytes, take_sample
 from xlstm_ray.memory.watchdog import Limit, Limits
 from xlstm_ray.settings import Settings
+from xlstm_ray.split import Blocks, Measured, Reserved, Stage, split
 from xlstm_ray.state import Numerics
 from xlstm_ray.supervisor.mode import Mode
 from xlstm_ray.supervisor.ports import is_loopback
 from xlstm_ray.supervisor.start import HeadOptions
-from xlstm_ray.tensors import whole_bytes
+from xlstm_ray.tensors import sizes_of, whole_bytes
 
 CACHE_MEMORY_MB = 256  # besides a directory, if nothing else is given
 
@@ -138,6 +148,13 @@ class RunPlan:
     search: Search | None  # what a measurement may choose instead
     picked: Picked | None  # what it chose
     cache: CachePlan | None = None  # of states; None: there is none
+    measures: bool = False  # the nodes come before the stages: `divide` is to be called with what they are like
+    split: list[Stage] | None = None  # the stages that it made, and why
+
+    @property
+    def split_note(self) -> str | None:
+        """The stages by measured speed, for people."""
+        return None if self.split is None else f"stages: {', '.join(map(str, self.split))}"
 
     @property
     def bands(self) -> int:
@@ -200,7 +217,8 @@ def choose_plan(
         settings = settings.model_copy(update={**picked.values, "sources": sources})
     device = choose_device(settings, cluster)
     sizes = choose_sizes(settings, config, device.type)
-    layout = make_layout(config, heads_per_band=sizes.heads, stages=settings.stages)
+    measures = setup.stages == "auto"  # then `divide` makes the stages
+    layout = make_layout(config, heads_per_band=sizes.heads, stages=1 if setup.stages == "auto" else setup.stages)
     backend, misfit = choose_kernels(setup, device, [len(band.ffn) for band in layout[0]], sizes.chunk)
     least_chunk = LEAST_CHUNK if backend.kernel == KERNEL else 1
     workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)
@@ -227,7 +245,7 @@ def choose_plan(
                 chunk=sizes.chunk,
                 heads_per_band=sizes.heads,
                 workers=workers,
-                stages=settings.stages,
+                stages=len(layout),
                 cache=cache.memory_bytes if cache else 0,
                 triton=backend.kernel == KERNEL,
             ),
@@ -288,7 +306,36 @@ def choose_plan(
         search=choose_search(settings, config),
         picked=picked,
         cache=cache,
+        measures=measures,
     )
+
+
+def divide(plan: RunPlan, checkpoint: Checkpoint, measured: Measured) -> RunPlan:
+    """A plan with `stages=auto`, and now stages in these places. Raises UsageError if the model does not fit there."""
+    config, loaded, bands, on_host = plan.config, plan.room.loaded, plan.bands, plan.device.type != "cuda"
+    assert plan.actors is not None
+    weights = sizes_of(config, checkpoint.shapes, plan.dtype, float8=plan.numerics.dtype == "float8")
+    state = (2 + HELD_ROWS) * state_bytes(config) // config.num_blocks  # of one prompt
+    tile = activation_bytes(replace(loaded, workers=1), rows=1, tokens=loaded.tile) + loaded.whole_matrix
+    kinds = ["sLSTM" if n in config.slstm_at else "mLSTM" for n in range(config.num_blocks)]
+    needs = Blocks(
+        kinds,
+        [size + state for size in weights.blocks],
+        weights.first,
+        weights.of_last if len(measured.places) > 1 else weights.last,
+        bands * (tile + (actor_bytes() if on_host else 0)),
+    )
+    stages = split(measured.places, needs)
+    layout = make_layout(config, heads_per_band=loaded.heads_per_band, stages=[len(s.blocks) for s in stages])
+    on_cpu = plan.device.type == "cpu"
+    actors = plan.actors._replace(
+        threads=measured.threads,
+        # Half of what its threads are: so a stage of a lost node finds room on another one.
+        cpus=measured.threads / 2 if on_cpu else plan.actors.cpus,
+        places=tuple(Reserved(s.place.node, -(-s.need // bands) if on_host else 0) for s in stages),
+    )
+    room = replace(plan.room, loaded=replace(loaded, stages=len(stages)), head=0)  # a head runs already
+    return replace(plan, layout=layout, actors=actors, room=room, split=stages, measures=False)
 
 
 class OnPaper(NamedTuple):

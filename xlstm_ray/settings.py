@@ -26,7 +26,7 @@ from pydantic_settings import (
 )
 
 from xlstm_ray import hub
-from xlstm_ray.declare import Actions, File, Setting, Share, Source, count, refuse_unknown, setting
+from xlstm_ray.declare import Actions, File, Setting, Share, Source, Stages, count, refuse_unknown, setting
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import JOURNAL_FILE, LOG, STATE, Input, Output
 from xlstm_ray.profiles import PROFILES
@@ -104,7 +104,12 @@ class Settings(BaseSettings):
     stats_log: File = setting("Write a row for each tile, or each answer to a line, to this CSV file.", shown="none")
     overwrite: bool = setting("Outputs may replace files that this program did not write.", False)
     profile: Literal["high-memory-256gb"] | None = setting(f"A set of settings: {', '.join(PROFILES)}.", shown="none")
-    stages: int = count("Stages: ranges of blocks, each with its own actors.", 1)
+    stages: Stages = setting(
+        "Stages, ranges of blocks with actors of their own: how many, the blocks of each (5,3), or auto: by the "
+        "measured speed and memory of each node.",
+        1,
+        allowed="a whole number from 1 to 65536, the blocks of each stage with commas between, or auto",
+    )
     threads: int | None = count("CPU threads of each worker.", shown="an equal share of the cores", high=1024)
     ray_local_mode: bool = setting(
         "Run the ray_ backends in this process, without Ray.", True, env="XLSTM_RAY_LOCAL_MODE"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -108,6 +109,35 @@ def bytes_of(
 ) -> int:
     """Bytes of a stored tensor after loading in `dtype`. float8: as in itemsize_of."""
     return prod(shape) * (1 if is_quantized(config, name) else itemsize_of(name, dtype, float8=float8))
+
+
+class Sizes(NamedTuple):
+    """Bytes of weights after loading: of the embedding, of each block, of the out norm and the head."""
+
+    first: int
+    blocks: list[int]
+    last: int
+    tied: bool  # the embedding is the head too: a last stage that is not the first has a second copy
+
+    @property
+    def all(self) -> int:
+        return self.first + sum(self.blocks) + self.last
+
+    @property
+    def of_last(self) -> int:
+        """What the last of several stages has besides its blocks."""
+        return self.last + self.first * self.tied
+
+
+def sizes_of(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, float8: bool = False
+) -> Sizes:
+    """The sizes of stored tensors of these names and shapes, loaded in `dtype`. float8: as in itemsize_of."""
+    size = {name: bytes_of(config, name, shape, dtype, float8=float8) for name, shape in shapes.items()}
+    blocks = [sum(size[n] for n in size if n.startswith(f"backbone.blocks.{b}.")) for b in range(config.num_blocks)]
+    last = sum(n for name, n in size.items() if name.startswith((OUT_NORM, HEAD)))
+    first = sum(n for name, n in size.items() if name.startswith(EMBEDDING))
+    return Sizes(first, blocks, last, HEAD not in size)
 
 
 def whole_bytes(config: ModelConfig, dtype: torch.dtype, *, compiled: bool) -> int:

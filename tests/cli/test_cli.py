@@ -37,9 +37,9 @@ from xlstm_ray.cli.keep import resume_command
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 PROMPT = "The time has come, the walrus said"
 KEYS = (
-    "model device dtype dtype_reason backend prompt_tokens resumed_tokens tile_size chunk_size bands stages compile_s "
-    "ttft_s prefill_s prefill_tok_s peak_memory_bytes state_path state_digest next_tokens load_s tiles launches "
-    "tile_tok_s_median tile_tok_s_p99 peak_process_bytes peak_device_bytes"
+    "model device dtype dtype_reason backend prompt_tokens resumed_tokens tile_size chunk_size bands stages layout "
+    "compile_s ttft_s prefill_s prefill_tok_s peak_memory_bytes state_path state_digest next_tokens load_s tiles "
+    "launches tile_tok_s_median tile_tok_s_p99 peak_process_bytes peak_device_bytes"
 ).split()
 LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 50  # 3000 tokens, some seconds
 

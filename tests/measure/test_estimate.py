@@ -21,7 +21,8 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError
 from xlstm_ray.measure import estimate
 from xlstm_ray.measure.devices import DEVICES
-from xlstm_ray.measure.estimate import Plan, Work, plan
+from xlstm_ray.measure.estimate import Plan, plan
+from xlstm_ray.measure.work import Work
 from xlstm_ray.plan import choose_on_paper
 from xlstm_ray.settings import Settings
 
@@ -87,9 +88,9 @@ def test_memory_of_a_head_that_is_the_embedding(tmp_path: Path) -> None:
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     found = assert_as_the_engine(tmp_path, "float32")
-    assert found.model.tied
+    assert found.model.sizes.tied
     ends = [planned(tmp_path, "this", 1000, machines=m, dtype="float32").need.weights for m in (1, 3)]
-    block, embedding = found.model.blocks[0], 259 * 128 * 4
+    block, embedding = found.model.sizes.blocks[0], 259 * 128 * 4
     assert ends == [3 * block + embedding + 128 * 4, block + embedding + 128 * 4]  # the last stage has one of its own
 
 
@@ -107,7 +108,7 @@ def assert_as_the_engine(model: Path, dtype: str) -> Plan:
 def test_a_configuration_alone_is_enough(tmp_path: Path) -> None:
     shutil.copy(DEMO_MODEL / "config.json", tmp_path)
     alone, whole = planned(tmp_path, "m2"), planned(DEMO_MODEL, "m2")
-    assert alone.model.weights == whole.model.weights
+    assert alone.model.sizes == whole.model.sizes
     assert alone.need == whole.need
     assert alone.seconds == whole.seconds
     assert "config.json alone" in alone.lines[0]
@@ -230,3 +231,29 @@ def test_long_times_are_in_hours_and_what_cannot_be_known_is_said(of_7b: Path, r
     assert "other work on the machine" in row["not_known"]
     assert row["not_known"] in people
     assert row["workers"] == 2  # 8 heads in bands of 4, not the 6 of the setting
+
+
+def test_unlike_machines_have_stages_by_their_speed_and_memory(of_7b: Path, run: Callable[..., Ran]) -> None:
+    words = ("plan", "--model", of_7b, "--prompt-tokens", 65536)
+    row, people = run(*words, "--device", "m1,m4", "--json").row, run(*words, "--device", "m1,m4").out
+    m1, m4 = row["layout"]
+    assert (m1["device"], m4["device"]) == ("m1", "m4")
+    assert (m1["blocks"][0], m4["blocks"][1], m1["blocks"][1] + 1) == (0, 31, m4["blocks"][0])
+    assert m1["block_s"]["mLSTM"] > m4["block_s"]["mLSTM"]
+    assert m1["blocks"][1] + 1 < 16 < 32 - m4["blocks"][0]
+    for each in row["layout"]:
+        assert each["need_bytes"] <= each["room_bytes"]
+        assert f"stage       blocks {each['blocks'][0]}-{each['blocks'][1]} on {each['device']} (" in people
+    assert "--stages auto" in people
+    alike = planned(of_7b, "m4", machines=2)
+    assert planned(of_7b, "m4,m4").seconds == pytest.approx(alike.seconds)
+    assert alike.seconds < row["seconds"] < planned(of_7b, "m4").seconds
+
+    slow, fast = run(*words, "--device", "m1,m1-ultra", "--json").row["layout"], planned(of_7b, "m1-ultra,m1")
+    assert len(slow) == len(fast.split or []) == 2
+    assert run(*words, "--device", "m1,h100").error.endswith("the actors of a grid work on one kind of device")
+    assert (
+        "--machines has no effect beside 2 names in --device" in run(*words, "--device", "m1,m4", "--machines", 2).error
+    )
+    assert "--memory-gb is for one device" in run(*words, "--device", "m1,m4", "--memory-gb", 16).error
+    assert "--device is 'm5'; there are: this, m1" in run(*words, "--device", "m1,m5").error

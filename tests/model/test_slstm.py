@@ -426,16 +426,17 @@ def test_any_numerics_and_rows_that_grow_from_state_to_state_give_the_same(
             assert_equals(result.state.row(b).tensors, asked(model_of("hybrid"), max(pair)))
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("heads_per_band", [1, 3, 4])
-def test_stages_give_the_same_bits(heads_per_band, model_of, eager):
-    """The first stage has blocks of one kind, the second of the other."""
+def test_stages_give_the_same_bits(heads_per_band, by_hand, model_of, eager):
+    """Of two stages, the first has blocks of one kind, the second of the other."""
     directory = model_of("fused, one head" if heads_per_band == 1 else "hybrid")
     lm = load(directory, heads_per_band=heads_per_band, workers=1)
     checkpoint, cpu = Checkpoint(directory, lm.config), torch.device("cpu")
-    kernels = Kernels(lm.backend, t_inner=8)
+    kernels, stages = Kernels(lm.backend, t_inner=8), (lm.config.num_blocks - 1, 1) if by_hand else 2
     workers = [
         [Worker(lm.config, shard, *checkpoint.load(shard, dtype=lm.dtype, device=cpu), kernels) for shard in shards]
-        for shards in make_layout(lm.config, heads_per_band=heads_per_band, stages=2)
+        for shards in make_layout(lm.config, heads_per_band=heads_per_band, stages=stages)
     ]
     executor = InProcessExecutor(workers, band_threads=1)
     states = States(lambda: executor, nullcontext)

@@ -88,9 +88,26 @@ def _engine_of(engine: "Engine") -> dict[str, Any]:
         "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
         "bands": engine.bands,
         "stages": engine.stages,
+        "layout": _layout_of(engine),
         "workers": engine.workers,
         "load_s": engine.load_s,
     }
+
+
+def _layout_of(engine: "Engine") -> list[dict[str, Any]]:
+    """The blocks of each stage; where `stages` was auto, also its place, as it was measured, and its need of it."""
+    plan = engine.plan
+    rows: list[dict[str, Any]] = [{"blocks": [s[0].blocks.start, s[0].blocks.stop - 1]} for s in plan.layout]
+    for row, stage in zip(rows, plan.split or [], strict=False):
+        known = bool(stage.place.block_s)  # not where there was only one place
+        row |= {
+            "node": stage.place.host,
+            "block_s": dict(stage.place.block_s),
+            "tile_s": stage.seconds if known else None,
+            "need_bytes": stage.need,
+            "room_bytes": stage.place.room if known else None,
+        }
+    return rows
 
 
 def answer_of(engine: "Engine", end: "End", made: "Sequence[tuple[int, Made]]") -> dict[str, Any]:

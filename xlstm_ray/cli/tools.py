@@ -76,7 +76,7 @@ def config(json_output: JsonOption = False, *, asked: dict[str, Any]) -> None:
         return
     for name, found in rows.items():
         value = found["value"]
-        text = ",".join(value) if isinstance(value, list) else "-" if value is None else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
         show(f"{name:<20} {text:<24} {found['source']} {found['where']}".rstrip())
 
 
@@ -124,7 +124,10 @@ def parity(
 )
 @takes("model dtype tile_size chunk_size heads_per_band")
 def plan(
-    device: Annotated[str, typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU.")],
+    device: Annotated[
+        str,
+        typer.Option("--device", help="m1 to m4-max, h100, h200, or this: this machine's CPU; several with commas."),
+    ],
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
     machines: Annotated[int, typer.Option("--machines", help="Machines; each has a stage of the blocks.")] = 1,
     memory_gb: Annotated[

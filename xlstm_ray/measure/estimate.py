@@ -1,41 +1,29 @@
 """`xlstm-ray plan`: a computed estimate of a prefill's memory and time on a device, and the settings for it.
 
-It reads only config.json and, if there are weights, their headers. A tile's time is
-
-    max(max(products, weights) + traffic, calls)
-    products  operations of the matrix products / (the device's rate x the share of it that is reached)
-    weights   bytes of the weights, read once a tile, / bandwidth
-    traffic   bytes through memory between the products: activations, and the states of every chunk,
-              / (bandwidth x the share of it that is reached)
-    calls     the host's time to launch a block's work on a GPU, for any tile size
-
-The shares were measured: on an H100 with a 7B model (docs/figures.md), and on two CPU cores.
+It reads only config.json and, if there are weights, their headers. work.py has the arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from xlstm_ray.config import ModelConfig
-from xlstm_ray.engine.windows import plan_windows
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.child import Child
 from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
-from xlstm_ray.memory.need import PROGRAM, BlockTensors, Call, Loaded, Need, computed_need
+from xlstm_ray.measure.work import Model, prefill_seconds, read_model, stage_seconds
+from xlstm_ray.memory.need import PROGRAM, Call, Loaded, Need, computed_need
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
 from xlstm_ray.plan import OnPaper
-from xlstm_ray.tensors import EMBEDDING, HEAD, OUT_NORM, bytes_of, expected_tensors, stored_tensors, whole_bytes
+from xlstm_ray.split import Blocks, Place, Stage, split
+from xlstm_ray.tensors import whole_bytes
 
-LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
-SLSTM_STEP_S = 10e-6  # assumed: one token's step of an sLSTM block; each waits for the one before
 # Of a Mac's memory, what Metal recommends for its GPU: with less than 36 GB, and with more (16, 32 and 64 GB in logs of
 # github.com/abetlen/llama-cpp-python/issues/687, ollama/ollama/issues/434, ggml-org/llama.cpp/issues/1870).
 METAL_SHARES, LARGE_MAC_GB = (2 / 3, 3 / 4), 36
@@ -46,73 +34,6 @@ UNKNOWN = (
 FACTOR = 1.5  # an estimate may be off by this factor
 CHECK_ROUNDS = 5
 PROBE_S = 2.0
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's sizes, known without reading weights; in bytes, in the dtype of the run."""
-
-    path: Path
-    config: ModelConfig
-    dtype: torch.dtype
-    blocks: list[int]  # bytes of each block
-    first: int  # embedding
-    last: int  # out norm and head
-    tied: bool  # the embedding is also the head
-    largest_tensor: int
-    known_from: str
-
-    @property
-    def weights(self) -> int:
-        return self.first + sum(self.blocks) + self.last
-
-
-def read_model(paper: OnPaper) -> Model:
-    """The sizes of a model, with or without its weights."""
-    config, dtype, checkpoint = paper.config, paper.dtype, paper.checkpoint
-    shapes = expected_tensors(config)
-    known_from = f"config.json alone, as if stored in {str(paper.stored).removeprefix('torch.')}"
-    largest = 0
-    if checkpoint is not None:
-        known_from = "config.json and the weights' headers"
-        shapes, largest = checkpoint.shapes, checkpoint.largest_tensor_bytes
-    else:
-        shapes[OUT_NORM] = (config.hidden_size,)
-        if not config.tie_word_embeddings:
-            shapes[HEAD] = (config.vocab_size, config.hidden_size)
-        shapes = stored_tensors(config, shapes)
-    size = {name: bytes_of(config, name, shape, dtype) for name, shape in shapes.items()}
-
-    def of(*beginnings: str) -> int:
-        """With scales and zeros, whose names begin with their tensor's."""
-        return sum(size[name] for name in size if name.startswith(beginnings))
-
-    blocks = [of(f"backbone.blocks.{b}.") for b in range(config.num_blocks)]
-    first, last = of(EMBEDDING), of(OUT_NORM, HEAD)
-    largest = largest or max(torch.Size(shape).numel() for shape in shapes.values()) * paper.stored.itemsize
-    return Model(paper.model, config, dtype, blocks, first, last, HEAD not in size, largest, known_from)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A block's work for a token with chunks of L tokens: operations of its products, bytes between them."""
-
-    flops: float
-    traffic: float
-
-    @classmethod
-    def of(cls, config: ModelConfig, block: int, chunk: int, itemsize: int) -> "Work":
-        c, L, s = config, chunk, itemsize
-        D, NH, K, V, F, qk, v = c.hidden_size, c.num_heads, c.dhqk, c.dhhv, c.ffn_dim, c.qk_dim, c.v_dim
-        parts = BlockTensors.of(c, chunk=L, itemsize=s)
-        ffn_flops = 2 * 3 * D * F
-        ffn_traffic = 5 * parts.residual + 2 * parts.ffn  # norm and residual; columns written and read
-        if block in c.slstm_at:
-            return cls(ffn_flops + 2 * 8 * D * c.dh, ffn_traffic + 5 * parts.residual + 2 * 5 * D * 4)
-        products = 2 * (D * (2 * qk + 2 * v) + D * v + 2 * NH * D)
-        cell = NH * (2 * L * K + 2 * L * V + 4 * K * V)  # scores, their products with v; with and into the state
-        mixer = parts.columns + parts.states + parts.scores + parts.output + parts.output32
-        return cls(ffn_flops + products + cell, ffn_traffic + 5 * parts.residual + 2 * mixer)
 
 
 @dataclass(frozen=True)
@@ -132,6 +53,7 @@ class Plan:
     seconds: float
     workers: int  # threads that work on bands, at most one for each band
     machines_needed: int | None  # the fewest that it fits on; None if not even one block fits on each
+    split: list[Stage] | None = None  # over unlike machines; the other fields are of the one that needs the most
 
     @property
     def fits(self) -> bool:
@@ -144,7 +66,8 @@ class Plan:
     @property
     def asked(self) -> dict[str, Any]:
         """The settings of this run."""
-        of_machines = {"chunkwise_backend": self.backend, "stages": self.machines} if self.machines > 1 else {}
+        stages = self.machines if self.split is None else "auto"
+        of_machines = {"chunkwise_backend": self.backend, "stages": stages} if self.machines > 1 else {}
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tile_size": self.tile_size,
@@ -171,6 +94,7 @@ class Plan:
             f"            of these {shares.products:.0%} and {shares.traffic:.0%} are reached: {shares.source}",
             f"memory      {self.need}",
             f"            {fit}: {self.room / MIB:,.0f} MiB may be used; the prompt's length does not matter",
+            *(f"stage       {stage}" for stage in self.split or []),
             f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
             "            without loading and compiling",
             f"not known   {UNKNOWN}",
@@ -192,6 +116,11 @@ class Plan:
             "chunk_size": self.chunk_size,
             "heads_per_band": self.heads_per_band,
             "stages": self.machines,
+            "layout": [
+                {"device": s.place.host, "blocks": [s.blocks.start, s.blocks.stop - 1], "tile_s": s.seconds}
+                | {"block_s": dict(s.place.block_s), "need_bytes": s.need, "room_bytes": s.place.room}
+                for s in self.split or []
+            ],
             "workers": self.workers,
             "not_known": UNKNOWN,
             "need_bytes": {**asdict(self.need), "total": self.need.total},
@@ -222,30 +151,40 @@ def plan(
 
     choose: makes the choices of a run for a kind of device. The tile is halved until the run fits, unless it was given.
     memory_gb: the device's memory, where it is not the most that is sold.
+    device_name: also several, with commas between: a machine each, whose stages are as `stages=auto` makes them.
     Raises UsageError for a device that is not in the table, or a number out of range.
     """
-    if device_name != "this" and device_name not in DEVICES:
-        raise UsageError(f"`device` is {device_name!r}; there are: this, {', '.join(DEVICES)}")
+    names = device_name.split(",")
+    for name in names:
+        if name != "this" and name not in DEVICES:
+            raise UsageError(f"`device` is {name!r}; there are: this, {', '.join(DEVICES)}")
     if not 1 <= tokens <= 1 << 40:
         raise UsageError(f"`prompt_tokens` is {tokens}; allowed: 1 to 2^40")
-    if memory_gb is not None and device_name == "this":
+    if memory_gb is not None and "this" in names:
         raise UsageError("`memory_gb` is for a device of the table; this machine's memory is known, so leave it out")
     if memory_gb is not None and not 1 <= memory_gb <= 4096:
         raise UsageError(f"`memory_gb` is {memory_gb:g}; allowed: 1 to 4096")
-    kind = "cpu" if device_name == "this" else DEVICES[device_name].kind
+    kind, *others = dict.fromkeys("cpu" if name == "this" else DEVICES[name].kind for name in names)
+    if others:
+        raise UsageError(f"`device` is {device_name!r}, but the actors of a grid work on one kind of device")
+    if len(names) > 1 and machines != 1:
+        raise UsageError(f"`machines` has no effect beside {len(names)} names in `device`; leave it out")
+    if len(names) > 1 and memory_gb is not None:
+        raise UsageError(f"`memory_gb` is for one device, and `device` names {len(names)}; leave it out")
     paper = choose(kind)
     model = read_model(paper)
     blocks = model.config.num_blocks
     if not 1 <= machines <= blocks:
         raise UsageError(f"`machines` is {machines}; allowed: 1 to {blocks}, the model's blocks")
-    backend = "queued_compiled_chunks" if machines == 1 else "ray_compiled_chunks"
+    backend = "queued_compiled_chunks" if machines == len(names) == 1 else "ray_compiled_chunks"
     tile, chunk, heads = paper.sizes
-    device = probe(model, tile) if device_name == "this" else DEVICES[device_name]
-    device = replace(device, memory_gb=memory_gb or device.memory_gb)
-    metal = METAL_SHARES[device.memory_gb >= LARGE_MAC_GB] if kind == "mps" else 1.0
-    room = int(min(paper.share, metal) * device.memory)
+    devices = [probe(model, tile) if name == "this" else DEVICES[name] for name in names]
+    devices = [replace(device, memory_gb=memory_gb or device.memory_gb) for device in devices]
+    metal = [METAL_SHARES[device.memory_gb >= LARGE_MAC_GB] if kind == "mps" else 1.0 for device in devices]
+    rooms = [int(min(paper.share, share) * d.memory) for d, share in zip(devices, metal, strict=True)]
     if kind == "cpu":
-        room = min(room, take_sample().available_bytes + process_bytes())
+        rooms = [min(room, take_sample().available_bytes + process_bytes()) for room in rooms]
+    device, room = devices[0], rooms[0]
 
     loaded = Loaded(
         model.config,
@@ -253,7 +192,7 @@ def plan(
         itemsize=model.dtype.itemsize,
         compiled=True,
         base=0 if kind == "cuda" else PROGRAM,
-        weights=model.weights,
+        weights=model.sizes.all,
         largest_tensor=model.largest_tensor,
         whole_matrix=whole_bytes(model.config, model.dtype, compiled=True),
         tile=tile,
@@ -267,9 +206,18 @@ def plan(
 
     chunks = tile // chunk
     sizes = [tile] if paper.tile_asked else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
+    if len(names) > 1:
+        tile, stages = _uneven(loaded, model, devices, rooms, sizes)
+        at = [devices[int(stage.place.node)] for stage in stages]
+        seconds = prefill_seconds(model, [(d, s.blocks) for d, s in zip(at, stages, strict=True)], tokens, tile, chunk)
+        needs = need_of(replace(loaded, tile=tile), model, [s.blocks for s in stages])
+        n = max(range(len(stages)), key=lambda n: needs[n].total)
+        run = backend, tile, chunk, heads, needs[n], stages[n].place.room, seconds, paper.workers
+        return Plan(at[n], model, tokens, len(stages), *run, len(stages), stages)
     tile = next((size for size in sizes if needed(size, machines).total <= room), tile)
     fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
-    seconds = prefill_seconds(model, device, tokens, tile, chunk, machines)
+    even = [(device, stage) for stage in partition(blocks, machines)]
+    seconds = prefill_seconds(model, even, tokens, tile, chunk)
     most = needed(tile, machines)
     return Plan(
         device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, paper.workers, fewest
@@ -278,39 +226,42 @@ def plan(
 
 def need(loaded: Loaded, model: Model, machines: int) -> Need:
     """The memory need of the machine that needs the most."""
-    whole = computed_need(loaded, Call(1, 1, loaded.tile))
     stages = partition(model.config.num_blocks, machines)
-    weights = [sum(model.blocks[b] for b in stage) for stage in stages]
-    weights[0] += model.first
-    weights[-1] += model.last + (model.first if model.tied and machines > 1 else 0)
-    share = max(map(len, stages)) / model.config.num_blocks
-    return replace(whole, weights=max(weights), state=int(whole.state * share))
+    needs = need_of(loaded, model, stages)
+    return replace(needs[0], weights=max(n.weights for n in needs), state=max(n.state for n in needs))
 
 
-def prefill_seconds(model: Model, device: Device, tokens: int, tile: int, chunk: int, machines: int) -> float:
-    """The time of a prefill's windows. Stages work on different tiles at once, so the slowest sets the pace."""
-    c, shares = model.config, SHARES[device.kind]
-    stages = partition(c.num_blocks, machines)
+def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]:
+    """The memory need of the machine of each stage."""
+    whole = computed_need(loaded, Call(1, 1, loaded.tile))
+    weights = [sum(model.sizes.blocks[b] for b in stage) for stage in stages]
+    weights[0] += model.sizes.first
+    weights[-1] += model.sizes.of_last if len(stages) > 1 else model.sizes.last
+    shares = [len(stage) / model.config.num_blocks for stage in stages]
+    return [replace(whole, weights=w, state=int(whole.state * s)) for w, s in zip(weights, shares, strict=True)]
 
-    def stage_seconds(stage: range, T: int) -> float:
-        # Between products a CPU computes in float32 and is bound by it: bfloat16 is not faster there.
-        work = [Work.of(c, b, chunk, 4 if device.kind == "cpu" else model.dtype.itemsize) for b in stage]
-        products = T * sum(w.flops for w in work) / (device.rate(model.dtype) * shares.products)
-        weights = sum(model.blocks[b] for b in stage) / device.bandwidth
-        traffic = T * sum(w.traffic for w in work) / (device.bandwidth * shares.traffic)
-        steps = T * SLSTM_STEP_S * sum(b in c.slstm_at for b in stage)
-        return max(max(products, weights) + traffic + steps, len(stage) * shares.call_s)
 
-    def seconds(T: int) -> tuple[float, float]:
-        """(between two such windows, until the first is through)"""
-        each = [stage_seconds(stage, T) for stage in stages]
-        sending = T * c.hidden_size * model.dtype.itemsize / LINK
-        return max([*each, sending if machines > 1 else 0.0]), sum(each) + sending * (machines - 1)
-
-    whole = max(0, tokens // tile - 1)  # these are alike; the last tile and the tail are planned as in the driver
-    last = plan_windows([0], [tokens - whole * tile], tile_size=tile, chunk_size=chunk)
-    windows = [window.size for window in last]
-    return whole * seconds(tile)[0] + sum(seconds(T)[0] for T in windows[1:]) + seconds(windows[0])[1]
+def _uneven(
+    loaded: Loaded, model: Model, devices: Sequence[Device], rooms: Sequence[int], tiles: Sequence[int]
+) -> tuple[int, list[Stage]]:
+    """The largest of these tiles with which the blocks fit on the devices, and their stages there."""
+    c, chunk = model.config, loaded.chunk
+    kinds = ["sLSTM" if n in c.slstm_at else "mLSTM" for n in range(c.num_blocks)]
+    for tile in tiles:
+        whole = computed_need(replace(loaded, tile=tile), Call(1, 1, tile))
+        sizes = [size + whole.state // c.num_blocks for size in model.sizes.blocks]
+        blocks = Blocks(kinds, sizes, model.sizes.first, model.sizes.of_last, whole.base + whole.tile)
+        places = []
+        for n, (device, room) in enumerate(zip(devices, rooms, strict=True)):
+            each = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+            times = {k: stage_seconds(model, device, range(b, b + 1), tile, chunk) for k, b in each.items()}
+            places.append(Place(str(n), device.name, room, times))
+        try:
+            return tile, split(places, blocks)
+        except UsageError:
+            if tile == tiles[-1]:
+                raise
+    raise AssertionError("there is a tile")
 
 
 def probe(model: Model, tile: int, seconds: float = PROBE_S) -> Device:
@@ -358,7 +309,8 @@ def check(estimate: Plan, on_note: Callable[[str], object]) -> str:
         child.figures()  # warm-up
         for _ in range(CHECK_ROUNDS):
             device = probe(model, tile, PROBE_S / CHECK_ROUNDS)
-            estimated.append(prefill_seconds(model, device, estimate.tokens, tile, chunk, 1))
+            whole = [(device, range(model.config.num_blocks))]
+            estimated.append(prefill_seconds(model, whole, estimate.tokens, tile, chunk))
             measured.append(child.figures()["prefill_s"])
     ratio = median(measured) / median(estimated)
     line = (

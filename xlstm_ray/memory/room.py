@@ -76,7 +76,7 @@ class Room:
             head=self.head,
             driver=process_bytes() + RAY_IN_DRIVER + state + loaded.cache,
             actors=actors,
-            programs=actors * (ACTOR + TRITON * (find_spec("triton") is not None)),
+            programs=actors * actor_bytes(),
             weights=loaded.weights * on_host,
             state=state * on_host,
             tiles=((actors - 1) * tile + last) * on_host,
@@ -209,6 +209,11 @@ class Room:
         elif self.limits:
             ways[f"raise the limit ({self.hard_name})"] = available + used - hard
         return ways
+
+
+def actor_bytes() -> int:
+    """The bytes of an actor's program."""
+    return ACTOR + TRITON * (find_spec("triton") is not None)
 
 
 def base_bytes(*, compiled: bool) -> int:

@@ -80,7 +80,7 @@ def connect(
             _leave(ray)
 
 
-def job_metadata(model: Path, stages: int) -> dict[str, str]:
+def job_metadata(model: Path, stages: object) -> dict[str, str]:
     """What Ray's dashboard shows about this program, besides its command line."""
     figures = "metrics ray_xlstm_ray_tokens_total, _prompt_tokens, _prompt_tokens_left, _tokens_per_second"
     name = model.resolve().name

@@ -1,0 +1,166 @@
+#!/usr/bin/env python
+"""`stages=auto` on two nodes of unlike speed, beside every split by hand: one is stopped part of the time.
+
+    python scripts/bench_uneven.py                       # 8 blocks; the other node has a quarter of its time
+    python scripts/bench_uneven.py --share 0.5 --rounds 5
+
+Both nodes are on this machine, each with one CPU. Every contestant is an engine of its own, loaded and warmed up; in a
+round they run one after the other. The node is slow while it is measured and while it computes. The output has the
+median time of each split by the blocks of the fast node, what auto chose, and how long a block takes there beside what
+it takes in this process, which nothing slows.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+SELF = Path(__file__).resolve()
+sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
+PERIOD_S = 0.02
+
+
+@contextmanager
+def slowed(raylet: int, share: float, only: str = "") -> Iterator[None]:
+    """Let the workers of a node run only that share of the time. raylet: its process. only: in their titles."""
+    over, node = threading.Event(), psutil.Process(raylet)
+
+    def send(workers: list[psutil.Process], number: int) -> None:
+        for worker in workers:
+            with suppress(psutil.Error):
+                worker.send_signal(number)
+
+    def stop_and_go() -> None:
+        workers: list[psutil.Process] = []
+        looked = 0.0
+        while not over.is_set():
+            if time.monotonic() - looked > 0.1:
+                with suppress(psutil.Error):
+                    workers = [w for w in node.children(recursive=True) if only in " ".join(w.cmdline())]
+                looked = time.monotonic()
+            send(workers, signal.SIGSTOP)
+            time.sleep(PERIOD_S * (1 - share))
+            send(workers, signal.SIGCONT)
+            time.sleep(PERIOD_S * share)
+
+    thread = threading.Thread(target=stop_and_go, name="slow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def nodes(token: str, store: int = 80 << 20) -> tuple[object, object]:
+    """A cluster of two nodes with one CPU each on this machine, and the second node. Call it before importing Ray."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    from ray.cluster_utils import Cluster
+
+    first = {"num_cpus": 1, "object_store_memory": store, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=first)
+    return cluster, cluster.add_node(num_cpus=1, object_store_memory=store)
+
+
+def raylet_of(node) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+def alone(directory: Path, options: dict, tokens: list[int], blocks: int, tile: int) -> float:
+    """Seconds of a tile and block in this process, with the same kernels and one thread."""
+    import xlstm_ray
+
+    with xlstm_ray.load(directory, chunkwise_backend="queued_compiled_chunks", **options) as lm:
+        lm.prefill(tokens[: 2 * tile])
+        return statistics.median(lm.prefill(tokens[: 8 * tile]).stats.tile_seconds) / blocks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.25, help="of its time that the slow node has")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--by-hand", help="blocks of the first stage, with commas between [default: all]")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tile-size", type=int, default=256)
+    parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--store", default="float32")
+    args = parser.parse_args()
+    from bench_prefill import make_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory, token = Path(folder) / "model", Path(folder) / "token"
+        make_model(directory, args)
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        cluster, slow = nodes(str(token), 200 << 20)
+        compare(args, directory, token, cluster, slow)
+        cluster.shutdown()
+
+
+def compare(args, directory: Path, token: Path, cluster, slow) -> None:
+    """Rounds of auto and the splits by hand; prints the table."""
+    import torch
+
+    import xlstm_ray
+
+    own = {
+        "device": "cpu",
+        "threads": 1,
+        "dtype": "float32",
+        "tile_size": args.tile_size,
+        "chunk_size": args.chunk_size,
+    }
+    grid = {"chunkwise_backend": "ray_compiled_chunks", "ray_address": cluster.address, "ray_token_path": str(token)}
+    drawn = torch.Generator().manual_seed(1)
+    tokens = torch.randint(args.vocab, (args.tokens,), generator=drawn).tolist()
+    by_hand = [int(n) for n in args.by_hand.split(",")] if args.by_hand else range(1, args.blocks)
+    asked: list[object] = ["auto", *((n, args.blocks - n) for n in by_hand)]
+    seen: dict[int, list[float]] = {}
+    chosen, digests, auto = 0, set(), []
+    for _ in range(args.rounds):
+        for stages in asked:
+            with slowed(raylet_of(slow), args.share, only="Speed.measure"):  # not while it loads, which nobody compares
+                lm = xlstm_ray.load(directory, stages=stages, **grid, **own)
+            with lm, slowed(raylet_of(slow), args.share):
+                seats = lm.executor.placement.seats
+                fast = sum(len(seat.shard.blocks) for seat in seats if seat.node != slow.node_id)
+                lm.prefill(tokens[: 4 * args.tile_size])
+                result = lm.prefill(tokens)
+                digests.add(result.state.digest())
+                if stages == "auto":
+                    chosen, note, split = fast, lm.note, lm.plan.split
+                    auto.append(result.stats.prefill_s)
+                    print(note, flush=True)
+                else:
+                    seen.setdefault(fast, []).append(result.stats.prefill_s)
+    best = min(statistics.median(seconds) for seconds in seen.values())
+    print("blocks of the fast node   seconds             x the best by hand")
+    for name, seconds in [(f"auto: {chosen}", auto), *((str(fast), seen[fast]) for fast in sorted(seen))]:
+        middle = statistics.median(seconds)
+        print(f"{name:>23} {middle:9.2f} ({min(seconds):.2f} to {max(seconds):.2f}) {middle / best:9.2f}")
+    print(f"{len(digests)} different state(s)")
+    here = alone(directory, own, tokens, args.blocks, args.tile_size)
+    measured = {stage.place.host: next(iter(stage.place.block_s.values())) for stage in split}
+    print(f"a tile and block: {1e3 * here:.2f} ms in this process, alone; measured on the nodes, both at work:")
+    for host, seconds in measured.items():
+        print(f"  {host:<20} {1e3 * seconds:.2f} ms, {seconds / here:.2f} x")
+    print(json.dumps({"auto": chosen, "ratio": statistics.median(auto) / best}))
+
+
+if __name__ == "__main__":
+    main()
