@@ -9,12 +9,14 @@ import sys
 import time
 
 import pytest
+import torch
 from containers import container, needs_containers
 from grids import (
     PROMPT,
     SIZES,
     TILE,
     after_tiles,
+    as_in_actors,
     command,
     environment,
     head,
@@ -30,7 +32,9 @@ from safetensors.torch import load_file
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
+from xlstm_ray.config import Quantization
 from xlstm_ray.errors import StateError
+from xlstm_ray.quantize import quantize_model
 
 __all__ = ["head", "home", "in_process", "model", "models"]
 
@@ -337,3 +341,32 @@ def test_a_disk_that_fills_up_under_the_snapshots_costs_neither_the_run_nor_its_
         assert RecurrentState.load(rescued).digest() == found["state_digest"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_grid_of_integers_gives_the_bits_of_one_process(home, head, model, tmp_path):
+    """Two stages of two bands: each actor reads its own rows, and its columns of groups that bands share."""
+    list(quantize_model(model, tmp_path / "q", Quantization(bits=4, group_size=64, embedding=True, head=True)))
+    sizes = {"heads_per_band": 2, "device": "cpu", "threads": 1, "tile_size": TILE, "chunk_size": TILE}
+    (found,) = script(
+        home,
+        """
+        import json, sys
+        import xlstm_ray
+        model, address, sizes, prompt = sys.argv[1:]
+        with xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=2,
+            **json.loads(sizes)) as lm:
+            state = lm.prefill(prompt).state
+            text = "".join(lm.generate(state=state, max_new_tokens=9))
+            print(json.dumps([state.digest(), text, len(lm.executor.placement.seats)]))
+        """,
+        tmp_path / "q",
+        head.address,
+        json.dumps(sizes),
+        PROMPT,
+    )
+    with as_in_actors(), xlstm_ray.load(tmp_path / "q", workers=1, **sizes) as lm:
+        torch.set_num_threads(1)
+        state = lm.prefill(PROMPT).state
+        expected = [state.digest(), "".join(lm.generate(state=state, max_new_tokens=9)), 4]
+    torch.set_num_threads(os.cpu_count() or 1)
+    assert found == expected
