@@ -52,7 +52,7 @@ HELP = """\
 /save FILE     write the conversation to a file (for /load and --state-in)
 /load FILE     go on with a saved conversation, or after another saved state
 /fork NAME     a second conversation goes on from here under this name; the present one stays as it is
-/switch NAME   go to another conversation; the first is `main`; without NAME: list all
+/switch NAME   go to another conversation; the first is main; without NAME: list all
 /reset         begin this conversation again
 /help          show this
 /exit          leave; so does Ctrl-D

@@ -58,7 +58,7 @@ class Chat:
         if state is not None and state.batch > 1:
             raise UsageError(f"{state.name} has {state.batch} prompts; a conversation goes on from one")
         if system is not None and template is None:
-            raise UsageError("`system` is a message, and without a template there are none; give `template`")
+            raise UsageError("`system` is a message, and without a template there are none; give one")
         begun = state.rows[0].conversation if state is not None and template is not None else None
         if system is not None and begun is not None and state is not None:
             raise UsageError(f"`system` begins a conversation, and {state.name} has begun already; leave it out")
