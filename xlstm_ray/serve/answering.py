@@ -65,20 +65,21 @@ async def _events(
 ) -> AsyncIterator[str]:
     """The events of a stream: the answers' pieces, and in between what keeps their reader patient.
 
-    scored: log-probabilities are wanted of the prompts that answers begin with.
+    What has come at once is sent at once: to send takes longer than to make a piece. scored: log-probabilities are
+    wanted of the prompts that answers begin with.
     """
     counted = {"usage": None} if options.include_usage else {}
-    quiet = monotonic()
+    quiet, unsent = monotonic(), ""
     waiting = set(range(len(reply.answers))) if scored else set()  # for the prompt that they begin with
     for number, said in enumerate(reply.answers):
         if said.text and not scored:
-            yield data({**reply.echo(number), **_counted(work, options, counted)})
+            unsent += data({**reply.echo(number), **_counted(work, options, counted)})
     async for found in work.events(ping_s):
         text = ""
         for number in sorted(waiting & _read(found, reply.n)):  # now its log-probabilities are known
             waiting.discard(number)
             echo = await asyncio.to_thread(reply.echo, number, _scores(found))  # it may be long
-            yield data({**echo, **_counted(work, options, counted)})
+            unsent += data({**echo, **_counted(work, options, counted)})
         if found is None:
             text = comment("waiting")
         elif isinstance(found[1], Piece):
@@ -88,7 +89,7 @@ async def _events(
             refused = _failed(found[1])
             if refused is not None:
                 work.cancel()
-                yield data(refused.body())
+                yield unsent + data(refused.body())
                 return
             reply.end_of(found[0], found[1])
             text = data({**reply.end(found[0]), **_counted(work, options, counted)})
@@ -96,12 +97,14 @@ async def _events(
             text = data({**reply.note(progress=_progress(*found)), **counted})
         elif isinstance(found[1], Reading) and monotonic() - quiet > ping_s:
             text = comment(f"prefill {found[1].tokens_done}/{found[1].tokens_total}")
-        if text:
+        unsent += text
+        if unsent and work.waits:
             quiet = monotonic()
-            yield text
+            yield unsent
+            unsent = ""
     if options.include_usage:
-        yield data(reply.note(usage=work.used.usage()))
-    yield DONE
+        unsent += data(reply.note(usage=work.used.usage()))
+    yield unsent + DONE
 
 
 def _read(found: tuple[int, Event] | None, n: int) -> set[int]:

@@ -1,7 +1,7 @@
 """The desk: how many answers are under way, whether there is an engine yet, and whether new ones are taken."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,6 +19,9 @@ from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.text.prompt import Prompt
 
 LOADING_S, FULL_S, DRAINING_S = 5, 1, 5  # after so many seconds a caller may try again
+
+
+SHORT = 512  # characters or tokens that are cut and checked within a millisecond
 
 
 class Serves(Protocol):
@@ -47,6 +50,8 @@ class Desk:
         self.draining = False
         self.metrics = Metrics(options.name, options.metrics, self._gauges, self._figures)
         self._handles: dict[int, Handle] = {}
+        self._told: deque[tuple[Handle, Callable[[Event], None], Event]] = deque()
+        self._woken = False  # whether the loop is to hand them out
         self._admitted = 0
         self._accounts = {options.tenant(key): Account(key) for key in options.keys} or {"": Account()}
 
@@ -129,7 +134,10 @@ class Desk:
         loop, engine = asyncio.get_running_loop(), self._engine
         assert engine is not None
         try:
-            handles = await asyncio.to_thread(engine.submit_n, request)  # it cuts a text into tokens
+            if _is_short(request):
+                handles = engine.submit_n(request)
+            else:
+                handles = await asyncio.to_thread(engine.submit_n, request)  # it cuts a text into tokens
         except XlstmRayError as err:
             raise Refused.of(err) from None
         for handle, hear in zip(handles, hears, strict=True):
@@ -140,15 +148,20 @@ class Desk:
     def _pass_on(
         self, loop: asyncio.AbstractEventLoop, handle: Handle, hear: Callable[[Event], None], event: Event
     ) -> None:
-        """From the engine's thread to the loop's."""
+        """From the engine's thread to the loop's, which is woken once for all that has come meanwhile."""
+        self._told.append((handle, hear, event))
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the loop has been closed: nobody listens
+                loop.call_soon_threadsafe(self._hand_out)
 
-        def now() -> None:
+    def _hand_out(self) -> None:
+        self._woken = False  # before it looks: what comes after its last look wakes it again
+        while self._told:
+            handle, hear, event = self._told.popleft()
             if isinstance(event, End):
                 self._handles.pop(id(handle), None)
             hear(event)
-
-        with suppress(RuntimeError):  # the loop has been closed: nobody listens
-            loop.call_soon_threadsafe(now)
 
     def cancel_all(self) -> None:
         """Nothing that is under way is waited for any longer."""
@@ -165,3 +178,9 @@ class Desk:
 
     def _figures(self) -> Mapping[str, Figures]:
         return {} if self._engine is None else self._engine.figures()
+
+
+def _is_short(request: Request) -> bool:
+    """Whether it is handed in sooner than a thread would begin to. A given state is checked, and may be large."""
+    prompt = request.prompt
+    return request.state is None and isinstance(prompt, str | list) and len(prompt) <= SHORT

@@ -90,12 +90,12 @@ class Metrics:
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         for one in self._sets:
             for counter in one.counters[name]:
-                counter.labels(self._model, *labels.values()).inc(amount)
+                (counter.labels(self._model, *labels.values()) if labels else counter).inc(amount)
 
     def observe(self, name: str, value: float) -> None:
         for one in self._sets:
             for histogram in one.histograms[name]:
-                histogram.labels(self._model).observe(max(0.0, value))
+                histogram.observe(max(0.0, value))
 
 
 class _Set:
@@ -108,9 +108,9 @@ class _Set:
 
         self.histograms = {n: make(Histogram, n, text, buckets=bounds) for n, (text, bounds) in HISTOGRAMS.items()}
         self.counters = {n: make(Counter, n, text) for n, text in COUNTS.items()}
-        for made in (*self.histograms.values(), *self.counters.values()):
-            for one in made:
-                one.labels(model)  # it is there from the beginning
+        # Looked up once: it takes longer than to count. And so it is there from the beginning.
+        for all_ in (self.histograms, self.counters):
+            all_.update({name: [one.labels(model) for one in made] for name, made in all_.items()})
         self.counters |= {n: make(Counter, n, text, label) for n, (text, label) in LABELLED.items()}
 
 

@@ -11,11 +11,12 @@ from fastapi.responses import Response
 from xlstm_ray.serve.gate import Receive, Scope, Send
 
 DONE = "data: [DONE]\n\n"
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def data(value: Mapping[str, Any]) -> str:
     """An event with this object."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_ENCODE(value)}\n\n"
 
 
 def comment(text: str) -> str:
@@ -55,8 +56,11 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async with watching(receive, self._gone):
+                more = True
                 async for text in self._events:
-                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    more = not text.endswith(DONE)
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+            if more:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._gone()

@@ -89,7 +89,8 @@ class Used:
         """What the reply's header says of the cache: hit or miss, and why it was no more."""
         word = "state" if of_state else "hit" if self.cached else "miss"
         tier = f" tier={self.tiers[0]}" if self.tiers else ""
-        reason = f' reason="{self.reasons[0]}"' if self.reasons and self.cached < self.prompt else ""
+        told = bool(self.reasons) and self.cached < self.prompt and not of_state  # after a state nothing is looked up
+        reason = f' reason="{self.reasons[0]}"' if told else ""
         return f"{word} tokens={self.cached} of={self.prompt}{tier}{reason}"
 
 
@@ -103,6 +104,7 @@ class Work:
         self._desk, self._ask, self._account = desk, ask, account
         self.used = Used()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._left = ask.answers  # whose ends are to come
         self._early: list[tuple[int, Event]] = []  # what came before the last prompt was looked up
         self._handles: list[Handle] = []
         self._since = perf_counter()
@@ -133,19 +135,26 @@ class Work:
 
     async def events(self, ping_s: float) -> AsyncIterator[tuple[int, Event] | None]:
         """Everything that happens until the last answer's end; None where nothing has for so many seconds."""
-        left = self._ask.answers
-        while left:
+        while self._left:
             if self._early:
                 found = self._early.pop(0)
+            elif not self._events.empty():
+                found = self._events.get_nowait()
             else:
                 try:
-                    found = await asyncio.wait_for(self._events.get(), ping_s)
+                    async with asyncio.timeout(ping_s):
+                        found = await self._events.get()
                 except TimeoutError:
                     yield None
                     continue
-            left -= isinstance(found[1], End)
+            self._left -= isinstance(found[1], End)
             self.used.answer += isinstance(found[1], Piece) and found[1].token is not None
             yield found
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next event is still to come."""
+        return bool(self._left) and not self._early and self._events.empty()
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

@@ -18,7 +18,10 @@ def as_batch(prompt: Given | Sequence[Given]) -> list[Given]:
         raise UsageError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token")
-    return list(prompt) if isinstance(prompt[0], (str, Sequence, TextFile)) else [prompt]  # type: ignore[list-item, arg-type]
+    first = prompt[0]
+    if isinstance(first, int):  # sooner than to ask whether it is a Sequence, which takes longer than all else here
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt) if isinstance(first, (str, Sequence, TextFile)) else [prompt]  # type: ignore[list-item, arg-type]
 
 
 def decoded(data: bytes, source: str) -> str:
