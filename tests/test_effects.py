@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "ray_address": "10.0.0.1:1", "ray_token_path": Path("token"), "ray_state_dir": Path("heads"),
     "ray_temp_dir": Path("/t"), "actors_per_device": 2, "journal": Path("j"), "journal_every": 3, "resume": Path("r"),
     "cache_dir": Path("c"), "cache_memory_mb": 9, "cache_disk_mb": 9, "cache_every": 3, "cache_match": "nearest",
+    "states_mb": 5,
 }  # fmt: skip
 RAY = {"chunkwise_backend": "ray_compiled_steps", "ray_local_mode": False}
 RUNS: dict[str, dict[str, Any]] = {
@@ -139,6 +140,8 @@ REFUSED = {
     "prefill -f lines --jsonl --cache-memory-mb 9": "--cache-memory-mb has no effect without --cache-dir here",
     "generate -p a --cache-memory-mb 9": "--cache-memory-mb has no effect without --cache-dir here",
     "generate -f lines --jsonl --cache-memory-mb 9 -o s": "--cache-memory-mb has no effect without --cache-dir here",
+    "prefill -p a --states-mb 9": "--states-mb has no effect here: only `xlstm-ray serve` has documents",
+    "generate -f lines --jsonl --states-mb 9": "--states-mb has no effect here",
     "prefill -p a --no-mem-watchdog --no-mem-shrink": "--no-mem-shrink has no effect without the watchdog",
     "prefill -p a --device cpu --workers 2": "--workers is 2, but 4 of 4 heads a band make 1 band(s)",
     "bench --lengths 8 --backends native --device cpu --workers 2": "--workers is 2, but 4 of 4 heads a band",

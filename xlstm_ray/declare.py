@@ -20,7 +20,7 @@ PANELS: dict[str, str] = {
     "min_chunk force",
     "Actors on Ray": "stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir",
     "A Ray head of this run": "ray_local_mode ray_autoshutdown ray_dashboard ray_dashboard_port ray_keep_alive",
-    "Cache": "cache_dir cache_memory_mb cache_disk_mb cache_every cache_match",
+    "Cache": "cache_dir cache_memory_mb cache_disk_mb cache_every cache_match states_mb",
     "Journal and logs": "journal journal_every resume stats_log mem_log",
     "Settings": "profile",
 }

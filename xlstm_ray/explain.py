@@ -94,6 +94,8 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
             used["min_chunk"] = plan.watch.least_chunk, f"{plan.backend.name} has no smaller chunks"
         if not plan.watch.shrinks:
             used["min_chunk"] = None, "nothing shrinks"
+    if settings.states_mb is None and known:
+        used["states_mb"] = plan.room.for_documents(1) // MIB, "a quarter of what a service leaves here, up to 4096"
     if plan.cache is None:
         used |= {name: (None, "there is no cache") for name in ("cache_disk_mb", "cache_every", "cache_match")}
     else:

@@ -247,6 +247,7 @@ def choose_plan(
                 workers=workers,
                 stages=len(layout),
                 cache=cache.memory_bytes if cache else 0,
+                documents=(settings.states_mb or 0) * MIB,
                 triton=backend.kernel == KERNEL,
             ),
             device=device,
@@ -350,6 +351,7 @@ class OnPaper(NamedTuple):
     tile_asked: bool  # it was given, so no other is tried
     workers: int
     share: float  # the part of the device's memory that may be used
+    documents: int  # bytes of a service's documents
 
 
 def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
@@ -368,6 +370,7 @@ def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
         tile_asked=settings.tile_size is not None,
         workers=choose_workers(settings, config, sizes.heads),
         share=settings.mem_hard_pct,
+        documents=(settings.states_mb or 0) * MIB,
     )
 
 

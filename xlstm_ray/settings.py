@@ -148,6 +148,11 @@ class Settings(BaseSettings):
     cache_match: Literal["exact", "nearest"] = setting(
         "exact: the bits of a run without a cache; nearest: go on from any state of the prompt's beginning.", "exact"
     )
+    states_mb: int | None = count(
+        "MiB of memory that the states of a service's documents may take.",
+        shown="a quarter of what is free, up to 4096",
+        high=1 << 30,
+    )
     sources: SkipValidation[Mapping[str, Source]] = Field({}, repr=False)
 
     @classmethod

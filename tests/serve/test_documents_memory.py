@@ -55,7 +55,7 @@ def test_by_default_it_is_a_part_of_what_is_free(model: Path, run: Callable[...,
     shown = json.loads(run("config", "--model", model, *WORDS, "--config", config, "--json").out)["states_mb"]
     assert 100 < shown["value"] < 300
     shown = json.loads(run("config", "--model", model, "--states-mb", 7, "--json").out)["states_mb"]
-    assert (shown["value"], shown["source"]) == (7, "flag --states-mb")
+    assert (shown["value"], shown["source"]) == (7, "flag")
     assert [usual_documents(free * MIB) // MIB for free in (-5, 8, 40_000)] == [0, 2, 4096]
 
 

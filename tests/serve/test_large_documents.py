@@ -143,6 +143,8 @@ def test_what_is_too_large_or_is_no_file_is_refused_before_all_of_it_was_sent(mo
         form = b'--x\r\ncontent-disposition: form-data; name="file"\r\n\r\na\r\n--x--\r\n'
         got = service.ask("/v1/states", form, content_type="multipart/form-data; boundary=x")
         assert (got.status, "curl -T FILE" in got.error["message"]) == (415, True)
+        got = service.ask("/v1/states", b"Once upon", content_type="application/x-www-form-urlencoded")
+        assert (got.status, "sent as text/plain" in got.error["message"]) == (415, True)
         for path, param in (("?name=a", "name"), ("?id=../a", "id"), ("?id=a&ttl=-1", "ttl"), ("?ttl=nan", "ttl")):
             got = service.ask(f"/v1/states{path}", b"text", content_type="text/plain")
             assert (got.status, got.error["param"]) == (400, param)

@@ -87,7 +87,8 @@ def read_document(
 
 def _unread(service: Service, info: dict[str, Any]) -> str:
     """Why a document is not ready."""
-    name, done = info["id"], f"{info['tokens_done']:,} of {info['tokens_total'] or '?'} tokens"
+    total = f"{info['tokens_total']:,}" if info["tokens_total"] else "?"
+    name, done = info["id"], f"{info['tokens_done']:,} of {total} tokens"
     if info["status"] == "failed":
         return f"{name} could not be read: {info['error']}"
     on = "a service with the same cache directory goes on with it"

@@ -53,6 +53,7 @@ from xlstm_ray.cli.session import (
     check_generation,
     check_prompt_logprobs,
     open_engine,
+    require_no_documents,
     require_no_shrinking,
     require_one_form,
     require_places,
@@ -95,6 +96,7 @@ def prefill(
     """Compute a prompt's state and the likeliest next tokens."""
     settings = Settings.make(**asked)
     require_one_form(json_output=json_output, jsonl=jsonl)
+    require_no_documents(settings)
     require_use_of_cache(settings)
     run_under_keeper(settings)
     start_from = state_in or settings.resume
@@ -167,6 +169,7 @@ def generate(
     """Prefill, then stream the model's answer."""
     settings = Settings.make(**asked)
     require_one_form(json_output=json_output, jsonl=jsonl)
+    require_no_documents(settings)
     served = jsonl and not (state_out or settings.journal or settings.resume)  # unless it goes on from several rows
     if served and state_in is None:
         require_no_shrinking(settings)

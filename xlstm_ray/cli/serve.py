@@ -39,7 +39,7 @@ SETTINGS = """
     model device dtype chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale
     autoscale_again warmup force profile stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir
     ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive cache_dir cache_memory_mb cache_disk_mb cache_every
-    cache_match
+    cache_match states_mb
 """
 
 
@@ -89,9 +89,6 @@ def serve(
     max_body_mb: Annotated[int, _option("--max-body-mb", "MiB of the largest body.", min=1, max=1 << 20)] = 32,
     max_upload_mb: Annotated[
         int, _option("--max-upload-mb", "MiB of the largest file that is sent as a document.", min=1, max=1 << 30)
-    ] = 4096,
-    states_mb: Annotated[
-        int, _option("--states-mb", "MiB that the states of documents may take.", min=1, max=1 << 30)
     ] = 4096,
     drain_s: Annotated[
         float, _option("--drain-s", "Seconds that requests have to end after SIGTERM or Ctrl-C.", min=0, max=86_400)
@@ -144,7 +141,6 @@ def serve(
         answer_tokens=max_tokens,
         drain_s=drain_s,
         folder=None if settings.cache_dir is None else settings.cache_dir / "documents",
-        states_bytes=states_mb * MIB,
         metrics=("xlstm", *filter(None, [metrics_compat])),
         access_log=access_log,
     )
@@ -153,9 +149,12 @@ def serve(
         raise UsageError(f"a service needs {' and '.join(missing)}; {pip_install(*missing)} installs what is missing")
     require_places(settings, asked["config"], None, None, None)
     with leave_at_once():
+        from xlstm_ray.memory.room import require_documents
         from xlstm_ray.serve.server import Server
         from xlstm_ray.text.template import find_template
     template = find_template(choose_model(settings), chat_template)
+    if wanted and not settings.force:  # otherwise the model's need has them
+        require_documents((settings.states_mb or 0) * MIB, None)
     stop, hurry = threading.Event(), threading.Event()
     server = Server(options, stop, template)
 
@@ -173,7 +172,7 @@ def serve(
         )
         with opened as (engine, room, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                server.open(engine, room())
+                server.open(engine, places := room(), _documents(settings, engine, places))
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
                 while not stop.wait(LOOK_S) and engine.failed is None:
@@ -221,6 +220,20 @@ def _open_here(
 
     with _paced(settings, asked, progress, max_stall_ms) as (engine, report):
         yield engine, lambda: begin(engine, slots), report
+
+
+def _documents(settings: Settings, engine: "Serves", slots: int) -> int:
+    """The bytes that documents' states may take; tells what all takes."""
+    from xlstm_ray.engine.engine import Engine
+    from xlstm_ray.memory.room import spare_bytes, usual_documents
+
+    asked = None if settings.states_mb is None else settings.states_mb * MIB
+    if not isinstance(engine, Engine):
+        return usual_documents(spare_bytes(None)) if asked is None else asked
+    room = engine.plan.room
+    states = room.for_documents(slots) if asked is None else asked
+    tell(f"memory: {replace(room, loaded=replace(room.loaded, documents=states)).shown(slots)}")
+    return states
 
 
 def _welcome(options: "Options", slots: int, key_file: Path | None) -> str:

@@ -49,6 +49,12 @@ def require_one_form(*, json_output: bool, jsonl: bool) -> None:
         raise UsageError("--json has no effect beside --jsonl, which prints an object for each line; leave it out")
 
 
+def require_no_documents(settings: Settings) -> None:
+    """Refuse room for documents where there are none."""
+    if "states_mb" in settings.flags():
+        raise UsageError("`states_mb` has no effect here: only `xlstm-ray serve` has documents; leave it out")
+
+
 def require_use_of_cache(settings: Settings) -> None:
     """Refuse a cache in the memory of a command that reads its prompts at once, and then ends."""
     if settings.cache_dir is None and "cache_memory_mb" in settings.flags():

@@ -122,7 +122,7 @@ def parity(
         "xlstm-ray plan -m DIR --device this --prompt-tokens 4096 --check",
     ),
 )
-@takes("model dtype tile_size chunk_size heads_per_band")
+@takes("model dtype tile_size chunk_size heads_per_band states_mb")
 def plan(
     device: Annotated[
         str,

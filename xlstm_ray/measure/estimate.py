@@ -199,6 +199,7 @@ def plan(
         chunk=chunk,
         heads_per_band=heads,
         workers=paper.workers,
+        documents=paper.documents,
     )
 
     def needed(tile: int, machines: int) -> Need:

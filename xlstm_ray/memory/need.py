@@ -35,13 +35,15 @@ class Need:
     weights: int
     state: int
     tile: int  # activations of a tile
+    documents: int = 0  # states of a service's documents
 
     @property
     def total(self) -> int:
-        return self.base + self.weights + self.state + self.tile
+        return self.base + self.weights + self.state + self.tile + self.documents
 
     def __str__(self) -> str:
         parts = {"program": self.base, "weights": self.weights, "state": self.state, "a tile's activations": self.tile}
+        parts |= {"documents' states": self.documents} if self.documents else {}
         sums = " + ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items())
         return f"{sums} = {self.total / MIB:,.0f} MiB"
 
@@ -63,6 +65,7 @@ class Loaded:
     workers: int  # bands at once
     stages: int = 1
     cache: int = 0  # of states that are kept for prompts to come
+    documents: int = 0  # of states of a service's documents
     triton: bool = False  # the Triton kernels compute it
     whole_matrix: int = 0  # the largest that is made of integers for a product
 
@@ -164,7 +167,8 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
     base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)
     # A tensor is read from a mapping of its file, which counts until it is copied. No tile is alive at that time.
-    return Need(base, loaded.weights, state, max(tile_bytes, loaded.largest_tensor if on_host else 0))
+    tile_bytes = max(tile_bytes, loaded.largest_tensor if on_host else 0)
+    return Need(base, loaded.weights, state, tile_bytes, loaded.documents * on_host)
 
 
 def advice(ways: Mapping[str, int], excess: int) -> str:
@@ -195,11 +199,12 @@ class GridNeed:
     tiles: int  # activations
     watchdog: int
     store: int  # the used part of Ray's object store
+    documents: int = 0  # states of a service's documents
 
     @property
     def total(self) -> int:
         parts = self.head, self.driver, self.programs, self.weights, self.state, self.tiles, self.watchdog, self.store
-        return sum(parts)
+        return sum(parts) + self.documents
 
     def __str__(self) -> str:
         parts = {
@@ -211,6 +216,7 @@ class GridNeed:
             "tiles' activations": self.tiles,
             "watchdog": self.watchdog,
             "object store": self.store,
+            "documents' states": self.documents,
         }
         sums = " + ".join(f"{name} {size / MIB:,.0f}" for name, size in parts.items() if size)
         return f"{sums} = {self.total / MIB:,.0f} MiB"

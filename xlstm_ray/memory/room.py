@@ -30,6 +30,8 @@ from xlstm_ray.memory.need import (
 from xlstm_ray.memory.sample import Sample, process_bytes, take_sample
 from xlstm_ray.memory.watchdog import Limits
 
+MOST_DOCUMENTS = 4096 * MIB
+
 
 @dataclass(frozen=True)
 class Room:
@@ -82,6 +84,7 @@ class Room:
             tiles=((actors - 1) * tile + last) * on_host,
             watchdog=self.watchdog,
             store=store_bytes(loaded, rows=batch, tokens=tokens),
+            documents=loaded.documents,
         )
 
     def slots(self, most: int) -> int:
@@ -95,8 +98,27 @@ class Room:
         """The memory of so many requests at once, in this process (on cuda, on the device)."""
         return self.need(2 * slots, [(slots, 1), (1, self.loaded.tile)], scored=True)
 
+    def shown(self, slots: int) -> str:
+        """What a service of so many requests at once takes, for people."""
+        if self.where == "process":
+            more = f"; documents' states {self.loaded.documents / MIB:,.0f} MiB of the host"
+            return f"{self.serving(slots)}{more if self.device.type == 'cuda' else ''}"
+        if self.where == "grid":
+            return str(self.grid_need(slots, scored=True))
+        return f"documents' states {self.loaded.documents / MIB:,.0f} MiB"
+
+    def for_documents(self, slots: int) -> int:
+        """The bytes that the states of a service's documents may take where nobody has said: a part of what is free."""
+        if self.where == "process" and self.device.type != "cuda":
+            spare = self._room()[0] - self.serving(slots).total
+        else:
+            spare = spare_bytes(self.limits)
+        return usual_documents(spare)
+
     def require_start(self) -> None:
         """Raise MemoryLimitError where a tile of one prompt cannot fit, with the arithmetic."""
+        if not self.force and (self.where == "elsewhere" or self.device.type == "cuda"):
+            require_documents(self.loaded.documents, self.limits)
         if self.where == "process":
             self.require(1, [(1, self.loaded.tile)])
         elif self.where == "grid" and not self.force:
@@ -116,6 +138,7 @@ class Room:
                 if rows > 1 or scored:
                     one, all_ = self.grid_need(1, tokens), self.grid_need(rows, tokens, scored=scored)
                     more = replace(all_, head=0, programs=0, weights=0, watchdog=0, driver=all_.driver - one.driver)
+                    more = replace(more, documents=0)
                     if rows == 1:  # the memory of one row was allocated before, but for its log-probabilities
                         more = replace(more, driver=0, state=0, store=0, tiles=all_.tiles - one.tiles)
                     self._require_on_machine(more, rows, 0)
@@ -143,6 +166,8 @@ class Room:
             need, flat, alone = self.grid_need(rows), self.grid_need(rows, loaded.chunk).total, self.grid_need(1).total
         activations = need.total - flat
         ways = {}
+        if loaded.documents:
+            ways[f"give `states_mb` below {loaded.documents // MIB}"] = loaded.documents
         if loaded.itemsize == 4:
             ways["give `dtype=bfloat16`"] = (need.weights + activations) // 2
         if loaded.tile > loaded.chunk:
@@ -214,6 +239,28 @@ class Room:
 def actor_bytes() -> int:
     """The bytes of an actor's program."""
     return ACTOR + TRITON * (find_spec("triton") is not None)
+
+
+def spare_bytes(limits: Limits | None) -> int:
+    """The memory that this process may still take."""
+    sample = take_sample()
+    spare = sample.available_bytes
+    return spare if limits is None else min(spare, limits.hard - sample.process_bytes)
+
+
+def usual_documents(spare: int) -> int:
+    """The bytes that states of documents may take where nobody has said, of so many that are free."""
+    return max(0, min(MOST_DOCUMENTS, spare // 4))
+
+
+def require_documents(asked: int, limits: Limits | None) -> None:
+    """Raise MemoryLimitError where the states of documents may take more than this process has left for them."""
+    spare = spare_bytes(limits)
+    if asked > spare:
+        raise MemoryLimitError(
+            f"documents' states may take {asked / MIB:,.0f} MiB, but {max(0, spare) / MIB:,.0f} MiB can be had for "
+            f"this program; give `states_mb` below {max(1, spare // MIB)}; or start all the same with `force=True`"
+        )
 
 
 def base_bytes(*, compiled: bool) -> int:

@@ -77,7 +77,7 @@ class Documents:
     """All documents of a service, of all tenants; used in the thread of the app's event loop."""
 
     def __init__(self, desk: Desk, shelf: Shelf, budget: int):
-        self._desk, self.shelf, self._budget = desk, shelf, budget
+        self._desk, self.shelf, self.budget = desk, shelf, budget
         self._cutting = asyncio.Lock()  # texts that are cut one after the other, so that requests are cut beside one
         self._all: dict[tuple[str, str], Document] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,7 +92,7 @@ class Documents:
     def room(self, tenant: str) -> dict[str, int]:
         """How many documents a tenant has, and the bytes that all states take and may take."""
         size = self._desk.state_bytes
-        return {"states": len(self.of(tenant)), "bytes": len(self._all) * size, "most": self._budget}
+        return {"states": len(self.of(tenant)), "bytes": len(self._all) * size, "most": self.budget}
 
     def get(self, tenant: str, name: str) -> Document:
         """Raises Refused where there is none of that name, and until they are known."""
@@ -107,7 +107,8 @@ class Documents:
         """The state of a document that was read. Raises Refused where it is not ready."""
         document = self.get(tenant, name)
         if document.record.status != "ready":
-            done = f"{document.tokens_done:,} of {document.tokens_total or '?'} tokens"
+            total = "?" if document.tokens_total is None else f"{document.tokens_total:,}"
+            done = f"{document.tokens_done:,} of {total} tokens"
             raise Refused(
                 409,
                 f"the state {name!r} is {document.record.status}, with {done}",
@@ -128,13 +129,10 @@ class Documents:
             text = f"there is a state {record.name!r}; delete it first, or choose another name"
             raise Refused(409, text, param="id", code="state_exists")
         size = self._desk.state_bytes
-        if (len(self._all) + 1) * size > self._budget:
-            raise Refused(
-                400,
-                f"{len(self._all)} states of {shown_bytes(size)} are here, and all may take "
-                f"{shown_bytes(self._budget)}; delete one",
-                code="states_full",
-            )
+        if (len(self._all) + 1) * size > self.budget:
+            there = f"{len(self._all)} states of {shown_bytes(size)} are here" if self._all else "there is no room"
+            text = f"{there}, and all may take {shown_bytes(self.budget)} (`states_mb`), each {shown_bytes(size)}"
+            raise Refused(400, f"{text}; delete one" if self._all else text, code="states_full")
         most, own = self._desk.account(record.tenant).states_bytes, len(self.of(record.tenant))
         if most is not None and (own + 1) * size > most:
             raise Refused(

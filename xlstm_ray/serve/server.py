@@ -47,9 +47,11 @@ class Server:
         self._loop: Future[asyncio.AbstractEventLoop] = Future()
         self._thread.start()
 
-    def open(self, engine: Serves, slots: int) -> None:
-        """Take requests from now on."""
+    def open(self, engine: Serves, slots: int, states_bytes: int | None = None) -> None:
+        """Take requests from now on. states_bytes: that documents may take; None: as the options say."""
         loop = self._loop.result()
+        if states_bytes is not None:
+            self.documents.budget = states_bytes
         asyncio.run_coroutine_threadsafe(self.documents.restore(), loop).result()
         self.desk.open(engine, slots)
         asyncio.run_coroutine_threadsafe(self.documents.go_on(), loop)

@@ -29,6 +29,7 @@ from xlstm_ray.text.ondisk import take_text
 POLL_S = 0.1
 PIECE = 1 << 20  # bytes of a download at once
 FILES = "text/plain", "application/octet-stream"  # what a document's body may be besides JSON
+FORM = "application/x-www-form-urlencoded"
 HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
 
 
@@ -63,7 +64,11 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
         if _kind(request) == "multipart/form-data":
             text = "a form is not taken; send the file itself, as text/plain (curl -T FILE URL/v1/states/NAME)"
             raise Refused(415, text)
-        body = read(NewState, await read_body(request, desk.options.body_bytes), {})
+        data = await read_body(request, desk.options.body_bytes)
+        if _kind(request) == FORM and not data.lstrip().startswith(b"{"):  # what curl calls any file
+            text = "the body is not a JSON object; a text is sent as text/plain, or by PUT to /v1/states/NAME"
+            raise Refused(415, text)
+        body = read(NewState, data, {})
         desk.require_model(body.model)
         tenant = request.scope["tenant"]
         if body.prompt is None and body.state is not None:
