@@ -92,7 +92,7 @@ def test_any_requests_get_through_and_every_rule_holds(asked, slots, fills):
                         del left[number]
                         on_device.discard(number)
             case Park(number):
-                assert scheduler.phase(number) == "parked"
+                assert scheduler.phase(number) == ("waiting" if left[number][0] else "parked")
                 assert any(priority[n] > priority[number] for n in left if scheduler.phase(n) in ("waiting", "parked"))
                 on_device.discard(number)
             case Resume(number):
@@ -167,3 +167,32 @@ def test_a_long_prompt_goes_on_beside_any_number_of_more_important_ones():
             scheduler.leave(request)
             del windows[request]
     assert windows[0] >= 4
+
+
+def test_who_reads_makes_room_for_who_is_more_important_and_goes_on_after():
+    scheduler = Scheduler(1)
+    scheduler.arrive(0, priority=-1)
+    assert scheduler.next() == Fill(0)
+    scheduler.arrive(1)
+    assert [scheduler.next() for _ in range(2)] == [Park(0), Fill(1)]
+    scheduler.filled(1)
+    assert scheduler.next() == Decode((1,))
+    scheduler.arrive(2)  # as important as the one that has the slot
+    assert scheduler.next() == Decode((1,))
+    scheduler.leave(1)
+    assert scheduler.next() == Fill(2)
+    scheduler.leave(2)
+    assert scheduler.next() == Fill(0)
+
+
+def test_windows_that_were_under_way_may_end_a_prompt_that_was_parked():
+    scheduler = Scheduler(1)
+    scheduler.arrive(0, priority=-1)
+    assert scheduler.next() == Fill(0)
+    scheduler.arrive(1)
+    assert scheduler.next() == Park(0)
+    scheduler.filled(0)
+    assert scheduler.phase(0) == "parked"
+    assert scheduler.next() == Fill(1)
+    scheduler.leave(1)
+    assert [scheduler.next() for _ in range(2)] == [Resume(0), Decode((0,))]

@@ -326,3 +326,15 @@ def test_a_folder_has_one_service_at_a_time_and_names_do_not_leave_it(tmp_path, 
     shelf.close()
     (tmp_path / "cache" / "documents" / "note.json").write_text("not ours")
     assert Shelf(tmp_path / "cache" / "documents").read() == []
+
+
+def test_who_asks_goes_before_a_document_that_has_the_only_slot(model):
+    text = BOOK * 6
+    with serving_here(model, slots=1) as service:
+        service.ask("/v1/states", {"id": "long", "prompt": text})
+        reading(service, "long")
+        assert service.complete(QUESTION, max_tokens=12).json["choices"][0]["text"]
+        assert service.ask("/v1/states/long").json["status"] == "reading"  # it did not wait for its end
+        ready(service, "long")
+        file = service.ask("/v1/states/long/file").body
+        assert parts(file) == parts(saved(service.engine.prefill(text).state))

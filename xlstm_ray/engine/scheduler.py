@@ -1,9 +1,9 @@
 """Decides which of many requests is next. Integers only: no torch, no device, no clock.
 
 A request waits, is filled (its prompt is read, a window at a time), decodes, and ends. A slot is room for one state on
-the device; a request that is filled or decodes has a slot. A request that decodes can be parked: its state is copied
-away, and a more important request gets its slot. It is resumed later. Several answers to one prompt are several
-requests: one more reads the prompt, and the others are behind it until then.
+the device; a request that is filled or decodes has a slot. Such a request can be parked: its state is copied away, and
+a more important request gets its slot. One that decodes is resumed later; one that is filled waits again. Several
+answers to one prompt are several requests: one more reads the prompt, and the others are behind it until then.
 """
 
 from collections.abc import Iterator
@@ -76,8 +76,9 @@ class Scheduler:
         self._arrivals += 1
 
     def filled(self, request: int) -> None:
-        """Note that its whole prompt has been read."""
-        self._entries[request].phase = "decoding"
+        """Note that its whole prompt has been read; perhaps by windows that were under way when it was parked."""
+        entry = self._entries[request]
+        entry.phase = "parked" if entry.phase == "waiting" else "decoding"
 
     def follow(self, request: int) -> None:
         """Note that the request before it has read the prompt, so that it can decode."""
@@ -120,7 +121,7 @@ class Scheduler:
                 wants = next(iter(sorted(self._of("filling"), key=self._rank)), None)
             else:
                 self._decisions += 1
-                victim.phase, victim.since = "parked", self._decisions
+                victim.phase, victim.since = "waiting" if victim.phase == "filling" else "parked", self._decisions
                 return Park(victim.request)
         if wants is None:
             return self._decode(decoding) if decoding else None
@@ -151,6 +152,6 @@ class Scheduler:
         return -(entry.priority + aged), entry.order
 
     def _victim(self, wants: _Entry) -> _Entry | None:
-        """The decoding request that gives its slot up: the one with the least priority; of equal ones, the newest."""
-        lower = [entry for entry in self._of("decoding") if entry.priority < wants.priority]
+        """The request that gives its slot up: the one with the least priority; of equal ones, the newest."""
+        lower = [entry for entry in self._of("filling", "decoding") if entry.priority < wants.priority]
         return min(lower, key=lambda entry: (entry.priority, -entry.order), default=None)

@@ -94,6 +94,8 @@ class Work:
                 case Decode():
                     self._decode()
                 case Park(number):
+                    while number in self._tasks and self._reads(self._tasks[number]):
+                        self._take_result()
                     if number in self._tasks:  # the last step may have ended it
                         self._park(self._tasks[number])
                 case Resume(number):
@@ -160,9 +162,13 @@ class Work:
             task.reader.answers.remove(task)
             if not task.reader.answers:  # nobody waits for it any more
                 self.cancel(task.reader.number)
-        busy = task.windows is not None and task.windows.under_way
-        if not busy and not any(batch.under_way and batch.has(task) for batch in self._batches):
+        if not self._reads(task) and not any(batch.under_way and batch.has(task) for batch in self._batches):
             self._finish(task, Finish("cancelled"))
+
+    @staticmethod
+    def _reads(task: Task) -> bool:
+        """Whether windows of its prompt are under way."""
+        return task.windows is not None and task.windows.under_way
 
     def _began(self, task: Task) -> None:
         if task.began is None:
