@@ -205,6 +205,8 @@ def test_the_service_names_an_app_that_is_there() -> None:
         n.target.id for n in classes["Options"].body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
     }
     assert set(application["args"]) <= known
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert any(application["args"]["model"].startswith(f"{m['mountPath']}/") for m in head["volumeMounts"])
     worker = spec["rayClusterConfig"]["workerGroupSpecs"][0]
     assert application["args"]["replicas"] * application["args"]["num_gpus"] == worker["replicas"]
     assert application["args"]["num_cpus"] < int(
@@ -213,6 +215,40 @@ def test_the_service_names_an_app_that_is_there() -> None:
     mounts = [m["mountPath"] for m in worker["template"]["spec"]["containers"][0]["volumeMounts"]]
     for path in (application["args"]["model"], application["args"]["token_file"]):
         assert any(path.startswith(f"{mount}/") for mount in mounts)
+
+
+SERVED_BY = """
+import sys
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+import yaml
+config = yaml.safe_load(sys.stdin)
+ServeDeploySchema.model_validate(config)
+unknown = [name for one in config["applications"] for name in one if name not in ServeApplicationSchema.model_fields]
+assert not unknown, unknown  # which Serve would pass over
+sys.path.insert(0, sys.argv[1])
+import serve_app
+print(serve_app.Options.model_validate(yaml.safe_load(sys.argv[2])).model_dump_json())
+"""
+
+
+def served_by(config: str, args: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Ray Serve's schema takes this configuration, and the app these arguments; on stdout is what it makes of them."""
+    command = [sys.executable, "-c", SERVED_BY, str(DEPLOY), yaml.safe_dump(args)]
+    return subprocess.run(command, input=config, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None and os.environ.get("CI") != "true", reason="Ray is not installed"
+)
+def test_the_services_configuration_is_what_serve_and_the_app_take() -> None:
+    """tests/serve/test_service_on_ray.py runs it, by `serve run`."""
+    config = document("rayservice.yaml")["spec"]["serveConfigV2"]
+    (application,) = yaml.safe_load(config)["applications"]
+    taken = served_by(config, application["args"])
+    assert taken.returncode == 0, taken.stderr
+    assert json.loads(taken.stdout) | application["args"] == json.loads(taken.stdout)
+    assert "['routes']" in served_by(config.replace("route_prefix:", "routes:"), {}).stderr
+    assert "replica\n" in served_by(config, {**application["args"], "replica": 2}).stderr
 
 
 def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from services import WORDS, Client, Here, Running, model, reading_line, serving, serving_here
+from services import WORDS, Client, Here, Running, model, serving, serving_here
 
 from xlstm_ray import RecurrentState
 from xlstm_ray.supervisor.ports import free_port
@@ -138,49 +138,44 @@ def both_say(one: Client, other: Client, path: str, body: dict[str, Any]) -> Any
 
 
 # -- behind Serve's proxy, with replicas of two kinds ------------------------------------------------------------------
-APP = """
-    import sys
-    from pathlib import Path
-    address, token, folder, model, keys, port = sys.argv[1:]
-    sys.path.insert(0, folder)
-    from xlstm_ray.supervisor.connect import connect
-    with connect(address, token_path=Path(token)):
-        import serve_app
-        from ray import cloudpickle, serve
-        from serve_app import Options, build
-        cloudpickle.register_pickle_by_value(serve_app)  # it is in no folder of the head's
-        serve.start(http_options={"port": int(port)}, proxy_location="HeadOnly")
-        sizes = {"tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native", "cache_memory_mb": 64, "threads": 1}
-        about = {"model": Path(model), "name": "tiny", "device": "cpu", "token_file": Path(keys), "settings": sizes}
-        serve.run(build(Options(**about, replicas=1, decoders=1)))
-        print("ready", flush=True)
-        sys.stdin.read()
-        serve.shutdown()
-"""
-
-
 @pytest.fixture
 def behind_a_proxy(head: Head, model: Path, tmp_path: Path) -> Iterator[Client]:
-    """A head has one Serve, so this comes before `two`, whose Serve has no proxy."""
-    keys = tmp_path / "keys"
-    keys.write_text(f"{KEY}\n")
-    port = free_port()
-    words = [head.address, head.token_path, ROOT / "deploy", model, keys, port]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(APP), *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    with process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        reading_line(process.stdout, "(ready)")
-        yield Client(f"http://127.0.0.1:{port}", authorization=f"Bearer {KEY}")
-        process.stdin.close()
+    """`serve run` with the configuration of rayservice.yaml, but for this machine.
+
+    A head has one Serve, so this comes before `two`, whose Serve has no proxy.
+    """
+    (tmp_path / "keys").write_text(f"{KEY}\n")
+    document = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
+    config = yaml.safe_load(document["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    sizes = {"tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native", "cache_memory_mb": 64, "threads": 1}
+    own = {"model": str(model), "name": "tiny", "device": "cpu", "token_file": str(tmp_path / "keys"), "num_cpus": 1}
+    application["args"] |= own | {"num_gpus": 0, "replicas": 1, "decoders": 1, "settings": sizes}
+    application["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{ROOT / 'deploy'}:{ROOT}"}}  # where the image has it
+    config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": free_port()}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run = "from ray.serve.scripts import cli; cli()"
+    words = ["run", str(tmp_path / "config.yaml"), "--address", str(head.address)]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(head.token_path)}
+    env = {**os.environ, **token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen([sys.executable, "-c", run, *words], stdout=said, stderr=said, env=env)
+        with process:
+            client = Client(f"http://127.0.0.1:{config['http_options']['port']}", authorization=f"Bearer {KEY}")
+            while not answers(client):
+                assert process.poll() is None, (tmp_path / "said").read_text()
+                time.sleep(0.2)
+            yield client
+            process.send_signal(signal.SIGINT)
     assert process.returncode == 0
+
+
+def answers(client: Client) -> bool:
+    """Whether the service takes requests; as long as Serve starts it, nobody listens, or the proxy says 404 or 503."""
+    try:
+        return client.ask("/health").status == 200
+    except OSError:
+        return False
 
 
 def test_a_state_goes_from_who_reads_to_who_answers(here, behind_a_proxy):
