@@ -279,13 +279,13 @@ def main() -> None:
     rng = random.Random(args.seed)
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", "--deterministic"]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as folder:
-        state_dir = Path(folder)
+        state_dir, variables = Path(folder), dict(os.environ)
         for name in ("replicas", "max_replicas"):
             if (count := getattr(args, name)) is not None:
                 command += [f"--{name.replace('_', '-')}", str(count)]
         if args.replicas is not None:
-            command += ["--ray-state-dir", folder]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+            variables["XLSTM_RAY_STATE_DIR"] = folder
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=variables)
         try:
             found = next(
                 (m for line in server.stdout if (m := re.search(r"at (http://\S+)/v1 \((\d+) slots", line))), None

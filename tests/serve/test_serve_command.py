@@ -132,6 +132,7 @@ def test_beyond_this_machine_it_needs_a_key(run, tmp_path):
         ("--replicas 2 --chunkwise-backend ray_compiled_steps", "--chunkwise-backend"),
         ("--replicas 2 --stages 2", "--stages"),
         ("--replicas 2 --ray-token-path token", "--ray-token-path"),
+        ("--replicas 2 --ray-temp-dir t --ray-address 127.0.0.1:1", "--ray-temp-dir is for a head of this run"),
         ("--replicas 2 --no-ray-local-mode", "--ray-local-mode"),
         ("--replicas 0", "--replicas"),
     ],

@@ -73,6 +73,8 @@ def require_fleet(settings: Settings) -> None:
             raise UsageError(f"{settings.named(name)} is for a grid of actors, not for `replicas`; leave one out")
     if settings.ray_token_path is not None and settings.ray_address is None:
         raise UsageError(f"{settings.named('ray_token_path')} is for `ray_address`; leave one out, or give both")
+    if settings.source("ray_temp_dir").kind == "flag" and settings.ray_address is not None:
+        raise UsageError(f"{settings.named('ray_temp_dir')} is for a head of this run, not beside `ray_address`")
     if settings.source("ray_local_mode").kind == "flag":
         raise UsageError("`replicas` are on Ray in any case; leave `ray_local_mode` out")
     if find_spec("grpc_reflection") is None:  # what Serve needs besides Ray
@@ -97,7 +99,9 @@ def open_replicas(
     """What takes the requests; the number of all its slots; the reporter. port: where the service listens."""
     from xlstm_ray.choose import choose_setup
 
-    inner = settings.model_copy(update={name: table()[name].default for name in OF_THE_HEAD.split()})
+    heads = {name: table()[name].default for name in OF_THE_HEAD.split()}
+    others = {name: source for name, source in settings.sources.items() if name not in heads}
+    inner = settings.model_copy(update={**heads, "sources": others})
     model = choose_setup(inner).model  # what is wrong is told before anything starts
     with Reporter(progress) as report, ExitStack() as open_:
         with leave_at_once():
