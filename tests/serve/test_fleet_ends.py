@@ -100,9 +100,7 @@ def test_a_killed_command_leaves_no_replica_on_somebodys_head_and_the_next_one_g
 
 
 def test_down_under_a_service_ends_it_with_a_line(home, model):
-    with serving(
-        *words(model, "--replicas", 2, "--max-stall-ms", 60_000, "--ray-state-dir", state_dir(home)), HOME=str(home)
-    ) as service:
+    with serving(*words(model, "--replicas", 2, "--max-stall-ms", 60_000), HOME=str(home)) as service:
         (item,) = status(state_dir(home)).heads
         assert len(replicas(home, service)) == 2
         stream = streaming(service)

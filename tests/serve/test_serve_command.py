@@ -141,6 +141,14 @@ def test_replicas_that_cannot_be_are_one_line(run, words, says):
     assert says in run("serve", "--port", 0, *words.split()).err
 
 
+def test_replicas_take_the_folder_of_their_heads_records(model, tmp_path):
+    words = ["--model", model, *WORDS, "--replicas", 2, "--ray-state-dir", tmp_path, "--ray-address", "127.0.0.1:1"]
+    command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: nothing answers at --ray-address 127.0.0.1:1")
+
+
 def test_only_those_with_a_key_come_in_and_tenants_share_nothing(model):
     with serving_here(model, keys=KEYS, settings={"cache_memory_mb": 64}) as service:
         assert service.ask("/health").status == 200
