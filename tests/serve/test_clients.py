@@ -94,7 +94,7 @@ def test_openais_client_comes_again_when_there_is_no_room(service, client):
     with pytest.raises(openai.InternalServerError) as full:
         client.completions.create(model="tiny", prompt="a")
     assert (full.value.status_code, full.value.code) == (503, "full")
-    patient = client.with_options(max_retries=8)
+    patient = client.with_options(max_retries=30)
     assert patient.completions.create(model="tiny", prompt="a", max_tokens=2).choices[0].finish_reason == "length"
     for stream in busy:
         stream.close()

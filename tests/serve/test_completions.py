@@ -197,6 +197,10 @@ def test_the_reply_says_hit_or_miss_and_why(service):
     assert other.headers["x-xlstm-cache"].startswith("miss ")
     edited = service.complete(prompt[:200] + "X" * 52)
     assert edited.headers["x-xlstm-cache"] == f'hit tokens=192 of={size} tier=host reason="diverged at 192"'
+    twice = service.complete([f"Two at once. {prompt}"] * 2)  # the second one's turn comes when the first one was read
+    size += len("Two at once. ")
+    assert twice.headers["x-xlstm-cache"] == f'hit tokens={size} of={2 * size} tier=host reason="none seen"'
+    assert twice.json["usage"]["prompt_tokens_details"] == {"cached_tokens": size}
 
 
 @pytest.mark.parametrize(

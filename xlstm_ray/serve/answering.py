@@ -12,6 +12,7 @@ from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.serve.desk import DRAINING_S, Desk
 from xlstm_ray.serve.fields import Body, StreamOptions
+from xlstm_ray.serve.limits import Account
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.replies import Form, Reply
 from xlstm_ray.serve.stream import DONE, EventStream, comment, data, watching
@@ -29,9 +30,6 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
     request.scope["used"] = work.used  # for the log of requests
     async with watching(request.receive, work.cancel):
         await work.begin()
-        headers = {CACHE: work.used.cache(of_state=ask.state is not None), **account.headers()}
-        if work.used.replica:
-            headers[REPLICA] = work.used.replica
         reply = Reply(form, desk.options.name, ask.echo or [""] * len(ask.prompts), ask.n)
         if body.return_token_ids:
             reply.ids = [[] if isinstance(prompt, str) else prompt or [] for prompt in ask.prompts]  # no text is left
@@ -39,9 +37,14 @@ async def reply_to(request: Request, desk: Desk, body: Body, ask: Ask, form: For
         if not body.stream:
             await _finish(work, reply, desk.options.ping_s)
             whole = await asyncio.to_thread(reply.whole, work.used.usage())  # a prompt's log-probabilities are many
-            return JSONResponse(whole, headers=headers)
+            return JSONResponse(whole, headers=_headers(work, ask, account))
     events = _events(work, reply, options, desk.options.ping_s, scored=ask.scores is not None)
-    return EventStream(events, work.cancel, headers)
+    return EventStream(events, work.cancel, _headers(work, ask, account))
+
+
+def _headers(work: Work, ask: Ask, account: Account) -> dict[str, str]:
+    headers = {CACHE: work.used.cache(of_state=ask.state is not None), **account.headers()}
+    return headers | {REPLICA: work.used.replica} if work.used.replica else headers
 
 
 async def _finish(work: Work, reply: Reply, ping_s: float) -> None:

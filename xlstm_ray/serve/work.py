@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Reading, Request
+from xlstm_ray.engine.result import Use
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.limits import Account
@@ -54,27 +56,32 @@ class Ask:
         )
 
 
+class Found(NamedTuple):
+    """What was found of a prompt: its tokens, those that a state had already, and what the cache was to it."""
+
+    tokens: int
+    resumed: int
+    use: Use
+
+
 @dataclass
 class Used:
-    """Tokens of the work so far. reasons: why the cache had no more of the prompts. finished: why answers ended."""
+    """Tokens of the work so far. prompts: what was found of each. finished: why answers ended."""
 
-    prompt: int = 0
-    cached: int = 0
     answer: int = 0
-    tiers: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    prompts: dict[int, Found] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     replica: str = ""  # of the first prompt, where there are several
 
-    def look_up(self, queued: Queued) -> None:
-        """Count what was found for a prompt."""
-        self.prompt += queued.prompt_tokens
-        self.cached += queued.resumed_tokens
-        self.replica = self.replica or queued.replica
-        if queued.use.tier is not None:
-            self.tiers.append(queued.use.tier)
-        if queued.use.reason is not None:
-            self.reasons.append(queued.use.reason)
+    @property
+    def prompt(self) -> int:
+        """Tokens of all prompts."""
+        return sum(found.tokens for found in self.prompts.values())
+
+    @property
+    def cached(self) -> int:
+        """Those of them that a state had already."""
+        return sum(found.resumed for found in self.prompts.values())
 
     def usage(self) -> dict[str, object]:
         """As a reply has it."""
@@ -88,9 +95,11 @@ class Used:
     def cache(self, *, of_state: bool) -> str:
         """What the reply's header says of the cache: hit or miss, and why it was no more."""
         word = "state" if of_state else "hit" if self.cached else "miss"
-        tier = f" tier={self.tiers[0]}" if self.tiers else ""
-        told = bool(self.reasons) and self.cached < self.prompt and not of_state  # after a state nothing is looked up
-        reason = f' reason="{self.reasons[0]}"' if told else ""
+        uses = [found.use for found in self.prompts.values()]
+        tiers, reasons = [use.tier for use in uses if use.tier], [use.reason for use in uses if use.reason]
+        tier = f" tier={tiers[0]}" if tiers else ""
+        told = bool(reasons) and self.cached < self.prompt and not of_state  # after a state nothing is looked up
+        reason = f' reason="{reasons[0]}"' if told else ""
         return f"{word} tokens={self.cached} of={self.prompt}{tier}{reason}"
 
 
@@ -169,7 +178,12 @@ class Work:
         def hear(event: Event) -> None:
             track(event)
             if first and isinstance(event, Queued):
-                self.used.look_up(event)
+                self.used.prompts[number] = Found(event.prompt_tokens, event.resumed_tokens, event.use)
+                self.used.replica = self.used.replica or event.replica
+            elif first and isinstance(event, End) and number in self.used.prompts:
+                # More than at first, if others had read its beginning before its turn came.
+                usage = event.usage
+                self.used.prompts[number] = Found(usage.prompt_tokens, usage.resumed_tokens, usage.cache)
             if isinstance(event, End):
                 self._desk.release(1)
                 self.used.finished.append(event.finish.reason)
