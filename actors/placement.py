@@ -162,7 +162,7 @@ class Placement:
             for seats, (node, memory) in zip(self.stages, self.options.places, strict=True):
                 # Ray takes another node where this one is gone: a stage of a lost node goes on there.
                 more = {"memory": memory} if memory else {}
-                self._group(seats, bundle | more, strategy="STRICT_PACK", _soft_target_node_id=node)
+                self._group_on(node, seats, bundle | more)
 
     def _group(self, seats: list[Seat], bundle: dict[str, float], **where: Any) -> None:
         """Reserve a bundle for each of these seats, together."""
@@ -172,6 +172,19 @@ class Placement:
             seat.group, seat.bundle = group, n
         if not self._link.ask(group.wait, self.options.place_timeout_s):
             raise UsageError(self._no_room(bundle))
+
+    def _group_on(self, node: str, seats: list[Seat], bundle: dict[str, float]) -> None:
+        """As `_group`, on that node. The actor that measured it may still have its CPUs or its device for a moment."""
+        until = monotonic() + self.options.place_timeout_s
+        while True:
+            self._group(seats, bundle, strategy="STRICT_PACK", _soft_target_node_id=node)
+            group = self._groups[-1]
+            if {*self._link.ask(self._ray.util.placement_group_table, group)["bundles_to_node_id"].values()} == {node}:
+                return
+            if monotonic() > until:
+                raise UsageError(f"a node that was measured has no room any more: {self._no_room(bundle)}")
+            self._link.ask(self._ray.util.remove_placement_group, self._groups.pop())
+            sleep(0.2)
 
     def _no_room(self, bundle: dict[str, float]) -> str:
         nodes = [node for node in self._link.ask(self._ray.nodes) if node["Alive"]]
