@@ -160,6 +160,8 @@ class Load:
         events = [json.loads(line[6:]) for line in re.findall(rb"data: \{.*", rest)]
         if b"data: [DONE]" in rest:
             self._check("slowly", n, "".join(choice["text"] for event in events for choice in event["choices"]))
+        elif self.again and b'"replica_lost"' in rest:  # this caller does not ask again
+            self._count("slowly, told that its replica is lost")
         else:
             self._fault("slowly", rest[-200:])
 
