@@ -1,5 +1,6 @@
 """The service with its model in actors on Ray, and with replicas of it: real heads, processes and signals."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -320,6 +321,17 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer(here, two, home):
         time.sleep(0.2)
     while len(there := set(figures(two, "xlstm:snapshots"))) != 2 or there == told:  # whose figures are told instead
         time.sleep(0.2)
+
+
+def test_serve_calls_replicas_in_their_loop_alone():
+    """Serve calls a plain method in a thread: a cancel there has met a request that looked at the same deque."""
+    (replica,) = [
+        node
+        for node in ast.parse((ROOT / "xlstm_ray" / "serve" / "replica.py").read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Replica"
+    ]
+    plain = [node.name for node in replica.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert plain == []
 
 
 def figures(client: Client, name: str, **labels: str) -> dict[str, float]:

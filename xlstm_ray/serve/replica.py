@@ -104,7 +104,7 @@ def _call(request: PendingRequest | None) -> Call | None:
 
 @serve.deployment
 class Replica:
-    """The model, for many requests at once."""
+    """The model, for many requests at once. Serve calls plain methods in threads; these are all of the loop's."""
 
     def __init__(self, setup: Setup, slots: Slots, job: str | None):
         self._job = job
@@ -115,11 +115,11 @@ class Replica:
         self._early: deque[Call] = deque(maxlen=CANCELS)
         self._states: OrderedDict[str, RecurrentState] = OrderedDict()
 
-    def about(self, _call: Call) -> About:
+    async def about(self, _call: Call) -> About:
         sizes = self._engine.numerics
         return About(self._slots, sizes.tile_size, sizes.chunk_size)
 
-    def figures(self, _call: Call) -> tuple[str, Figures]:
+    async def figures(self, _call: Call) -> tuple[str, Figures]:
         """What it has done, under its name."""
         return self._name, self._engine.figures()[""]
 
@@ -140,7 +140,7 @@ class Replica:
         for n, handle in enumerate(handles):
             handle.listen(partial(_pass_on, loop, events, n))
         for early in [one for one in self._early if one.number == call.number]:
-            self.cancel(early)
+            self._cancel(early)
         left, quiet = len(handles), 0.0
         try:
             while left:
@@ -181,8 +181,11 @@ class Replica:
             return None
         return len(data), monotonic() - began
 
-    def cancel(self, call: Call) -> None:
+    async def cancel(self, call: Call) -> None:
         """Cancel answers of a request; each still has its end."""
+        self._cancel(call)
+
+    def _cancel(self, call: Call) -> None:
         handles = self._handles.get(call.number)
         if handles is None:
             self._early.append(call)
