@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Otherwise Inductor tests this CPU's vector instructions in each process, which takes a second.
 if sys.platform == "linux":
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+# A shell's background job begins with SIGINT ignored, and so would every program that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import torch

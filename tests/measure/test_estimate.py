@@ -159,7 +159,7 @@ def test_the_table_of_macs_in_the_readme_is_what_plan_says(tmp_path: Path) -> No
         for gb, cell in zip(memories, cells, strict=True):
             found = planned(tmp_path, "m1", memory_gb=gb)
             assert cell == (str(found.tile_size) if found.fits else f"{found.machines_needed} Macs")
-            assert weights == f"{found.model.weights / 1e9:.1f} GB"
+            assert weights == f"{found.model.sizes.all / 1e9:.1f} GB"
             assert found.device.memory_gb == gb
             if not found.fits:
                 assert planned(tmp_path, "m1", machines=found.machines_needed or 0, memory_gb=gb).fits

@@ -581,9 +581,13 @@ def test_a_token_that_is_given_is_used_also_for_a_head_of_ours(head: Head, state
 
 @needs_ray
 def test_a_kept_head_outlives_its_run_and_says_how_to_stop_it(head: Head, state_dir: Path) -> None:
+    until = time.monotonic() + 60
     (item,) = status(state_dir).heads
+    while item.processes != len(in_session(head.pid)):  # some of them are short
+        assert time.monotonic() < until
+        (item,) = status(state_dir).heads
     assert (item.state, item.head) == ("alive", head)
-    assert item.processes == len(in_session(head.pid)) > 10
+    assert item.processes > 10
     assert item.rss_bytes > 100 << 20
     token = head.token_path.read_text()
     for lines in (stays_lines(head), status(state_dir).lines()):

@@ -73,6 +73,12 @@ class Queued(NamedTuple):
     use: Use = Use()
     replica: str = ""
 
+    def at_end(self, usage: "Usage") -> "Queued":
+        """What was found in the end: others may have read its beginning before its turn came."""
+        if usage.resumed_tokens <= self.resumed_tokens:
+            return self
+        return self._replace(resumed_tokens=usage.resumed_tokens, use=usage.cache)
+
 
 class Reading(NamedTuple):
     """The number of the prompt's tokens that the state has seen. scores: with the last of them, if asked for."""

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 from xlstm_ray.engine.figures import BOUNDS, Figures, KeptStates, Spread, StepKind
-from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading, Usage
+from xlstm_ray.engine.request import End, Event, Piece, Queued, Reading
 from xlstm_ray.serve.limits import Account
 
 LONG_S = *BOUNDS, 10, 20, 40, 80, 160, 320, 640, 1280, 2560
@@ -174,7 +174,8 @@ class Track:
     def __init__(self, metrics: Metrics, account: Account, *, since: float, prompt: bool = True, answer: bool = True):
         self._metrics, self._since, self._prompt, self._answer = metrics, since, prompt, answer
         self._account, self._read = account, 0
-        self._queued = self._began = False
+        self._queued: Queued | None = None
+        self._began = False
         self._last: float | None = None  # time of the last token
 
     def __call__(self, event: Event) -> None:
@@ -182,11 +183,11 @@ class Track:
         metrics, now = self._metrics, perf_counter()
         if isinstance(event, Queued):
             metrics.waiting += 1
-            self._queued, self._read = True, event.resumed_tokens
+            self._queued, self._read = event, event.resumed_tokens
             return
         if not self._began:
             self._began = True
-            metrics.waiting -= self._queued
+            metrics.waiting -= self._queued is not None
             metrics.running += 1
         if isinstance(event, Piece) and event.token is not None:
             if self._last is None:
@@ -202,17 +203,16 @@ class Track:
         elif isinstance(event, End):
             self._ended(event, now)
 
-    def _looked_up(self, usage: Usage) -> None:
-        """Count what was found of the prompt. At its end: until its turn, others may have read its beginning."""
-        metrics, use = self._metrics, usage.cache
-        found = {use.tier or "none": use.hit_tokens, "state": usage.resumed_tokens - use.hit_tokens}
-        for source, tokens in {**found, "computed": usage.prompt_tokens - usage.resumed_tokens}.items():
+    def _looked_up(self, found: Queued) -> None:
+        metrics, use = self._metrics, found.use
+        states = {use.tier or "none": use.hit_tokens, "state": found.resumed_tokens - use.hit_tokens}
+        for source, tokens in {**states, "computed": found.prompt_tokens - found.resumed_tokens}.items():
             if tokens > 0:
                 metrics.count("prompt_tokens_by_source", tokens, source=source)
-        metrics.count("prompt_tokens", usage.prompt_tokens)
-        metrics.count("prompt_tokens_cached", usage.resumed_tokens)
+        metrics.count("prompt_tokens", found.prompt_tokens)
+        metrics.count("prompt_tokens_cached", found.resumed_tokens)
         if use.reason != "off":
-            metrics.count("prefix_cache_queries", usage.prompt_tokens)
+            metrics.count("prefix_cache_queries", found.prompt_tokens)
             metrics.count("prefix_cache_hits", use.hit_tokens)
             if use.reason is not None:
                 metrics.count("prefix_cache_miss", reason=use.reason.partition(" at ")[0])
@@ -220,8 +220,8 @@ class Track:
     def _ended(self, event: End, now: float) -> None:
         metrics, usage, reason = self._metrics, event.usage, event.finish.reason
         metrics.running -= 1
-        if self._prompt and self._queued:
-            self._looked_up(usage)
+        if self._prompt and self._queued is not None:
+            self._looked_up(self._queued.at_end(usage))
         if reason == "cancelled":
             metrics.count("cancelled", phase="prefill" if self._last is None else "decode")
         if self._answer and reason in ("stop", "length"):

@@ -4,10 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
 
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Reading, Request
-from xlstm_ray.engine.result import Use
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.limits import Account
@@ -56,32 +54,24 @@ class Ask:
         )
 
 
-class Found(NamedTuple):
-    """What was found of a prompt: its tokens, those that a state had already, and what the cache was to it."""
-
-    tokens: int
-    resumed: int
-    use: Use
-
-
 @dataclass
 class Used:
     """Tokens of the work so far. prompts: what was found of each. finished: why answers ended."""
 
     answer: int = 0
-    prompts: dict[int, Found] = field(default_factory=dict)
+    prompts: dict[int, Queued] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
     replica: str = ""  # of the first prompt, where there are several
 
     @property
     def prompt(self) -> int:
         """Tokens of all prompts."""
-        return sum(found.tokens for found in self.prompts.values())
+        return sum(found.prompt_tokens for found in self.prompts.values())
 
     @property
     def cached(self) -> int:
         """Those of them that a state had already."""
-        return sum(found.resumed for found in self.prompts.values())
+        return sum(found.resumed_tokens for found in self.prompts.values())
 
     def usage(self) -> dict[str, object]:
         """As a reply has it."""
@@ -178,12 +168,10 @@ class Work:
         def hear(event: Event) -> None:
             track(event)
             if first and isinstance(event, Queued):
-                self.used.prompts[number] = Found(event.prompt_tokens, event.resumed_tokens, event.use)
+                self.used.prompts[number] = event
                 self.used.replica = self.used.replica or event.replica
             elif first and isinstance(event, End) and number in self.used.prompts:
-                # More than at first, if others had read its beginning before its turn came.
-                usage = event.usage
-                self.used.prompts[number] = Found(usage.prompt_tokens, usage.resumed_tokens, usage.cache)
+                self.used.prompts[number] = self.used.prompts[number].at_end(event.usage)
             if isinstance(event, End):
                 self._desk.release(1)
                 self.used.finished.append(event.finish.reason)
