@@ -122,6 +122,15 @@ def test_help_answers_without_torch(tmp_path):
 COMMANDS = "prefill generate chat score download doctor config up status down parity bench plan".split()
 
 
+@pytest.mark.parametrize(
+    ("words", "place"), [(["plan"], " plan"), (["client", "ask", "--nope"], " client ask"), (["nope"], "")], ids=str
+)
+def test_a_word_that_is_wrong_names_the_help_of_its_command(run, words, place):
+    failed = run(*words)
+    assert failed.code == 2
+    assert failed.err.endswith(f"; see xlstm-ray{place} --help\n")
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_whole_at_80_columns(command, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

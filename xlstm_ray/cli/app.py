@@ -59,7 +59,8 @@ def main() -> None:
             tell("interrupted")
         sys.exit(code)
     except typer.TyperException as err:  # an unknown option, a word where a number is due
-        tell(f"error: {_usage_text(err)}; see xlstm-ray --help")
+        place = getattr(err, "ctx", None)  # the command whose words are wrong
+        tell(f"error: {_usage_text(err)}; see {place.command_path if place else 'xlstm-ray'} --help")
         sys.exit(2)
     except XlstmRayError as err:
         tell(f"{'' if isinstance(err, Interrupted) else 'error: '}{err}")
