@@ -152,7 +152,7 @@ class Session:
                         return ended_by
                 except KeyboardInterrupt:
                     show("", end="\n" if self.terminal else "")
-                    if not self.terminal or len(self._stop.signals) > 1 or self._stop.signals != [signal.SIGINT]:
+                    if not self.terminal or self._stop.signals != [signal.SIGINT]:
                         return self._stop
                     tell("Ctrl-C again, Ctrl-D or /exit leaves")
                 except (UsageError, StateError, OutputError) as error:
