@@ -35,6 +35,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 SELF = Path(__file__).resolve()
 
@@ -50,7 +51,6 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     """A random model in the Hugging Face layout, with a shard for each block; drawn on the GPU if there is one."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models
 
     sys.path.insert(0, str(SELF.parents[1]))
     from xlstm_ray.config import ModelConfig
@@ -84,7 +84,15 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
         save_file(tensors, directory / file, {"format": "pt"})
     index = {name: file for file, names in files.items() for name in names}
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(64)}, merges=[])).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer(args.vocab)))
+
+
+def tokenizer(vocabulary: int) -> dict[str, Any]:
+    """The demo model's tokenizer, with a word for each token more: whatever a random model says is a text."""
+    made = json.loads((SELF.parents[1] / "xlstm_ray" / "demo" / "tokenizer.json").read_text())
+    words = made["model"]["vocab"]
+    words |= {f"\u0120word{n}": n for n in range(len(words), vocabulary)}
+    return made
 
 
 # -- contestants: each returns a function of a token count that does one run -------------------------------------------

@@ -206,7 +206,7 @@ class Bench:
         end = lm.submit(self.request(lm, prompt, 1)).result()
         return time.perf_counter() - began, end.usage
 
-    def unique(self) -> None:
+    def unique(self) -> float:
         """One engine, whose cache is taken away for every second request: two engines differ by where memory is."""
         lm = self.engine(1, cache_mb=256)
         core = lm._core
@@ -232,6 +232,7 @@ class Bench:
         core.cache = caches["a cache"]
         off, on = sums.values()
         print(f"| all | {off * 1e3:.1f} | {on * 1e3:.1f} | {on / off:.3f} | |", flush=True)
+        return on / off
 
     def hit(self) -> None:
         lm = self.engine(1, cache_mb=256)
@@ -254,7 +255,7 @@ class Bench:
             flush=True,
         )
 
-    def http(self) -> None:
+    def http(self) -> dict[int, float]:
         from xlstm_ray.serve.options import Options
         from xlstm_ray.serve.server import Server
 
@@ -273,6 +274,7 @@ class Bench:
         text = "The capital of France is a city on a river, and its people have always said that " * 8
         prompt = lm.encode(text)[:64]
         print("\n| http, 64 tokens | submit: TTFT p50, p99 ms | over HTTP | p50 more |\n| --- | --- | --- | --- |")
+        added: dict[int, float] = {}
         for count, rounds in ((1, 40 * self.args.rounds), (many, 4 * self.args.rounds)):
             inside: list[float] = []
             over: list[float] = []
@@ -282,13 +284,15 @@ class Bench:
                 caller.stdin.flush()
                 over += json.loads(caller.stdout.readline())
             own, more = ([1e3 * percent(values, p) for p in (0.5, 0.99)] for values in (inside, over))
+            added[count] = more[0] - own[0]
             print(
-                f"| {count} at once | {own[0]:.1f}, {own[1]:.1f} | {more[0]:.1f}, {more[1]:.1f} "
-                f"| {more[0] - own[0]:.1f} |"
+                f"| {count} at once | {own[0]:.1f}, {own[1]:.1f} | {more[0]:.1f}, {more[1]:.1f} | {added[count]:.1f} |",
+                flush=True,
             )
         caller.stdin.close()
         caller.wait()
         server.close()
+        return added
 
     def memory(self) -> None:
         lm = self.engine(self.args.slots)
