@@ -3,16 +3,16 @@
 Ray imports an actor's class wherever a handle of it goes. A watchdog has handles and needs no torch, which would triple
 its memory: so the work is in shard.py, which only the actor itself imports.
 
-Calls run in four threads (Ray's concurrency groups): `compute` works on tiles, `transfer` brings results of finished
+Calls run in threads (Ray's concurrency groups): `compute` works on tiles, `transfer` brings results of finished
 tiles to the host while the next one computes, `snapshot` does so with states, which are larger, and `control` answers
-at any time.
+at any time. On cuda tokens have two threads, `token`: one launches a step while the other waits for the one before.
 """
 
 from typing import Any
 
 from xlstm_ray.actors.watchdog import ActorSample
 
-GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1}
+GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1, "token": 2}
 
 
 class ShardActor:

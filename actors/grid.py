@@ -5,7 +5,9 @@ run_ffn) -> Pipeline.result.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class RayExecutor:
     Raises UsageError if the grid does not fit on the cluster, and errors of actors that load.
     """
 
-    local = on_host = chooses = False
+    local = on_host = False
 
     def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         link = Link(ray)
@@ -41,7 +43,11 @@ class RayExecutor:
         self.watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self.watch, options)
         self.metrics = self.watch.metrics
-        self.parallel = len(layout)  # a stage each
+        cuda = torch.device(spec.device).type == "cuda"
+        # A stage each; on cuda two, since there a step computes for less than 2 ms, about as long as it travels.
+        self.parallel = len(layout) * (2 if cuda else 1)
+        one_band = len(layout[0]) == 1
+        self.chooses: Literal["no", "here", "there"] = "there" if one_band and (spec.graphs or not cuda) else "no"
         self._names = Names(self.recovery.free)
         try:
             self.placement.open()
@@ -80,7 +86,15 @@ class RayExecutor:
         return state
 
     def result(self) -> StepResult:
-        return self.recovery.result()
+        (state, step), result = self.recovery.result()
+        if step.choice is not None and result.tokens is not None:
+            choice, active = step.choice, step.start < step.end
+            choice.sampler.count(choice.slots[active], result.tokens[active].clamp(min=0))
+            there = partial(self.recovery.last_logits, state)
+            result = result._replace(
+                logits=None, logits_of=there if result.logits is None else result.logits.__getitem__
+            )
+        return result
 
     def forget(self) -> None:
         self.recovery.forget()

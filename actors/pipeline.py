@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_ray.actors.call import Call
 from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.placement import Placement, Seat
-from xlstm_ray.actors.shard import Call
 from xlstm_ray.actors.wire import from_wire, to_wire
 from xlstm_ray.layout import join_bands
 from xlstm_ray.runtime.executor import Step, StepResult
@@ -39,16 +39,17 @@ class Pipeline:
     def __init__(self, link: Link, placement: Placement):
         self._link, self._placement, self._stages = link, placement, placement.stages
         self._one_band = len(self._stages[0]) == 1
-        # Steps in flight. Two a stage: between two stages, too, a step travels while others are computed. With one more
-        # than there are stages, four GPUs waited a fifth of their time for steps on their way.
-        self.depth = 2 * len(self._stages)
+        self.depth = placement.depth
+        self._token_group = "token" if torch.device(placement.spec.device).type == "cuda" else "compute"
         self._epoch = 0
         self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call; the next one waits for it
+        self._tokens: dict[int, dict[int, Any]] = {}  # by seat and state: calls of tokens since then
 
     def reset(self) -> list[Any]:
         """Begin an epoch: actors drop all states, calls in flight are void. Returns a reference for each seat."""
         self._epoch += 1
         self._last.clear()
+        self._tokens.clear()
         return self._placement.each(self._placement.seats, "reset", self._epoch)
 
     def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
@@ -62,6 +63,12 @@ class Pipeline:
             for seat in self._placement.seats
         ]
 
+    def last_logits(self, number: int, row: int) -> list[Any]:
+        """A reference to the logits (vocabulary,) of this state's last step, whose tokens the last stage chose."""
+        seat = self._stages[-1][0]
+        ask = self._placement.call(seat, "last_logits", "logits of a row")
+        return [ask(self._epoch, number, row, *self._before(seat))]
+
     def logits(self, hidden: Tensor) -> list[Any]:
         """hidden (B, D) after the last block -> a reference to logits (B, vocabulary) float32."""
         return [self._placement.call(self._stages[-1][0], "logits", "logits")(to_wire(hidden))]
@@ -69,6 +76,10 @@ class Pipeline:
     def result(self, pending: Pending, values: list[Any]) -> StepResult:
         """The result of a step, from the values of its references. Its seconds are not known here."""
         (hidden, *more), *states = values
+        if pending.step.choice is not None:
+            tokens, state = from_wire(hidden, torch.int64).clone(), self.join(states) if states else None
+            logits = from_wire(more[0], torch.float32) if more else None
+            return StepResult(None, logits, 0.0, state, tokens=tokens, owner=pending.step.owner)
         logits = from_wire(more.pop(0), torch.float32) if pending.step.logits != "none" else None
         return StepResult(
             from_wire(hidden, self._placement.spec.dtype).clone(),
@@ -91,6 +102,7 @@ class Pipeline:
     def close(self) -> None:
         """Free all references: one that is freed after Ray has disconnected may end this process."""
         self._last.clear()
+        self._tokens.clear()
 
     def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
         if made.step is not None:
@@ -107,11 +119,13 @@ class Pipeline:
         for seat in self._placement.seats:
             done = self._placement.call(seat, method, method.replace("_", " "))
             ref = done(self._epoch, *args, *self._before(seat))
+            self._tokens.pop(seat.index, None)
             self._last |= {(seat.index, n): ref for n in range(1 if self._one_band else len(seat.shard.blocks))}
 
     def _before(self, seat: Seat) -> list[Any]:
         blocks = range(1 if self._one_band else len(seat.shard.blocks))
-        return list(dict.fromkeys(self._last[seat.index, n] for n in blocks if (seat.index, n) in self._last))
+        last = dict.fromkeys(self._last[seat.index, n] for n in blocks if (seat.index, n) in self._last)
+        return [*last, *self._tokens.get(seat.index, {}).values()]
 
     def _submit(self, made: Made, step: Step, drop: tuple[int, ...]) -> Pending:
         x: Any = to_wire(step.tokens)
@@ -127,22 +141,38 @@ class Pipeline:
             step.logits,
             drop,
             step.following and (to_wire(step.following.tokens), step.following.likeliest),
+            step.choice and step.choice.rows,
         )
+        through = self._through_bands
+        if self._one_band:
+            token = step.chunk_size == 1 and step.tokens.shape[1] == 1 and step.following is None
+            through = self._token_through if token else self._through_stage
         states = []
         for s, seats in enumerate(self._stages):
-            x = self._through_stage(seats[0], s, call, x) if self._one_band else self._through_bands(seats, s, call, x)
+            x = through(seats, s, call, x)
             if step.keep:
                 for seat in seats:
                     kept = self._placement.call(seat, "kept", f"state after {_tile(made.order)}", "snapshot")
-                    last_block = 0 if self._one_band else len(seat.shard.blocks) - 1
-                    states.append(kept(call, self._last[seat.index, last_block]))
+                    states.append(kept(call, *self._before(seat)))
         return Pending(made, step, x, states)
 
-    def _through_stage(self, seat: Seat, s: int, call: Call, x: Any) -> Any:
-        ask, tile = self._placement.call, _tile(call.number)
-        done = ask(seat, "run", f"{tile} stage {s}")(call, x, self._last.get((seat.index, 0)))
+    def _through_stage(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
+        (seat,), ask, tile = seats, self._placement.call, _tile(call.number)
+        done = ask(seat, "run", f"{tile} stage {s}")(call, x, *self._before(seat))
         self._last[seat.index, 0] = done
+        self._tokens.pop(seat.index, None)
         return ask(seat, "output", f"output of {tile} stage {s}", "transfer")(call, done)
+
+    def _token_through(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
+        """One call a stage. Steps of different states wait only for other work, so they pass through side by side."""
+        (seat,) = seats
+        tokens = self._tokens.setdefault(seat.index, {})
+        before = self._before(seat)
+        if not call.drop:  # what is dropped may be in use by a step of another state
+            before = [ref for ref in before if ref not in tokens.values() or ref is tokens.get(call.src)]
+        ask = self._placement.call(seat, "token", f"token {_tile(call.number)} stage {s}", self._token_group, results=2)
+        result, tokens[call.dst] = ask(call, x, *before)
+        return result
 
     def _through_bands(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
         ask, tile = self._placement.call, _tile(call.number)

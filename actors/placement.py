@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from math import prod
 from time import monotonic, sleep
 from typing import Any
@@ -60,6 +60,10 @@ class Placement:
             [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, shard)}", shard) for shard in shards]
             for s, shards in enumerate(layout)
         ]
+        # Steps in flight. Two a stage: between two stages, too, a step travels while others are computed. With one more
+        # than there are stages, four GPUs waited a fifth of their time for steps on their way.
+        self.depth = 2 * len(layout)
+        self.over_host: dict[int, str] = {}  # on cuda, by stage: why its results go to the next one over the host
         self.restarts = 0  # the number of actors that replaced another
         self._groups: list[Any] = []
 
@@ -209,6 +213,23 @@ class Placement:
             seat.node = sample.node
             seat.process = find(sample.process) if sample.machine == this_machine() else None
         self._load(seats)
+        if self._one_band and self.options.gpu_direct and torch.device(self.spec.device).type == "cuda":
+            self._hand_over(seats)
+
+    def _hand_over(self, seats: list[Seat]) -> None:
+        """Have stages leave their results in their GPUs where the next one can read them there."""
+        timeout_s = self.options.start_timeout_s
+        pairs = [(a, b) for ((a,), (b,)) in pairwise(self.stages) if a in seats or b in seats]
+        for sender, reader in pairs:
+            if sender.node != reader.node:
+                self.over_host[sender.index] = "the next stage is on another machine"
+                continue
+            offer = self.call(sender, "offer", "offer memory")()
+            (why,) = self._link.get([self.call(reader, "read", "read another GPU")(offer)], timeout_s)
+            if not why:
+                # One more than may be in flight, and one that is being written.
+                self._link.get(self.each([sender], "hand_over", self.depth + 2), timeout_s)
+            self.over_host[sender.index] = why
 
     def _load(self, seats: list[Seat]) -> None:
         timeout_s = self.options.load_timeout_s

@@ -12,6 +12,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xlstm_ray.actors.lineage import Lineage, Made
@@ -20,8 +21,9 @@ from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.pipeline import Pending, Pipeline
 from xlstm_ray.actors.placement import Placement
 from xlstm_ray.actors.watch import Watch
+from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, GridOutOfMemory, one_line
-from xlstm_ray.runtime.executor import StepResult
+from xlstm_ray.runtime.executor import Step, StepResult
 
 PRUNE_EVERY = 64  # states made between two prunings of the lineage
 
@@ -42,7 +44,7 @@ class Recovery:
         self._untold: set[int] = set()  # freed states that actors were not told to drop yet
         self._waiting: deque[Made] = deque()  # requests that actors have not got yet, or not again
         self._under_way: deque[Pending] = deque()
-        self._ready: deque[StepResult] = deque()  # results that nobody has fetched
+        self._ready: deque[tuple[tuple[int, Step], StepResult]] = deque()  # results that nobody has fetched
         self._orders = 0
         self._next_result = 0  # the order of the first step without a result; earlier ones are not wanted
         self._before = 0.0  # time of the last result, or of the request of the first step in flight
@@ -78,8 +80,8 @@ class Recovery:
         depth = self._pipeline.depth + bool(self._under_way and self._under_way[0].states)
         return len(self._under_way) + len(self._waiting) + len(self._ready) < depth
 
-    def result(self) -> StepResult:
-        """The result of the oldest step that was not fetched yet."""
+    def result(self) -> tuple[tuple[int, Step], StepResult]:
+        """The oldest step that was not fetched yet, with the number of the state after it; and its result."""
         while not self._ready:
             assert self._waiting or self._under_way, "no step is in flight"
             self._advance()
@@ -93,12 +95,20 @@ class Recovery:
     def save(self, state: int) -> dict[str, Tensor]:
         """A state's tensors."""
 
+        return self._pipeline.join(self._of_state(lambda: self._pipeline.state(state)))
+
+    def last_logits(self, state: int, row: int) -> Tensor:
+        """Logits (vocabulary,) of a row of this state's last step, whose tokens the last stage chose."""
+        (logits,) = self._of_state(lambda: self._pipeline.last_logits(state, row))
+        return from_wire(logits, torch.float32).clone()
+
+    def _of_state(self, ask: Callable[[], list[Any]]) -> list[Any]:
         def calls() -> list[Any]:
             while self._waiting:  # the states that it is made from
                 self._advance()
-            return self._pipeline.state(state)
+            return ask()
 
-        return self._pipeline.join(self.ask(calls))
+        return self.ask(calls)
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
         """Have all actors, and later their replacements, compile for windows of these sizes."""
@@ -160,7 +170,7 @@ class Recovery:
         if made.order >= self._next_result:
             self._next_result = made.order + 1
             self._failures = 0
-            self._ready.append(result)
+            self._ready.append(((made.state, step), result))
 
     def _take_freed(self) -> set[int]:
         """The states that nobody has any more, and that actors still have."""

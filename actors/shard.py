@@ -2,37 +2,40 @@
 
 Its calls run in the threads of actor.py. B batch, T tokens, D hidden size. On the wire a tensor is a numpy array, which
 Ray shares between the processes of a node without copying; bfloat16 travels as int16. What arrives is read-only and
-must never be written to.
+must never be written to. Between GPUs of one host only a Spot travels: the next stage reads from this one's GPU.
 """
 
 import gc
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock, get_ident, local
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xlstm_ray import hub
+from xlstm_ray.actors.call import Call, Done, Kept
+from xlstm_ray.actors.chooser import Chooser
+from xlstm_ray.actors.copies import Copies
+from xlstm_ray.actors.ring import Ring, Spot
 from xlstm_ray.actors.watchdog import ActorSample
 from xlstm_ray.actors.wire import Wire, from_wire, to_wire
 from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.errors import CheckpointError, UsageError
+from xlstm_ray.errors import CheckpointError, UsageError, one_line
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK, Asked, misfit
 from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
-from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.blocks import Kernels
 from xlstm_ray.runtime.canaries import require_sound
-from xlstm_ray.runtime.executor import Following, Step, Wanted
+from xlstm_ray.runtime.executor import Choice, Following, Step
 from xlstm_ray.runtime.graphs import Graphs
 from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
@@ -55,39 +58,6 @@ class WorkerSpec:
     graphs: bool = False  # decoding in place is captured
 
 
-class Call(NamedTuple):
-    """A call of a step. Calls of an old epoch do nothing: the states have changed since."""
-
-    epoch: int
-    number: int
-    src: int
-    dst: int
-    start: list[int]
-    end: list[int]
-    chunk_size: int
-    keep: bool
-    logits: Wanted
-    drop: tuple[int, ...]  # states that nobody has any more
-    following: tuple[Wire, int] | None  # as in Following
-
-
-Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
-
-
-class Done(NamedTuple):
-    """A tile's result on the device."""
-
-    result: tuple[Tensor, ...]
-    fence: Fence
-
-
-class Kept(NamedTuple):
-    """The blocks' states after a tile, on the device."""
-
-    blocks: list[AnyState | None]
-    fence: Fence
-
-
 class ShardWork:
     """Owns the weights and states of one shard.
 
@@ -100,12 +70,13 @@ class ShardWork:
     def __init__(self, spec: WorkerSpec, shard: Shard, name: str, *, one_band: bool):
         self.spec, self.shard, self.name, self.one_band = spec, shard, name, one_band
         self.epoch = 0
-        self.busy_since: float | None = None
+        self._own = local()  # what each thread has set up
+        self._calls: dict[int, float] = {}  # by thread: when its call began
         self._x: dict[int, Tensor] = {}  # a tile's residual stream between two of its calls
         self._done: dict[int, Done] = {}
         self._kept: dict[int, Kept] = {}
-        self._streams: dict[str, Any] = {}
-        self._set_up = False
+        self._ring: Ring | None = None  # to the next stage's GPU
+        self._launch = Lock()  # a token's step is launched by one thread at a time
 
     # -- compute -------------------------------------------------------------------------------------------------------
     def load(self) -> None:
@@ -113,6 +84,8 @@ class ShardWork:
         spec = self.spec
         self._threads()
         self.device = torch.device(spec.device)
+        self._copies = Copies(self.device, spec.dtype)
+        self._chooser = Chooser(spec.config.vocab_size, self.device)
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there[self.device.type]:
             raise UsageError(f"`device` is {spec.device!r}, but node {os.uname().nodename} has none")
@@ -161,9 +134,31 @@ class ShardWork:
 
     def reset(self, epoch: int) -> None:
         """Begin an epoch: drop all states and tiles."""
-        self.epoch = epoch
-        for tiles in (self._x, self._done, self._kept, self.worker.states):
-            tiles.clear()
+        with self._launch:
+            self.epoch = epoch
+            for tiles in (self._x, self._done, self._kept, self._chooser.logits, self.worker.states):
+                tiles.clear()
+        if self.device.type == "cuda":  # nobody may read any more what the next tiles write over
+            torch.cuda.synchronize(self.device)
+
+    def offer(self) -> Spot:
+        """The numbers 0 to 63 in this GPU's memory, for a stage that tries to read there."""
+        spot = Ring(1).put(torch.arange(64, device=self.device))
+        torch.cuda.synchronize(self.device)
+        return spot
+
+    def read(self, spot: Spot) -> str:
+        """Try to read what another stage offers. Returns why it cannot be read; empty if it can."""
+        self._copies.mapped.clear()
+        try:
+            right = torch.equal(self._copies.enter(spot).cpu(), torch.arange(64))
+        except RuntimeError as error:  # CUDA's
+            return one_line(error)
+        return "" if right else "another GPU's memory is read wrongly"
+
+    def hand_over(self, places: int) -> None:
+        """Leave results in this GPU's memory for the next stage, which reads them there. places: steps in flight."""
+        self._ring = Ring(places)
 
     def load_state(
         self, epoch: int, number: int, tensors: dict[str, Wire] | None, batch: int, drop: tuple[int, ...], *_after: None
@@ -190,7 +185,7 @@ class ShardWork:
             return None
         return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.save(number).items()})
 
-    def run(self, call: Call, x: Wire, _after: None) -> None:
+    def run(self, call: Call, x: Wire | Spot, *_after: None) -> None:
         """Run a tile through the whole stage, if one band has all heads. x: tokens (B, T) in the first stage."""
         if call.epoch == self.epoch:
             self._compute(self._run, call, x)
@@ -230,15 +225,30 @@ class ShardWork:
         done = self._done.pop(call.number, None)
         if call.epoch != self.epoch or done is None:
             return None
-        with self._beside(done.fence, "out"):
+        with self._copies.beside(done.fence, "out"):
             return self._hand_on(done.result)
 
-    def kept(self, call: Call, _after: None) -> dict[str, Wire] | None:
+    # -- tokens: launched in order by two threads, of which one waits for the device meanwhile -------------------------
+    def token(self, call: Call, x: Wire | Spot, *_after: None) -> tuple[Any, None]:
+        """A token of each row through the stage, if one band has all heads: as `run` and `output` in one call. After
+        the last stage, with call.rows: the tokens (B,) that it has chosen, alone."""
+        with self._launch:
+            if call.epoch != self.epoch:
+                return None, None
+            done = self._compute(self._stepped, call, x)
+        with self._copies.beside(done.fence, "out"):
+            return self._hand_on(done.result), None
+
+    def last_logits(self, epoch: int, number: int, row: int, *_after: None) -> Wire | None:
+        """Logits (vocabulary,) of a row, of the last step of this state, which chose its tokens here."""
+        return to_wire(self._chooser.logits[number][row]) if epoch == self.epoch else None
+
+    def kept(self, call: Call, *_after: None) -> dict[str, Wire] | None:
         """The state after this tile."""
         kept = self._kept.pop(call.number, None)
         if call.epoch != self.epoch or kept is None:
             return None
-        with self._beside(kept.fence, "state"):
+        with self._copies.beside(kept.fence, "state"):
             return {name: to_wire(part) for name, part in self.worker.named(kept.blocks).items()}
 
     # -- control -------------------------------------------------------------------------------------------------------
@@ -246,7 +256,7 @@ class ShardWork:
         """This actor's process, node, memory, and time in its present call."""
         import ray
 
-        since, device = self.busy_since, torch.device(self.spec.device)
+        since, device = min(self._calls.copy().values(), default=None), torch.device(self.spec.device)
         return ActorSample(
             this_process(),
             this_machine(),
@@ -262,30 +272,60 @@ class ShardWork:
         empty_cache(torch.device(self.spec.device))
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _run(self, call: Call, x: Wire) -> None:
+    def _run(self, call: Call, x: Wire | Spot) -> None:
         self._drop(call.drop)
-        if self.tokens is not None and call.chunk_size == 1:
-            self._done[call.number] = Done(self._token(self.tokens, call, x), self._fence())
-            return
-        hidden = self._enter(x)
-        move = self._move(call)
+        hidden = self._through(call, x)
+        if call.keep:  # blocks never write into an old state, so a reference keeps it
+            self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._copies.fence())
+        result = self._result(call, hidden)
+        self._done[call.number] = Done(self._left(result), self._copies.fence())
+
+    def _through(self, call: Call, x: Wire | Spot) -> Tensor:
+        """Through all blocks of the stage."""
+        hidden, move = self._enter(x), self._move(call)
         for n in range(len(self.shard.blocks)):
             hidden = self.worker.run_block(n, hidden, move)
-        if call.keep:  # blocks never write into an old state, so a reference keeps it
-            self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._fence())
-        self._done[call.number] = Done(self._result(call, hidden), self._fence())
+        return hidden
 
-    def _token(self, graphs: Graphs, call: Call, x: Wire) -> tuple[Tensor, ...]:
+    def _stepped(self, call: Call, x: Wire | Spot) -> Done:
+        self._drop(call.drop)
+        choice = self._chooser.choice(call.rows) if call.rows is not None and self.is_last else None
+        if self.tokens is not None:
+            result = self._by_graph(self.tokens, call, x, choice)
+        else:
+            result = self._result(call, self._through(call, x))
+            if choice is not None:
+                logits = self._chooser.logits[call.dst] = result[1].to(choice.sampler.device)
+                result = (self._chooser.pick(choice, logits),)
+        if call.keep:
+            states = list(self.worker.states[call.dst])
+            if self.tokens is not None:  # the next step writes over it
+                states = [state and tuple(part.clone() for part in state) for state in states]  # type: ignore[misc]
+            self._kept[call.number] = Kept(states, self._copies.fence())
+            if choice is not None:  # nobody makes this state again from the one before
+                result = (*result, self._chooser.logits[call.dst])
+        return Done(self._left(result), self._copies.fence())
+
+    def _by_graph(self, graphs: Graphs, call: Call, x: Wire | Spot, choice: Choice | None) -> tuple[Tensor, ...]:
         """A token of each row through the whole stage, as a CUDA graph if it is in place."""
-        host, in_place = from_wire(x, self.spec.dtype), call.src == call.dst
+        here = self._copies.enter(x) if isinstance(x, Spot) else from_wire(x, self.spec.dtype)
+        in_place = call.src == call.dst
         start, end = torch.tensor(call.start), torch.tensor(call.end)
         if not in_place:
             self.worker.take(call.dst, [(call.src, row) for row in range(len(start))])
-        outcome = graphs.step(call.dst, host, Step(host, start, end, 1, logits=call.logits, in_place=in_place))
+        step = Step(here, start, end, 1, logits=call.logits, in_place=in_place, choice=choice)
+        outcome = graphs.step(call.dst, here, step)
         if not self.is_last:
             return (outcome.x,)
+        if outcome.tokens is not None and outcome.logits is not None:
+            self._chooser.logits[call.dst] = outcome.logits
+            return (outcome.tokens,)
         hidden = outcome.x[:, 0]
         return (hidden,) if outcome.logits is None else (hidden, outcome.logits)
+
+    def _left(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Spot:
+        """A result, or where the next stage reads it."""
+        return result if self._ring is None or self.is_last else self._ring.put(result[0])
 
     def _run_mixer(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         self._drop(call.drop, n)
@@ -306,44 +346,30 @@ class ShardWork:
             del self._x[call.number]  # only the first band needs it later
         return to_wire(part)
 
-    def _enter(self, x: Wire) -> Tensor:
+    def _enter(self, x: Wire | Spot) -> Tensor:
         """The residual stream on the device, from tokens or from the stage before."""
-        host = from_wire(x, self.spec.dtype)
-        if self.device.type == "cuda":
-            stream = self._stream("in")  # another stream: does not wait for the tile that is being computed
-            with torch.cuda.stream(stream):
-                here = self._upload(host)
-            main = torch.cuda.current_stream()
-            main.wait_stream(stream)
-            here.record_stream(main)
-        else:
-            here = self._upload(host)
+        here = self._copies.enter(x)
         return self.worker.embed(here) if here.ndim == 2 else here
-
-    def _upload(self, host: Tensor) -> Tensor:
-        """Copy to the device; on cuda through pinned memory and without waiting."""
-        if self.device.type != "cuda":
-            return host.to(self.device)
-        return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self.device, non_blocking=True)
 
     def _add(self, x: Tensor, parts: tuple[Wire, ...]) -> Tensor:
         for part in parts:
-            x = x + self._upload(from_wire(part, self.spec.dtype))
+            x = x + self._copies.upload(from_wire(part, self.spec.dtype))
         return x
 
     def _drop(self, states: tuple[int, ...], n: int | None = None) -> None:
         for number in states:
             self.worker.free(number, n)
+            self._chooser.logits.pop(number, None)
 
     def _move(self, call: Call) -> Move:
-        start, end = (self._upload(torch.tensor(each)) for each in (call.start, call.end))
+        start, end = (self._copies.upload(torch.tensor(each)) for each in (call.start, call.end))
         return Move(call.src, call.dst, start, end, call.chunk_size)
 
     def _result(self, call: Call, x: Tensor) -> tuple[Tensor, ...]:
         if not self.is_last:
             return (x,)
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (self._upload(torch.tensor(call.end)) - 1).clamp(min=0)]
+        hidden = x[rows, (self._copies.upload(torch.tensor(call.end)) - 1).clamp(min=0)]
         result = [hidden]
         if call.logits != "none":
             result.append(self.worker.logits(hidden if call.logits == "last" else x))
@@ -352,37 +378,22 @@ class ShardWork:
             result += self.worker.logprobs(x, Following(from_wire(tokens, torch.int64), likeliest))
         return tuple(result)
 
-    def _hand_on(self, result: tuple[Tensor, ...]) -> Any:
+    def _hand_on(self, result: tuple[Tensor, ...] | Spot) -> Any:
+        if isinstance(result, Spot):
+            return result
         wires = tuple(to_wire(x) for x in result)
         return wires if self.is_last else wires[0]
 
     def _compute(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._threads()
-        self.busy_since = monotonic()
+        self._calls[get_ident()] = monotonic()
         try:
             return call(*args, **kwargs)
         finally:
-            self.busy_since = None
+            del self._calls[get_ident()]
 
     def _threads(self) -> None:
-        """torch's thread count is per thread and is compiled in: set it on the compute thread."""
-        if not self._set_up:  # there is one compute thread
+        """torch's thread count is per thread and is compiled in: set it on each thread that computes."""
+        if not hasattr(self._own, "threads"):
             torch.set_num_threads(self.spec.threads)
-            self._set_up = True
-
-    def _fence(self) -> Fence:
-        """An event after all work that was submitted to the device so far."""
-        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-
-    def _beside(self, fence: Fence, name: str) -> Any:
-        """On cuda: another stream for copies to the host, so that they wait for this tile and not for the next."""
-        if fence is None:
-            return nullcontext()
-        stream = self._stream(name)
-        fence.synchronize()
-        return torch.cuda.stream(stream)
-
-    def _stream(self, name: str) -> torch.cuda.Stream:
-        if name not in self._streams:
-            self._streams[name] = torch.cuda.Stream(self.device)
-        return self._streams[name]
+            self._own.threads = self.spec.threads

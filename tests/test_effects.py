@@ -30,9 +30,9 @@ VALUES: dict[str, Any] = {
     "overwrite": True, "profile": "high-memory-256gb", "stages": 2, "threads": 1, "ray_local_mode": False,
     "ray_autoshutdown": False, "ray_dashboard": True, "ray_dashboard_port": 9999, "ray_keep_alive": True,
     "ray_address": "10.0.0.1:1", "ray_token_path": Path("token"), "ray_state_dir": Path("heads"),
-    "ray_temp_dir": Path("/t"), "actors_per_device": 2, "journal": Path("j"), "journal_every": 3, "resume": Path("r"),
-    "cache_dir": Path("c"), "cache_memory_mb": 9, "cache_disk_mb": 9, "cache_every": 3, "cache_match": "nearest",
-    "states_mb": 5,
+    "ray_temp_dir": Path("/t"), "actors_per_device": 2, "gpu_direct": False, "journal": Path("j"), "journal_every": 3,
+    "resume": Path("r"), "cache_dir": Path("c"), "cache_memory_mb": 9, "cache_disk_mb": 9, "cache_every": 3,
+    "cache_match": "nearest", "states_mb": 5,
 }  # fmt: skip
 RAY = {"chunkwise_backend": "ray_compiled_steps", "ray_local_mode": False}
 RUNS: dict[str, dict[str, Any]] = {

@@ -184,7 +184,7 @@ def own_backend(config: ModelConfig) -> str | None:
 
 def choose_mode(settings: Settings, backend: Backend) -> Mode:
     """Where the workers run. Raises UsageError for settings that have no effect there."""
-    for_actors = "stages ray_address ray_token_path actors_per_device"
+    for_actors = "stages ray_address ray_token_path actors_per_device gpu_direct"
     if backend.executor != "ray":
         if not settings.ray_dashboard:  # with a dashboard there is a head, which has these settings
             for_actors += " ray_dashboard_port ray_keep_alive"
@@ -205,7 +205,7 @@ def choose_mode(settings: Settings, backend: Backend) -> Mode:
         dashboard_port=settings.ray_dashboard_port,
         keep_alive=settings.ray_keep_alive,
     )
-    for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None)):
+    for name, needed in (("ray_token_path", Mode.ATTACHED), ("actors_per_device", None), ("gpu_direct", None)):
         if getattr(settings, name) != table()[name].default and (mode is Mode.LOCAL or needed not in (None, mode)):
             raise UsageError(f"{settings.named(name)} has no effect in {mode} mode; leave it out")
     if mode is not Mode.MANAGED and not settings.ray_autoshutdown and "ray_autoshutdown" in settings.flags():
@@ -358,6 +358,7 @@ class ActorPlan(NamedTuple):
     threads: int  # torch's own threads
     cpus: float | None  # its request to Ray; None: a CPU for each thread
     per_device: int
+    gpu_direct: bool  # stages of one host pass tensors from GPU to GPU
     places: tuple[Reserved, ...] | None = None  # of each stage; None: where Ray puts it
 
 
@@ -369,12 +370,17 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
             f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
             "share by `threads`; leave it out"
         )
+    if not settings.gpu_direct and device.type != "cuda":
+        raise UsageError(
+            f"{settings.named('gpu_direct')} has no effect: it is for NVIDIA GPUs, and the grid's device is "
+            f"{device.type}; leave it out"
+        )
     threads, cpus = settings.threads, None
     if threads is None:
         threads = max(1, int(sum(there)) // actors) if on_cpu else 1
         if on_cpu and sum(int(n) for n in there) < actors:
             cpus = share_of_cpus(there, actors)  # actors take turns on CPUs
-    return ActorPlan(threads, cpus, settings.actors_per_device)
+    return ActorPlan(threads, cpus, settings.actors_per_device, settings.gpu_direct)
 
 
 def choose_head(settings: Settings, mode: Mode, actors: int, device: "torch.device") -> "HeadOptions | None":

@@ -180,6 +180,9 @@ class Running:
 
         executor = RayExecutor(ray, self._spec(plan, checkpoint), plan.layout, self._options(plan))
         self._watch = executor.watch
+        for stage, why in executor.placement.over_host.items():
+            if why:
+                self._on_note(f"stage {stage} passes its results on over the host's memory: {why}")
         return executor
 
     def _spec(self, plan: RunPlan, checkpoint: Checkpoint) -> "WorkerSpec":
@@ -217,6 +220,7 @@ class Running:
             actors_per_device=plan.actors.per_device,
             cpus=plan.actors.cpus,
             places=plan.actors.places,
+            gpu_direct=plan.actors.gpu_direct,
             on_event=self._events.append,
             **watched,
         )

@@ -133,6 +133,7 @@ class Settings(BaseSettings):
         env="XLSTM_RAY_TEMP_DIR",
     )
     actors_per_device: int = count("Actors that may share a GPU.", 1, high=64)
+    gpu_direct: bool = setting("On CUDA, stages of one host pass tensors from GPU to GPU, not over its memory.", True)
     journal: File = setting("Write snapshots of the run to this directory.", shown="none")
     journal_every: int | None = count("Tiles between snapshots.", shown="16; 64 on cuda")
     resume: File = setting("Go on from this directory's snapshots.", shown="none")

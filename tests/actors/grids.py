@@ -111,6 +111,25 @@ def scores_of(scores: Any) -> list[Any]:
     return json.loads(json.dumps([made and [made.logprob, made.likeliest] for made in scores]))
 
 
+ANSWERS = """
+from xlstm_ray.engine.request import Request
+from xlstm_ray.sampling import Sampling
+
+COLD, WARM = {"temperature": 0.8, "seed": 3}, {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "seed": 4}
+DRAWN = COLD, WARM, {}, {"min_tokens": 5}
+SHAPED = {"repetition_penalty": 1.3, "logit_bias": {5: 2.0}}, {"temperature": 0.7, "seed": 5, "logprobs": 2}
+
+def answers(lm, prompt, given):
+    asked = [Sampling(max_new_tokens=9 + 5 * n, **each) for n, each in enumerate(given)]
+    handles = [lm.submit(Request(prompt[n:90], sampling=each, keep=n != 2)) for n, each in enumerate(asked)]
+    ends = [handle.result(240) for handle in handles]
+    return [[end.tokens, end.state and end.state.digest()] for end in ends]
+
+def all_answers(lm, prompt):
+    return [answers(lm, prompt, given) for given in (DRAWN, SHAPED, (COLD, WARM, *SHAPED))]
+"""
+
+
 class InProcess(dict[int, dict[str, Any]]):
     """By heads a band: the queued backend's results, computed on first use, for one thread like actors."""
 
@@ -135,6 +154,10 @@ class InProcess(dict[int, dict[str, Any]]):
         found |= {"other": "".join(other), "other_after": other.state().digest()}
         found["kept"] = lm.prefill(PROMPT[:96]).state.digest()
         if heads == 4:
+            code: dict[str, Any] = {}
+            exec(ANSWERS, code)
+            lm.serve(slots=4, buckets=(4,))
+            found["mixed"] = code["all_answers"](lm, PROMPT)
             found["batch"] = lm.prefill([PROMPT[:77], PROMPT[:320]]).state.digest()
         torch.set_num_threads(os.cpu_count() or 1)
         self[heads] = found

@@ -16,7 +16,7 @@ import grids
 import psutil
 import pytest
 import torch
-from grids import CHUNK, PROMPT, TILE, head, home, in_process, model, models, resumed, script
+from grids import ANSWERS, CHUNK, PROMPT, TILE, head, home, in_process, model, models, resumed, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -128,6 +128,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     stages, heads = request.param
     text = (
         GRID
+        + f"    code = {{}}\n    exec({ANSWERS!r}, code)\n"
         + """
     say(nice=[seat.process.nice() for seat in executor.placement.seats])
     result = lm.prefill(prompt)
@@ -142,6 +143,8 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     asked = lm.prefill(prompt[:96], prompt_logprobs=2).prompt_logprobs[0]
     served = lm.submit(Request(prompt[:96], prompt_logprobs=2)).result(120).prompt_logprobs
     say(scores=[[made and [made.logprob, made.likeliest] for made in each] for each in (asked, served)])
+    if heads == "4":
+        say(mixed=code["all_answers"](lm, prompt))
 
     # Two states take turns, a third one is kept, and the prefill of a fourth is stopped.
     kept = lm.prefill(prompt[:96])
@@ -270,6 +273,14 @@ def test_decoding_in_the_grid_gives_the_same_text_and_state(grid, in_process):
     heads, found = grid
     assert (found["text"], found["after"]) == (in_process[heads]["text"], in_process[heads]["after"])
     assert found["rate"] > 0
+
+
+@pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])
+def test_tokens_that_the_last_stage_chooses_are_those_of_this_process(grid, in_process):
+    """With penalties or log-probabilities the driver chooses, since it has the counts and gets the logits."""
+    heads, found = grid
+    assert found["mixed"] == in_process[heads]["mixed"]
+    assert all(digest is not None for answers in found["mixed"] for n, (_, digest) in enumerate(answers) if n != 2)
 
 
 def test_states_that_are_worked_on_in_turn_equal_each_alone(grid, in_process):

@@ -20,9 +20,13 @@ from xlstm_ray.text.answer import Answer
 def require_finite(logits: Tensor, model: Path) -> None:
     """Raise CheckpointError if logits are NaN or infinite: no token can be chosen from them."""
     if not logits.sum(-1).isfinite().all():  # a sum keeps NaN and infinity, and needs no copy of all logits
-        raise CheckpointError(
-            f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
-        )
+        raise not_finite(model)
+
+
+def not_finite(model: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
+    )
 
 
 @dataclass

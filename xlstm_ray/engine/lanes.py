@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
@@ -43,10 +45,16 @@ class Lanes:
         result = executor.result()
         inbox = result.owner
         if isinstance(inbox, _Inbox) and inbox in self.inboxes:
-            inbox.results.append(result._replace(owner=None))
+            fetch = result.logits_of
+            mine = None if fetch is None else partial(self._in_turn, fetch)
+            inbox.results.append(result._replace(owner=None, logits_of=mine))
             inbox.due -= 1
             if not inbox.due:
                 self.inboxes.remove(inbox)
+
+    def _in_turn(self, fetch: Callable[[int], Tensor], row: int) -> Tensor:
+        with self.turn():
+            return fetch(row)
 
 
 class Lane:
@@ -68,7 +76,7 @@ class Lane:
         return self._lanes.executor.parallel
 
     @property
-    def chooses(self) -> bool:
+    def chooses(self) -> Literal["no", "here", "there"]:
         return self._lanes.executor.chooses
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:

@@ -113,9 +113,9 @@ class Usage:
 class End:
     """The last event. finish: why the answer ended; its reason is `stop` if only a prompt was read.
 
-    logits: (vocabulary,) float32, after the last token that was read. state: if `keep` was set; after a cancel in the
-    prompt, it resumes there. error: if the reason is `error`. prompt_logprobs: of each token that was read, after those
-    of the given state; None for a prompt's first one.
+    logits: (vocabulary,) float32, after the last token that was read; over actors, of an answer, only with `keep`.
+    state: if `keep` was set; after a cancel in the prompt, it resumes there. error: if the reason is `error`.
+    prompt_logprobs: of each token that was read, after those of the given state; None for a prompt's first one.
     """
 
     finish: Finish

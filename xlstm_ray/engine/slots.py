@@ -35,12 +35,18 @@ class Slots:
             self._tasks[task.slot] = None
             task.slot = None
 
-    def choice(self, places: Sequence[Task | None]) -> Choice | None:
-        """How an executor that chooses does so for a step of these rows; a place without a task is idle."""
+    def choice(self, places: Sequence[Task | None], *, there: bool) -> Choice | None:
+        """How an executor that chooses does so for a step of these rows; a place without a task is idle.
+
+        there: it can take only what Sampler.rows can say, and has no log-probabilities; else None.
+        """
         if self._sampler is None:
             return None
-        slots = [self._sampler.idle if task is None else task.slot for task in places]
-        return Choice(self._sampler, torch.tensor(slots))
+        if there and any(t is not None and t.answer and t.answer.sampling.logprobs is not None for t in places):
+            return None
+        slots = torch.tensor([self._sampler.idle if task is None else task.slot for task in places])
+        rows = self._sampler.rows(slots) if there else None
+        return None if there and rows is None else Choice(self._sampler, slots, rows)
 
     def chosen(
         self, tokens: Tensor, logits: Sequence[Tensor], tasks: Sequence[Task]

@@ -1,5 +1,6 @@
 """A request in the service."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -40,6 +41,7 @@ class Task:
     going: Going
     start: Snapshot  # where it starts from
     logits: Tensor | None = None  # (vocabulary,) after the whole prompt, and after each token of the answer
+    fetch: Callable[[], Tensor] | None = None  # brings them here, while they are where its last token was chosen
     windows: Reader | None = None  # reads its prompt; None before it has arrived
     made: float = field(default_factory=perf_counter)  # perf_counter time
     began: float | None = None
@@ -82,6 +84,11 @@ class Task:
         """Send an event to its handle, or to the handles of all its answers."""
         for task in self.answers or [self]:
             task.handle.tell(event)
+
+    def fetch_logits(self) -> None:
+        """Bring the logits after its last token here, if they stayed where its token was chosen."""
+        if self.fetch is not None:
+            self.logits, self.fetch = self.fetch(), None
 
     @property
     def total(self) -> int:

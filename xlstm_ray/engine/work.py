@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.decode import Made, require_finite
+from xlstm_ray.engine.decode import Made, not_finite, require_finite
 from xlstm_ray.engine.driver import Sizes, Snapshot
 from xlstm_ray.engine.figures import StepKind, Steps
 from xlstm_ray.engine.guard import MemoryGuard, Stop
@@ -249,16 +249,23 @@ class Work:
                 if size is not None:
                     self._core.warm_up(size, [1])
                 chooses = self._executor.chooses
-                batch.step(self._slots.choice(batch.places) if chooses else None)
+                batch.step(None if chooses == "no" else self._slots.choice(batch.places, there=chooses == "there"))
                 self._under_way.append(_Flight("decode", perf_counter(), partial(self._decoded, batch)))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
         batch.under_way = False
-        assert result.logits is not None
         active = [(n, task) for n, task in enumerate(batch.places) if task is not None]
         if not active:
             return
         logits, tasks, there = result.logits, [task for _, task in active], [n for n, _ in active]
+        if result.tokens is not None and result.logits_of is not None:
+            for n, task in active:
+                task.logits, task.fetch = None, partial(result.logits_of, n)
+            if (result.tokens[there] < 0).any():
+                raise not_finite(self._core.plan.model)
+            self._go_on(tasks, result.tokens[there].tolist(), [None] * len(tasks))
+            return
+        assert logits is not None
         if result.tokens is not None:
             # The step after this one is under way already: nothing here may wait for the device.
             chosen, rows = result.tokens[there], [logits[n] for n in there]
@@ -300,6 +307,7 @@ class Work:
     def _park(self, task: Task) -> None:
         """Move the task's state to the host and free its slot."""
         began = perf_counter()
+        task.fetch_logits()
         self._take_out(task)
         assert task.state is not None
         task.rows, task.state = self._core.states.rows(task.state, 1), None
@@ -328,6 +336,8 @@ class Work:
         """End a task with its last event, and forget it."""
         self._forget(task)
         keep = task.request.keep
+        if keep or task.fed > 0:
+            task.fetch_logits()
         self._take_out(task, keep=keep or task.fed > 0)
         task.keep_answer(self._core)
         state, answer = self._state_of(task) if keep else None, task.answer

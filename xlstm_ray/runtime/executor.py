@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.sampling.logprobs import Logprobs
-from xlstm_ray.sampling.sampler import Sampler
+from xlstm_ray.sampling.sampler import Rows, Sampler
 
 
 class StateRef:
@@ -71,6 +71,7 @@ class Choice(NamedTuple):
 
     sampler: Sampler
     slots: Tensor  # (B,) int64, on the CPU: of each row, the sampler's idle one for no row
+    rows: Rows | None = None  # what the sampler has for them, where the choice is made there
 
 
 class Step(NamedTuple):
@@ -99,12 +100,15 @@ def decoding_step(tokens: Sequence[int | None], *, in_place: bool = False, choic
 class StepResult(NamedTuple):
     """The results of a step, besides its state."""
 
-    hidden: Tensor  # (B, D) residual stream after the last block, of each row's last token in the window
+    # (B, D) residual stream after the last block, of each row's last token in the window; None if `choice` was set
+    hidden: Tensor | None
     logits: Tensor | None  # float32, if requested: (B, vocabulary) of that token, or (B, T, vocabulary) of all
     seconds: float  # since the previous result; since `submit` if no step was in flight
     state: dict[str, Tensor] | None = None  # after the step, on the CPU, if `keep` was set
     logprobs: Logprobs | None = None  # (B, T) and (B, T, likeliest), on the CPU, if `following` was set
     tokens: Tensor | None = None  # (B,) int64, on the CPU, if `choice` was set; -1 if the row's logits are not finite
+    # Where tokens came without their logits: a row's logits (vocabulary,), until the next step of this state.
+    logits_of: Callable[[int], Tensor] | None = None
     owner: object = None  # the step's
 
 
@@ -127,8 +131,9 @@ class Executor(Protocol):
         """The number of steps (of different states) that its workers can do at once."""
 
     @property
-    def chooses(self) -> bool:
-        """Whether it takes a Choice, and the sampler is on its device."""
+    def chooses(self) -> Literal["no", "here", "there"]:
+        """Whether it takes a Choice. here: of any rows, with the sampler itself. there: it takes a copy of the rows
+        along, so not of rows that need counts or biases."""
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         """Compile the functions for windows of these sizes and `batch` rows; size 1 is decoding."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class InProcessExecutor:
         graphs: bool = False,
     ):
         self.stages = stages
-        self.chooses = graphs
+        self.chooses: Literal["no", "here", "there"] = "here" if graphs else "no"
         steps = isinstance(stages[0][0].blocks[0], FoldedWeights) and len(stages[0]) == 1
         self._tokens = [Graphs(workers[0], capture=graphs) for workers in stages] if graphs or steps else []
         self.device = stages[0][0].device

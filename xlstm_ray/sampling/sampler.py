@@ -45,6 +45,15 @@ def needs_of(sampling: Sampling, vocabulary: int) -> Needs:
     )
 
 
+class Rows(NamedTuple):
+    """What chooses tokens of n rows elsewhere, as a Sampler has it at their positions: all but counts and biases."""
+
+    needs: Needs
+    numbers: Tensor  # (n, 5) float32
+    wholes: Tensor  # (n, 6) int64
+    ends: tuple[int, ...]
+
+
 class Sampler:
     """Chooses tokens for up to `slots` rows. A row's data is in its slot, in tensors on the device.
 
@@ -61,8 +70,9 @@ class Sampler:
         self._numbers = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]], device=device).repeat(slots + 1, 1)
         self._wholes = torch.tensor([[0, 0, 0, vocabulary, 1 << HALF, 0]], device=device).repeat(slots + 1, 1)
         self._moves = torch.tensor([0, 1, 1, 0, 0, 0], device=device)  # each token moves position and made by one
+        self.ends = tuple(token for token in ends if token < vocabulary)  # published lists may name others
         self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self._ends[[token for token in ends if token < vocabulary]] = True  # published lists may name others
+        self._ends[list(self.ends)] = True
         self._made: Tensor | None = None
         self._seen: Tensor | None = None
         self._bias: Tensor | None = None
@@ -112,6 +122,20 @@ class Sampler:
     def _set(self, slot: int, needs: Needs) -> None:
         self._of[slot] = needs
         self.needs = Needs(*map(max, zip(*self._of, strict=True)))
+
+    def rows(self, slots: Tensor) -> Rows | None:
+        """The rows in these slots (n,), to choose their tokens elsewhere; None if a row needs counts or biases."""
+        needs = Needs(*map(max, zip(Needs(), *(self._of[slot] for slot in slots if slot != self.idle), strict=True)))
+        if needs.counts or needs.bias:
+            return None
+        return Rows(needs, self._numbers[slots].cpu(), self._wholes[slots].cpu(), self.ends)
+
+    def set_rows(self, rows: Rows) -> None:
+        """Put these rows of another sampler into the first slots; its end tokens must be the same."""
+        n = len(rows.numbers)
+        self._numbers[:n].copy_(rows.numbers, non_blocking=True)
+        self._wholes[:n].copy_(rows.wholes, non_blocking=True)
+        self.needs = rows.needs
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
         """logits (n, vocabulary) float32, the rows' slots (n,) int64 -> their tokens (n,) int64. Counts the tokens."""

@@ -1,0 +1,43 @@
+"""A step as an actor sees it, and what it leaves there until somebody asks for it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from xlstm_ray.actors.copies import Fence
+from xlstm_ray.actors.ring import Spot
+from xlstm_ray.actors.wire import Wire
+from xlstm_ray.model import AnyState
+from xlstm_ray.runtime.executor import Wanted
+from xlstm_ray.sampling.sampler import Rows
+
+
+class Call(NamedTuple):
+    """A call of a step. Calls of an old epoch do nothing: the states have changed since."""
+
+    epoch: int
+    number: int
+    src: int
+    dst: int
+    start: list[int]
+    end: list[int]
+    chunk_size: int
+    keep: bool
+    logits: Wanted
+    drop: tuple[int, ...]  # states that nobody has any more
+    following: tuple[Wire, int] | None  # as in Following
+    rows: Rows | None  # of a token's step whose next tokens the last stage chooses
+
+
+class Done(NamedTuple):
+    """A tile's result on the device, or where the next stage reads it."""
+
+    result: tuple[Tensor, ...] | Spot
+    fence: Fence
+
+
+class Kept(NamedTuple):
+    """The blocks' states after a tile, on the device."""
+
+    blocks: list[AnyState | None]
+    fence: Fence

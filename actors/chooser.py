@@ -1,0 +1,31 @@
+"""Tokens that the last stage chooses, so that only they travel and not their logits."""
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.runtime.executor import Choice
+from xlstm_ray.runtime.graphs import NOT_FINITE
+from xlstm_ray.sampling.sampler import Rows, Sampler
+
+
+class Chooser:
+    """Chooses by what the driver's sampler has for the rows: on cuda on the device, else on the CPU, as the driver."""
+
+    def __init__(self, vocabulary: int, device: torch.device):
+        self._vocabulary, self._where = vocabulary, device if device.type == "cuda" else "cpu"
+        self._samplers: dict[tuple[int, tuple[int, ...]], Sampler] = {}  # by rows and end tokens: graphs have them
+        self.logits: dict[int, Tensor] = {}  # by state: those of its last step
+
+    def choice(self, rows: Rows) -> Choice:
+        """How to choose for these rows."""
+        key = len(rows.numbers), rows.ends
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(key[0], self._vocabulary, ends=rows.ends, device=self._where)
+        self._samplers[key].set_rows(rows)
+        return Choice(self._samplers[key], torch.arange(key[0]))
+
+    @staticmethod
+    def pick(choice: Choice, logits: Tensor) -> Tensor:
+        """Logits (B, vocabulary) -> tokens (B,); NOT_FINITE where a row's logits are not."""
+        chosen = choice.sampler.pick(logits, choice.slots)
+        return torch.where(logits.sum(-1).isfinite(), chosen, NOT_FINITE)

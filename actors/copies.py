@@ -1,0 +1,60 @@
+"""Copies between the host and the device of an actor, on cuda beside the work of the tile that is computed."""
+
+from contextlib import nullcontext
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_ray.actors.ring import Mapped, Spot
+from xlstm_ray.actors.wire import Wire, from_wire
+
+Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
+
+
+class Copies:
+    """Copies for one device. dtype: of the residual stream."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._device, self._dtype, self.mapped = device, dtype, Mapped()
+        self._streams: dict[str, Any] = {}
+        self._lock = Lock()
+
+    def enter(self, x: Wire | Spot) -> Tensor:
+        """Tokens, or a residual stream of the host or of another GPU, on this device."""
+        if self._device.type != "cuda":
+            assert not isinstance(x, Spot)
+            return self.upload(from_wire(x, self._dtype))
+        stream = self._stream("in")  # another stream: does not wait for the tile that is being computed
+        with torch.cuda.stream(stream):
+            here = self.mapped.view(x).clone() if isinstance(x, Spot) else self.upload(from_wire(x, self._dtype))
+        main = torch.cuda.current_stream()
+        main.wait_stream(stream)
+        here.record_stream(main)
+        return here
+
+    def upload(self, host: Tensor) -> Tensor:
+        """Copy to the device; on cuda through pinned memory and without waiting."""
+        if self._device.type != "cuda":
+            return host.to(self._device)
+        return (
+            torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self._device, non_blocking=True)
+        )
+
+    def fence(self) -> Fence:
+        """An event after all work that was submitted to the device so far."""
+        return torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+
+    def beside(self, fence: Fence, name: str) -> Any:
+        """On cuda: another stream for copies to the host, so that they wait for this tile and not for the next."""
+        if fence is None:
+            return nullcontext()
+        fence.synchronize()
+        return torch.cuda.stream(self._stream(name))
+
+    def _stream(self, name: str) -> torch.cuda.Stream:
+        with self._lock:
+            if name not in self._streams:
+                self._streams[name] = torch.cuda.Stream(self._device)
+            return self._streams[name]
