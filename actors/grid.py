@@ -35,6 +35,7 @@ class RayExecutor:
     """
 
     local = on_host = False
+    logits_on = torch.device("cpu")
 
     def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         link = Link(ray)

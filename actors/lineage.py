@@ -62,16 +62,20 @@ class Lineage:
 
         `drop` of each: states that may be freed before it, since no later one uses them and `states` lacks them.
         """
+        return _with_drops(self._left(states, results), set(states))
+
+    def _left(self, states: Collection[int], results: int) -> list[Made]:
         left, wanted = [], set(states)
         for made in reversed(self._made):
             if made.state in wanted or (made.step is not None and made.order >= results):
-                wanted = (wanted - {made.state}) | made.uses
+                wanted.discard(made.state)
+                wanted |= made.uses
                 left.append(made)
-        return _with_drops(left[::-1], set(states))
+        return left[::-1]
 
     def prune(self, states: Collection[int], results: int) -> None:
         """Forget everything that is no longer needed."""
-        self._made = [replace(made, drop=()) for made in self.needed(states, results)]
+        self._made = self._left(states, results)
         alive = {made.state for made in self._made}
         self._depth = {state: depth for state, depth in self._depth.items() if state in alive}
 

@@ -93,7 +93,7 @@ def this_project(c: ModelConfig, kind: str, B: int, made: dict) -> Run:
 
     def run() -> None:
         tokens = [1] * B
-        if not executor.chooses:
+        if executor.chooses == "no":
             for _ in range(STEPS):
                 executor.submit(state, decoding_step(tokens, in_place=True))
                 tokens = sampler.choose(executor.result().logits, slots.cuda()).tolist()

@@ -371,10 +371,7 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
             "share by `threads`; leave it out"
         )
     if not settings.gpu_direct and device.type != "cuda":
-        raise UsageError(
-            f"{settings.named('gpu_direct')} has no effect: it is for NVIDIA GPUs, and the grid's device is "
-            f"{device.type}; leave it out"
-        )
+        raise UsageError(f"{settings.named('gpu_direct')} is for NVIDIA GPUs; the grid's device is {device.type}")
     threads, cpus = settings.threads, None
     if threads is None:
         threads = max(1, int(sum(there)) // actors) if on_cpu else 1

@@ -184,3 +184,20 @@ def test_what_the_kernels_do_not_take_is_refused_by_name():
         xlstm_ray.load(device="cuda", chunk_size=32, tile_size=32, dtype="float8")
     with xlstm_ray.load(device="cuda", chunk_size=32, tile_size=32) as engine:
         assert engine.backend.name == "queued_compiled_chunks"
+
+
+def test_a_prompt_whose_state_is_kept_is_answered_beside_one_that_is_read(tmp_path):
+    """Logits of a kept state are on the host, and those of a prompt that was read are on the GPU."""
+    with xlstm_ray.load(**DEMO, cache_dir=tmp_path, cache_memory_mb=64) as engine:
+        engine.serve(slots=4, buckets=(4,))
+        for _ in range(3):
+            handles = [
+                engine.submit(Request(TEXT * n, sampling=Sampling(max_new_tokens=8, seed=1, temperature=0.9)))
+                for n in (20, 21)
+            ]
+            found = [handle.result(120) for handle in handles]
+        assert found[0].usage.cache.hit_tokens > 0
+    with xlstm_ray.load(**DEMO, cache_dir=tmp_path) as engine:  # the first request finds all of its prompt
+        engine.serve(slots=4, buckets=(4,))
+        again = engine.submit(Request(TEXT * 20, sampling=Sampling(max_new_tokens=8, seed=1, temperature=0.9)))
+        assert again.result(120).tokens == found[0].tokens

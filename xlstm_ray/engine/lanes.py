@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from xlstm_ray.engine.turn import Turn
@@ -74,6 +75,10 @@ class Lane:
     @property
     def parallel(self) -> int:
         return self._lanes.executor.parallel
+
+    @property
+    def logits_on(self) -> torch.device:
+        return self._lanes.executor.logits_on
 
     @property
     def chooses(self) -> Literal["no", "here", "there"]:

@@ -13,25 +13,22 @@ from xlstm_ray.sampling.sampler import Sampler
 
 
 class Slots:
-    """Chooses tokens for up to `count` tasks, each by its own parameters. ends: the end tokens."""
+    """Chooses tokens for up to `count` tasks, each by its own parameters, on this device. ends: the end tokens."""
 
-    def __init__(self, count: int, vocabulary: int, ends: Sequence[int]):
-        self._vocabulary, self._ends = vocabulary, ends
+    def __init__(self, count: int, vocabulary: int, ends: Sequence[int], device: torch.device):
         self._tasks: list[Task | None] = [None] * count
-        self._sampler: Sampler | None = None  # on the device of the first logits
+        self._sampler = Sampler(count, vocabulary, ends=ends, device=device)
 
     def take(self, task: Task) -> None:
         """Give the task a free slot."""
         task.slot = self._tasks.index(None)
         self._tasks[task.slot] = task
-        if self._sampler is not None:
-            self._put(self._sampler, task)
+        self._put(task)
 
     def give_back(self, task: Task) -> None:
         """Free the task's slot, if it has one."""
         if task.slot is not None:
-            if self._sampler is not None:
-                self._sampler.clear(task.slot)
+            self._sampler.clear(task.slot)
             self._tasks[task.slot] = None
             task.slot = None
 
@@ -40,8 +37,6 @@ class Slots:
 
         there: it can take only what Sampler.rows can say, and has no log-probabilities; else None.
         """
-        if self._sampler is None:
-            return None
         if there and any(t is not None and t.answer and t.answer.sampling.logprobs is not None for t in places):
             return None
         slots = torch.tensor([self._sampler.idle if task is None else task.slot for task in places])
@@ -59,19 +54,15 @@ class Slots:
 
     def choose(self, logits: Tensor, tasks: Sequence[Task]) -> tuple[list[int], list[Made | None]]:
         """logits (rows, vocabulary) float32 -> the tasks' next tokens, and log-probabilities if requested."""
-        if self._sampler is None:
-            self._sampler = Sampler(len(self._tasks), self._vocabulary, ends=self._ends, device=logits.device)
-            for task in filter(None, self._tasks):
-                self._put(self._sampler, task)
+        logits = logits.to(self._sampler.device)  # those of a kept state are on the host
         slots = torch.tensor([task.slot for task in tasks], device=logits.device)
         chosen = self._sampler.choose(logits, slots)
         counts = [task.answer.sampling.logprobs if task.answer else None for task in tasks]
         return chosen.tolist(), made_of(logits, chosen, counts)
 
-    @staticmethod
-    def _put(sampler: Sampler, task: Task) -> None:
+    def _put(self, task: Task) -> None:
         assert task.slot is not None
         assert task.answer is not None
         tokens, made = task.going.tokens, task.answer.tokens
         prompt = tokens.tokens if isinstance(tokens, Tail) else tokens[:]
-        sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)
+        self._sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)

@@ -52,7 +52,7 @@ class Work:
         self._decoded_at: float | None = None  # of the last decoding step, if its rows go on
         self.steps = Steps()
         self._held: Decode | Park | None = None  # the action that waits for a step in flight
-        self._slots = Slots(slots, core.plan.config.vocab_size, self._ends)
+        self._slots = Slots(slots, core.plan.config.vocab_size, self._ends, executor.logits_on)
         self.guard: MemoryGuard | None = None
         self.logs: RunLogs | None = None
         self._looked = 0.0  # perf_counter time of the last look at memory and helpers

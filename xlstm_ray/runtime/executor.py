@@ -131,6 +131,10 @@ class Executor(Protocol):
         """The number of steps (of different states) that its workers can do at once."""
 
     @property
+    def logits_on(self) -> torch.device:
+        """The device of the logits of steps."""
+
+    @property
     def chooses(self) -> Literal["no", "here", "there"]:
         """Whether it takes a Choice. here: of any rows, with the sampler itself. there: it takes a copy of the rows
         along, so not of rows that need counts or biases."""

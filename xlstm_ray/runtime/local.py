@@ -53,7 +53,7 @@ class InProcessExecutor:
         self.chooses: Literal["no", "here", "there"] = "here" if graphs else "no"
         steps = isinstance(stages[0][0].blocks[0], FoldedWeights) and len(stages[0]) == 1
         self._tokens = [Graphs(workers[0], capture=graphs) for workers in stages] if graphs or steps else []
-        self.device = stages[0][0].device
+        self.device = self.logits_on = stages[0][0].device
         self.on_host = self.device.type == "cpu"
         self._bands = len(stages[0])
         self._pool: ThreadPoolExecutor | None = None

@@ -125,7 +125,8 @@ class Sampler:
 
     def rows(self, slots: Tensor) -> Rows | None:
         """The rows in these slots (n,), to choose their tokens elsewhere; None if a row needs counts or biases."""
-        needs = Needs(*map(max, zip(Needs(), *(self._of[slot] for slot in slots if slot != self.idle), strict=True)))
+        taken = [self._of[slot] for slot in slots.tolist() if slot != self.idle]
+        needs = Needs(*map(max, zip(Needs(), *taken, strict=True)))
         if needs.counts or needs.bias:
             return None
         return Rows(needs, self._numbers[slots].cpu(), self._wholes[slots].cpu(), self.ends)
