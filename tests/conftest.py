@@ -28,6 +28,7 @@ import torch
 # Where there is no GPU, kernels in Triton's language run in its interpreter. Read where kernels are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+import programs  # noqa: F401 - it remembers the environment of now
 from metal.plugin import mps, simulator
 
 from xlstm_ray.cli.app import main

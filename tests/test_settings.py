@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
+from programs import PROGRAM
 from tiny import make_model
 
 from xlstm_ray import load
@@ -58,9 +60,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def program(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("xlstm-ray")), *map(str, words)]
+    command = [PROGRAM, *map(str, words)]
     env = {**os.environ, "COLUMNS": "200", **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    return programs.run(command, capture_output=True, text=True, timeout=60, env=env)
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
@@ -246,7 +248,7 @@ def test_a_variable_that_is_not_ours_is_told_once(variable):
 def test_a_python_program_is_told_of_each_variable_once():
     code = "import xlstm_ray; xlstm_ray.load(device='cpu', chunkwise_backend='native')"
     env = {**os.environ, **dict.fromkeys(NOT_OURS, "3")}
-    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    python = programs.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     for variable in NOT_OURS:
         assert python.stderr.count(f"the variable {variable} has no effect") == 1
 

@@ -11,16 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import psutil
 import pytest
 from conftest import Ran
+from programs import PROGRAM
 from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.text.template import PLAIN, Template
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
 MARKS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{{ '<bot>' if add_generation_prompt }}"
 
@@ -267,7 +268,7 @@ def test_at_the_prompt_ctrl_c_asks_once_and_ctrl_d_leaves(words):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_leave_keeps_the_conversation(words, tmp_path, number, code):
     command = [PROGRAM, *words, *ENDLESS, "--state-out", tmp_path / "end.state"]
-    with subprocess.Popen(
+    with programs.Popen(
         [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         process.stdin.write(b"Hello!\n")

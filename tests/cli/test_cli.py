@@ -23,9 +23,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from conftest import Ran
+from programs import PROGRAM
 from tiny import make_model
 
 import xlstm_ray
@@ -34,7 +36,6 @@ from xlstm_ray.choose import setup_of
 from xlstm_ray.cli import reporter
 from xlstm_ray.cli.keep import resume_command
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 PROMPT = "The time has come, the walrus said"
 KEYS = (
     "model device dtype dtype_reason backend prompt_tokens resumed_tokens tile_size chunk_size bands stages layout "
@@ -62,7 +63,7 @@ def options(model: Path) -> tuple[str, ...]:
 def start(*words: object, **how: Any) -> Iterator[subprocess.Popen[str]]:
     """The program in its own process, which ends with the test."""
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **how}
-    with subprocess.Popen([str(PROGRAM), *map(str, words)], **how) as process:
+    with programs.Popen([PROGRAM, *map(str, words)], **how) as process:
         try:
             yield process
         finally:
@@ -175,7 +176,7 @@ def test_short_options_are_the_long_ones(run, options, model, tmp_path):
 def test_completion_for_a_shell(tmp_path):
     def complete(how: str, **variables: str) -> str:
         env = {**os.environ, "HOME": str(tmp_path), "_XLSTM_RAY_COMPLETE": how, **variables}
-        return subprocess.run([str(PROGRAM)], capture_output=True, text=True, env=env, timeout=60).stdout
+        return programs.run([PROGRAM], capture_output=True, text=True, env=env, timeout=60).stdout
 
     assert complete("complete_bash", COMP_WORDS="xlstm-ray pre", COMP_CWORD="1").split() == ["prefill"]
     assert "_XLSTM_RAY_COMPLETE=complete_bash" in complete("source_bash")

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from conftest import Ran
+from programs import PROGRAM
 from tiny import make_model
 
 import xlstm_ray
@@ -24,7 +26,6 @@ from xlstm_ray.engine.journal import LOCK_FILE, Journal
 from xlstm_ray.errors import OutputError, StateError
 from xlstm_ray.files import STATE
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 60  # 56 tiles
 PLAIN: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 64, "chunk_size": 16}
 
@@ -57,7 +58,7 @@ def home(tmp_path: Path) -> dict[str, str]:
 
 @contextmanager
 def started(*command: object, **how: Any) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(
+    with programs.Popen(
         [PROGRAM, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
     ) as process:
         try:
@@ -198,7 +199,7 @@ LIMITED = """
 def limited(size: int, *command: object, env: dict[str, str]) -> Ran:
     """Run the program with a limit of `size` bytes for each file, which the file system does not show."""
     program = [sys.executable, "-c", textwrap.dedent(LIMITED), str(size), *map(str, command)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, env=env)
+    done = programs.run(program, capture_output=True, text=True, timeout=120, env=env)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -279,7 +280,7 @@ def test_two_runs_do_not_share_a_journal(words, home, digest, tmp_path):
         tiles_of(first, 2)
         first.send_signal(signal.SIGSTOP)  # it must not end before the others have seen it
         for option in ("--journal", "--resume"):
-            second = subprocess.run(
+            second = programs.run(
                 [PROGRAM, *map(str, command), option, journal], env=home, capture_output=True, text=True, timeout=120
             )
             assert second.returncode == 1
@@ -287,7 +288,7 @@ def test_two_runs_do_not_share_a_journal(words, home, digest, tmp_path):
         first.kill()
         first.wait()
     assert (journal / LOCK_FILE).exists()  # the killed run's lock blocks nobody
-    resumed = subprocess.run(
+    resumed = programs.run(
         [PROGRAM, *map(str, command), "--resume", journal, "--json"],
         env=home,
         capture_output=True,

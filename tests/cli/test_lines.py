@@ -12,14 +12,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
+from programs import PROGRAM
 from tiny import make_model
 
 import xlstm_ray
 from xlstm_ray.cli.lines import LOG_COLUMNS
 from xlstm_ray.files import LOG
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 NUMERICS = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16, "dtype": "float32"}
 TEXTS = [chr(97 + n) * (5 + 23 * n) for n in range(7)]
 ENDLESS = 10**7
@@ -48,7 +49,7 @@ def rows_of(out: str) -> list[dict[str, Any]]:
 
 
 def started(*command: object) -> subprocess.Popen[str]:
-    process = subprocess.Popen([PROGRAM, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = programs.Popen([PROGRAM, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     threading.Timer(100, process.kill).start()  # ends a test that waits for a line in vain
     return process
 
@@ -192,7 +193,7 @@ def test_over_the_hard_limit_what_is_in_work_ends_with_the_reason(words, tmp_pat
     command = [*words, "-f", path, "-n", 2, "--mem-poll-ms", 5, "--mem-log", tmp_path / "memory.csv"]
     program = [sys.executable, "-c", textwrap.dedent(OVER_THE_HARD_LIMIT), *map(str, command)]
     program += ["--stats-log", str(tmp_path / "log.csv")]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    done = programs.run(program, capture_output=True, text=True, timeout=100)
     assert done.returncode == 3
     reasons = [row["finish_reason"] for row in rows_of(done.stdout)]
     assert reasons[:4] == ["length"] * 4
@@ -216,7 +217,7 @@ def test_results_come_out_though_the_log_is_not_whole(words, tmp_path):
     path = file_of(tmp_path / "lines", ["a"] * 20)
     command = [*words, "-f", path, "-n", 1, "--stats-log", tmp_path / "log.csv"]
     program = [sys.executable, "-c", textwrap.dedent(FAILING), *map(str, command)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    done = programs.run(program, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert len(rows_of(done.stdout)) == 20
     assert re.search(r"^error: --stats-log .* is not whole \(File too large\)$", done.stderr, re.MULTILINE)

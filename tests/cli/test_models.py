@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 from hub import COMMIT, FILES, REPO, SHARDS, Hub, fetched, publish, serving
 from tiny import make_model
@@ -46,7 +47,7 @@ def program(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "xlstm_ray", *map(str, words)]
     env = environment(hub, home, **variables)
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
+    return programs.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=cwd)
 
 
 def test_a_model_by_its_name(hub, published, tmp_path):
@@ -75,7 +76,7 @@ def test_a_model_by_its_name(hub, published, tmp_path):
         f"import xlstm_ray; print(''.join(xlstm_ray.load('{REPO}@{COMMIT}').generate('The capital', max_new_tokens=3)))"
     )
     env = environment(hub, home, HF_HUB_OFFLINE="1")
-    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    python = programs.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
     assert python.stdout == row["text"] + "\n", python.stderr
     assert not hub.asked
 

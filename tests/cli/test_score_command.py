@@ -1,20 +1,21 @@
 """`score`: its table and JSON, runs that are stopped and killed, and mistakes."""
 
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
+from programs import PROGRAM
 from tiny import make_model
 
 import xlstm_ray
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
 TEXT = "To talk of many things: of shoes and ships and sealing-wax. é\n" * 12
 SUMS = "log_likelihood", "tokens", "words", "bytes", "bits_per_byte"
@@ -70,7 +71,7 @@ def test_files_pipes_and_several_texts(run, words, text, whole, tmp_path):
 
 
 def test_a_pipe_is_a_text(words, whole):
-    done = subprocess.run([*map(str, (PROGRAM, *words, "-f", "-", "--json"))], input=TEXT.encode(), capture_output=True)
+    done = programs.run([*map(str, (PROGRAM, *words, "-f", "-", "--json"))], input=TEXT.encode(), capture_output=True)
     assert sums(json.loads(done.stdout)) == whole
 
 
@@ -87,8 +88,8 @@ def test_a_score_that_was_stopped_or_killed_goes_on_to_the_same_sums(words, run,
     (tmp_path / "other").write_text("one two")
     files = ("-f", text) if journal else ("-f", tmp_path / "other", "-f", text)
     command = [*map(str, (PROGRAM, *words, *files, "--json", "--progress", "ndjson", *more))]
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{PROGRAM.parent}:/usr/bin:/bin"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{PROGRAM.parent}:/usr/bin:/bin"}
+    with programs.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         after(process, 5)
         process.send_signal(signal.SIGKILL if journal else signal.SIGINT)
         out, err = process.communicate(timeout=100)

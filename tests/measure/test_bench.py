@@ -10,12 +10,13 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+import programs
 import psutil
 import pytest
 from conftest import Ran
+from programs import PROGRAM
 from tiny import make_model
 
-PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 BACKENDS = ("native", "ray_compiled_chunks")  # the second in local mode
 
 
@@ -29,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(*words: object, code: int = 0, **environment: str) -> str:
     """Its standard output, or its error line."""
     env = {**os.environ, **environment}
-    done = subprocess.run([PROGRAM, "bench", *map(str, words)], capture_output=True, text=True, timeout=120, env=env)
+    done = programs.run([PROGRAM, "bench", *map(str, words)], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == code, done.stderr
     if code:
         assert done.stdout == ""
@@ -136,7 +137,7 @@ def test_notes_of_a_child_are_told(model: Path, run: Callable[..., Ran], monkeyp
 
 def test_ctrl_c_leaves_no_child(model: Path) -> None:
     words = ["--model", model, "--device", "cpu", "--lengths", "200000", "--backends", "native", "--rounds", "1"]
-    process = subprocess.Popen([PROGRAM, "bench", *map(str, words)], stderr=subprocess.PIPE, text=True)
+    process = programs.Popen([PROGRAM, "bench", *map(str, words)], stderr=subprocess.PIPE, text=True)
     watched = psutil.Process(process.pid)
     while not (children := watched.children()):
         assert process.poll() is None

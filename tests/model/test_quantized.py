@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -301,7 +302,7 @@ def test_memory_is_what_was_computed(tmp_path):
 # -- the command -------------------------------------------------------------------------------------------------------
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "xlstm_ray", "quantize", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return programs.run(line, capture_output=True, text=True, timeout=120)
 
 
 def test_a_broken_run_goes_on_and_nothing_half_written_is_there(tmp_path):
@@ -309,7 +310,7 @@ def test_a_broken_run_goes_on_and_nothing_half_written_is_there(tmp_path):
     out, parts = tmp_path / "out", tmp_path / ".out.parts"
     words = [tmp_path / "plain", out, "--bits", "4"]
     line = [sys.executable, "-m", "xlstm_ray", "quantize", *map(str, words)]
-    with subprocess.Popen(line, stderr=subprocess.PIPE) as process:
+    with programs.Popen(line, stderr=subprocess.PIPE) as process:
         while len(list(parts.glob("*.safetensors"))) < 3:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.001)

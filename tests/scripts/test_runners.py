@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
 from hub import COMMIT, CUT_AT, FILES, REPO, SHARDS, Hub, fetched, publish, serving
 from tiny import make_model
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: str, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / script), *map(str, words)]
     env = {**os.environ, "PYTORCH_ENABLE_MPS_FALLBACK": "0", "XLSTM_CHUNKWISE_BACKEND": "native", **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return programs.run(command, capture_output=True, text=True, timeout=120, env=env)
 
 
 # -- a local checkpoint ------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def have(hub: Hub, home: Path, *, offline: bool) -> Path:
     """Only the download, in its own process: huggingface_hub reads its environment once."""
     code = f"from xlstm_ray.hub import download; print(download({REPO!r}, offline={offline}))"
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = programs.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
+import programs
 import pytest
 from tiny import make_model
 
@@ -115,11 +116,11 @@ def reading_line(stream: IO[str], pattern: str, said: list[str] | None = None) -
 
 
 @contextmanager
-def serving(*words: object, **variables: str) -> Iterator[Running]:
-    """`xlstm-ray serve` at a free port, when it is ready."""
+def serving(*words: object, start: type[subprocess.Popen] = programs.Popen, **variables: str) -> Iterator[Running]:
+    """`xlstm-ray serve` at a free port, when it is ready. start: `subprocess.Popen` for tests of resident memory."""
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, words)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     errors: list[str] = []
     assert process.stderr is not None
     assert process.stdout is not None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from services import WORDS, model, reading_line, serving, serving_here
 from test_documents import BOOK, LONG, QUESTION, parts, saved
@@ -185,7 +186,7 @@ def test_where_there_is_no_room_it_waits_and_says_so(run, model, monkeypatch):
 def process(*words: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "xlstm_ray", "client", *map(str, words)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes)
+    return programs.Popen(command, text=True, **pipes)
 
 
 def test_an_interrupt_leaves_the_service_reading(service, client):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _limit(folder: Path, mb: int) -> Path:
 
 def test_by_default_it_is_a_part_of_what_is_free(model: Path, run: Callable[..., Ran]) -> None:
     config = _limit(model.parent, 1200)
-    with serving("--model", model, *WORDS, "--config", config) as service:
+    with serving("--model", model, *WORDS, "--config", config, start=subprocess.Popen) as service:
         most = service.ask("/load").json["documents"]["most"]
         need = parts("".join(service.errors))
     assert 100 * MIB < most < 300 * MIB  # of 1,200, the program has some hundreds

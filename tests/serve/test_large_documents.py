@@ -3,6 +3,7 @@
 import http.client
 import json
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def peak_of_a_small_one(service: Running) -> int:
 def test_a_text_of_any_size_takes_no_memory_and_outlives_a_kill(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "documents"
     words = ["--model", model, *WORDS, "--cache-dir", tmp_path / "cache"]
-    with serving(*words) as service:
+    with serving(*words, start=subprocess.Popen) as service:
         before = peak_of_a_small_one(service)
         status, said = send(service, "/v1/states?id=large", text(LARGE * MIB))
         assert (status, said["id"], said["status"], said["tokens_total"]) == (202, "large", "queued", None)
@@ -81,7 +82,7 @@ def test_a_text_of_any_size_takes_no_memory_and_outlives_a_kill(model: Path, tmp
         assert peak(service) - before < FLAT
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".lock", ".text"]
-    with serving(*words) as service:
+    with serving(*words, start=subprocess.Popen) as service:
         until(lambda: info(service, "large")["tokens_done"] > 300)
         found = info(service, "large")
         assert (found["status"], found["characters_done"]) == ("reading", None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import programs
 import pytest
 from services import WORDS, model, serving, serving_here
 
@@ -144,7 +145,7 @@ def test_replicas_that_cannot_be_are_one_line(run, words, says):
 def test_replicas_take_the_folder_of_their_heads_records(model, tmp_path):
     words = ["--model", model, *WORDS, "--replicas", 2, "--ray-state-dir", tmp_path, "--ray-address", "127.0.0.1:1"]
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, words)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = programs.run(command, capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: nothing answers at --ray-address 127.0.0.1:1")
 

@@ -1,0 +1,134 @@
+"""Programs of ours in processes of their own, quickly: `Popen` and `run` as those of `subprocess`.
+
+An import of torch takes two seconds of a core, and hundreds of tests start a program. So one process does the imports
+(tests/zygote.py), and programs are forks of it. Everything else is a process's own: pid, signals, files, folder,
+environment, exit code. Tests of what forks share (imports, start-up, resident memory) use `subprocess`. A program with
+other variables that libraries read when they are imported is started as usual, and so are all of them where the
+environment has TESTS_WARM=0.
+"""
+
+import inspect
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(sys.executable).with_name("xlstm-ray")
+WARM = sys.platform == "linux" and os.environ.get("TESTS_WARM") != "0"
+AT_START = dict(os.environ)
+# Variables that nothing reads that is imported before the fork.
+FREE = re.compile(
+    r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_CACHE_DIR|TORCHDYNAMO_DISABLE|PYTORCH_ENABLE_MPS_FALLBACK|"
+    r"(XLSTM|XDG|HF|RAY|PYTEST)_\w+"
+)
+
+
+@cache
+def zygote() -> socket.socket:
+    """A socket to the process that forks programs. The process ends with this one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(theirs.fileno())]
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    zygote.process = subprocess.Popen(command, env=AT_START, pass_fds=[theirs.fileno()], **files)  # type: ignore
+    theirs.close()
+    return ours
+
+
+def words_of(args: Any) -> list[str] | None:
+    """What comes after `python` on a command line of a program that can be forked."""
+    if isinstance(args, str | bytes):
+        return None
+    first, *rest = map(os.fsdecode, args)
+    if first == sys.executable and rest and (rest[0] in ("-c", "-m") or rest[0].endswith(".py")):
+        return rest
+    return [first, *rest] if first == str(PROGRAM) else None
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, whose process may be a fork of the zygote."""
+
+    _told: socket.socket | None = None  # where the fork that waits for the program tells of it
+
+    def _execute_child(self, *given: Any, **named: Any) -> None:  # type: ignore[override]
+        how = inspect.signature(subprocess.Popen._execute_child).bind(self, *given, **named).arguments  # type: ignore
+        words = words_of(how["args"])
+        env = {os.fsdecode(key): os.fsdecode(value) for key, value in (how["env"] or os.environ).items()}
+        other = {key for key, _ in env.items() ^ AT_START.items() if not FREE.fullmatch(key)}
+        plain = not (how["preexec_fn"] or how["pass_fds"] or how["shell"] or how["executable"]) and how["close_fds"]
+        if not WARM or words is None or other or not plain:
+            super()._execute_child(*given, **named)  # type: ignore
+            return
+        request = {
+            "words": words,
+            "env": env,
+            "cwd": os.path.abspath(how["cwd"] or "."),
+            "session": how["start_new_session"],
+        }
+        asked = os.memfd_create("request")
+        os.write(asked, json.dumps(request).encode())
+        os.lseek(asked, 0, os.SEEK_SET)
+        ends = [how[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        standard = [place if end == -1 else end for place, end in enumerate(ends)]
+        self._told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(zygote(), [b"x"], [theirs.fileno(), asked, *standard])
+        theirs.close()
+        os.close(asked)
+        self.pid = int(self._told.recv(99))
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(how[name] for name in pipes))  # type: ignore
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if self._told is None:
+            return super()._try_wait(wait_flags)  # type: ignore
+        if wait_flags & os.WNOHANG and not select.select([self._told], [], [], 0)[0]:
+            return 0, 0
+        status = int(self._told.recv(99))
+        self._told.close()
+        return self.pid, status
+
+    def _internal_poll(self, *given: Any, **named: Any) -> int | None:
+        if self._told is None:
+            return super()._internal_poll(*given, **named)  # type: ignore
+        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore
+            try:
+                if self.returncode is None:
+                    pid, status = self._try_wait(os.WNOHANG)
+                    if pid:
+                        self._handle_exitstatus(status)  # type: ignore
+            finally:
+                self._waitpid_lock.release()  # type: ignore
+        return self.returncode
+
+
+def run(
+    args: Sequence[object],
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **how: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run`, by `Popen` of here."""
+    if input is not None:
+        how["stdin"] = subprocess.PIPE
+    if capture_output:
+        how["stdout"] = how["stderr"] = subprocess.PIPE
+    with Popen(args, **how) as process:
+        try:
+            out, err = process.communicate(input, timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
