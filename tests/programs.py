@@ -23,6 +23,7 @@ from typing import Any
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 WARM = sys.platform == "linux" and os.environ.get("TESTS_WARM") != "0"
 AT_START = dict(os.environ)
+CHECKOUT = "PYTHONPATH", str(Path(__file__).parents[1])  # a fork imports from there too
 # Variables that nothing reads that is imported before the fork.
 FREE = re.compile(
     r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_CACHE_DIR|TORCHDYNAMO_DISABLE|PYTORCH_ENABLE_MPS_FALLBACK|"
@@ -60,7 +61,7 @@ class Popen(subprocess.Popen):
         how = inspect.signature(subprocess.Popen._execute_child).bind(self, *given, **named).arguments  # type: ignore
         words = words_of(how["args"])
         env = {os.fsdecode(key): os.fsdecode(value) for key, value in (how["env"] or os.environ).items()}
-        other = {key for key, _ in env.items() ^ AT_START.items() if not FREE.fullmatch(key)}
+        other = {item for item in env.items() ^ AT_START.items() if not FREE.fullmatch(item[0]) and item != CHECKOUT}
         plain = not (how["preexec_fn"] or how["pass_fds"] or how["shell"] or how["executable"]) and how["close_fds"]
         if not WARM or words is None or other or not plain:
             super()._execute_child(*given, **named)  # type: ignore

@@ -40,7 +40,8 @@ def both(args: list[Any], **how: Any) -> list[subprocess.CompletedProcess[str]]:
 def test_a_fork_has_what_a_new_process_has(form: str, unbuffered: str, tmp_path: Path) -> None:
     (tmp_path / "facts.py").write_text(FACTS)
     words = ["-c", FACTS] if form == "-c" else [str(tmp_path / "facts.py")]
-    env = {**os.environ, "HOME": str(tmp_path), "PYTHONUNBUFFERED": unbuffered}
+    variables = {"HOME": str(tmp_path), "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": programs.CHECKOUT[1]}
+    env = {**os.environ, **variables}
     how = {"input": "some text", "cwd": tmp_path, "env": env, "start_new_session": True}
     started, forked = both([sys.executable, *words, "two words", "\u00e4"], **how)
     assert json.loads(forked.stdout) == json.loads(started.stdout)
@@ -87,7 +88,7 @@ def test_signals_arrive_and_what_is_told_of_the_process_is_right() -> None:
 
 def test_a_fork_comes_with_torch_and_with_nothing_that_reads_its_own_variables() -> None:
     code = "import sys; print(*sorted({'torch', 'numpy', %r} & set(sys.modules)))"
-    for name in ("huggingface_hub", "ray", "rich", "transformers", "torch._dynamo", "torch._inductor"):
+    for name in ("huggingface_hub", "grpc", "ray", "rich", "transformers", "torch._dynamo", "torch._inductor"):
         done = programs.run([sys.executable, "-c", code % name], capture_output=True, text=True, check=True)
         assert done.stdout == "numpy torch\n"
 

@@ -69,6 +69,7 @@ def become(request: dict[str, Any], standard: list[int]) -> None:
 
 def run(words: list[str]) -> None:
     """As Python does by these words, in this process."""
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if words[0] == "-c":
         sys.argv, sys.path[:0] = ["-c", *words[2:]], [""]
         main = sys.modules["__main__"] = ModuleType("__main__")

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import programs
 import psutil
 import pytest
 import torch
@@ -46,7 +47,7 @@ def as_in_actors() -> AbstractContextManager[object]:
 
 def script(home: Path, text: str, *arguments: object) -> list[Any]:
     """Run a text as a Python program; returns the JSON lines that it prints."""
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
         env=environment(home),
         stdout=subprocess.PIPE,
@@ -62,7 +63,7 @@ def program(*words: object) -> list[str]:
 
 
 def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(program(*words), env=environment(home), capture_output=True, text=True, timeout=240)
+    return programs.run(program(*words), env=environment(home), capture_output=True, text=True, timeout=240)
 
 
 def after_tiles(
@@ -72,7 +73,7 @@ def after_tiles(
 
     The run stands still during `act`: it may be at its end before the act is.
     """
-    run = subprocess.Popen(
+    run = programs.Popen(
         program(*words, "--progress", "ndjson"),
         env=environment(home) | {name: str(value) for name, value in variables.items()},
         stdout=subprocess.PIPE,

@@ -181,17 +181,21 @@ def test_a_small_model_on_a_large_gpu_waits_for_its_calls() -> None:
     assert planned(DEMO_MODEL, "h100", 16 * 4096).seconds == pytest.approx(16 * 4 * 0.75e-3)  # tiles x blocks
 
 
-# Only absurd timings fail here: other work on this machine may cost a factor of 1.5. --check is stricter.
+# Only absurd timings fail here, and only if they are absurd each time: other work may come in the middle of one.
 def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = planned(DEMO_MODEL, "this", 4096, tile_size=64)  # which the README's example compiles too
-    assert found.device.rate(torch.bfloat16) > 1e9
-    assert found.device.bandwidth > 1e8
     monkeypatch.setattr(estimate, "FACTOR", 1.0)  # narrower than any run can be
-    with pytest.raises(EstimateError, match="beyond a factor of 1.0") as refused:
-        estimate.check(found, print)
-    ((measured, ratio),) = re.findall(r"measured +([\d,]+) tokens/s.*; estimated ([\d.]+) of it", str(refused.value))
-    assert 1 / 8 < found.tok_s / int(measured.replace(",", "")) < 8
-    assert 1 / 8 < float(ratio) < 8
+
+    def is_near() -> bool:
+        found = planned(DEMO_MODEL, "this", 4096, tile_size=64)  # which the README's example compiles too
+        assert found.device.rate(torch.bfloat16) > 1e9
+        assert found.device.bandwidth > 1e8
+        with pytest.raises(EstimateError, match="beyond a factor of 1.0") as refused:
+            estimate.check(found, print)
+        pattern = r"measured +([\d,]+) tokens/s.*; estimated ([\d.]+) of it"
+        ((measured, ratio),) = re.findall(pattern, str(refused.value))
+        return 1 / 8 < found.tok_s / int(measured.replace(",", "")) < 8 and 1 / 8 < float(ratio) < 8
+
+    assert any(is_near() for _ in range(5))
 
 
 @pytest.mark.parametrize(

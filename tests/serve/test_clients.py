@@ -90,14 +90,22 @@ def test_openais_client_understands_what_is_wrong(service, client):
 
 
 def test_openais_client_comes_again_when_there_is_no_room(service, client):
-    busy = [client.completions.create(model="tiny", prompt="b", max_tokens=300, stream=True) for _ in range(2)]
+    endless = {"model": "tiny", "prompt": "b", "max_tokens": 4000, "stream": True}
+    busy = [client.completions.create(**endless) for _ in range(2)]
     with pytest.raises(openai.InternalServerError) as full:
         client.completions.create(model="tiny", prompt="a")
     assert (full.value.status_code, full.value.code) == (503, "full")
-    patient = client.with_options(max_retries=30)
-    assert patient.completions.create(model="tiny", prompt="a", max_tokens=2).choices[0].finish_reason == "length"
-    for stream in busy:
-        stream.close()
+    seen = []
+
+    def make_room(response: object) -> None:
+        seen.append(response.status_code)
+        for stream in busy:
+            stream.close()
+
+    with openai.DefaultHttpxClient(event_hooks={"response": [make_room]}) as http:
+        patient = client.with_options(max_retries=30, http_client=http)
+        assert patient.completions.create(model="tiny", prompt="a", max_tokens=2).choices[0].finish_reason == "length"
+    assert (seen[0], seen[-1]) == (503, 200)
 
 
 def test_a_closed_stream_frees_its_place(service, client):
