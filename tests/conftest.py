@@ -126,6 +126,7 @@ MARKED = {
         test_cancelled_requests_leave_the_others_bits_alone_and_nothing_behind
         test_requests_together_get_what_each_gets_alone_to_the_bit
         test_packages
+        test_programs
         test_readme
         test_runners
         test_the_loss_of_a_toy_falls_far_below_a_uniform_guess

@@ -4,12 +4,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,9 +315,8 @@ def test_an_answer_is_printed_when_its_group_has_ended(oracle, lm, tmp_path):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     path = tmp_path / "prompts"
     path.write_text('{"id": "short", "prompt": "a"}\n' * 16 + '"number"\n')
-    program = Path(sys.executable).with_name("xlstm-ray")
     words = "generate", "--model", model, "--device", "cpu", "--chunkwise-backend", "native", "--jsonl", "-f", path
-    with subprocess.Popen([program, *words, "-n", str(10**7)], stdout=subprocess.PIPE, text=True) as process:
+    with programs.Popen([programs.PROGRAM, *words, "-n", str(10**7)], stdout=subprocess.PIPE, text=True) as process:
         rescue = threading.Timer(100, process.kill)  # for comparison: print nothing before all rows have ended
         rescue.start()
         lines = [json.loads(process.stdout.readline()) for _ in range(16)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from engines import SIZES, model
 
@@ -350,7 +351,7 @@ assert cache.counts.refused == 0, cache.counts
 
 def test_two_processes_on_one_directory_do_not_hurt_each_other(model, tmp_path):
     command = [sys.executable, "-c", PROCESS, str(model), str(tmp_path)]
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    pair = [programs.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     pair[2].stdout.readline()
     pair[2].kill()  # on its way
     lines = {line for process in pair[:2] for line in process.communicate(timeout=120)[0].splitlines()}

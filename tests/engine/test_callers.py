@@ -1,12 +1,12 @@
 """What a caller does with an engine and its handles hurts nobody else: it leaves, raises, asks twice or wrongly."""
 
 import asyncio
-import subprocess
 import sys
 import textwrap
 import threading
 from typing import Any
 
+import programs
 import pytest
 from engines import OPTIONS, lm, model
 
@@ -178,7 +178,7 @@ LEAVES = """
 
 
 def test_a_program_that_ends_amid_requests_ends_in_silence(model):
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-c", textwrap.dedent(LEAVES), str(model)], capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,10 +1,10 @@
 """The dtype if none is given: by the model, and by what this CPU computes faster."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -105,7 +105,7 @@ def test_products_are_timed_once_and_remembered(cost):
     assert 0.01 < found < 1000
     assert list(json.loads(cost.path.read_text()).values()) == [found] == [bfloat16_cost()]
     again = "from xlstm_ray.runtime.products import bfloat16_cost; print(repr(bfloat16_cost()))"
-    out = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
+    out = programs.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
     assert float(out) == found
     assert torch.get_num_threads() >= 1
 
