@@ -18,7 +18,7 @@ from xlstm_ray.choose import Setup, setup_of
 from xlstm_ray.serve.app import make_app
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Documents
-from xlstm_ray.serve.fleet import AT_ONCE, Fleet
+from xlstm_ray.serve.fleet import AT_ONCE, Fleet, measured_tile
 from xlstm_ray.serve.options import Options as ServiceOptions
 from xlstm_ray.serve.options import Slots, read_keys
 from xlstm_ray.serve.remote import Remote
@@ -32,7 +32,8 @@ class Options(BaseModel):
     model: its directory on every node (none: the demo model). name: in requests. token_file: keys of callers.
     cache_dir: of states and documents, the same on every node. replicas: that read and answer; with decoders, they only
     read. max_replicas: to which Serve may add of each kind. settings: more settings of the engine, by name. drain_s:
-    seconds that requests have to end. num_cpus, num_gpus: of each replica.
+    seconds that requests have to end. max_stall_ms: answers wait no longer than this for a prompt: the tile is timed
+    once, where a replica may be. num_cpus, num_gpus: of each replica.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,6 +49,7 @@ class Options(BaseModel):
     max_replicas: int | None = None
     settings: dict[str, Any] = {}
     drain_s: float = 60.0
+    max_stall_ms: float | None = None
     num_cpus: float = 1
     num_gpus: float = 0
 
@@ -76,8 +78,11 @@ class Ingress:
 
 def build(options: Options) -> Application:
     """What Serve imports."""
-    setup = setup_of(model=options.model, device=options.device, cache_dir=options.cache_dir, **options.settings)
-    needs = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    given = {"model": options.model, "device": options.device, "cache_dir": options.cache_dir, **options.settings}
+    setup, needs = setup_of(**given), {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus}
+    if options.max_stall_ms is not None:
+        _, tile = measured_tile(setup, needs, options.max_stall_ms, given="tile_size" in options.settings)
+        setup = setup_of(**{**given, "tile_size": tile})
     numbers = options.replicas, options.decoders, options.max_replicas
     fleet = Fleet(setup, Slots(options.slots), *numbers, options.drain_s, needs)
     return Ingress.bind(options, setup, fleet.readers(), fleet.answerers())

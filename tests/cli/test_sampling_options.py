@@ -125,6 +125,7 @@ def test_a_prefill_chooses_no_tokens(run, words, tmp_path):
         (["--frequency-penalty", "nan"], ("--frequency-penalty is nan", "-2 to 2")),
         (["--logit-bias", "32"], ("--logit-bias", "'32'", "ID=NUMBER")),
         (["--logit-bias", "A=1"], ("--logit-bias", "'A=1'", "ID=NUMBER")),
+        (["--logit-bias", "32=1", "--logit-bias", "32=2"], ("--logit-bias", "((32, 1.0), (32, 2.0))", "each once")),
         (["--logit-bias", "999=1"], ("--logit-bias", "token 999", "vocabulary of 259")),
         (["--stop", ""], ("--stop", "not empty")),
         (["--n", "0"], ("--n is 0", "1 to 128")),

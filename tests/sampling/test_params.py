@@ -16,7 +16,7 @@ WRONG = {
     "repetition_penalty": (0, -1, float("inf")),
     "presence_penalty": (-2.1, 2.1),
     "frequency_penalty": (-2.1, 2.1, "a"),
-    "logit_bias": ({"a": 1}, {1: 101}, {-1: 1}, {1: "x"}, [[1]], 3),
+    "logit_bias": ({"a": 1}, {1: 101}, {-1: 1}, {1: "x"}, {7: 1, "7": 1}, [[1]], 3),
     "seed": (-1, 1 << 63, 0.5),
     "ignore_eos": (1, "yes"),
     "min_tokens": (-1, 65),

@@ -151,7 +151,8 @@ def behind_a_proxy(head: Head, model: Path, tmp_path: Path) -> Iterator[Client]:
     (application,) = config["applications"]
     sizes = {"tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native", "cache_memory_mb": 64, "threads": 1}
     own = {"model": str(model), "name": "tiny", "device": "cpu", "token_file": str(tmp_path / "keys"), "num_cpus": 1}
-    application["args"] |= own | {"num_gpus": 0, "replicas": 1, "decoders": 1, "settings": sizes}
+    kinds = {"num_gpus": 0, "replicas": 1, "decoders": 1, "max_stall_ms": 60_000}
+    application["args"] |= own | kinds | {"settings": sizes}
     application["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{ROOT / 'deploy'}:{ROOT}"}}  # where the image has it
     config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": free_port()}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

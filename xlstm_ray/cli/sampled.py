@@ -42,7 +42,8 @@ def samples(command: Callable, more: Mapping[str, str] = MORE, without: Sequence
         values = {name: given.pop(name) for name in keys}
         asked = {name: value for name, value in values.items() if value is not None and value is not False}
         if "logit_bias" in asked:
-            asked["logit_bias"] = dict(map(_bias, asked["logit_bias"]))
+            pairs = tuple(map(_bias, asked["logit_bias"]))
+            asked["logit_bias"] = dict(Sampling(logit_bias=pairs).logit_bias)
         command(**given, sampling=asked)
 
     own = inspect.signature(command)

@@ -49,6 +49,7 @@ class Core:
         self.lane = Lanes(lambda: running.executor, turn).new  # a caller's executor
         self.states = States(self.lane, turn.executor)
         self.rows: list[int] = []  # of each call that has states in memory
+        self.nothing = torch.zeros(1, plan.config.vocab_size)  # the logits of a row before its first token
         self.cache: Cache | None = None  # of states for prompts to come
         self.warm: set[tuple[int, int, int]] = set()  # rows, window, chunk
         self.logs: set[str] = set()  # logs that an earlier run has written

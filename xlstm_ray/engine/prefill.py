@@ -5,8 +5,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from time import perf_counter, time
 
-import torch
-
 from xlstm_ray.engine.batch import BatchOutcome, prefill_groups, take
 from xlstm_ray.engine.core import Core
 from xlstm_ray.engine.decode import require_finite
@@ -46,8 +44,8 @@ class Prefill:
         self._begun = list(state.begun or state.tokens) if state is not None else self._begin
         self._sampling = None if state is None else state.sampling
         if state is None:
-            nothing, fresh = torch.zeros(len(going), plan.config.vocab_size), HeldRows([None] * len(going))
-            self._start = Snapshot(self._begin, nothing, fresh)
+            nothing = core.nothing.expand(len(going), -1)
+            self._start = Snapshot(self._begin, nothing, HeldRows([None] * len(going)))
         else:
             sums = [one.begun.scored for one in going]
             self._start = Snapshot(self._begin, state.logits, core.rows_of(state), sums)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
@@ -67,8 +66,7 @@ class Task:
             going = unchanged(state)
         else:
             (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
-        nothing, fresh = torch.zeros(1, core.plan.config.vocab_size), HeldRows([None])
-        both = (nothing, fresh) if state is None else (state.logits, core.rows_of(state))
+        both = (core.nothing, HeldRows([None])) if state is None else (state.logits, core.rows_of(state))
         return cls(number, request, handle, going, Snapshot([going.seen], *both), resumed=going.seen)
 
     def answer_of(self, number: int, request: Request, handle: Handle) -> None:

@@ -46,7 +46,9 @@ Tokens = Tensor | Tail | Stored
 
 def ids(tokens: Tokens, part: slice = slice(None)) -> memoryview | TokenFile:
     """Token ids (int32) of a row whose tokens are all here, without making Python integers of all of them."""
-    return tokens.file[part] if isinstance(tokens, Stored) else tokens[part].numpy().data
+    if isinstance(tokens, Stored):
+        return tokens.file[part]
+    return (tokens[part].numpy() if isinstance(tokens, Tail) else tokens.numpy()[part]).data
 
 
 class Part(NamedTuple):

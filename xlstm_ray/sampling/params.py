@@ -44,6 +44,8 @@ def _pairs(value: Any) -> Any:
 
 
 def _sorted(pairs: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a token is there twice")
     return tuple(sorted(pairs))
 
 
@@ -95,7 +97,7 @@ class Sampling(BaseModel):
     )
     frequency_penalty: float = option(0.0, "The same, for each time that the answer has it.", "-2 to 2", ge=-2, le=2)
     logit_bias: Annotated[tuple[tuple[Token, Bias], ...], BeforeValidator(_pairs), AfterValidator(_sorted)] = option(
-        (), "Added to a token's logit.", "token ids, each with a number from -100 to 100"
+        (), "Added to a token's logit.", "token ids, each once and with a number from -100 to 100"
     )
     ignore_eos: bool = option(False, "Go on after end tokens.", "true or false")
     min_tokens: int = option(0, "No end token and no stop within this many tokens.", "0 and more", ge=0, lt=1 << 31)

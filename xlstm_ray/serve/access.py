@@ -5,7 +5,7 @@ import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from secrets import token_hex
+from random import getrandbits
 from time import perf_counter
 from typing import Any
 
@@ -35,7 +35,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(HEADER, b"")
-        name = given if ID.fullmatch(given) else token_hex(16).encode()
+        name = given if ID.fullmatch(given) else f"{getrandbits(128):032x}".encode()
         at, began = datetime.now(UTC), perf_counter()
         status, sent, left = None, False, False
 

@@ -1,7 +1,7 @@
 """The bodies of requests: every field is honoured, or refused by its name. Values that ask for nothing pass."""
 
 import json
-import secrets
+import random
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -133,7 +133,7 @@ class Body(BaseModel):
             given["stop"] = None
         try:
             Sampling(**{key: value for key, value in given.items() if value is not None and key != "seed"})
-            given["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
+            given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % (1 << 63)
             if given["temperature"] == 0:
                 given |= dict.fromkeys(DRAWING[1:])
             return Sampling.make(given, published=published)

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from dataclasses import dataclass, field
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +77,7 @@ class Options:
                 "line for each key, or leave the host out"
             )
 
-    @property
+    @cached_property
     def loopback(self) -> bool:
         try:
             return ip_address(self.host).is_loopback

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from secrets import token_hex
+from random import getrandbits
 from time import time
 from typing import Any
 
@@ -124,7 +124,7 @@ class Reply:
     def __init__(self, form: Form, model: str, echo: Sequence[str], n: int):
         self._form, self._model, self.n = form, model, n
         self.answers = [Answer([text] if text else []) for text in echo for _ in range(n)]
-        self.id, self._created = f"{form.prefix}-{token_hex(12)}", int(time())
+        self.id, self._created = f"{form.prefix}-{getrandbits(96):024x}", int(time())
 
     def take(self, number: int, piece: Piece) -> None:
         """For the whole reply."""
