@@ -121,3 +121,5 @@ def test_a_stall_is_what_answers_wait_for_a_prompt(model):
         after = value(here, "xlstm:stall_seconds_sum"), value(here, "xlstm:stall_seconds_count")
         beside = (after[0] - before[0]) / max(1, after[1] - before[1])
         assert beside > 3 * calm  # each token waited for a window of the prompt, where before there was none
+        windows_s = value(here, "xlstm:step_seconds_sum", kind="prefill")
+        assert windows_s > 0.1 * value(here, "xlstm:request_prefill_time_seconds_sum")  # the rest is others' steps

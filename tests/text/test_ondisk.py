@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import make_model
 
+from xlstm_ray.cli.input import prompt_in
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.tokens import Stored, ids
 from xlstm_ray.engine.tree import LINKS, STEP, Chain
@@ -61,15 +62,18 @@ def test_a_slice_of_a_text_in_a_file_is_that_of_the_text() -> None:
      "ab\n".encode("utf-16"),
      b"\xef\xbb\xbf" + "é語".encode() * PIECE + b"\r\n"],
 )  # fmt: skip
-def test_what_an_upload_becomes_is_what_prompt_file_reads(data: bytes, tmp_path: Path) -> None:
+def test_what_prompt_file_reads_and_an_upload_becomes_is_the_prompt_of_that_text(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "upload"
     path.write_bytes(data)
 
     def taken() -> bytes:
-        take_text(path, "it")
+        take_text(path, str(path))
         return path.read_bytes()
 
-    assert outcome(taken) == outcome(lambda: whole_prompt(decoded(data, "it"), "it").encode())
+    here = outcome(lambda: whole_prompt(decoded(data, str(path)), str(path)).encode())
+    assert outcome(lambda: prompt_in(str(path))[:].encode()) == here
+    assert outcome(lambda: b"".join(prompt_in(str(path)).pieces())) == here
+    assert outcome(taken) == here
 
 
 def outcome(make: Callable[[], bytes]) -> bytes | str:

@@ -3,13 +3,18 @@
 import os
 import stat
 import sys
+from codecs import BOM_UTF8
 from pathlib import Path
-from typing import Any
+from shutil import copyfileobj
+from tempfile import TemporaryFile
+from typing import IO, Any
+from weakref import finalize
 
 from xlstm_ray.cli.output import tell
 from xlstm_ray.declare import refuse_unknown
 from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.text.ondisk import TextFile
 from xlstm_ray.text.prompt import decoded, whole_prompt
 
 JSONL_KEYS = "prompt", "id"
@@ -54,7 +59,7 @@ def given_text(
 def _prompts(
     prompt: str | None, prompt_file: str | None, jsonl: bool, state_in: Path | None, keys: tuple[str, ...]
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The text, or a list of texts with --jsonl, or None if only a state is given.
+    """The text (of a file: where it is), or a list of texts with --jsonl, or None if only a state is given.
 
     Also returns the names of each row in the results: its `index` from 0, and the given `id`.
     """
@@ -79,7 +84,7 @@ def _prompts(
                 "there is no prompt; give --prompt TEXT, --prompt-file FILE ('-' for standard input) or --state-in FILE"
             )
         return None, []
-    return read_texts(prompt_file, jsonl, keys)
+    return read_texts(prompt_file, jsonl, keys) if jsonl else (prompt_in(prompt_file), [])
 
 
 def read_texts(file: str, jsonl: bool, keys: tuple[str, ...] = ()) -> tuple[Any, list[dict[str, Any]]]:
@@ -111,9 +116,54 @@ def piped() -> bool:
     return int.from_bytes(ioctl(0, FIONREAD, bytes(4)), sys.byteorder) > 0
 
 
+def prompt_in(name: str) -> TextFile:
+    """The prompt that a file's text is: without one newline at its end. Nothing of it is in memory."""
+    text = text_file(name)
+    text.end_before_newline()
+    if not len(text):
+        raise UsageError(f"{source_of(name)}: is empty; give at least one token")
+    return text
+
+
+def text_file(name: str) -> TextFile:
+    """A text; what cannot be read at any place, and what follows a byte order mark, is copied to a temporary file."""
+    given = sys.stdin.buffer if name == "-" else readable(name)
+    try:
+        anywhere = name != "-" and stat.S_ISREG(os.fstat(given.fileno()).st_mode)
+        if not anywhere or os.pread(given.fileno(), len(BOM_UTF8), 0) == BOM_UTF8:
+            given = _copied(given)
+    except OSError as err:
+        raise UsageError(f"{source_of(name)}: cannot be read ({err.strerror})") from None
+    text = TextFile(given, source=source_of(name))
+    finalize(text, given.close)
+    return text
+
+
+def _copied(given: IO[bytes]) -> IO[bytes]:
+    """A temporary file with all of this one, without a byte order mark at its beginning."""
+    copy: IO[bytes] = TemporaryFile()
+    copy.write(given.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
+    copyfileobj(given, copy)
+    copy.flush()
+    return copy
+
+
+def readable(name: str) -> IO[bytes]:
+    """The open file. Raises UsageError."""
+    try:
+        return open(name, "rb")
+    except OSError as err:
+        raise UsageError(f"{name}: cannot be read ({err.strerror})") from None
+
+
+def source_of(name: str) -> str:
+    """An input's name in errors."""
+    return "standard input" if name == "-" else name
+
+
 def read_text(name: str) -> tuple[str, str]:
     """The file's name in errors ('-' is standard input), and its text without a byte order mark."""
-    source = "standard input" if name == "-" else name
+    source = source_of(name)
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as err:

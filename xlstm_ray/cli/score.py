@@ -1,19 +1,13 @@
 """The command `score`: how likely texts are."""
 
-import os
-import stat
-import sys
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from shutil import copyfileobj
-from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xlstm_ray.cli.input import readable, source_of, text_file
 from xlstm_ray.cli.keep import Saved, finish, keeping, require_some, save_state, snapshot_kept
 from xlstm_ray.cli.options import PROMPT, RUN, JsonOption, ProgressOption, StateInOption, examples, takes
 from xlstm_ray.cli.output import json_line, show
@@ -25,7 +19,6 @@ from xlstm_ray.settings import Settings
 if TYPE_CHECKING:
     from xlstm_ray.engine.score import Score
     from xlstm_ray.state import RecurrentState
-    from xlstm_ray.text.ondisk import TextFile
 
 commands = typer.Typer()
 
@@ -81,7 +74,7 @@ def score(
     for name in files:
         require_places(settings, asked["config"], name, state_in, None)
         if name != "-":
-            _readable(name).close()
+            readable(name).close()
     done: dict[str, Score] = {}
     with open_engine(settings, state_in, None, asked, progress, 1) as (start, engine, report), report, snapshot_kept():
         state = start.pop("state", None)
@@ -100,7 +93,10 @@ def score(
                 last = engine.last_state()
                 return "" if last is None else f" after {sum(last.tokens)} tokens; {kept(last)}"
 
-            with stop_on_signals(report.at_once, rescued) as stop, _opened(name) as text:
+            with stop_on_signals(report.at_once, rescued) as stop:
+                text = text_file(name)
+                if not len(text):
+                    raise UsageError(f"{source_of(name)}: is empty; a score needs at least one token")
                 found = engine.score(
                     text,
                     state=before,
@@ -128,41 +124,6 @@ def _stopped(found: "Score", stop: Stop, kept: "Callable[[RecurrentState], str]"
     if result.ended_by is not None:
         return type(result.ended_by)(f"{result.ended_by}; {text}")
     return stopped_by(text, stop)
-
-
-def _readable(name: str) -> IO[bytes]:
-    try:
-        return open(name, "rb")
-    except OSError as err:
-        raise UsageError(f"{name}: cannot be read ({err.strerror})") from None
-
-
-@contextmanager
-def _opened(name: str) -> "Iterator[TextFile]":
-    """A text; what cannot be read at any place, and what follows a byte order mark, is copied to a temporary file."""
-    from xlstm_ray.text.ondisk import TextFile
-
-    source = "standard input" if name == "-" else name
-    with sys.stdin.buffer if name == "-" else _readable(name) as given, TemporaryFile() as copy:
-        try:
-            regular = stat.S_ISREG(os.fstat(given.fileno()).st_mode)
-            if not regular or name == "-" or given.read(len(BOM_UTF8)) == BOM_UTF8:
-                _copy(given, copy)
-                given = copy
-        except OSError as err:
-            raise UsageError(f"{source}: cannot be read ({err.strerror})") from None
-        text = TextFile(given, source=source)
-        if not len(text):
-            raise UsageError(f"{source}: is empty; a score needs at least one token")
-        yield text
-
-
-def _copy(given: IO[bytes], copy: IO[bytes]) -> None:
-    """The rest of a file, without a byte order mark at its beginning."""
-    first = given.read(len(BOM_UTF8))
-    copy.write(b"" if first == BOM_UTF8 else first)
-    copyfileobj(given, copy)
-    copy.flush()
 
 
 def _print(done: "dict[str, Score]", *, json_output: bool) -> None:

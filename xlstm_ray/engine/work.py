@@ -196,6 +196,7 @@ class Work:
         assert step is not None
         core.warm_up(1, [step.tokens.shape[1]])
         read, last = windows.read, windows.last
+        began = perf_counter()  # an executor in this process may compute within `submit`
         state = task.state = self._executor.submit(task.state, step._replace(logits="last" if last else "none"))
 
         def take(result: StepResult) -> None:
@@ -215,7 +216,7 @@ class Work:
                 self._scheduler.filled(task.number)
                 self._prompt_read(task)
 
-        self._under_way.append(_Flight("prefill", perf_counter(), take))
+        self._under_way.append(_Flight("prefill", began, take))
 
     def _prompt_read(self, task: Task) -> None:
         """Go on after the whole prompt was read: choose the first token, or end a task that only reads."""
@@ -249,8 +250,10 @@ class Work:
                 if size is not None:
                     self._core.warm_up(size, [1])
                 chooses = self._executor.chooses
-                batch.step(None if chooses == "no" else self._slots.choice(batch.places, there=chooses == "there"))
-                self._under_way.append(_Flight("decode", perf_counter(), partial(self._decoded, batch)))
+                choice = None if chooses == "no" else self._slots.choice(batch.places, there=chooses == "there")
+                began = perf_counter()
+                batch.step(choice)
+                self._under_way.append(_Flight("decode", began, partial(self._decoded, batch)))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
         batch.under_way = False

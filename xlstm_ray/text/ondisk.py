@@ -32,6 +32,7 @@ class TextFile:
         source: str = "the file",
     ):
         self.on_piece, self.folder, self._file = on_piece, folder, file
+        self._size = os.fstat(file.fileno()).st_size
         # Where pieces begin, in characters and in bytes.
         self._characters, self._bytes = array("q", [0]), array("q", [0])
         decoder, lines, at = getincrementaldecoder("utf-8")(), 0, 0
@@ -77,9 +78,22 @@ class TextFile:
     def pieces(self) -> Iterator[bytes]:
         """All bytes, some at a time."""
         at = 0
-        while piece := os.pread(self._file.fileno(), PIECE, at):
+        while piece := os.pread(self._file.fileno(), min(PIECE, self._size - at), at):
             at += len(piece)
             yield piece
+
+    def end_before_newline(self) -> int:
+        """Leave out one newline at its end. Returns how many characters that are."""
+        end = self[max(0, len(self) - 2) : len(self)]
+        less = len(end) - len(end.removesuffix("\n").removesuffix("\r"))
+        self._size -= less
+        length = len(self) - less
+        while self._characters[-1] > length:
+            self._characters.pop()
+            self._bytes.pop()
+        self._characters.append(length)
+        self._bytes.append(self._size)
+        return less
 
 
 class TokenFile(Sequence[int]):
@@ -141,8 +155,7 @@ def take_text(path: Path, source: str) -> None:
     """
     with open(path, "rb") as file:
         text = TextFile(file, source=source)
-        first, end = text[:1], text[max(0, len(text) - 2) : len(text)]
-    size = os.path.getsize(path) - len(end) + len(end.removesuffix("\n").removesuffix("\r"))
+        first, size = text[:1], os.path.getsize(path) - text.end_before_newline()
     if first.encode() == BOM_UTF8:
         with open(path, "r+b") as file:
             at = len(BOM_UTF8)
