@@ -18,7 +18,7 @@ from typing import Any
 import programs
 import pytest
 from services import WORDS, model, reading_line, serving, serving_here
-from test_documents import BOOK, LONG, QUESTION, parts, saved
+from test_documents import BOOK, LONG, QUESTION, parts, saved, until
 
 from xlstm_ray.client import service as http_client
 from xlstm_ray.text.template import Template
@@ -164,9 +164,9 @@ def test_keys_come_from_a_file_or_a_variable_and_are_not_told(run, service, tmp_
 
 
 def test_where_there_is_no_room_it_waits_and_says_so(run, model, monkeypatch):
-    with serving_here(model, slots=1, queue=0) as service:
+    with serving_here(model, slots=1, queue=0, answer_tokens=1 << 30) as service:
         asks = "client", "ask", "-p", "a", "-n", 2, "--temperature", 0, "--url", service.url
-        stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 4000, "stream": True})
+        stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 1 << 30, "stream": True})
         assert stream.recv(15) == b"HTTP/1.1 200 OK"
         waits: list[float] = []
         with monkeypatch.context() as context:
@@ -177,8 +177,15 @@ def test_where_there_is_no_room_it_waits_and_says_so(run, model, monkeypatch):
         assert failed.code == 1
         assert lines[0].endswith("answers are under way; try again; trying again in 1 s (1 of 5)")
         assert (len(lines), lines[-1][:7]) == (6, "error: ")
-        threading.Timer(1.5, stream.close).start()
-        patient = run(*asks)
+
+        def leave(seconds: float) -> None:
+            """Make room while it waits."""
+            stream.close()
+            until(lambda: not service.desk.under_way)
+
+        with monkeypatch.context() as context:
+            context.setattr(http_client, "sleep", leave)
+            patient = run(*asks)
         assert patient.out.strip() == "".join(service.engine.generate("a", max_new_tokens=2, temperature=0)).strip()
         assert "trying again in 1 s (1 of 5)" in patient.err
 

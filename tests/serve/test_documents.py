@@ -328,6 +328,16 @@ def test_a_folder_has_one_service_at_a_time_and_names_do_not_leave_it(tmp_path, 
     assert Shelf(tmp_path / "cache" / "documents").read() == []
 
 
+def test_a_short_document_does_not_wait_for_the_end_of_a_long_one(model):
+    """A document that waits takes a window's turn after some windows of others, where there is a slot."""
+    with serving_here(model, slots=2) as service:
+        service.ask("/v1/states", {"id": "long", "prompt": [1] * 60_000})
+        reading(service, "long")
+        add(service, id="short", prompt="a short one" * 20)
+        assert service.ask("/v1/states/long").json["status"] == "reading"
+        assert service.ask("/v1/states/long", method="DELETE").status == 200
+
+
 def test_who_asks_goes_before_a_document_that_has_the_only_slot(model):
     text = BOOK * 6
     with serving_here(model, slots=1) as service:
