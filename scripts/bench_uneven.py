@@ -5,9 +5,10 @@
     python scripts/bench_uneven.py --share 0.5 --rounds 5
 
 Both nodes are on this machine, each with one CPU. Every contestant is an engine of its own, loaded and warmed up; in a
-round they run one after the other. The node is slow while it is measured and while it computes. The output has the
-median time of each split by the blocks of the fast node, what auto chose, and how long a block takes there beside what
-it takes in this process, which nothing slows.
+round they run one after the other. The first stage of a split by hand is held on the fast node, the other one on the
+slow node, which is slow while it is measured and while it computes. The output has the median time of each split by the
+blocks of the fast node, what auto chose, and how long a block takes there beside what it takes in this process, which
+nothing slows.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -75,6 +77,24 @@ def nodes(token: str, store: int = 80 << 20) -> tuple[object, object]:
 
 def raylet_of(node) -> int:
     return node.all_processes["raylet"][0].process.pid
+
+
+@contextmanager
+def held_on(*nodes: str) -> Iterator[None]:
+    """Put each stage on this node (Ray's ids). Without it, Ray decides where the stages of a split by hand are."""
+    from xlstm_ray.actors import grid
+    from xlstm_ray.split import Reserved
+
+    class Held(grid.Placement):
+        def __init__(self, link, spec, layout, options):
+            places = tuple(Reserved(node, memory=0) for node in nodes)
+            super().__init__(link, spec, layout, replace(options, places=places))
+
+    free, grid.Placement = grid.Placement, Held
+    try:
+        yield
+    finally:
+        grid.Placement = free
 
 
 def alone(directory: Path, options: dict, tokens: list[int], blocks: int, tile: int) -> float:
@@ -134,7 +154,9 @@ def compare(args, directory: Path, token: Path, cluster, slow) -> None:
     chosen, digests, auto = 0, set(), []
     for _ in range(args.rounds):
         for stages in asked:
-            with slowed(raylet_of(slow), args.share, only="Speed.measure"):  # not while it loads, which nobody compares
+            held = nullcontext() if stages == "auto" else held_on(cluster.head_node.node_id, slow.node_id)
+            # Not slow while it loads, which nobody compares.
+            with held, slowed(raylet_of(slow), args.share, only="Speed.measure"):
                 lm = xlstm_ray.load(directory, stages=stages, **grid, **own)
             with lm, slowed(raylet_of(slow), args.share):
                 seats = lm.executor.placement.seats
@@ -147,7 +169,9 @@ def compare(args, directory: Path, token: Path, cluster, slow) -> None:
                     auto.append(result.stats.prefill_s)
                     print(note, flush=True)
                 else:
+                    assert fast == stages[0], f"{stages}: {fast} blocks are on the fast node"
                     seen.setdefault(fast, []).append(result.stats.prefill_s)
+                print(f"{stages}: {fast} blocks on the fast node, {result.stats.prefill_s:.2f} s", flush=True)
     best = min(statistics.median(seconds) for seconds in seen.values())
     print("blocks of the fast node   seconds             x the best by hand")
     for name, seconds in [(f"auto: {chosen}", auto), *((str(fast), seen[fast]) for fast in sorted(seen))]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from xxhash import xxh3_128_digest
 
-from xlstm_ray import digests
+from xlstm_ray import digests, tensors
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, one_line
 from xlstm_ray.files import MIB
@@ -104,8 +104,9 @@ class Checkpoint:
 
     @property
     def largest_tensor_bytes(self) -> int:
-        """The size of the largest stored tensor: while files are read, at most this much of them is mapped."""
-        return max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
+        """What reading takes at most beside the weights that it makes: a tensor, which is mapped, or integers."""
+        stored = max(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self._header.values())
+        return max(stored, tensors.reading_bytes(self.config, self._whole))
 
     @property
     def files(self) -> list[Path]:
@@ -278,7 +279,9 @@ class Checkpoint:
         start, stop, _ = columns.indices(self._whole[parts[0][0]][1])
         groups = slice(start // group, -(-stop // group))  # the others' columns in the first and last are times 0
         bytes_ = slice(groups.start * group * bits // 8, groups.stop * group * bits // 8)
-        values = torch.cat([unpacked(self._read(name, rows, bytes_), bits=bits, group=group) for name, rows in parts])
+        read = [unpacked(self._read(name, rows, bytes_), bits=bits, group=group) for name, rows in parts]
+        values = torch.cat(read) if len(read) > 1 else read[0]
+        del read
 
         def of_groups(kind: str) -> Tensor:
             host = torch.device("cpu")

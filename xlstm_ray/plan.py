@@ -240,7 +240,7 @@ def choose_plan(
                 base=base() if local and device.type != "cuda" else 0,
                 weights=checkpoint.weight_bytes(dtype, float8=settings.dtype == "float8") if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
-                whole_matrix=whole_bytes(config, dtype, compiled=backend.compiled),
+                whole_matrix=whole_bytes(config, dtype) if backend.compiled else 0,
                 tile=sizes.tile,
                 chunk=sizes.chunk,
                 heads_per_band=sizes.heads,

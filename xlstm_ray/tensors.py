@@ -140,17 +140,26 @@ def sizes_of(
     return Sizes(first, blocks, last, HEAD not in size)
 
 
-def whole_bytes(config: ModelConfig, dtype: torch.dtype, *, compiled: bool) -> int:
-    """Bytes that a block's largest matrix takes where integers become numbers for a product; 0 without integers.
+def whole_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that a block's largest matrix takes where integers become numbers for a product, in `dtype`; 0 without
+    integers. Uncompiled it is less: a few rows are made at a time."""
+    return 0 if config.quantization is None else stacked_elements(config) * dtype.itemsize
 
-    Compiled, only the matrix is made, in `dtype`. Uncompiled, 12 bytes an element are alive at once in either dtype:
-    8 bits in float32, with their scale in float32, in `dtype`, in order. 4 bits are made by halves, of which the first
-    is alive while the second is made (docs/figures.md).
+
+def reading_bytes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that the largest matrix takes while it is read, beside its place; 0 without integers. shapes: of the model.
+
+    Integers of 8 bits are put in order from a copy; those of 4 bits are a byte each until then, and lie there twice.
     """
-    if config.quantization is None:
+    whole = [prod(shape) for name, shape in shapes.items() if is_quantized(config, name)]
+    if config.quantization is None or not whole:
         return 0
-    rows = max(2 * config.ffn_dim, 2 * config.qk_dim + 2 * config.v_dim)
-    return rows * config.hidden_size * (dtype.itemsize if compiled else 12)
+    return max(*whole, stacked_elements(config)) * (2 if config.quantization.bits == 4 else 1)
+
+
+def stacked_elements(config: ModelConfig) -> int:
+    """Elements of a block's largest matrix: the rows of gate and up, or of q, k, v and the output gate."""
+    return max(2 * config.ffn_dim, 2 * config.qk_dim + 2 * config.v_dim) * config.hidden_size
 
 
 def itemsize_of(name: str, dtype: torch.dtype, *, float8: bool = False) -> int:

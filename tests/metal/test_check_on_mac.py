@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xlstm_ray.runtime.canaries import CANARIES
+
 from .plugin import require_simulator
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,10 @@ def test_check_on_mac_prints_its_report() -> None:
     assert block.startswith("```\nxlstm-ray on a Mac\n")
     assert block.endswith("all well\n```")
     assert "WRONG" not in block
-    assert len(re.findall(r"log probabilities within \S+  ok", block)) == 4
+    right, tried = map(int, re.search(r"(\d+) of (\d+) right", block).groups())
+    assert right == tried == len(CANARIES)
+    assert len(re.findall(r"log probabilities within \S+  ok", block)) == 6
+    for bits in (8, 4):
+        assert re.search(rf"bfloat16 +{bits} bits +log probabilities within \S+  ok", block)
     assert len(re.findall(r"\d+ tokens: .* tokens/s, first token in .* peak .* MiB", block)) == 2
     assert re.search(r"block_1x64 .* of 31 ", block)

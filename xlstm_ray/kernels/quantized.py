@@ -2,7 +2,7 @@
 
 8 bits: w = scale q, q from -127 to 127. 4 bits: w = scale (q - 8) + zero, q from 0 to 15. Few rows of x (decoding) are
 bound by reading weights, so integers become numbers inside the product. Many rows (prefill) are bound by the product:
-the matrix is made whole in x's dtype, for this product alone.
+the matrix is made whole in x's dtype, for this product alone; uncompiled, some rows of it at a time.
 
 Time beside the plain product in bfloat16 (below 1: faster), 2048 x 2048, groups of 32, one Zen 4 core of a machine at
 work, torch 2.13, medians of 15 in turn (`python scripts/bench_quantized.py --size 2048`). FEW is chosen by it.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 BLOCK = 64  # rows of a weight that lie together: consecutive in memory for each column
 MIDDLE = 8  # of the 4-bit integers
-
+PART = 1 << 19  # elements that become numbers at a time where nothing is compiled: their float32 stay in a core's cache
 
 SHARES = 1.0, 0.95, 0.9, 0.85, 0.8, 0.75  # of a group's range
 
@@ -62,11 +62,11 @@ class Quantized(NamedTuple):
         """
         rows, K = values.shape
         more = -rows % BLOCK
-        values = F.pad(values, (0, 0, 0, more)).view(-1, BLOCK, K)
-        scale = F.pad(scale, (0, 0, 0, more)).T
+        values = _padded(values, (0, 0, 0, more)).view(-1, BLOCK, K)
+        scale = _padded(scale, (0, 0, 0, more)).T
         if zero is None:
             return cls(values.transpose(1, 2).contiguous(), scale.contiguous(), None, rows, before)
-        zero = F.pad(zero, (0, 0, 0, more)).T
+        zero = _padded(zero, (0, 0, 0, more)).T
         low, high = values[:, : BLOCK // 2], values[:, BLOCK // 2 :]
         q = (low | (high << 4)).transpose(1, 2).contiguous()
         if packed and scale.dtype != torch.float64 and torch_has_this_layout():
@@ -93,7 +93,6 @@ class Quantized(NamedTuple):
 
     def parts(self, elements: int) -> "list[Quantized]":
         """Ranges of rows, of about so many elements each."""
-        assert not self.packed
         each = max(1, elements // (BLOCK * self.q.shape[1]))
         found = []
         for n, q in enumerate(self.q.split(each)):
@@ -113,8 +112,10 @@ class Quantized(NamedTuple):
             y = torch._weight_int4pack_mm_for_cpu(x, self.q.view(N, K // 2), group, self.scale)
         elif not self.packed and len(x) <= FEW.compiled:
             y = self._inside(_wide(x))
-        else:
+        elif torch.compiler.is_compiling():
             y = self._whole(x)
+        else:  # nothing is fused: each step of making numbers would be a matrix of its own
+            y = torch.cat([part._whole(x) for part in self.parts(PART)], -1)
         y = y[:, : self.rows].unflatten(0, shape)
         return y.to(dtype) if bias is None else (_wide(y) + bias).to(dtype)
 
@@ -265,7 +266,7 @@ def packed(values: Tensor, *, bits: int) -> Tensor:
 def unpacked(stored: Tensor, *, bits: int, group: int) -> Tensor:
     """The integers of whole groups, from `packed`; zeros fill the last group."""
     values = stored if bits == 8 else torch.stack([stored & 15, stored >> 4], -1).flatten(1)
-    return F.pad(values, (0, -values.shape[1] % group))
+    return _padded(values, (0, -values.shape[1] % group))
 
 
 def dequantized(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -277,6 +278,11 @@ def dequantized(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     scale = scale.double().unsqueeze(-1)
     made = by_group * scale if zero is None else (by_group - MIDDLE) * scale + zero.double().unsqueeze(-1)
     return made.flatten(1)
+
+
+def _padded(x: Tensor, by: tuple[int, ...]) -> Tensor:
+    """F.pad, without a copy where nothing is added."""
+    return F.pad(x, by) if any(by) else x
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def plan(
         base=0 if kind == "cuda" else PROGRAM,
         weights=model.sizes.all,
         largest_tensor=model.largest_tensor,
-        whole_matrix=whole_bytes(model.config, model.dtype, compiled=True),
+        whole_matrix=whole_bytes(model.config, model.dtype),
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,

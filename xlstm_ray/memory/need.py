@@ -16,6 +16,7 @@ SCORING = 160 * MIB  # what log-probabilities of a piece of logits take (samplin
 PROGRAM = 400 * MIB  # interpreter, torch and compiler, measured on Linux; for runs that are only planned
 HELD_ROWS = 4  # rows of states that an engine keeps on a device for later calls, besides the current call's
 COMPILED_CODE = 60 * MIB  # memory that stays after compiling, besides the compiler's own modules
+FIRST_CALLS = 30 * MIB  # what torch's own kernels take when they are first called, where nothing is compiled
 
 # The memory of Ray itself: proportional set sizes of Ray 2.60 on Linux, rounded up. The RUNBOOK lists them by process.
 # A program is interpreter, torch, Ray and the compiler with COMPILED_CODE.
@@ -165,7 +166,7 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
         tile_bytes = max(tile_bytes, scoring_bytes(loaded, rows=call.rows, tokens=call.tokens))
     if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
-    base = loaded.base + (COMPILED_CODE if loaded.compiled else 0)
+    base = loaded.base + (COMPILED_CODE if loaded.compiled else FIRST_CALLS * on_host)
     # A tensor is read from a mapping of its file, which counts until it is copied. No tile is alive at that time.
     tile_bytes = max(tile_bytes, loaded.largest_tensor if on_host else 0)
     return Need(base, loaded.weights, state, tile_bytes, loaded.documents * on_host)

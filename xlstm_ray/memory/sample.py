@@ -140,5 +140,11 @@ def empty_cache(device: "torch.device | None") -> None:
         torch.mps.empty_cache()
     elif device is not None and device.type == "cuda":
         torch.cuda.empty_cache()
-    elif hasattr(_LIBC, "malloc_trim"):
+    else:
+        trim()
+
+
+def trim() -> None:
+    """Give back what the C library keeps of freed memory, where it is glibc."""
+    if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)

@@ -13,6 +13,7 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels.fit import KERNEL
 from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.layout import Shard
+from xlstm_ray.memory.sample import trim
 from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 from xlstm_ray.runtime.executor import Following
@@ -188,6 +189,9 @@ def build_worker(
 ) -> Worker:
     """The worker of a shard, with its slice of the checkpoint. float8: of the large matrices, by the Triton kernels."""
     if kernels.backend.kernel != KERNEL:
-        return Worker(checkpoint.config, shard, *checkpoint.load(shard, dtype=dtype, device=device), kernels)
-    blocks, ends = checkpoint.load(shard, dtype=dtype, device=device, made=partial(fold, float8=float8))
-    return Worker(checkpoint.config, shard, blocks, fold_ends(ends), kernels)
+        blocks, ends = checkpoint.load(shard, dtype=dtype, device=device)
+    else:
+        blocks, unfolded = checkpoint.load(shard, dtype=dtype, device=device, made=partial(fold, float8=float8))
+        ends = fold_ends(unfolded)
+    trim()  # what was freed of rows and scales lies between weights that stay: 4 to 10 MiB a block of 7B's widths
+    return Worker(checkpoint.config, shard, blocks, ends, kernels)
