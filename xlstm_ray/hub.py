@@ -146,6 +146,8 @@ def cached(cache: Path | None = None) -> Iterator[Cached]:
         repos = scan_cache_dir(cache).repos
     except CacheNotFound:
         return
+    except ValueError:  # the hub's own word for a file
+        raise UsageError(f"{cache}: is not a directory") from None
     for repo in sorted((repo for repo in repos if repo.repo_type == "model"), key=lambda repo: repo.repo_id):
         for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
             for ref in sorted(revision.refs) or [revision.commit_hash]:

@@ -215,3 +215,55 @@ def test_a_node_without_the_model_is_told_how_to_get_it(published, tmp_path):
         with pytest.raises(CheckpointError, match=r"has no such directory") as err:
             ShardWork(spec, Shard(range(1), range(4), range(10)), "a", one_band=True).load()
         assert said in str(err.value)
+
+
+EMPTY = """
+quantize '' out --bits 8
+quantize in '' --bits 8
+models --hub-cache ''
+download a/b --hub-cache ''
+prefill --prompt-file ''
+prefill --prompt a --state-in ''
+prefill --prompt a --state-out ''
+prefill --prompt a --config ''
+generate --messages ''
+generate --append-file ''
+generate --chat --chat-template '' --prompt a
+chat --state-in ''
+serve --chat-template ''
+serve --access-log ''
+cache list ''
+client states download a ''
+client ask --prompt a --api-key-file ''
+bench --png ''
+"""
+
+
+@pytest.mark.parametrize("words", EMPTY.strip().splitlines())
+def test_an_empty_path_is_not_this_directory(words: str, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run(*shlex.split(words))
+    assert (ran.code, ran.out) == (2, "")
+    (said,) = ran.err.splitlines()
+    assert "a path is not empty (given: '')" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_score_takes_no_empty_path(run) -> None:  # typer validates no lists
+    ran = run("score", "--file", "a", "--file", "")
+    assert (ran.code, ran.err) == (1, "error: --file was given as ''; a path is not empty\n")
+
+
+def test_a_missing_choice_is_one_line(run) -> None:
+    ran = run("quantize", "in", "out")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: Missing option '--bits'. Choose from: 8, 4; see xlstm-ray quantize --help\n",
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_hub_cache_that_is_a_file_is_refused(more, run, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    ran = run("models", "--hub-cache", tmp_path / "file", *more)
+    assert (ran.code, ran.out, ran.err) == (1, "", f"error: {tmp_path / 'file'}: is not a directory\n")

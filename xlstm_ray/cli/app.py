@@ -72,7 +72,7 @@ def main() -> None:
 
 def _usage_text(err: typer.TyperException) -> str:
     """The parser's message, with the word that was given."""
-    text = err.format_message().replace("Value error, ", "").removesuffix(".")
+    text = " ".join(err.format_message().split()).replace("Value error, ", "").removesuffix(".")
     cause: Any = err.__cause__
     if hasattr(cause, "errors"):  # a pydantic error
         text += f" (given: {str(cause.errors()[0]['input'])[:80]!r})"

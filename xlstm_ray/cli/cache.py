@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray.cachefiles import Folder, KeptFile
-from xlstm_ray.cli.options import JsonOption, bare, examples
+from xlstm_ray.cli.options import JsonOption, bare, examples, given_path
 from xlstm_ray.cli.output import json_line, show
 from xlstm_ray.errors import OutputError
 from xlstm_ray.files import MIB, shown_bytes
@@ -20,7 +20,9 @@ commands = typer.Typer(
     no_args_is_help=True,
 )
 
-DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of --cache-dir.")]
+DirectoryArgument = Annotated[
+    Path, typer.Argument(parser=given_path, metavar="DIR", help="The directory of --cache-dir.")
+]
 
 
 @commands.command("list")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray.cli.keep import program
-from xlstm_ray.cli.options import bare
+from xlstm_ray.cli.options import GivenPath, bare
 from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.client.keys import find_key
@@ -24,7 +24,7 @@ OPEN = "queued", "reading"
 
 UrlOption = Annotated[str, typer.Option("--url", help="The service's address.", rich_help_panel=SERVICE)]
 KeyOption = Annotated[
-    Path | None,
+    GivenPath | None,
     typer.Option(
         "--api-key-file",
         help=bare(

@@ -11,7 +11,7 @@ import typer
 
 from xlstm_ray import hub
 from xlstm_ray.cli.keep import program
-from xlstm_ray.cli.options import RUN, JsonOption, ProgressOption, bare, examples
+from xlstm_ray.cli.options import RUN, GivenPath, JsonOption, ProgressOption, bare, examples, given_path
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
@@ -23,7 +23,7 @@ from xlstm_ray.settings import Settings
 commands = typer.Typer()
 
 HubCacheOption = Annotated[
-    Path | None,
+    GivenPath | None,
     typer.Option("--hub-cache", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
 ]
 
@@ -77,8 +77,10 @@ def download(
     ),
 )
 def quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or owner/name of the hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
+    model: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="MODEL", help="A model directory, or owner/name of the hub.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=given_path, metavar="OUT", help="The new directory.")],
     bits: Annotated[Literal["8", "4"], typer.Option("--bits", help="Bits of a weight.", show_default=False)],
     group_size: Annotated[
         Literal["32", "64", "128"], typer.Option("--group-size", help="Columns of a matrix that share a scale.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BeforeValidator
 
 from xlstm_ray.cli.flags import in_flags, know
 from xlstm_ray.cli.output import note
@@ -22,12 +23,28 @@ def bare(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+def _given(text: Any) -> Any:
+    """Path("") would be the current directory, and a file that cannot be read has no name in the error."""
+    if text == "":
+        raise ValueError("a path is not empty")
+    return text
+
+
+GivenPath = Annotated[Path, BeforeValidator(_given)]
+GivenFile = Annotated[str, BeforeValidator(_given)]  # or '-' for standard input
+
+
+def given_path(text: str) -> Path:
+    """A GivenPath of an argument, by its `parser`: typer takes no validator there."""
+    return Path(_given(text))
+
+
 PromptOption = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="The prompt's text, '-' for standard input.", rich_help_panel=PROMPT),
 ]
 PromptFileOption = Annotated[
-    str | None,
+    GivenFile | None,
     typer.Option(
         "--prompt-file",
         "-f",
@@ -44,7 +61,7 @@ JsonlOption = Annotated[
     ),
 ]
 StateInOption = Annotated[
-    Path | None,
+    GivenPath | None,
     typer.Option(
         "--state-in",
         help="Go on from this saved state; settings not given are taken from it.",
@@ -56,7 +73,7 @@ AppendOption = Annotated[
     typer.Option("--append", help="The text that follows the text of --state-in.", rich_help_panel=STATE),
 ]
 AppendFileOption = Annotated[
-    str | None,
+    GivenFile | None,
     typer.Option(
         "--append-file",
         help="The same from a file, '-' for standard input; with --jsonl a text on each line, all after one state.",
@@ -64,7 +81,7 @@ AppendFileOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[
-    Path | None,
+    GivenPath | None,
     typer.Option(
         "--config",
         help=bare(
@@ -75,7 +92,7 @@ ConfigOption = Annotated[
     ),
 ]
 StateOutOption = Annotated[
-    Path | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
+    GivenPath | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
 ]
 PromptLogprobsOption = Annotated[
     int | None,
@@ -92,7 +109,7 @@ ChatOption = Annotated[
     ),
 ]
 MessagesOption = Annotated[
-    str | None,
+    GivenFile | None,
     typer.Option(
         "--messages",
         help="A JSON file with a conversation to answer: objects with role and content; '-' for standard input.",
@@ -104,7 +121,7 @@ SystemOption = Annotated[
     typer.Option("--system", help="A message of the system, before all others.", rich_help_panel=PROMPT),
 ]
 ChatTemplateOption = Annotated[
-    Path | None,
+    GivenPath | None,
     typer.Option(
         "--chat-template",
         help=bare("The template that makes messages text, a jinja file. [default: the model's own]"),

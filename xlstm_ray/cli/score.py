@@ -65,6 +65,8 @@ def score(
     files = file or []
     if not files:
         raise UsageError("there is no text; give --file FILE ('-' for standard input)")
+    if "" in files:
+        raise UsageError("--file was given as ''; a path is not empty")
     for option, given in (("--journal", settings.journal), ("--resume", settings.resume)):
         if given is not None and len(files) > 1:
             raise UsageError(f"{option} is of one text, and {len(files)} were given; give each a command of its own")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from xlstm_ray import hub
-from xlstm_ray.cli.options import RUN, ProgressOption, bare, examples, takes
+from xlstm_ray.cli.options import RUN, GivenPath, ProgressOption, bare, examples, takes
 from xlstm_ray.cli.output import leave_terminal, show, tell
 from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet, smaller_tiles
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
@@ -62,7 +62,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, _option("--port", "The port; 0 is a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
-        Path | None,
+        GivenPath | None,
         _option(
             "--api-key-file", "Callers give the key of one of its lines: Authorization: Bearer KEY (docs/serving.md)."
         ),
@@ -75,7 +75,7 @@ def serve(
         _option("--served-name", "The model's name in requests. [default: that of its directory, or on the hub]"),
     ] = None,
     chat_template: Annotated[
-        Path | None, _option("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
+        GivenPath | None, _option("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
     ] = None,
     slots: Annotated[
         int | None, _option("--slots", "Requests at once. [default: 16, or as many as fit]", min=1, max=1024)
@@ -103,7 +103,8 @@ def serve(
         ),
     ] = None,
     access_log: Annotated[
-        Path | None, _option("--access-log", "A line of JSON for each request is added to this file; - prints them.")
+        GivenPath | None,
+        _option("--access-log", "A line of JSON for each request is added to this file; - prints them."),
     ] = None,
     replicas: Annotated[
         int | None,

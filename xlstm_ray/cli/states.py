@@ -18,7 +18,7 @@ from xlstm_ray.cli.documents import (
     read_document,
 )
 from xlstm_ray.cli.input import read_texts
-from xlstm_ray.cli.options import JsonOption, ProgressOption, bare, examples
+from xlstm_ray.cli.options import JsonOption, ProgressOption, bare, examples, given_path
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.client.service import state_path
 from xlstm_ray.errors import OutputError, UsageError
@@ -58,7 +58,9 @@ def show_(
 @commands.command()
 def download(
     name: NameArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the state goes.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="FILE", help="Where the state goes.", show_default=False)
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is not a state.")] = False,
     url: UrlOption = DEFAULT_URL,
     api_key_file: KeyOption = None,
@@ -78,7 +80,9 @@ def download(
 
 @commands.command(epilog=examples("xlstm-ray client states upload book.state --name book"))
 def upload(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of --state-out.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="FILE", help="A file of --state-out.", show_default=False)
+    ],
     name: Annotated[str | None, typer.Option("--name", help=bare("The document's name. [default: the file's]"))] = None,
     ttl: TtlOption = None,
     url: UrlOption = DEFAULT_URL,
