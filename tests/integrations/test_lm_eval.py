@@ -15,7 +15,7 @@ from transformers import xLSTMForCausalLM
 
 from xlstm_ray import Request
 from xlstm_ray.errors import UsageError
-from xlstm_ray.integrations.lm_eval import XlstmRay
+from xlstm_ray.integrations.lm_eval import XlstmRay, main
 
 DEMO = Path(__file__).parents[2] / "xlstm_ray" / "demo"
 ROWS = [
@@ -143,3 +143,14 @@ def test_its_own_program_evaluates_a_local_task(tmp_path):
         right.append(max(range(3), key=likelihoods.__getitem__) == sample["doc"]["answer"])
     lm.engine.close()
     assert json.loads(results.read_text())["results"]["choose"]["acc,none"] == sum(right) / 2
+
+
+def test_a_mistake_of_its_program_is_one_line(tmp_path, monkeypatch, capsys):
+    words = "run", "--model", "xlstm-ray", "--model_args", f"model={tmp_path / 'none'}", "--tasks", "any"
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--include_path", str(tmp_path)])
+    (tmp_path / "any.yaml").write_text(yaml.safe_dump({"task": "any", "dataset_path": "json"}))
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path / 'none'}: is not a directory")

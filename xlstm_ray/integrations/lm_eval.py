@@ -3,6 +3,7 @@
 python -m xlstm_ray.integrations.lm_eval run --model xlstm-ray --model_args model=DIR --tasks TASK
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import xlstm_ray
 from xlstm_ray import Request, Sampling
 from xlstm_ray.engine.request import End, Handle
-from xlstm_ray.errors import UsageError
+from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.text.template import find_template
 
 ANY_DEVICE = "cuda:0"  # what lm-eval says where nothing was said; then it is the first device that is there
@@ -163,7 +164,16 @@ def _each(submit: Callable[[Request], Handle], asks: Iterator[Request]) -> Itera
         yield under_way.popleft().result()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """lm-eval's program, which knows this class; errors of this project are one line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except XlstmRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
