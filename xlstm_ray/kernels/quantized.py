@@ -164,16 +164,16 @@ class Quantized(NamedTuple):
         """Few rows x (M, K) float32 -> (M, N), in one pass over the integers."""
         halves = self._halves()
         G = halves[0][0].shape[1]
-        # Scale and zero of a group are constant: what they add is a product of the group's sum of x.
-        offsets = [None if zero is None else (zero - MIDDLE * scale)[:, :, 0] for _, scale, zero in halves]
         rows = []
         for row in x.unbind():
             by_group = row.view(1, G, -1, 1)
             sums = by_group.sum(2)
             parts = []
-            for (q, scale, _), offset in zip(halves, offsets, strict=True):
-                part = (q * scale * by_group).sum((1, 2))
-                parts.append(part if offset is None else part + (offset * sums).sum(1))
+            for q, scale, zero in halves:
+                if zero is None:
+                    parts.append((q * scale * by_group).sum((1, 2)))
+                else:  # a group's zero is constant: what it adds is a product of the group's sum of x
+                    parts.append(((q - MIDDLE) * scale * by_group).sum((1, 2)) + (zero[:, :, 0] * sums).sum(1))
             rows.append(torch.stack(parts, 1).flatten())
         return torch.stack(rows)
 
