@@ -335,7 +335,7 @@ def test_the_need_of_integers_is_the_measured_peak(bits, dtype, backend, wide, t
     list(quantize_model(wide, tmp_path / "q", Quantization(bits=bits, group_size=32)))
     need, fixed, tile, loaded, peak = json.loads(run_child(INTEGERS, tmp_path / "q", dtype, backend).stdout)
     matrix = 2 * 5504 * 2048  # elements of gate and up
-    assert (tile > 2 * matrix) == (backend != "native" or bits == 4)  # 4 bits are a byte each, twice, while read
+    assert (tile >= 2 * matrix) == (backend != "native" or bits == 4)  # 4 bits are a byte each, twice, while read
     assert loaded < fixed + 5 * MIB
     assert 0.95 < need / peak < 1.2
 
