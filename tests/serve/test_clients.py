@@ -90,6 +90,11 @@ def test_openais_client_understands_what_is_wrong(service, client):
         client.chat.completions.create(model="tiny", messages=TALK, tools=tools)
 
 
+def test_its_event_loop_is_uvloop(service):
+    """It sends all that an iteration has written by one call, and keeps the interpreter's lock meanwhile."""
+    assert type(service.server._loop.result()).__module__ == "uvloop"
+
+
 def test_openais_client_comes_again_when_there_is_no_room(model):
     endless = {"model": "tiny", "prompt": "b", "max_tokens": 1 << 30, "stream": True}
     with serving_here(model, queue=0, slots=2, answer_tokens=1 << 30) as service:
