@@ -129,6 +129,7 @@ class ShardWork:
                 continue
             self._compute(self.worker.warm_up, batch, size, chunk_size, one_band=self.one_band)
         self._compute(self.worker.warm_up_logits, batch)
+        self.worker.kernels.wait()
         gc.collect()  # frees the compiler's graphs, which are cycles; later work makes no cycles
         empty_cache(self.device)
 

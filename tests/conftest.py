@@ -68,6 +68,7 @@ MARKED = {
         test_decayed_is_accurate_for_every_exponent
         test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates
         test_no_kernel_reads_memory_that_nobody_wrote
+        test_a_graph_is_one_file_that_is_found_again_and_may_come_later
         test_a_second_compilation_of_a_kernel_is_refused
         test_compiled_kernels_of_many_threads_are_all_seen_to_run
         test_a_function_that_torch_skips_is_not_taken_for_a_compiled_one

@@ -8,13 +8,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from tempfile import TemporaryFile
 from threading import Lock
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +70,10 @@ def compile_strict(
     """
     require_compile_cache()
     options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
+    if inductor_config.cpp.vec_isa_ok is None:
+        # Without this, Inductor compiles three files, one after the other, to see whether g++ knows AVX512 and AVX2.
+        # All compilers that know torch's C++20 do; the processor is asked in any case.
+        options["cpp.vec_isa_ok"] = True
     if torch.cuda.is_available():
         # Without this, Inductor times several block sizes of a kernel and keeps the fastest. Block sizes change the
         # order of sums, so two processes that begin with an empty cache would give different bits.
@@ -84,9 +89,10 @@ def compile_strict(
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal first, launches
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._inductor.exc import CppCompileError
 
         try:
-            with first or nullcontext():
+            with first or nullcontext(), _as_one_file(name, args) if first else nullcontext():
                 loaded = len(loaded_modules()) if first and counter else 0
                 result = _surely(compiled, args, kwargs)
                 if first and counter and launches is None:  # only the first thread that had the lock
@@ -95,18 +101,29 @@ def compile_strict(
             if counter:
                 counter.add(launches)
             return result
-        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as err:  # OSError: from the cache's files
-            cause = getattr(err, "inner_exception", err)
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            line = next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
-            reason = f"{type(cause).__name__}: {line}"  # a compiler quotes the source before its error
-            raise KernelError(
-                f"kernel {name} does not compile for {_describe(args)}: {reason}. Nothing falls back; "
-                "`chunkwise_backend=native` runs the eager reference instead. If it compiled before, the cache "
-                f"may be damaged or full: remove {compile_cache_dir()}"
-            ) from err
+        except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, OSError) as err:
+            raise _failed(name, _describe(args), err) from err  # OSError: from the cache's files
 
     return call
+
+
+def _as_one_file(name: str, args: tuple) -> AbstractContextManager[None]:
+    from xlstm_ray.kernels.onefile import one_file  # here: it imports the compiler, which an eager run does without
+
+    return one_file(partial(_failed, name, _describe(args)))
+
+
+def _failed(name: str, given: str, err: Exception) -> KernelError:
+    """What is said of a kernel that does not compile for what was given."""
+    cause = getattr(err, "inner_exception", err)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    line = next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
+    reason = f"{type(cause).__name__}: {line}"  # a compiler quotes the source before its error
+    return KernelError(
+        f"kernel {name} does not compile for {given}: {reason}. Nothing falls back; "
+        "`chunkwise_backend=native` runs the eager reference instead. If it compiled before, the cache "
+        f"may be damaged or full: remove {compile_cache_dir()}"
+    )
 
 
 def _surely(compiled: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

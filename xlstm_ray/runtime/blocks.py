@@ -1,8 +1,10 @@
 """A block's functions for a backend, compiled once for each size."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +32,9 @@ from xlstm_ray.model import (
 )
 from xlstm_ray.runtime.folded import FoldedWeights
 
+if TYPE_CHECKING:
+    from xlstm_ray.kernels.onefile import Pending
+
 
 class BlockFunctions(NamedTuple):
     """The functions of a block for one window shape (B, T), compiled unless the backend is the reference."""
@@ -49,6 +54,20 @@ class Kernels:
         self.backend, self.t_inner, self.compiler = backend, t_inner, compiler
         self.built: dict[tuple, BlockFunctions] = {}
         self.heads: dict[tuple, Callable[[Tensor, Any], Tensor]] = {}
+        self._pending: list[Pending] = []
+
+    def ahead(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it, this thread compiles and does not wait for the C++ compiler: the results mean nothing."""
+        if not self.backend.compiled or device.type != "cpu":
+            return nullcontext()
+        from xlstm_ray.kernels.onefile import ahead  # here: it imports the compiler, which an eager run does without
+
+        return ahead(self._pending)
+
+    def wait(self) -> None:
+        """Wait for what was compiled ahead. Raises KernelError if it does not compile."""
+        while self._pending:
+            self._pending.pop(0).wait()
 
     def head(self, x: Tensor, head: Tensor | Quantized) -> Tensor:
         """head_product; compiled for few rows of integers, or if torch has no such product."""

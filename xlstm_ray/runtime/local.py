@@ -82,6 +82,7 @@ class InProcessExecutor:
             for worker in self._workers:
                 self._call(worker.warm_up, batch, size, chunk_size, one_band=self._bands == 1)
         self.stages[-1][0].warm_up_logits(batch)  # on this thread, which computes logits
+        self.stages[0][0].kernels.wait()  # all workers have the same ones
         self._synchronize()
 
     def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:

@@ -118,22 +118,27 @@ class Worker:
         self.states.setdefault(move.dst, [None] * len(self.blocks))[n] = state
 
     def warm_up(self, batch: int, tokens: int, chunk_size: int, *, one_band: bool) -> None:
-        """Compile for windows (batch, tokens) by running a block of each kind on zeros; the states stay as they are."""
+        """Compile for windows (batch, tokens) by running a block of each kind on zeros; the states stay as they are.
+
+        `Kernels.wait` then waits for the C++ compiler.
+        """
         x = torch.zeros(batch, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
         start = torch.zeros(batch, dtype=torch.long, device=self.device)
         for n in {type(w): n for n, w in enumerate(self.blocks)}.values():
             w, functions = self.blocks[n], self.functions(n, x, chunk_size)
             args = (x, w, self.fresh_state(n, batch), start, start + tokens)
-            if one_band:
-                functions.block(*args)
-            else:
-                functions.mixer(*args)
-                functions.ffn(x, w)
+            with self.kernels.ahead(self.device):
+                if one_band:
+                    functions.block(*args)
+                else:
+                    functions.mixer(*args)
+                    functions.ffn(x, w)
 
     def warm_up_logits(self, batch: int) -> None:
-        """Compile the logits of `batch` rows, if this worker has the head."""
+        """Compile the logits of `batch` rows, if this worker has the head; as `warm_up`."""
         if self.ends.head is not None:
-            self.logits(torch.zeros(batch, self.config.hidden_size, dtype=self.dtype, device=self.device))
+            with self.kernels.ahead(self.device):
+                self.logits(torch.zeros(batch, self.config.hidden_size, dtype=self.dtype, device=self.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> residual stream (B, T, D) on this worker's device."""
