@@ -112,7 +112,7 @@ class ShardWork:
         kernels = Kernels(
             backend,
             t_inner=spec.t_inner,
-            compiler=partial(compile_strict, fusion_limit=spec.fusion_limit),
+            compiler=partial(compile_strict, fusion_limit=spec.fusion_limit, guards=False),
         )
         self.worker = build_worker(
             checkpoint, kernels, self.shard, dtype=spec.dtype, device=self.device, float8=spec.float8

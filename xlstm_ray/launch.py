@@ -151,7 +151,7 @@ class Running:
         kernels = Kernels(
             plan.backend,
             t_inner=plan.steps.t_inner,
-            compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches),
+            compiler=partial(compile_strict, fusion_limit=plan.steps.fusion_limit, counter=self.launches, guards=False),
         )
         float8 = plan.numerics.dtype == "float8"
         build = partial(build_worker, checkpoint, kernels, dtype=plan.dtype, device=plan.device, float8=float8)

@@ -400,6 +400,33 @@ def test_a_second_compilation_of_a_kernel_is_refused():
         kernel(torch.ones(3))
 
 
+def test_without_guards_the_code_itself_refuses_other_shapes_and_strides_and_makes_few_calls():
+    kernel = compile_strict(lambda x, *, y: (x * y).sum(0), "bare", guards=False)
+    x, y = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
+    assert [kernel(x, y=y).tolist() for _ in range(3)] == [[3, 5, 7]] * 3
+    for other in (torch.ones(2, 4), torch.ones(3, 2).T):
+        with pytest.raises(AssertionError, match="size|stride"):
+            kernel(other, y=y)
+
+    def calls(of: Callable) -> int:
+        made = 0
+
+        def count(frame: object, event: str, arg: object) -> None:
+            nonlocal made
+            made += event == "call"
+
+        sys.setprofile(count)
+        try:
+            of(x, y=y)
+        finally:
+            sys.setprofile(None)
+        return made
+
+    guarded = compile_strict(lambda x, *, y: (x * y).sum(0), "guarded")
+    assert guarded(x, y=y).tolist() == kernel(x, y=y).tolist()
+    assert calls(kernel) < calls(guarded)
+
+
 def test_compiled_kernels_of_many_threads_are_all_seen_to_run():
     """Bands have threads. torch 2.13 counts the compiled code that runs for all of them in one number."""
     kernels = [compile_strict(lambda x: x + 1, f"of thread {n}") for n in range(3)]

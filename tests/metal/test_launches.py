@@ -98,6 +98,8 @@ def test_blocks_of_7b(simulator: Simulator, backend: str, tokens: int, ceiling: 
     assert len(lines) == 3 + len(window.functions)
     if backend == "queued_compiled_steps":
         assert [f.calls for f in window.functions] == [1, 8, 1, 1]
+        assert window.calls_per_token == 11 / 64
+        assert f" {2 * 32 * 11 / 64:.2f} calls of compiled code" in lines[-1]
 
 
 @pytest.mark.parametrize(("tokens", "ceiling"), [(64, 2.3), (1, 13)])

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.directories import compile_cache_dir
 from xlstm_ray.errors import KernelError
-from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code
+from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code, unguarded
 from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
 
 TRIES, NOTHING_RAN = 10, "fullgraph=True found no compiled frames"
@@ -59,14 +59,21 @@ def require_compiler(backend: str, device: torch.device) -> None:
 
 
 def compile_strict(
-    fn: Callable, name: str, *, fusion_limit: int | None = None, counter: LaunchCounter | None = None
+    fn: Callable,
+    name: str,
+    *,
+    fusion_limit: int | None = None,
+    counter: LaunchCounter | None = None,
+    guards: bool = True,
 ) -> Callable:
     """Compile `fn` on its first call, only for the shapes, strides, dtypes and device of that call.
 
     The code object is copied: otherwise all shapes in the process would share one list of variants, with its guards and
     its limit. fusion_limit: the number of buffers at which Inductor stops fusing. counter: counts the launches of every
-    call. Raises KernelError with the kernel, the shapes and the device if the compilation fails, would break the graph,
-    or would happen a second time.
+    call. guards: whether torch compares every call with the first one. Without, the caller has chosen the function by
+    shapes, dtypes and device, and the code itself compares shapes and strides alone: of a small function's call that
+    saves a third of the time. Raises KernelError with the kernel, the shapes and the device if the compilation fails,
+    would break the graph, or would happen a second time.
     """
     require_compile_cache()
     options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
@@ -78,16 +85,22 @@ def compile_strict(
         # Without this, Inductor times several block sizes of a kernel and keeps the fastest. Block sizes change the
         # order of sums, so two processes that begin with an empty cache would give different bits.
         options["deterministic"] = True
+    own = own_code(fn, name)
     compiled = torch.compile(  # type: ignore[call-overload] # recompile_limit is missing from the overloads
-        own_code(fn, name), fullgraph=True, dynamic=False, options=options or None, recompile_limit=1
+        own, fullgraph=True, dynamic=False, options=options or None, recompile_limit=1
     )
 
     # The lock: the threads of two bands would compile it twice, and the second compilation is over the limit.
     first: Lock | None = Lock()
     launches: int | None = None
+    bare: Callable | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal first, launches
+        nonlocal first, launches, bare
+        if bare is not None:
+            if counter:
+                counter.add(launches)
+            return bare(*args, **kwargs)
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
@@ -100,6 +113,8 @@ def compile_strict(
             first = None
             if counter:
                 counter.add(launches)
+            if not guards:
+                bare = unguarded(own)
             return result
         except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, OSError) as err:
             raise _failed(name, _describe(args), err) from err  # OSError: from the cache's files

@@ -1,4 +1,4 @@
-"""Inductor's internals that we use: separate code objects, its generated modules, and the launches in their code."""
+"""Internals of torch's compiler that we use: code objects, compiled code without guards, modules, launches."""
 
 import re
 import types
@@ -35,12 +35,25 @@ def loaded_modules() -> "list[types.ModuleType]":
     return PyCodeCache.modules
 
 
-def own_code(fn: Callable, name: str) -> Callable:
+def own_code(fn: Callable, name: str) -> types.FunctionType:
     """`fn` under another name, with a code object of its own: torch.compile keeps its variants on the code object."""
     assert isinstance(fn, types.FunctionType)
     own = types.FunctionType(fn.__code__.replace(), fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
     return own
+
+
+def unguarded(fn: types.FunctionType) -> types.FunctionType | None:
+    """The code that torch compiled for the only variant of `fn`, to be called without its guards; None if there is not
+    exactly one. The code itself compares shapes and strides, not dtypes."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    entries = _debug_get_cache_entry_list(fn.__code__)
+    if len(entries) != 1:
+        return None
+    bare = types.FunctionType(entries[0].code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    bare.__kwdefaults__ = fn.__kwdefaults__
+    return bare
 
 
 def launches_of(modules: "list[types.ModuleType]") -> int | None:

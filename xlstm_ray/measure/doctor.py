@@ -87,6 +87,7 @@ def kernel_report(plan: RunPlan) -> tuple[dict[str, Any], list[str]]:
                 "functions": [asdict(f) for f in window.functions],
                 "most_buffers": window.most_buffers,
                 "launches_per_token": window.launches_per_token * window.blocks * bands,
+                "calls_per_token": window.calls_per_token * window.blocks * bands,
                 "bytes_per_token": window.bytes_per_token * window.blocks * bands,
             }
         )
@@ -107,6 +108,11 @@ class WindowKernels:
     def launches_per_token(self) -> float:
         """Launches a token of one block and band: Metal kernels and torch's own."""
         return sum(f.calls * f.all_launches for f in self.functions) / self.tokens
+
+    @property
+    def calls_per_token(self) -> float:
+        """Calls of compiled functions a token of one block and band."""
+        return sum(f.calls for f in self.functions) / self.tokens
 
     @property
     def bytes_per_token(self) -> float:
@@ -211,8 +217,10 @@ def kernel_lines(window: WindowKernels, bands: int) -> list[str]:
             f"{f.most_buffers:6} of {MAX_BUFFERS}  {rate:14.3f}  {size / 2**20:9.3f}"
         )
     times = window.blocks * bands
+    launches, calls = times * window.launches_per_token, times * window.calls_per_token
+    size = times * window.bytes_per_token / 2**20
     lines.append(
-        f"  {window.blocks} {window.kind} blocks x {bands} band(s): "
-        f"{times * window.launches_per_token:.2f} launches and {times * window.bytes_per_token / 2**20:.1f} MiB a token"
+        f"  {window.blocks} {window.kind} blocks x {bands} band(s): {launches:.2f} launches, {calls:.2f} calls of "
+        f"compiled code and {size:.1f} MiB a token"
     )
     return lines

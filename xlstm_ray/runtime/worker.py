@@ -52,6 +52,9 @@ class Worker:
         self.device, self.dtype = blocks[0].up.device, blocks[0].up.dtype
         if self.dtype == torch.float8_e4m3fn:  # of matrices alone
             self.dtype = torch.bfloat16
+        self._functions: dict[
+            tuple[int, int, int, int], BlockFunctions
+        ] = {}  # (block, rows, tokens, chunk size) -> its
         self.states: dict[int, list[AnyState | None]] = {}  # by number: a state for each block, None if not made yet
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
@@ -180,7 +183,11 @@ class Worker:
         return self.functions(n, x, move.chunk_size).ffn(x, self.blocks[n])
 
     def functions(self, n: int, x: Tensor, chunk_size: int) -> BlockFunctions:
-        return self.kernels.functions(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
+        key = n, x.shape[0], x.shape[1], chunk_size
+        if key not in self._functions:  # to compare the shapes of all weights takes longer than a small block's call
+            made = self.kernels.functions(self.shape, self.blocks[n], (x.shape[0], x.shape[1]), chunk_size)
+            self._functions.setdefault(key, made)
+        return self._functions[key]
 
 
 def build_worker(
