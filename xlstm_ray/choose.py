@@ -366,10 +366,8 @@ def choose_actors(settings: Settings, device: "torch.device", actors: int, there
     """there: the CPUs of each node, which `actors` actors share."""
     on_cpu = device.type == "cpu"
     if settings.actors_per_device > 1 and on_cpu:
-        raise UsageError(
-            f"{settings.named('actors_per_device')} is for GPUs, and the grid's device is the CPU, which actors "
-            "share by `threads`; leave it out"
-        )
+        named = settings.named("actors_per_device")
+        raise UsageError(f"{named} is for GPUs, and the grid's device is the CPU, which actors share; leave it out")
     if not settings.gpu_direct and device.type != "cuda":
         raise UsageError(f"{settings.named('gpu_direct')} is for NVIDIA GPUs; the grid's device is {device.type}")
     threads, cpus = settings.threads, None
