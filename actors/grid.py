@@ -4,7 +4,7 @@ A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> ShardWork.ru
 run_ffn) -> Pipeline.result.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -73,8 +73,9 @@ class RayExecutor:
         self.recovery.make(Made(state.number, len(rows), rows=places))
         return state
 
-    def save(self, state: StateRef) -> dict[str, Tensor]:
-        return self.recovery.save(state.number)
+    def save(self, state: StateRef) -> Callable[[], dict[str, Tensor]]:
+        tensors = self.recovery.save(state.number)
+        return lambda: tensors
 
     @property
     def has_room(self) -> bool:
@@ -100,9 +101,10 @@ class RayExecutor:
     def forget(self) -> None:
         self.recovery.forget()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        (logits,) = self.recovery.ask(lambda: self._pipeline.logits(hidden))
-        return from_wire(logits, torch.float32).clone()
+    def logits(self, hidden: Tensor) -> Callable[[], Tensor]:
+        (wire,) = self.recovery.ask(lambda: self._pipeline.logits(hidden))
+        logits = from_wire(wire, torch.float32).clone()
+        return lambda: logits
 
     def close(self) -> None:
         """End the watchdogs and actors, and then free their placement group: device memory is free on return.

@@ -6,8 +6,9 @@
         --tile-size 512 --chunk-size 64 --answer 16                                       # on two CPU cores
 
 A contestant is a process that has loaded, compiled and run once: one stage is one process without Ray, more are a grid
-of one actor a stage. In a round they run one after the other, each length in turn, and each then answers as many
-requests at once as it has stages x --rows. With --out, every run is a line of JSON; the same command again makes only
+of one actor a stage. In a round they run one after the other, each length in turn, and each then answers --rows requests
+for every decoding step that it has in flight: one, or on GPUs two a stage. Their tokens a second are those after the
+first: the time in which they answer with one token is taken off. With --out, every run is a line of JSON; the same command again makes only
 the runs that are missing. The first line has the settings, and a file of other settings is refused.
 
 The tables have medians over rounds. For a prompt:
@@ -63,16 +64,20 @@ def contestant(args: argparse.Namespace) -> None:
             "digest": result.state.digest(),
         }
 
-    def answer(count: int) -> Row:
-        sampling = Sampling(max_new_tokens=args.answer, ignore_eos=True)
+    def answers(count: int, tokens: int) -> tuple[float, list[list[int]]]:
+        sampling = Sampling(max_new_tokens=tokens, ignore_eos=True)
         began = time.perf_counter()
         handles = [lm.submit(Request(prompt(PROMPT, 2 + n), sampling=sampling)) for n in range(count)]
-        ends = [handle.result() for handle in handles]
-        made = sum(len(end.tokens) for end in ends)
-        return {"seconds": time.perf_counter() - began, "tokens": made, "answers": [end.tokens for end in ends]}
+        ends = [handle.result().tokens for handle in handles]
+        return time.perf_counter() - began, ends
+
+    def answer(count: int) -> Row:
+        first_s, _ = answers(count, 1)
+        seconds, ends = answers(count, args.answer)
+        return {"seconds": seconds - first_s, "first_s": first_s, "tokens": count * (args.answer - 1), "answers": ends}
 
     lm.prefill(prompt(FEW * args.tile_size, 1))
-    count = args.contestant * args.rows
+    count = lm.executor.parallel * args.rows
     if args.answer:
         lm.serve(slots=count, buckets=(args.rows,))
         answer(count)
@@ -172,7 +177,7 @@ def table(rows: list[Row], args: argparse.Namespace) -> dict[int, list[float]]:
                 f"{max(row['memory'] for row in same) / 2**20:12,.0f}"
             )
     if args.answer:
-        print(f"\n{args.rows} requests a stage at once, {PROMPT} + {args.answer} tokens each")
+        print(f"\n{args.rows} requests for each step in flight, {PROMPT} + {args.answer} tokens each")
         print("stages   tokens/s   x one   by stages")
         made = [row for row in rows if row["work"] == 0]
         for stages in args.stages:
@@ -209,7 +214,7 @@ def main() -> None:
     parser.add_argument("--stages", type=numbers, help="with commas [default: 1, 2, 4, 8 as far as there are GPUs]")
     parser.add_argument("--tokens", type=numbers, default=[16384, 65536, 262144], help="of a prompt, with commas")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=16, help="requests a stage at once")
+    parser.add_argument("--rows", type=int, default=16, help="requests for each step in flight")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer; 0 for no requests")
     parser.add_argument("--tile-size", type=int, default=4096)
     parser.add_argument("--chunk-size", type=int, default=256)

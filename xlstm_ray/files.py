@@ -127,7 +127,7 @@ def require_writable(path: Path, *, option: str = "", makes_directory: bool = Fa
         )
 
 
-def write_whole(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write all of the data, in one or in pieces, or leave the file as it was. Raises OSError.
 
     Temporary file, fsync, rename. Files that killed writers left in the directory are removed too.

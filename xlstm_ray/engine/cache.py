@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xlstm_ray.cachefiles import Folder, KeptFile, Written
-from xlstm_ray.engine.driver import Logits, computed
-from xlstm_ray.engine.held import HeldRows, States
+from xlstm_ray.engine.driver import Start
+from xlstm_ray.engine.held import States
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Found, Run, Tree, root_of
 from xlstm_ray.errors import StateError
@@ -33,14 +33,6 @@ class Maker(NamedTuple):
     model: str
     numerics: Numerics
     machine: str
-
-
-class Start(NamedTuple):
-    """A state of one row, from which a prompt goes on, and the trail of its tokens. logits: (vocabulary,) float32."""
-
-    rows: HeldRows
-    logits: Logits
-    trail: LaterTrail
 
 
 @dataclass
@@ -180,9 +172,11 @@ class Cache:
         if held is None or held.batch > 1:
             rows = self._states.rows(self._states.copy_of(rows), 1)
         start = start._replace(rows=rows)
-        if on_host:
-            for row in filter(None, rows):
+        for row in filter(None, rows):
+            if on_host:
                 row.held.evict()  # tensors fit any layout, and here they are not copied
+            elif self._folder is not None:
+                row.held.send()
         if self._folder is not None and self._writer is not None:
             self._write(entry, start)
         self._put(entry, start)
@@ -347,6 +341,8 @@ class Cache:
         assert self._folder is not None
         assert self._writer is not None
         state = self._state_of(entry, start)
+        if self._states.executor().on_host:
+            _ = state.tensors  # elsewhere they are on their way
         order = [f"{e.name}.state" for e in self._tree.lowest(DISK)]
         spare = {f"{e.name}.state" for e in self._tree.entries if e.leases}
         entry.leases += 1  # until it is written
@@ -360,13 +356,14 @@ class Cache:
         after = entry.parent.key.hex() if entry.parent else ""
         trail = start.trail.made()
         return RecurrentState(
-            {**start.rows.bring(), "logits": computed(start.logits)[None]},
+            {},
             tokens=[entry.length],
             prompt_hash=[trail.hash],
             rows=[Row(tokens=trail)],
             model=self._maker.model,
             numerics=self._maker.numerics,
             complete=True,
+            elsewhere=start,
             place=Place(
                 root=entry.root.hex(),
                 key=entry.key.hex(),

@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from xlstm_ray.engine.tokens import Tokens, make_part
 from xlstm_ray.engine.windows import Group, Window, plan_windows
 from xlstm_ray.errors import GridLost
 from xlstm_ray.runtime.executor import Executor, Step, StepResult, run
-from xlstm_ray.text.history import Scored
+from xlstm_ray.text.history import LaterTrail, Scored
 
 
 class Sizes(NamedTuple):
@@ -73,6 +73,44 @@ def computed(logits: Logits) -> Tensor:
     return logits if isinstance(logits, Tensor) else logits()
 
 
+class Later:
+    """Logits (B, vocabulary), computed when they are needed: row b of the b-th tensor of `hidden` (B, D) is after the
+    row's last token; None: any will do."""
+
+    def __init__(self, states: States, executor: Executor, hidden: list[Tensor | None]):
+        self._states, self._executor, self._hidden = states, executor, hidden
+        self._coming: Future[Tensor] | None = None
+
+    def begin(self) -> "Future[Tensor]":
+        with self._states.turn():  # other threads must not use the device now
+            if self._coming is None:
+                some = next(part for part in self._hidden if part is not None)
+                parts = [some if part is None else part for part in self._hidden]
+                same = all(part is some for part in parts)
+                together = some if same else torch.stack([p[b] for b, p in enumerate(parts)])
+                self._coming = self._states.mover.submit(self._executor.logits(together))
+            return self._coming
+
+    def __call__(self) -> Tensor:
+        return self.begin().result()
+
+
+class Start(NamedTuple):
+    """A state of one row, from which a prompt goes on, and the trail of its tokens. logits: (vocabulary,) float32."""
+
+    rows: HeldRows
+    logits: Logits
+    trail: LaterTrail
+
+    def bring(self) -> dict[str, Tensor]:
+        """All tensors of a RecurrentState, on the CPU. Raises GridLost."""
+        return {**self.rows.bring(), "logits": computed(self.logits)[None]}
+
+    def pick(self, rows: Sequence[int]) -> "Start":
+        """Itself: it has one row."""
+        return self
+
+
 class Snapshot:
     """A prefill at a window's end, where it can be resumed.
 
@@ -90,6 +128,11 @@ class Snapshot:
     def logits(self) -> Tensor:
         self._logits = computed(self._logits)
         return self._logits
+
+    def begin(self) -> None:
+        """Begin to compute the logits, where that is beside other work."""
+        if isinstance(self._logits, Later):
+            self._logits.begin()
 
     def some(self, change: Callable[[Tensor], Tensor]) -> Logits:
         """Change the logits: now if they are computed, else when they are. The result does not keep the state alive."""
@@ -246,7 +289,7 @@ class Reader:
         scored = [row.so_far for row in self.sums] or None
         if not any(hidden is not None for hidden in self._hidden):
             return Snapshot(consumed, before, rows, scored)
-        logits = partial(_logits, self._states, self.executor, list(self._hidden))
+        logits = Later(self._states, self.executor, list(self._hidden))
         moved = torch.tensor([c > b or e == 0 for b, c, e in zip(self.begin, consumed, self.end, strict=True)])
         if moved.all():
             return Snapshot(consumed, logits, rows, scored)
@@ -264,15 +307,6 @@ class Reader:
 
     def _windows(self, begin: Sequence[int]) -> Iterator[Window]:
         return plan_windows(begin, self.end, tile_size=self._sizes.tile, chunk_size=self._sizes.chunk)
-
-
-def _logits(states: States, executor: Executor, hidden: list[Tensor | None]) -> Tensor:
-    """Logits (B, vocabulary): row b of the b-th tensor (B, D) is after the row's last token; None: any will do."""
-    with states.turn():  # other threads must not use the device now
-        some = next(part for part in hidden if part is not None)
-        parts = [some if part is None else part for part in hidden]
-        together = some if all(part is some for part in parts) else torch.stack([p[b] for b, p in enumerate(parts)])
-        return executor.logits(together)
 
 
 def prefill(

@@ -1,6 +1,7 @@
 """The states that an engine holds: with its executor as long as that is useful, else on the host."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from threading import Lock
 from typing import NamedTuple
@@ -17,19 +18,16 @@ Tensors = dict[str, Tensor]
 
 
 class Held:
-    """A state: with the executor (`ref`), or on the host."""
+    """A state: with the executor (`ref`), on its way to the host, or there."""
 
     def __init__(self, states: "States", ref: StateRef | None, tensors: Tensors | None):
-        self._states, self.ref, self._tensors = states, ref, tensors
+        self._states, self.ref = states, ref
+        self._coming: Future[Tensors] | None = None
         self._lost: GridLost | None = None
-
-    @property
-    def batch(self) -> int:
-        """How many rows it has."""
-        if self.ref is not None:
-            return self.ref.batch
-        assert self._tensors is not None
-        return len(next(iter(self._tensors.values())))
+        if tensors is not None:
+            self._coming = Future()
+            self._coming.set_result(tensors)
+        self.batch = ref.batch if ref is not None else len(next(iter(tensors.values()))) if tensors else 0
 
     @property
     def lost(self) -> bool:
@@ -39,24 +37,29 @@ class Held:
     def bring(self) -> Tensors:
         """Its tensors on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
         with self._states.turn():  # another thread may evict it
+            executor = self._states.executor()
+            if self._coming is None and self.ref is not None and executor.on_host:  # do not keep it a second time
+                return executor.save(self.ref)()
+            coming = self.send()
+        return coming.result()
+
+    def send(self) -> "Future[Tensors]":
+        """Begin to copy it to the host, where the executor works elsewhere. Raises GridLost."""
+        with self._states.turn():
             if self._lost is not None:
                 raise self._lost
-            if self._tensors is not None:
-                return self._tensors
-            assert self.ref is not None
-            executor = self._states.executor()
-            tensors = executor.save(self.ref)
-            if not executor.on_host:  # do not copy it a second time
-                self._tensors = tensors
-            return tensors
+            if self._coming is None:
+                assert self.ref is not None
+                self._coming = self._states.mover.submit(self._states.executor().save(self.ref))
+            return self._coming
 
     def evict(self) -> None:
-        """Copy the state to the host and free it on the executor. A lost grid's states are lost."""
+        """Free the state on the executor, once it is on the host. A lost grid's states are lost."""
         with self._states.turn():
             if self.ref is None:
                 return
             try:
-                self._tensors = self.bring()
+                self.send()
             except GridLost as lost:
                 self._lost = lost
             self.ref = None
@@ -96,6 +99,7 @@ class States:
         self.executor, self.turn = executor, turn
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
         self._lock = Lock()  # of these: any thread adds some
+        self.mover = ThreadPoolExecutor(1, "states")  # waits for states on their way to the host
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
         """The rows of a state that the executor has (`ref`), or of one with these tensors."""
@@ -140,6 +144,7 @@ class States:
             all_ = list(self._all.values())
         for held in all_:
             held.evict()
+        self.mover.shutdown()
 
     def _refs(self, rows: HeldRows) -> list[RowRef | None] | None:
         """The executor's references of these rows; None if it lacks at least one of them."""

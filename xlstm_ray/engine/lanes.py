@@ -96,7 +96,7 @@ class Lane:
         with self._lanes.turn() as executor:
             return executor.take(rows)
 
-    def save(self, state: StateRef) -> dict[str, Tensor]:
+    def save(self, state: StateRef) -> Callable[[], dict[str, Tensor]]:
         with self._lanes.turn() as executor:
             return executor.save(state)
 
@@ -129,7 +129,7 @@ class Lane:
                 if not self._lanes.inboxes:
                     executor.forget()
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Callable[[], Tensor]:
         with self._lanes.turn() as executor:
             return executor.logits(hidden)
 

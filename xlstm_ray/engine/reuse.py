@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from xlstm_ray.engine.cache import Cache, Hit, Start
-from xlstm_ray.engine.driver import Logits, Snapshot, computed
+from xlstm_ray.engine.cache import Cache, Hit
+from xlstm_ray.engine.driver import Logits, Snapshot, Start, computed
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.resume import Going

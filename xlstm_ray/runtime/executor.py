@@ -148,8 +148,8 @@ class Executor(Protocol):
     def take(self, rows: Sequence[RowRef | None]) -> StateRef:
         """A state from copies of these rows: this is how rows join, leave and fork. None: a fresh row."""
 
-    def save(self, state: StateRef) -> dict[str, Tensor]:
-        """A copy of a state's tensors, on the CPU."""
+    def save(self, state: StateRef) -> Callable[[], dict[str, Tensor]]:
+        """Begin to copy a state's tensors to the host. Call the result once, in any thread: it waits for them."""
 
     @property
     def has_room(self) -> bool:
@@ -164,8 +164,8 @@ class Executor(Protocol):
     def forget(self) -> None:
         """Drop the results of all submitted steps."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, D) -> logits (B, vocabulary) float32, on the CPU."""
+    def logits(self, hidden: Tensor) -> Callable[[], Tensor]:
+        """Begin to compute logits (B, vocabulary) float32, on the CPU, of hidden (B, D). The result as of `save`."""
 
     @property
     def peak_memory_bytes(self) -> int:

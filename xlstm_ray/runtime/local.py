@@ -1,7 +1,7 @@
 """The executor of this process."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -16,6 +16,7 @@ from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult, rows_of
 from xlstm_ray.runtime.folded import FoldedWeights
 from xlstm_ray.runtime.graphs import Graphs, Outcome
+from xlstm_ray.runtime.moves import Moves
 from xlstm_ray.runtime.worker import Move, Worker
 from xlstm_ray.sampling.logprobs import Logprobs
 
@@ -61,6 +62,7 @@ class InProcessExecutor:
         self._names = Names(self._free)
         # A device works while the host prepares the next window: two steps in flight.
         self._depth = 1 if self.device.type == "cpu" else 2
+        self._moves = Moves(self.device) if self.device.type == "cuda" else None
         self._pending: deque[_Pending] = deque()
         self._before = 0.0  # time of the last result, or when the first pending step was submitted
         if self._bands == 1 and torch_threads is not None:
@@ -87,8 +89,15 @@ class InProcessExecutor:
 
     def load(self, tensors: dict[str, Tensor] | None, batch: int) -> StateRef:
         state = self._names.new(batch)
-        for worker in self._workers:
-            worker.load(state.number, tensors, batch)
+
+        def load(tensors: Mapping[str, Tensor] | None) -> None:
+            for worker in self._workers:
+                worker.load(state.number, tensors, batch)
+
+        if self._moves is None or tensors is None:
+            load(tensors)
+        else:
+            self._moves.to_device(tensors, load)
         return state
 
     def take(self, rows: Sequence[RowRef | None]) -> StateRef:
@@ -98,9 +107,13 @@ class InProcessExecutor:
             worker.take(state.number, places)
         return state
 
-    def save(self, state: StateRef) -> dict[str, Tensor]:
+    def save(self, state: StateRef) -> Callable[[], dict[str, Tensor]]:
+        joined = self._joined(self._blocks(state))
+        if self._moves is not None:
+            return self._moves.to_host(joined)
         self._synchronize()
-        return self._joined(self._blocks(state))
+        tensors = {name: tensor.cpu() for name, tensor in joined.items()}
+        return lambda: tensors
 
     @property
     def has_room(self) -> bool:
@@ -137,14 +150,19 @@ class InProcessExecutor:
         now = perf_counter()
         seconds, self._before = now - self._before, now
         logprobs = result.logprobs and Logprobs(*(part.cpu() for part in result.logprobs))
-        state = self._joined(kept) if kept is not None else None
+        state = {name: tensor.cpu() for name, tensor in self._joined(kept).items()} if kept is not None else None
         return result._replace(seconds=seconds, state=state, logprobs=logprobs)
 
     def forget(self) -> None:
         self._pending.clear()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.stages[-1][0].logits(hidden).cpu()
+    def logits(self, hidden: Tensor) -> Callable[[], Tensor]:
+        logits = self.stages[-1][0].logits(hidden)
+        if self._moves is None:
+            logits = logits.cpu()
+            return lambda: logits
+        wait = self._moves.to_host({"logits": logits})
+        return lambda: wait()["logits"]
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -166,12 +184,12 @@ class InProcessExecutor:
         return [list(worker.states[state.number]) for worker in self._workers]
 
     def _joined(self, blocks: list[list[AnyState | None]]) -> dict[str, Tensor]:
-        """Join the workers' states of their blocks -> tensors of all heads, on the CPU."""
+        """Join the workers' states of their blocks -> tensors of all heads, on the device."""
         tensors: dict[str, Tensor] = {}
         each = iter(blocks)
         for workers in self.stages:
             tensors |= join_bands(worker.named(next(each)) for worker in workers)
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        return tensors
 
     def _free(self, number: int) -> None:
         for worker in self._workers:

@@ -74,7 +74,7 @@ class Worker:
         if tensors is not None:
             heads = slice(self.shard.heads.start, self.shard.heads.stop)
             for name, part in self._named(state):
-                part.copy_(tensors[name][:, heads])
+                part.copy_(tensors[name][:, heads], non_blocking=True)
         self.states[number] = state
 
     def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:

@@ -1,0 +1,90 @@
+"""States on their way between a GPU and the host's memory, beside the GPU's work.
+
+A copy between a GPU and ordinary memory waits for all work before it and is slow. So states go through buffers of
+pinned memory, in a stream of their own: the GPU goes on, and another thread takes them from there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BUFFERS = 4  # states on their way at once
+LARGEST = 512 << 20  # bytes of a buffer; larger states, of many rows, are copied without
+ALIGNED = 64  # bytes
+
+
+class _Buffer(NamedTuple):
+    pinned: Tensor  # uint8
+    free: torch.cuda.Event | None  # when the GPU has read what was in it
+
+
+class Moves:
+    """Moves of states from and to one GPU. Buffers are as large as the largest state so far."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
+        for _ in range(BUFFERS):
+            self._buffers.put(_Buffer(torch.empty(0, dtype=torch.uint8), None))
+
+    def to_host(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Begin to copy these tensors of the GPU, as they are after all work so far. Call the result once, from any
+        thread: it waits for the copies, and returns them in ordinary memory."""
+        if _size(tensors.values()) > LARGEST:
+            copies = {name: tensor.cpu() for name, tensor in tensors.items()}
+            return lambda: copies
+        buffer, places = self._buffer(tensors.values()), dict(zip(tensors, _places(tensors.values()), strict=True))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                _view(buffer, places[name], tensor).copy_(tensor, non_blocking=True)
+            there = self._stream.record_event()
+
+        def wait() -> dict[str, Tensor]:
+            there.synchronize()  # until now `tensors` were in use
+            size = _size(tensors.values())
+            own = torch.empty(size, dtype=torch.uint8).copy_(buffer[:size])
+            self._buffers.put(_Buffer(buffer, None))
+            return {name: _view(own, places[name], tensor) for name, tensor in tensors.items()}
+
+        return wait
+
+    def to_device(self, tensors: Mapping[str, Tensor], take: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Give `take` these tensors in pinned memory. It copies them to the GPU in the current stream, not waiting."""
+        if _size(tensors.values()) > LARGEST:
+            take(tensors)
+            return
+        buffer, views = self._buffer(tensors.values()), {}
+        for (name, tensor), place in zip(tensors.items(), _places(tensors.values()), strict=True):
+            views[name] = _view(buffer, place, tensor).copy_(tensor)
+        take(views)
+        self._buffers.put(_Buffer(buffer, torch.cuda.current_stream(self._device).record_event()))
+
+    def _buffer(self, tensors: Iterable[Tensor]) -> Tensor:
+        """A free buffer for these; waits for one."""
+        pinned, free = self._buffers.get()
+        if free is not None:
+            free.synchronize()
+        size = _size(tensors)
+        return pinned if pinned.nbytes >= size else torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of a buffer for these."""
+    return sum(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors)
+
+
+def _places(tensors: Iterable[Tensor]) -> list[int]:
+    """Where each tensor begins in a buffer, in bytes."""
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(end)
+        end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    return places
+
+
+def _view(buffer: Tensor, place: int, like: Tensor) -> Tensor:
+    return buffer[place : place + like.nbytes].view(like.dtype).view(like.shape)
