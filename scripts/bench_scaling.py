@@ -6,10 +6,11 @@
         --tile-size 512 --chunk-size 64 --answer 16                                       # on two CPU cores
 
 A contestant is a process that has loaded, compiled and run once: one stage is one process without Ray, more are a grid
-of one actor a stage. In a round they run one after the other, each length in turn, and each then answers --rows requests
+of one actor a stage. In a round they run one after the other, each length in turn. Each then answers --rows requests
 for every decoding step that it has in flight: one, or on GPUs two a stage. Their tokens a second are those after the
-first: the time in which they answer with one token is taken off. With --out, every run is a line of JSON; the same command again makes only
-the runs that are missing. The first line has the settings, and a file of other settings is refused.
+first: the time in which they answer with one token is taken off. With --out, every run is a line of JSON; the same
+command again makes only the runs that are missing. The first line has the settings, and a file of other settings is
+refused.
 
 The tables have medians over rounds. For a prompt:
 
