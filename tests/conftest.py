@@ -71,6 +71,7 @@ MARKED = {
         test_a_graph_is_one_file_that_is_found_again_and_may_come_later
         test_a_second_compilation_of_a_kernel_is_refused
         test_compiled_kernels_of_many_threads_are_all_seen_to_run
+        test_warm_up_command
         test_a_function_that_torch_skips_is_not_taken_for_a_compiled_one
         test_two_window_sizes_and_one_for_decoding_are_compiled_and_never_again
         test_compiled_splits_equal_the_reference

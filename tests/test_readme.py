@@ -53,6 +53,7 @@ CLIENT = "it asks a service: tests/serve/test_client_commands.py runs it"
 RAY = "a Ray head and actors that compile: tests/actors/test_grid.py and tests/supervisor/test_supervisor.py run them"
 NOT_RUN = {
     "xlstm-ray chat --model DIR --state-in book.state": "tests/cli/test_chat_command.py runs it",
+    "xlstm-ray warm-up --model DIR --cache-out code.zip": "it compiles: tests/cli/test_warm_up_command.py runs it",
     "xlstm-ray score --model DIR --file book.txt": "the next one does the same, and more",
     "./scripts/test": "it runs this test",
     "EXTRAS=serve ./scripts/run serve": SERVED,

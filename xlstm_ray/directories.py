@@ -1,9 +1,11 @@
 """Where this user's files of the program live: caches, compiled code, records of Ray heads."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 
 from platformdirs import user_cache_path
 from platformdirs.unix import Unix
@@ -11,6 +13,7 @@ from platformdirs.unix import Unix
 from xlstm_ray.errors import RayError
 
 NAME = "xlstm-ray"
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable
 
 
 def cache_dir() -> Path:
@@ -28,7 +31,20 @@ def compile_cache_dir() -> Path:
     except (KeyError, ModuleNotFoundError, OSError):  # a user without a name, as in containers
         user = f"uid_{os.getuid()}"
     default = Path(gettempdir()) / f"torchinductor_{user}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)).absolute()
+    return Path(os.environ.get(COMPILE_CACHE, default)).absolute()
+
+
+@contextmanager
+def fresh_compile_cache() -> Iterator[Path]:
+    """Within it, torch compiles into a directory of its own, which is removed at the end."""
+    before, place = os.environ.get(COMPILE_CACHE), compile_cache_dir()
+    with TemporaryDirectory(prefix="warm-up-", dir=place) as directory:
+        os.environ[COMPILE_CACHE] = directory
+        try:
+            yield Path(directory)
+        finally:
+            del os.environ[COMPILE_CACHE]
+            os.environ.update({} if before is None else {COMPILE_CACHE: before})
 
 
 def default_state_dir() -> Path:

@@ -35,6 +35,7 @@ STATE = Kind(
 )
 LOGS = b"tile,tokens_done,", b"index,id,answer,", b"seconds,process_bytes,"  # of tiles, answers, memory
 LOG = Kind("a log of this program", lambda head: head.removeprefix(b"time,").startswith(LOGS))
+CODE = Kind("compiled code of this program", lambda head: head.startswith(b"PK") and b"xlstm-ray compiled code" in head)
 PICTURE = Kind("a picture of this program", lambda head: head.startswith(b"\x89PNG") and b"xlstm-ray" in head)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray import __version__
-from xlstm_ray.cli import bench, cache, chat, client, models, ray, run, score, serve, tools
+from xlstm_ray.cli import bench, cache, chat, client, models, ray, run, score, serve, tools, warm
 from xlstm_ray.cli.options import MACHINE, RUN
 from xlstm_ray.cli.output import drop_stdout, open_standard_files, tell
 from xlstm_ray.errors import Interrupted, XlstmRayError
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for room in (run, chat, score, models, serve, tools, ray):  # in the order of the help
+for room in (run, chat, score, models, serve, warm, tools, ray):  # in the order of the help
     app.add_typer(room.commands)
 app.add_typer(client.commands, name="client", rich_help_panel=RUN)
 app.add_typer(bench.commands, name="bench", rich_help_panel=MACHINE)

@@ -91,6 +91,11 @@ class Reporter:
         numbers = f"{done:,}/{total:,} answers  {rate:,.0f} tokens/s  {timedelta(seconds=math.ceil(eta))} left"
         self._count("answers", done, total, numbers, {"event": "answer", "time": now(), **row})
 
+    def compiled(self, done: int, total: int) -> None:
+        """Calls of a model are compiled."""
+        numbers = f"{done}/{total} calls"
+        self._count("compiling", done, total, numbers, {"event": "call", "time": now(), "done": done, "total": total})
+
     def parts(self, done: int, total: int) -> None:
         """Parts of a model are written."""
         seconds = perf_counter() - self._began

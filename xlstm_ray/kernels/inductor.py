@@ -35,6 +35,22 @@ def loaded_modules() -> "list[types.ModuleType]":
     return PyCodeCache.modules
 
 
+def compiler_version() -> str:
+    """The C++ compiler that Inductor calls, by its name, and its version."""
+    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+    name = get_cpp_compiler()
+    found = re.search(r"version \d[\w.+-]*", get_compiler_version_info(name))
+    return f"{name} {found[0] if found else ''}"
+
+
+def graphs() -> tuple[int, int]:
+    """How many graphs this process has compiled, and how many it has found in the compile cache."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]
+
+
 def own_code(fn: Callable, name: str) -> types.FunctionType:
     """`fn` under another name, with a code object of its own: torch.compile keeps its variants on the code object."""
     assert isinstance(fn, types.FunctionType)
