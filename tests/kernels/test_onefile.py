@@ -40,9 +40,9 @@ PROGRAM = """
     if "broken" in sys.argv:
         os.environ["BROKEN"] = "yes"
         pending = []
-        with ahead(pending):
-            compile_strict(around, "broken")(torch.randn(40, 32), torch.randn(32, 16))
-        try:
+        try:  # the compiler may have failed before the first kernel is called, or after it
+            with ahead(pending):
+                compile_strict(around, "broken")(torch.randn(40, 32), torch.randn(32, 16))
             pending.pop().wait()
         except KernelError as err:
             print(err)
