@@ -10,12 +10,14 @@ and cannot leave an end that has died.
 
 import os
 from collections.abc import Callable
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+_numbers = count()  # of this process's rings
 DEVICE = 6  # the place of the device's index among the arguments of torch's rebuild_cuda_tensor
 
 
@@ -38,19 +40,20 @@ class Ring:
         self._places = places
         self._rings: list[Tensor] = []
         self._mapped: tuple[Callable[..., Tensor], tuple[Any, ...]] | None = None
+        self._name = (os.getpid(), -1)
         self._next = 0
 
     def put(self, x: Tensor) -> Spot:
         """Copy a tensor into the ring, in the current stream: its Spot counts once the stream has come here."""
         if not self._rings or self._rings[-1].numel() < self._places * x.numel():
             self._rings.append(torch.empty(self._places * x.numel(), dtype=x.dtype, device=x.device))
-            self._mapped = reduce_tensor(self._rings[-1])
+            self._mapped, self._name = reduce_tensor(self._rings[-1]), (os.getpid(), next(_numbers))
         ring, mapped = self._rings[-1], self._mapped
         assert mapped is not None
         first = self._next * (ring.numel() // self._places)
         self._next = (self._next + 1) % self._places
         ring[first : first + x.numel()].view(x.shape).copy_(x)
-        return Spot((os.getpid(), len(self._rings)), mapped, first, x.shape)
+        return Spot(self._name, mapped, first, x.shape)
 
 
 class Mapped:

@@ -20,3 +20,8 @@ def test_an_older_tensor_than_there_are_places_is_written_over():
     ring, mapped = Ring(2), Mapped()
     first, *_ = [ring.put(torch.full((3,), float(n))) for n in range(3)]
     assert mapped.view(first).tolist() == [2.0] * 3
+
+
+def test_rings_of_one_process_are_told_apart():
+    mapped, spots = Mapped(), [Ring(1).put(torch.full((n + 1,), float(n))) for n in range(3)]
+    assert [mapped.view(spot).tolist() for spot in spots] == [[0.0], [1.0, 1.0], [2.0, 2.0, 2.0]]

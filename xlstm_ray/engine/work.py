@@ -262,19 +262,17 @@ class Work:
         if not active:
             return
         logits, tasks, there = result.logits, [task for _, task in active], [n for n, _ in active]
-        if result.tokens is not None and result.logits_of is not None:
+        chosen = None if result.tokens is None else result.tokens[there]
+        if chosen is not None and (chosen < 0).any():
+            raise not_finite(self._core.plan.model)
+        if chosen is not None and result.logits_of is not None:
             for n, task in active:
                 task.logits, task.fetch = None, partial(result.logits_of, n)
-            if (result.tokens[there] < 0).any():
-                raise not_finite(self._core.plan.model)
-            self._go_on(tasks, result.tokens[there].tolist(), [None] * len(tasks))
-            return
+            return self._go_on(tasks, chosen.tolist(), [None] * len(tasks))
         assert logits is not None
-        if result.tokens is not None:
+        if chosen is not None:
             # The step after this one is under way already: nothing here may wait for the device.
-            chosen, rows = result.tokens[there], [logits[n] for n in there]
-            if (chosen < 0).any():
-                require_finite(torch.stack(rows), self._core.plan.model)
+            rows = [logits[n] for n in there]
             for task, row in zip(tasks, rows, strict=True):
                 task.logits = row
             self._go_on(tasks, *self._slots.chosen(chosen, rows, tasks))
