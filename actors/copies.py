@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.actors.ring import Mapped, Spot
-from xlstm_ray.actors.wire import Wire, from_wire
+from xlstm_ray.actors.wire import Wire, from_wire, to_wire
+from xlstm_ray.runtime.moves import Moves
 
 Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
 
@@ -18,6 +19,7 @@ class Copies:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self._device, self._dtype, self.mapped = device, dtype, Mapped()
+        self._moves = Moves(device) if device.type == "cuda" else None
         self._streams: dict[str, Any] = {}
         self._lock = Lock()
 
@@ -41,6 +43,11 @@ class Copies:
         return (
             torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self._device, non_blocking=True)
         )
+
+    def state(self, tensors: dict[str, Tensor]) -> dict[str, Wire]:
+        """A state's tensors on the host, after the current stream's work."""
+        here = tensors if self._moves is None else self._moves.to_host(tensors)()
+        return {name: to_wire(part) for name, part in here.items()}
 
     def fence(self) -> Fence:
         """An event after all work that was submitted to the device so far."""

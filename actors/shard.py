@@ -184,7 +184,7 @@ class ShardWork:
         """This band's tensors of a state."""
         if epoch != self.epoch:
             return None
-        return self._compute(lambda: {name: to_wire(part) for name, part in self.worker.save(number).items()})
+        return self._compute(lambda: self._copies.state(self.worker.save(number)))
 
     def run(self, call: Call, x: Wire | Spot, *_after: None) -> None:
         """Run a tile through the whole stage, if one band has all heads. x: tokens (B, T) in the first stage."""
@@ -250,7 +250,7 @@ class ShardWork:
         if call.epoch != self.epoch or kept is None:
             return None
         with self._copies.beside(kept.fence, "state"):
-            return {name: to_wire(part) for name, part in self.worker.named(kept.blocks).items()}
+            return self._copies.state(self.worker.named(kept.blocks))
 
     # -- control -------------------------------------------------------------------------------------------------------
     def sample(self) -> ActorSample:

@@ -148,7 +148,7 @@ def prefill_groups(
             outcome.tile_tokens += run.tile_tokens
             outcome.tile_whole += run.tile_whole
             every, tiles = hooks.keep_every, len(run.tile_seconds)
-            unsaved = unsaved + tiles if every is None or tiles < every else tiles % every
+            unsaved = unsaved + tiles if every is None or tiles <= every else (tiles - 1) % every + 1
             done = run.lost is None and all(outcome.end.consumed[b] == end[b] for b in group.rows)
             if done and group is not order[-1] and hooks.on_snapshot is not None and unsaved >= (every or inf):
                 try:

@@ -329,7 +329,8 @@ def prefill(
 
     def steps() -> Iterator[Step]:
         while (step := reader.step(hooks.next)) is not None:
-            keep = hooks.keep_every is not None and (step.number + 1) % hooks.keep_every == 0
+            # Not at the end: the run's own state is there, and on GPUs bringing one takes as long as 20 tiles.
+            keep = hooks.keep_every is not None and (step.number + 1) % hooks.keep_every == 0 and not reader.last
             yield step._replace(keep=step.keep or keep)
 
     started = perf_counter()
