@@ -7,8 +7,8 @@
 
 A contestant is a process that has loaded, compiled and run once: one stage is one process without Ray, more are a grid
 of one actor a stage. In a round they run one after the other, each length in turn. Each then answers --rows requests
-for every decoding step that it has in flight: one, or on GPUs two a stage. Their tokens a second are those after the
-first: the time in which they answer with one token is taken off. With --out, every run is a line of JSON; the same
+for every decoding step that it has in flight: one, or on GPUs two a stage; and again with answers of twice the length.
+Tokens a second are the difference: the prompts' time is in neither. With --out, every run is a line of JSON; the same
 command again makes only the runs that are missing. The first line has the settings, and a file of other settings is
 refused.
 
@@ -73,9 +73,9 @@ def contestant(args: argparse.Namespace) -> None:
         return time.perf_counter() - began, ends
 
     def answer(count: int) -> Row:
-        first_s, _ = answers(count, 1)
-        seconds, ends = answers(count, args.answer)
-        return {"seconds": seconds - first_s, "first_s": first_s, "tokens": count * (args.answer - 1), "answers": ends}
+        half_s, _ = answers(count, args.answer)
+        seconds, ends = answers(count, 2 * args.answer)
+        return {"seconds": seconds - half_s, "half_s": half_s, "tokens": count * args.answer, "answers": ends}
 
     lm.prefill(prompt(FEW * args.tile_size, 1))
     count = lm.executor.parallel * args.rows

@@ -71,3 +71,12 @@ class Batch:
             return RowRef(self.state, place)
         assert task.state is not None
         return RowRef(task.state, 0)
+
+
+def must_wait(batches: Sequence[Batch], together: bool) -> bool:
+    """Whether steps under way must end before the next ones. together: all batches go at once, as while prompts are
+    read, so that none waits for two windows; else each goes by itself."""
+    if together:
+        return any(batch.under_way for batch in batches)
+    active = [batch.under_way for batch in batches if batch.tasks]
+    return bool(active) and all(active)

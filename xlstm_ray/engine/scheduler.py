@@ -105,6 +105,11 @@ class Scheduler:
         return ahead.index(request) if request in ahead else 0
 
     @property
+    def reads(self) -> bool:
+        """Whether a prompt is read, or waits to be."""
+        return any(self._of("filling", "waiting"))
+
+    @property
     def owes_tokens(self) -> bool:
         """Whether a window was read since those that decode got a token."""
         return self._fills > 0 and any(self._of("decoding"))

@@ -17,7 +17,7 @@ from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Piece, Reading
-from xlstm_ray.engine.rows import Batch
+from xlstm_ray.engine.rows import Batch, must_wait
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
@@ -88,7 +88,7 @@ class Work:
             match action:
                 case Fill(number):
                     self._fill(self._tasks[number])
-                case Decode() | Park() if any(batch.under_way for batch in self._batches):
+                case Decode() | Park() if must_wait(self._batches, isinstance(action, Park) or self._scheduler.reads):
                     self._held = action
                     break
                 case Decode():
@@ -244,9 +244,9 @@ class Work:
 
     # -- decoding ------------------------------------------------------------------------------------------------------
     def _decode(self) -> None:
-        """Submit a step of every batch: each row gets one more token."""
+        """Submit a step of every batch that has none under way: each row gets one more token."""
         for batch in self._batches:
-            if batch.tasks:
+            if batch.tasks and not batch.under_way:
                 size = batch.arrange()
                 if size is not None:
                     self._core.warm_up(size, [1])
