@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 PROGRAM = """
     import os
@@ -60,9 +61,9 @@ def test_a_graph_is_one_file_that_is_found_again_and_may_come_later(tmp_path):
     compiler.write_text(COMPILER.format(compiler=shutil.which(os.environ.get("CXX", "g++"))))
     compiler.chmod(0o755)
 
-    def run(*words: str, broken: str = "") -> list[str]:
+    def run(*words: str, broken: str = "", cache: Path = cache, **more: str) -> list[str]:
         command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *words]
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "CXX": str(compiler), "BROKEN": broken}
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "CXX": str(compiler), "BROKEN": broken, **more}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
@@ -74,3 +75,5 @@ def test_a_graph_is_one_file_that_is_found_again_and_may_come_later(tmp_path):
     assert "error: no such luck" in said
     assert len(list(cache.rglob("*.main.so"))) == 2  # two graphs, each of two kernels
     assert run(broken="yes") == ["right"]  # with a compiler that compiles nothing
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # as in actors: nothing compiles beside the caller
+    assert run(cache=tmp_path / "another", **alone) == ["right"]

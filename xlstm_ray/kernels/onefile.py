@@ -102,7 +102,9 @@ class _AsyncCompile(theirs.AsyncCompile):
             futures.extend([future] if future else [])
             return future
 
-        library = _File.load_async(_File.text(list(kernels.values())), submit_fn=submit)
+        # Where it has no thread for it, `submit` would compile at once, and load_async has the file's lock meanwhile.
+        beside = theirs.get_compile_threads() > 1
+        library = _File.load_async(_File.text(list(kernels.values())), submit_fn=submit if beside else None)
 
         def load() -> None:
             scope.update({name: getattr(library(), f"kernel_{n}") for n, name in enumerate(kernels)})
