@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -225,3 +226,21 @@ def test_no_request_touches_what_other_threads_write_to():
     end.set()
     thread.join()
     assert seen == {(os.fstat(2).st_dev, os.fstat(2).st_ino)}
+
+
+def test_a_text_that_begins_as_one_before_is_cut_from_where_they_part():
+    tokenizer, calls = KINDS["gpt2"](), []
+
+    @contextmanager
+    def calling():
+        calls.append(1)
+        yield
+
+    encoder = TextEncoder(tokenizer, calling=calling, piece=400, overlap=100)
+    text, counts = " ".join(CORPUS) * 3, []
+    for end in ("", "one more", "2 others\n\n"):
+        calls.clear()
+        assert encoder.encode(text + end).tolist() == tokenizer.encode(text + end).ids
+        counts.append(len(calls))
+    assert counts[0] > 10
+    assert max(counts[1:]) <= 5

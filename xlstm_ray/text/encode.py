@@ -19,6 +19,8 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from functools import lru_cache
 from itertools import accumulate
 from typing import TypeVar
 
@@ -27,6 +29,7 @@ from tokenizers import Encoding, Tokenizer
 from xlstm_ray.text.ondisk import TextFile
 
 PIECE = 1 << 16  # characters
+KEPT = 32  # pieces that are kept, some 300 KB each, for texts that begin as one before
 OVERLAP = 1 << 12  # characters; a tokenizer is assumed to look at fewer to cut a word
 AGREE = 8  # tokens, at least
 IDS = "I"  # unsigned, as in the library: an id may be outside the vocabulary, which the caller reports
@@ -55,6 +58,7 @@ class TextEncoder:
     ):
         self._whole, self._calling, self._piece, self._overlap = tokenizer, calling, piece, overlap
         self._plain: Tokenizer | None = None
+        self._kept = lru_cache(KEPT)(self._encoded)
 
     def encode(self, text: str | TextFile, on_piece: Callable[[int], object] = lambda done: None) -> "array[int]":
         """The token ids of the text. on_piece is called after every piece with the number of finished characters.
@@ -111,11 +115,14 @@ class TextEncoder:
             return array(IDS, self._whole.encode(text[:]).ids)
 
     def _piece_of(self, text: str | TextFile, start: int, size: int) -> "_Piece":
-        """text[start:start + size], encoded."""
+        """text[start:start + size], encoded. A file's are not kept: it takes no memory, and comes once."""
+        part = text[start : start + size]
+        return self._encoded(part, start) if isinstance(text, TextFile) else copy(self._kept(part, start))
+
+    def _encoded(self, part: str, start: int) -> "_Piece":
         assert self._plain is not None
         with self._calling():
-            encoding = self._plain.encode(text[start : start + size], add_special_tokens=False)
-            return _Piece(encoding, start, min(start + size, len(text)))
+            return _Piece(self._plain.encode(part, add_special_tokens=False), start, start + len(part))
 
     def _next(self, text: str | TextFile, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
         """The next piece, and the place of their join: the index of the same token in both."""
