@@ -49,7 +49,7 @@ class Written(NamedTuple):
 class Saves(Protocol):
     """A state."""
 
-    def save(self, path: Path) -> object: ...
+    def save(self, path: Path, *, lasting: bool) -> object: ...
 
 
 class Folder:
@@ -150,7 +150,7 @@ class Folder:
                 gone = self.make_room(size, budget, order, spare)
                 if self.bytes() + size > budget:
                     return Written(gone, f"a state takes {size:,} bytes, and {budget:,} are allowed in all")
-                state.save(self.file(name))
+                state.save(self.file(name), lasting=False)  # a damaged file is found by its digest, and made again
         except (StateError, OSError) as err:
             return Written(gone, str(err))
         except Timeout:

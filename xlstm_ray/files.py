@@ -128,20 +128,23 @@ def require_writable(path: Path, *, option: str = "", makes_directory: bool = Fa
         )
 
 
-def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], *, lasting: bool = True) -> None:
     """Write all of the data, in one or in pieces, or leave the file as it was. Raises OSError.
 
-    Temporary file, fsync, rename. Files that killed writers left in the directory are removed too.
+    Temporary file, fsync, rename. Files that killed writers left in the directory are removed too. lasting: False for
+    a file that the machine may lose when its power fails, and whose reader sees damage: no fsync.
     """
     sweep(path.parent)
     temporary = path.with_name(f".xlstm-ray.{token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        if lasting:
+            _sync_directory(path.parent)
     finally:  # also after Ctrl-C
         with suppress(OSError):
             temporary.unlink()

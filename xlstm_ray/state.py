@@ -169,8 +169,9 @@ class RecurrentState:
         state._brought = self._brought
         return state
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> str:
-        """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
+    def save(self, path: str | Path, *, overwrite: bool = False, lasting: bool = True) -> str:
+        """Write the file whole or not at all (temporary file, fsync, rename); returns the digest. lasting: as in
+        write_whole.
 
         A state file is replaced, any other file only with `overwrite`. A link is never followed. Raises StateError if
         the file may not be replaced or cannot be written.
@@ -182,7 +183,7 @@ class RecurrentState:
             raise StateError(str(err)) from None
         pieces, digest = self._file()
         try:
-            write_whole(path, pieces)
+            write_whole(path, pieces, lasting=lasting)
         except OSError as err:
             raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
         return digest
