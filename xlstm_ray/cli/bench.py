@@ -7,7 +7,7 @@ import typer
 
 from xlstm_ray.cli.documents import DEFAULT_URL, KeyOption, UrlOption, connected
 from xlstm_ray.cli.models import fetch_weights
-from xlstm_ray.cli.options import GivenPath, JsonOption, bare, examples, takes
+from xlstm_ray.cli.options import GivenPath, JsonOption, bare, examples, path_option, takes
 from xlstm_ray.cli.output import json_line, note, show
 from xlstm_ray.cli.signals import stop_on_signals
 from xlstm_ray.errors import UsageError
@@ -37,7 +37,7 @@ def bench(
     ] = "queued_compiled_chunks,queued_compiled_steps",
     rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair; the median counts.")] = 3,
     png: Annotated[
-        GivenPath | None, typer.Option("--png", help="Draw speed and memory to this file; needs matplotlib.")
+        GivenPath | None, path_option("--png", help="Draw speed and memory to this file; needs matplotlib.")
     ] = None,
     json_output: JsonOption = False,
     *,
@@ -90,7 +90,7 @@ def serve(
     seed: Annotated[
         int | None, typer.Option("--seed", help=bare("Of the texts. [default: new texts each time]"))
     ] = None,
-    png: Annotated[GivenPath | None, typer.Option("--png", help="Draw times to this file; needs matplotlib.")] = None,
+    png: Annotated[GivenPath | None, path_option("--png", help="Draw times to this file; needs matplotlib.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of others.")] = False,
     json_output: JsonOption = False,
 ) -> None:

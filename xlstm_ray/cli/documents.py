@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from xlstm_ray.cli.keep import program
-from xlstm_ray.cli.options import GivenPath, bare
+from xlstm_ray.cli.options import GivenPath, bare, path_option
 from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.client.keys import find_key
@@ -25,7 +25,7 @@ OPEN = "queued", "reading"
 UrlOption = Annotated[str, typer.Option("--url", help="The service's address.", rich_help_panel=SERVICE)]
 KeyOption = Annotated[
     GivenPath | None,
-    typer.Option(
+    path_option(
         "--api-key-file",
         help=bare(
             "The first line of this file is the key. [default: the variable XLSTM_RAY_API_KEY, else OPENAI_API_KEY]"

@@ -11,7 +11,7 @@ import typer
 
 from xlstm_ray import hub
 from xlstm_ray.cli.keep import program
-from xlstm_ray.cli.options import RUN, GivenPath, JsonOption, ProgressOption, bare, examples, given_path
+from xlstm_ray.cli.options import RUN, GivenPath, JsonOption, ProgressOption, bare, examples, given_path, path_option
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.signals import leave_at_once, stop_on_signals, stopped_by
@@ -24,7 +24,7 @@ commands = typer.Typer()
 
 HubCacheOption = Annotated[
     GivenPath | None,
-    typer.Option("--hub-cache", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
+    path_option("--hub-cache", help=bare("The directory of models. [default: the hub's own cache, see HF_HOME]")),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ def _given(text: Any) -> Any:
 
 GivenPath = Annotated[Path, BeforeValidator(_given)]
 GivenFile = Annotated[str, BeforeValidator(_given)]  # or '-' for standard input
+path_option = partial(typer.Option, metavar="<path>")  # typer would show the validator
+file_option = partial(typer.Option, metavar="<str>")
 
 
 def given_path(text: str) -> Path:
@@ -45,7 +48,7 @@ PromptOption = Annotated[
 ]
 PromptFileOption = Annotated[
     GivenFile | None,
-    typer.Option(
+    file_option(
         "--prompt-file",
         "-f",
         help="A UTF-8 file with the prompt, '-' for standard input; one last newline is dropped.",
@@ -62,7 +65,7 @@ JsonlOption = Annotated[
 ]
 StateInOption = Annotated[
     GivenPath | None,
-    typer.Option(
+    path_option(
         "--state-in",
         help="Go on from this saved state; settings not given are taken from it.",
         rich_help_panel=STATE,
@@ -74,7 +77,7 @@ AppendOption = Annotated[
 ]
 AppendFileOption = Annotated[
     GivenFile | None,
-    typer.Option(
+    file_option(
         "--append-file",
         help="The same from a file, '-' for standard input; with --jsonl a text on each line, all after one state.",
         rich_help_panel=STATE,
@@ -82,7 +85,7 @@ AppendFileOption = Annotated[
 ]
 ConfigOption = Annotated[
     GivenPath | None,
-    typer.Option(
+    path_option(
         "--config",
         help=bare(
             "A TOML file with settings; flags and environment variables override it. A setting's key is its "
@@ -92,7 +95,7 @@ ConfigOption = Annotated[
     ),
 ]
 StateOutOption = Annotated[
-    GivenPath | None, typer.Option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
+    GivenPath | None, path_option("--state-out", "-o", help="Write the state to this file.", rich_help_panel=STATE)
 ]
 PromptLogprobsOption = Annotated[
     int | None,
@@ -110,7 +113,7 @@ ChatOption = Annotated[
 ]
 MessagesOption = Annotated[
     GivenFile | None,
-    typer.Option(
+    file_option(
         "--messages",
         help="A JSON file with a conversation to answer: objects with role and content; '-' for standard input.",
         rich_help_panel=PROMPT,
@@ -122,7 +125,7 @@ SystemOption = Annotated[
 ]
 ChatTemplateOption = Annotated[
     GivenPath | None,
-    typer.Option(
+    path_option(
         "--chat-template",
         help=bare("The template that makes messages text, a jinja file. [default: the model's own]"),
         rich_help_panel=PROMPT,

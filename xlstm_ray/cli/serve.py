@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,6 +48,9 @@ def _option(flag: str, help: str, **more: Any) -> Any:
     return typer.Option(flag, help=bare(help), rich_help_panel=SERVICE, **more)
 
 
+_path = partial(_option, metavar="<path>")
+
+
 def _replicas(flag: str, help: str) -> Any:
     return typer.Option(flag, help=bare(help), rich_help_panel=REPLICAS, min=1, max=1024)
 
@@ -63,7 +67,7 @@ def serve(
     port: Annotated[int, _option("--port", "The port; 0 is a free one.", min=0, max=65535)] = 8000,
     api_key_file: Annotated[
         GivenPath | None,
-        _option(
+        _path(
             "--api-key-file", "Callers give the key of one of its lines: Authorization: Bearer KEY (docs/serving.md)."
         ),
     ] = None,
@@ -75,7 +79,7 @@ def serve(
         _option("--served-name", "The model's name in requests. [default: that of its directory, or on the hub]"),
     ] = None,
     chat_template: Annotated[
-        GivenPath | None, _option("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
+        GivenPath | None, _path("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
     ] = None,
     slots: Annotated[
         int | None, _option("--slots", "Requests at once. [default: 16, or as many as fit]", min=1, max=1024)
@@ -104,7 +108,7 @@ def serve(
     ] = None,
     access_log: Annotated[
         GivenPath | None,
-        _option("--access-log", "A line of JSON for each request is added to this file; - prints them."),
+        _path("--access-log", "A line of JSON for each request is added to this file; - prints them."),
     ] = None,
     replicas: Annotated[
         int | None,
