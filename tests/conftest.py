@@ -18,9 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if sys.platform == "linux":
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
-# A shell's background job begins with SIGINT ignored, and so would every program that a test starts and interrupts.
+# A shell's background job begins with SIGINT ignored, one under nohup with SIGHUP, and so would every program that a
+# test starts and sends these.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import hypothesis
 import torch

@@ -127,25 +127,27 @@ def prompt_in(name: str) -> TextFile:
 
 def text_file(name: str) -> TextFile:
     """A text; what cannot be read at any place, and what follows a byte order mark, is copied to a temporary file."""
-    given = sys.stdin.buffer if name == "-" else readable(name)
+    given, skipped = sys.stdin.buffer if name == "-" else readable(name), 0
     try:
         anywhere = name != "-" and stat.S_ISREG(os.fstat(given.fileno()).st_mode)
         if not anywhere or os.pread(given.fileno(), len(BOM_UTF8), 0) == BOM_UTF8:
-            given = _copied(given)
+            given, skipped = _copied(given)
     except OSError as err:
         raise UsageError(f"{source_of(name)}: cannot be read ({err.strerror})") from None
-    text = TextFile(given, source=source_of(name))
+    text = TextFile(given, source=source_of(name), skipped=skipped)
     finalize(text, given.close)
     return text
 
 
-def _copied(given: IO[bytes]) -> IO[bytes]:
-    """A temporary file with all of this one, without a byte order mark at its beginning."""
+def _copied(given: IO[bytes]) -> tuple[IO[bytes], int]:
+    """A temporary file with all of this one, without a byte order mark at its beginning; and the mark's bytes."""
     copy: IO[bytes] = TemporaryFile()
-    copy.write(given.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
+    first = given.read(len(BOM_UTF8))
+    skipped = len(BOM_UTF8) * (first == BOM_UTF8)
+    copy.write(first[skipped:])
     copyfileobj(given, copy)
     copy.flush()
-    return copy
+    return copy, skipped
 
 
 def readable(name: str) -> IO[bytes]:

@@ -15,7 +15,6 @@ from threading import Lock
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -76,6 +75,8 @@ def compile_strict(
     would break the graph, or would happen a second time.
     """
     require_compile_cache()
+    import torch._inductor.config as inductor_config  # here: the compiler comes with it, and an eager run has none
+
     options: dict[str, Any] = {} if fusion_limit is None else {"max_fusion_unique_io_buffers": fusion_limit}
     if inductor_config.cpp.vec_isa_ok is None:
         # Without this, Inductor compiles three files, one after the other, to see whether g++ knows AVX512 and AVX2.

@@ -30,7 +30,9 @@ class TextFile:
         *,
         folder: Path | None = None,
         source: str = "the file",
+        skipped: int = 0,
     ):
+        self._skipped = skipped  # bytes of the source before this file, in errors
         self.on_piece, self.folder, self._file = on_piece, folder, file
         self._size = os.fstat(file.fileno()).st_size
         # Where pieces begin, in characters and in bytes.
@@ -52,7 +54,7 @@ class TextFile:
 
     def _refuse(self, source: str, err: UnicodeDecodeError, before: int, lines: int) -> NoReturn:
         """before: bytes of the file before those of the error; lines: their ends of lines."""
-        why = f"{err.reason} at byte {before + err.start}"
+        why = f"{err.reason} at byte {self._skipped + before + err.start}"
         if os.pread(self._file.fileno(), 2, 0) in (BOM_UTF16_LE, BOM_UTF16_BE):
             why = "it begins with the byte order mark of UTF-16; save it as UTF-8"
         line = lines + err.object.count(b"\n", 0, err.start) + 1
