@@ -150,8 +150,13 @@ def test_a_call_has_never_more_rows_than_the_largest_bucket(lm, monkeypatch):
     assert rows == {1, 4}
 
 
+def _services() -> int:
+    """Other engines of this process may have some."""
+    return [thread.name for thread in threading.enumerate()].count("requests")
+
+
 def test_callers_who_are_first_at_once_begin_one_service(lm):
-    before = threading.active_count()
+    before, others = threading.active_count(), _services()
     all_here, reasons = threading.Barrier(8), []
 
     def first() -> None:
@@ -164,7 +169,7 @@ def test_callers_who_are_first_at_once_begin_one_service(lm):
     for thread in threads:
         thread.join(60)
     assert reasons == ["length"] * 8
-    assert [thread.name for thread in threading.enumerate()].count("requests") == 1
+    assert _services() == others + 1
     assert threading.active_count() <= before + 2  # and a memory watchdog
 
 
