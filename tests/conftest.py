@@ -72,6 +72,9 @@ MARKED = {
         test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates
         test_no_kernel_reads_memory_that_nobody_wrote
         test_a_graph_is_one_file_that_is_found_again_and_may_come_later
+        test_without_guards_the_code_itself_refuses_other_shapes_and_strides_and_makes_few_calls
+        test_the_need_of_integers_is_the_measured_peak
+        test_a_token_of_few_rows_reads_a_blocks_weights_once_and_equals_float64
         test_a_second_compilation_of_a_kernel_is_refused
         test_compiled_kernels_of_many_threads_are_all_seen_to_run
         test_warm_up_command
