@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.runtime.executor import Choice
-from xlstm_ray.runtime.graphs import NOT_FINITE
+from xlstm_ray.runtime.graphs import of_finite
 from xlstm_ray.sampling.sampler import Rows, Sampler
 
 
@@ -27,5 +27,4 @@ class Chooser:
     @staticmethod
     def pick(choice: Choice, logits: Tensor) -> Tensor:
         """Logits (B, vocabulary) -> tokens (B,); NOT_FINITE where a row's logits are not."""
-        chosen = choice.sampler.pick(logits, choice.slots)
-        return torch.where(logits.sum(-1).isfinite(), chosen, NOT_FINITE)
+        return of_finite(choice.sampler.pick(logits, choice.slots), logits)

@@ -237,10 +237,14 @@ class Graphs:
                 return outcome
             chosen = sampler.pick(outcome.logits, slots)
             tokens.copy_(chosen)  # for the next step
-            finite = outcome.logits.sum(-1).isfinite()  # a sum keeps NaN and infinity
-            return outcome._replace(tokens=torch.where(finite, chosen, NOT_FINITE))
+            return outcome._replace(tokens=of_finite(chosen, outcome.logits))
 
         return run
+
+
+def of_finite(chosen: Tensor, logits: Tensor) -> Tensor:
+    """The tokens chosen (B,); NOT_FINITE where a row's logits (B, vocabulary) are not."""
+    return torch.where(logits.sum(-1).isfinite(), chosen, NOT_FINITE)  # a sum keeps NaN and infinity
 
 
 def _replayed(captured: Captured) -> Outcome:
