@@ -31,7 +31,7 @@ import torch
 # Where there is no GPU, kernels in Triton's language run in its interpreter. Read where kernels are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-import programs  # noqa: F401 - it remembers the environment of now
+import programs  # it remembers the environment of now
 from metal.plugin import mps, simulator
 
 from xlstm_ray.cli.app import main
@@ -271,6 +271,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return Ran(left.value.code or 0, out, err)
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """What a library sets in the environment is not what the programs of later tests start with."""
+    yield
+    programs.forget_leftovers()
 
 
 @pytest.fixture

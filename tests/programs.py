@@ -31,6 +31,19 @@ FREE = re.compile(
 )
 
 
+def forget_leftovers() -> dict[str, str | None]:
+    """Give variables the values of the start that a program cannot be forked with, since libraries set such ones.
+
+    Returns what they were.
+    """
+    now = dict(os.environ)
+    left = {name: now.get(name) for name, _ in now.items() ^ AT_START.items() if not FREE.fullmatch(name)}
+    for name in left:
+        os.environ.pop(name, None)
+    os.environ.update({name: AT_START[name] for name in left if name in AT_START})
+    return left
+
+
 @cache
 def zygote() -> socket.socket:
     """A socket to the process that forks programs. The process ends with this one."""

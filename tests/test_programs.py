@@ -93,6 +93,16 @@ def test_a_fork_comes_with_torch_and_with_nothing_that_reads_its_own_variables()
         assert done.stdout == "numpy torch\n"
 
 
+def test_what_a_library_sets_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_LIBRARYS_OWN", "1")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("XLSTM_TILE_SIZE", "8")
+    assert programs.forget_leftovers() == {"A_LIBRARYS_OWN": "1", "OMP_WAIT_POLICY": None}
+    assert "A_LIBRARYS_OWN" not in os.environ
+    assert os.environ["OMP_WAIT_POLICY"] == programs.AT_START["OMP_WAIT_POLICY"]
+    assert os.environ["XLSTM_TILE_SIZE"] == "8"
+
+
 def test_other_variables_of_libraries_start_a_process_as_usual() -> None:
     code = "import sys; print('torch' in sys.modules)"
     for name in ("OMP_NUM_THREADS", "TORCH_LOGS", "PYTHONPATH", "LD_PRELOAD", "TMPDIR", "LC_ALL"):
