@@ -94,13 +94,11 @@ class Running:
         return first, cached, said
 
     def settle(self) -> None:
-        """Wait until no more states are written, for half a minute at most."""
-        before = None
-        for _ in range(15):
-            if (now := self.service.get("/load")["cache"]) == before:
-                break
-            before = now
-            time.sleep(2)
+        """Wait until all kept states are written, for five seconds at most: those that wait then are of less use."""
+        ended = time.perf_counter() + 5
+        while (left := self.service.get("/load")["cache"]["unwritten"]) and time.perf_counter() < ended:
+            time.sleep(0.01)
+        print(f"-- {left} kept states are not written yet", flush=True)
 
 
 class Goals:

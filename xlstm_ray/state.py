@@ -4,13 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
+from xxhash import xxh3_128
 
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.directories import cache_dir
@@ -65,7 +66,13 @@ class _Metadata(BaseModel):
     complete: bool
     begun: list[Annotated[int, Field(ge=0)]] | None = None
     place: Place | None = None
-    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # or else `sum`
+    sum: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
+
+
+class Hasher(Protocol):
+    def update(self, data: Any, /) -> object: ...
+    def hexdigest(self) -> str: ...
 
 
 class Elsewhere(Protocol):
@@ -135,7 +142,14 @@ class RecurrentState:
 
     def digest(self) -> str:
         """sha256 of all tensors, token counts and prompt hashes: equal digests are equal states, to the bit."""
-        total = hashlib.sha256(json.dumps([self.tokens, self.prompt_hash]).encode())
+        return self._hashed(hashlib.sha256())
+
+    def checksum(self) -> str:
+        """Of the same, at the speed of memory: shows damage."""
+        return self._hashed(xxh3_128())
+
+    def _hashed(self, total: "Hasher") -> str:
+        total.update(json.dumps([self.tokens, self.prompt_hash]).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name].contiguous()
             total.update(json.dumps([name, list(tensor.shape)]).encode())
@@ -170,9 +184,9 @@ class RecurrentState:
         return state
 
     def save(self, path: str | Path, *, overwrite: bool = False, lasting: bool = True) -> str:
-        """Write the file whole or not at all (temporary file, fsync, rename); returns the digest. lasting: as in
-        write_whole.
+        """Write the file whole or not at all (temporary file, fsync, rename); returns the digest.
 
+        lasting: as in write_whole. If False, the file has a checksum in place of the digest, and that is returned.
         A state file is replaced, any other file only with `overwrite`. A link is never followed. Raises StateError if
         the file may not be replaced or cannot be written.
         """
@@ -181,20 +195,20 @@ class RecurrentState:
             require_replaceable(path, STATE, overwrite=overwrite)
         except OutputError as err:
             raise StateError(str(err)) from None
-        pieces, digest = self._file()
+        check = {"digest": self.digest()} if lasting else {"sum": self.checksum()}
         try:
-            write_whole(path, pieces, lasting=lasting)
+            write_whole(path, self._file(check), lasting=lasting)
         except OSError as err:
             raise StateError(f"{path}: the state cannot be written ({err.strerror})") from None
-        return digest
+        (made,) = check.values()
+        return made
 
     def to_bytes(self) -> bytes:
-        """What `save` writes."""
-        return b"".join(self._file()[0])
+        """What `save` writes where it need not last."""
+        return b"".join(self._file({"sum": self.checksum()}))
 
-    def _file(self) -> tuple[list[Piece], str]:
-        """A file's bytes in pieces, and the digest."""
-        digest = self.digest()
+    def _file(self, check: Mapping[str, str]) -> list[Piece]:
+        """A file's bytes in pieces. check: `digest` or `sum`."""
         metadata = _Metadata(
             format=FORMAT,
             model=self.model,
@@ -206,11 +220,11 @@ class RecurrentState:
             complete=self.complete,
             begun=self.begun,
             place=self.place,
-            digest=digest,
+            **check,
         )
-        text = metadata.model_dump_json(exclude=None if self.place else {"place"})
-        check = hashlib.sha256(text.encode()).hexdigest()
-        return pieces(self.tensors, {"xlstm_ray": text, "check": check}), digest
+        there = {*check, *(["place"] if self.place else [])}
+        text = metadata.model_dump_json(exclude={"digest", "sum", "place"} - there)
+        return pieces(self.tensors, {"xlstm_ray": text, "check": hashlib.sha256(text.encode()).hexdigest()})
 
     def keep(self) -> Path:
         """Save it in the cache directory. Replaces the last one of this model, and removes the oldest of other models.
@@ -303,7 +317,8 @@ class RecurrentState:
             name=f"the state {name}",
             place=metadata.place,
         )
-        if state.digest() != metadata.digest:
+        made = state.checksum() if metadata.digest is None else state.digest()
+        if made != (metadata.digest or metadata.sum):
             raise StateError(f"{name}: is damaged, its digest does not match its contents")
         return state
 
@@ -327,7 +342,7 @@ class RecurrentState:
             tensor = self.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
                 raise StateError(f"{self.name}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32")
-            if not tensor.isfinite().all():
+            if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both
                 raise StateError(f"{self.name}: {name} has values that are not finite; make the state again")
 
 

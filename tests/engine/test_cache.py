@@ -88,8 +88,8 @@ def forget_memory(lm: Engine) -> None:
     """Evict all states from memory, as if other prompts needed the room; written ones stay on the disk."""
     cache = lm._core.cache
     assert cache is not None
-    for _, future in cache._writes:
-        future.result()
+    assert cache._writes is not None
+    cache._writes.finish()
     cache._settle()
     for entry in list(cache._tree.entries):
         assert DISK in entry.tiers
@@ -248,6 +248,7 @@ def test_budgets_are_kept_and_what_runs_stays(plain, tmp_path):
             again = lm.prefill(prompt, on_progress=look)
             assert again.stats.row_cache[0].hit_tokens == 100
             assert running
+            cache._writes.finish()
             assert sum(file.stat().st_size for file in files(tmp_path)) <= 5 * size
         assert sum(cache.evicted.values()) > 0
         assert len(files(tmp_path)) >= 5  # a file takes less than what is reserved for it

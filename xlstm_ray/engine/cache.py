@@ -1,23 +1,24 @@
 """The states that an engine keeps for later prompts: in memory and, if it has a folder, in files.
 
-The tree knows which states are kept; this module stores, loads and evicts them. Files are written by one thread of its
-own. All else is done by the thread whose turn it is.
+The tree knows which states are kept; this module stores, loads and evicts them. `Writes` writes files beside that. All
+else is done by the thread whose turn it is.
 """
 
 import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
-from xlstm_ray.cachefiles import Folder, KeptFile, Written
+from xlstm_ray.cachefiles import Folder, KeptFile
 from xlstm_ray.engine.driver import Start
 from xlstm_ray.engine.held import States
 from xlstm_ray.engine.result import Use
 from xlstm_ray.engine.tree import DISK, MEMORY, Chain, Entry, Found, Run, Tree, root_of
+from xlstm_ray.engine.writes import Room, Writes
 from xlstm_ray.errors import StateError
 from xlstm_ray.plan import CachePlan
 from xlstm_ray.state import Numerics, RecurrentState
@@ -37,7 +38,8 @@ class Maker(NamedTuple):
 
 @dataclass
 class Hit:
-    """The state found for a prompt, leased until `Cache.release`. points: positions whose states its run must keep."""
+    """The state found for a prompt, leased until `Cache.release`. points: positions whose states its run must keep.
+    likely: some of these, as in Tree.likely."""
 
     use: Use
     chain: Chain
@@ -45,6 +47,7 @@ class Hit:
     start: Start | None
     exact: bool  # whether a cold run has the same bits
     points: set[int]
+    likely: set[int]
     entry: Entry | None
 
 
@@ -87,12 +90,12 @@ class Cache:
         self._check, self._note = check, note
         self._numerics = _named(maker.numerics.model_dump(), maker.machine)
         self._tree = Tree({MEMORY: plan.memory_bytes, DISK: plan.disk_bytes})
-        self._writes: deque[tuple[Entry, Future[Written]]] = deque()
-        self._folder = self._writer = None
+        self._folder: Folder | None = None
+        self._writes: Writes | None = None
         if plan.folder is not None:
             self._folder = Folder(plan.folder)
             self._folder.tidy()
-            self._writer = ThreadPoolExecutor(1, "cache")
+            self._writes = Writes(self._folder)
         self.kept = 0  # states so far
         self._looked: int | None = None  # the folder's time when it was last read
         self._look()
@@ -123,12 +126,14 @@ class Cache:
         if (found.reason or "").startswith(("none seen", "diverged")):
             found = self._compared(found, chain.root, tokens)
         points = self._tree.points(run, found, every=self.plan.every, asked=asked)
+        likely = self._tree.likely(run, found, asked)
         self._tree.see(chain)
         use = Use(found.length, tier, found.reason)
         exact = found.entry is None or found.entry.tiles == run.tiles(found.length)
         if found.entry is not None:
             found.entry.leases += 1
-        return Hit(use, chain, run, start, exact, points, found.entry)
+            found.entry.likely = True  # again
+        return Hit(use, chain, run, start, exact, points, likely, found.entry)
 
     def _compared(self, found: Found, root: bytes, tokens: memoryview | TokenFile) -> Found:
         """Add where a prompt parts from prompts of earlier processes: of these, the tree has only the kept states."""
@@ -165,7 +170,7 @@ class Cache:
         if entry.tiers or entry.leases:
             return
         self.kept += 1
-        entry.what = _What()
+        entry.what, entry.likely = _What(), entry.likely or length in hit.likely or tiles == -1
         on_host = self._states.executor().on_host
         held = start.rows[0].held if start.rows[0] is not None else None
         rows = start.rows
@@ -177,9 +182,9 @@ class Cache:
                 row.held.evict()  # tensors fit any layout, and here they are not copied
             elif self._folder is not None:
                 row.held.send()
-        if self._folder is not None and self._writer is not None:
-            self._write(entry, start)
         self._put(entry, start)
+        if self._writes is not None:
+            self._write(self._writes, entry, start)
         if entry.tiers or entry.leases:
             if not on_host:
                 self._states.evict(but=rows)
@@ -221,13 +226,16 @@ class Cache:
     def __len__(self) -> int:
         return len(self._tree.entries)
 
+    @property
+    def unwritten(self) -> int:
+        """How many states are still to be written to files."""
+        return 0 if self._writes is None else len(self._writes)
+
     def close(self) -> None:
         """Wait until all states are written, and drop everything."""
-        for _, future in self._writes:
-            future.exception()  # waits; `_settle` raises a bug
+        if self._writes is not None:
+            self._writes.close()
         self._settle()
-        if self._writer is not None:
-            self._writer.shutdown()
         for entry in self._tree.entries:
             entry.what = None
 
@@ -258,15 +266,11 @@ class Cache:
         """Make room for this many bytes in memory; False if that is not possible."""
         if new > self.plan.memory_bytes:
             return False
-        while True:
-            for entry in self._tree.fit(MEMORY, new):
-                entry.what.start = None
-            if self._tree.used[MEMORY] + new <= self.plan.memory_bytes:
-                return True
-            if not self._writes:
-                return False
-            self._writes[0][1].exception()  # wait for the disk, so that memory does not grow
-            self._settle()
+        for entry in self._tree.fit(MEMORY, new):
+            entry.what.start = None
+            if self._writes is not None:
+                self._writes.drop(entry)
+        return self._tree.used[MEMORY] + new <= self.plan.memory_bytes
 
     # -- disk ----------------------------------------------------------------------------------------------------------
     def _look(self) -> None:
@@ -337,19 +341,15 @@ class Cache:
             said = f"does not use {name}, and cannot remove it ({err.strerror})"
         self._note(f"the cache {said}: {why}")
 
-    def _write(self, entry: Entry, start: Start) -> None:
-        assert self._folder is not None
-        assert self._writer is not None
-        state = self._state_of(entry, start)
-        if self._states.executor().on_host:
-            _ = state.tensors  # elsewhere they are on their way
+    def _write(self, writes: Writes, entry: Entry, start: Start) -> None:
         order = [f"{e.name}.state" for e in self._tree.lowest(DISK)]
         spare = {f"{e.name}.state" for e in self._tree.entries if e.leases}
-        entry.leases += 1  # until it is written
-        future = self._writer.submit(
-            self._folder.add, f"{entry.name}.state", state, entry.size, self.plan.disk_bytes, order, spare
-        )
-        self._writes.append((entry, future))
+        writes.add(entry, partial(self._state_of, entry, start), Room(self.plan.disk_bytes, order, spare))
+        if MEMORY not in entry.tiers:  # there was no room: it is nowhere else, and not many such states may wait
+            entry.leases += 1
+            writes.finish()
+            self._settle()
+            entry.leases -= 1
 
     def _state_of(self, entry: Entry, start: Start) -> RecurrentState:
         """An entry's state, with its place in the tree."""
@@ -376,11 +376,10 @@ class Cache:
 
     def _settle(self) -> None:
         """Update the tree with the writes that are done."""
-        while self._writes and self._writes[0][1].done():
-            entry, future = self._writes.popleft()
-            entry.leases -= 1
-            gone, failure = future.result()
+        for entry, (gone, failure) in () if self._writes is None else self._writes.done():
             if failure is None:
+                if entry not in self._tree.entries:  # memory has dropped it meanwhile
+                    entry = self._tree.insert(entry, entry.parent if entry.parent in self._tree.entries else None)
                 self._tree.put(entry, DISK)
             else:
                 self.counts.unwritten += 1

@@ -82,6 +82,8 @@ class Later:
         self._coming: Future[Tensor] | None = None
 
     def begin(self) -> "Future[Tensor]":
+        if self._coming is not None:  # nobody has to wait for a turn
+            return self._coming
         with self._states.turn():  # other threads must not use the device now
             if self._coming is None:
                 some = next(part for part in self._hidden if part is not None)

@@ -254,7 +254,9 @@ class Engine:
     def figures(self) -> dict[str, Figures]:
         """What it has done for requests, and what its cache keeps, by the name of its replica: it is none, so ""."""
         cache = self.cache
-        kept = None if cache is None else KeptStates(len(cache), dict(cache.used), dict(cache.evicted))
+        kept = None
+        if cache is not None:
+            kept = KeptStates(len(cache), dict(cache.used), dict(cache.evicted), cache.unwritten)
         return {"": Figures(self._serving().steps.spreads(), kept)}
 
     def _serving(self) -> Service:

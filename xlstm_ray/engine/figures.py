@@ -19,11 +19,13 @@ class Spread(NamedTuple):
 
 
 class KeptStates(NamedTuple):
-    """What a cache keeps. bytes, evicted: by tier; evicted: states that have made room for others."""
+    """What a cache keeps. bytes, evicted: by tier; evicted: states that have made room for others. unwritten: states on
+    their way to files."""
 
     states: int
     bytes: Mapping[str, int]
     evicted: Mapping[str, int]
+    unwritten: int
 
 
 class Figures(NamedTuple):

@@ -36,11 +36,13 @@ class Held:
 
     def bring(self) -> Tensors:
         """Its tensors on the CPU, named as in RecurrentState; not to be written to. Raises GridLost."""
-        with self._states.turn():  # another thread may evict it
-            executor = self._states.executor()
-            if self._coming is None and self.ref is not None and executor.on_host:  # do not keep it a second time
-                return executor.save(self.ref)()
-            coming = self.send()
+        coming = self._coming
+        if coming is None:  # once it is on its way, nobody has to wait for a turn
+            with self._states.turn():  # another thread may evict it
+                executor = self._states.executor()
+                if self._coming is None and self.ref is not None and executor.on_host:  # do not keep it a second time
+                    return executor.save(self.ref)()
+                coming = self.send()
         return coming.result()
 
     def send(self) -> "Future[Tensors]":

@@ -123,6 +123,8 @@ class Reuse:
                 continue
             hit.points.remove(seen)
             self._going[b].advance(seen)
+            if self._cache.plan.folder is not None:
+                part.begin()  # a file has logits
             row = Start(part.rows.pick([n]), part.some(partial(_row, n)), self._going[b].trail)
             with self._cache.turn():
                 self._cache.keep(hit, seen, row, cold=cold and hit.exact)

@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from xlstm_ray.engine.windows import Group, plan_windows
@@ -104,7 +105,8 @@ class Run(NamedTuple):
 class Entry:
     """A kept state. rows, tiles: the calls that made it, as in Run; tiles is -1 if no cold run makes it.
 
-    saved: the tokens to compute again without it. what: the owner's data.
+    saved: the tokens to compute again without it. likely: whether prompts are likely to go on from it; such a state is
+    written first. what: the owner's data.
     """
 
     key: bytes  # the hash of its tokens
@@ -119,13 +121,14 @@ class Entry:
     tiers: set[str] = field(default_factory=set)
     leases: int = 0
     used: int = 0
+    likely: bool = False
     what: Any = None
 
     @property
     def saved(self) -> int:
         return self.length - (self.parent.length if self.parent else 0)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its file's name: a hash, so that no salt can make it a path."""
         text = f"{self.key.hex()} {self.length} {self.numerics} {self.rows} {self.tiles}"
@@ -230,17 +233,23 @@ class Tree:
     def points(self, run: Run, found: Found, *, every: int | None = None, asked: Iterable[int] = ()) -> set[int]:
         """The positions where a run that goes on from `found` must keep its state.
 
-        They are: every `every` tiles (None: at most KEPT_A_PROMPT, at places that prompts of all lengths share), its
-        last whole tile, its end, where it parts from an earlier prompt, and where the caller asks (`asked`).
+        They are: every `every` tiles (None: at most KEPT_A_PROMPT, at places that prompts of all lengths share), and
+        those of `likely`.
         """
         if every is None:
             every = 1
             while run.length // (run.tile * every) > KEPT_A_PROMPT:
                 every *= 2
         apart = every * run.tile
-        places = {*range(apart, run.length + 1, apart), run.length // run.tile * run.tile, run.length}
-        places |= {run.end_before(n) for n in (found.known, found.known // run.tile * run.tile, *asked)}
+        places = {*range(apart, run.length + 1, apart), *self.likely(run, found, asked)}
         return {n for n in places if n > found.length and run.tiles(n) is not None}
+
+    @staticmethod
+    def likely(run: Run, found: Found, asked: Iterable[int] = ()) -> set[int]:
+        """The positions in a run where later prompts are likely to go on: its last whole tile, its end, where it parts
+        from an earlier prompt, and where the caller asks (`asked`)."""
+        parts = {run.end_before(n) for n in (found.known, found.known // run.tile * run.tile, *asked)}
+        return {run.length // run.tile * run.tile, run.length, *parts}
 
     # -- what is kept --------------------------------------------------------------------------------------------------
     def add(self, chain: Chain, run: Run, numerics: str, length: int, *, size: int, tiles: int | None = None) -> Entry:

@@ -207,7 +207,6 @@ class Work:
             if wanted:
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
                 here = windows.snapshot(core.states.rows(ref, 1, tensors))
-                here.begin()
                 began = perf_counter()
                 task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
                 self.steps.add("snapshot", perf_counter() - began)

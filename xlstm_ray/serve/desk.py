@@ -89,7 +89,13 @@ class Desk:
             "queue": self.options.queue,
             "running": self.metrics.running,
             "waiting": self.metrics.waiting,
-            "cache": {"states": sum(cache.states for cache in caches), "bytes": used} if caches else None,
+            "cache": {
+                "states": sum(cache.states for cache in caches),
+                "bytes": used,
+                "unwritten": sum(cache.unwritten for cache in caches),
+            }
+            if caches
+            else None,
         }
 
     def require_model(self, name: str | None) -> None:

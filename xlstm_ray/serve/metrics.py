@@ -145,17 +145,20 @@ class _Engines:
 
     def _of_caches(self, kept: Mapping[str, KeptStates]) -> Iterator[Family]:
         states = GaugeMetricFamily(f"{self._prefix}:snapshots", "Kept states.", labels=self._labels)
+        text = "Kept states on their way to files."
+        unwritten = GaugeMetricFamily(f"{self._prefix}:snapshots_unwritten", text, labels=self._labels)
         tiers = [*self._labels, "tier"]
         size = GaugeMetricFamily(f"{self._prefix}:snapshot_bytes", "What kept states take.", labels=tiers)
         made_room = CounterMetricFamily(f"{self._prefix}:evictions", "States that made room for others.", labels=tiers)
         for replica, cache in kept.items():
             values = self._values[replica]
             states.add_metric(values, cache.states)
+            unwritten.add_metric(values, cache.unwritten)
             for tier, used in cache.bytes.items():
                 size.add_metric([*values, tier], used)
             for tier, count in cache.evicted.items():
                 made_room.add_metric([*values, tier], count)
-        yield from (states, size, made_room)
+        yield from (states, unwritten, size, made_room)
 
 
 def _buckets(spread: Spread) -> tuple[list[tuple[str, float]], float]:
