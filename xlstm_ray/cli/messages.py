@@ -8,6 +8,7 @@ from xlstm_ray.cli.input import read_text
 from xlstm_ray.cli.session import chosen_template
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings
+from xlstm_ray.text.ondisk import TextFile
 
 if TYPE_CHECKING:
     from xlstm_ray.engine.engine import Engine
@@ -81,6 +82,8 @@ class Talk:
         ((kind, asked),) = given.items()
         if asked is None:
             raise UsageError("--chat makes the prompt a message, and there is none; give --prompt or --append")
+        if isinstance(asked, TextFile):
+            asked = asked[:]  # a template wants it whole
         if isinstance(asked[0], dict) and state is not None:
             kind = "append" if state.complete or state.rows[0].appended_to is not None else "prompt"
 

@@ -63,7 +63,6 @@ from xlstm_ray.cli.session import (
 from xlstm_ray.cli.signals import stop_on_signals, stopped_by
 from xlstm_ray.errors import UsageError
 from xlstm_ray.settings import Settings
-from xlstm_ray.text.ondisk import TextFile
 
 if TYPE_CHECKING:
     from xlstm_ray.engine.result import PrefillResult
@@ -182,8 +181,6 @@ def generate(
     said.check((prompt, prompt_file, append, append_file, jsonl))
     if messages is None:
         given, names, a_line_each = given_text(prompt, prompt_file, append, append_file, jsonl, start_from, keys=KEYS)
-        if isinstance(given.get("prompt"), TextFile):
-            given["prompt"] = given["prompt"][:]  # its tokens are looked at when others are chosen
     else:
         given, names, a_line_each = {"prompt": said.messages()}, [], False
     own = [{name: row.pop(name) for name in KEYS if name in row} for row in names]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xlstm_ray.engine.decode import Made, made_of
 from xlstm_ray.engine.task import Task
-from xlstm_ray.engine.tokens import Tail
+from xlstm_ray.engine.tokens import Stored, Tail
 from xlstm_ray.runtime.executor import Choice
 from xlstm_ray.sampling.sampler import Sampler
 
@@ -64,5 +64,9 @@ class Slots:
         assert task.slot is not None
         assert task.answer is not None
         tokens, made = task.going.tokens, task.answer.tokens
-        prompt = tokens.tokens if isinstance(tokens, Tail) else tokens[:]
+        prompt: Sequence[int] | Tensor = ()
+        if isinstance(tokens, Stored):  # all of them may be many
+            prompt = tokens.file.distinct() if task.answer.sampling.repetition_penalty != 1 else ()
+        else:
+            prompt = tokens.tokens if isinstance(tokens, Tail) else tokens
         self._sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)

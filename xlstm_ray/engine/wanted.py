@@ -9,7 +9,8 @@ from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.sampling.params import DRAWING, over
 from xlstm_ray.state import RecurrentState
-from xlstm_ray.text.prompt import as_batch
+from xlstm_ray.text.ondisk import TextFile, TokenFile
+from xlstm_ray.text.prompt import Given, as_batch
 from xlstm_ray.text.tokenizer import Text
 
 
@@ -17,7 +18,8 @@ from xlstm_ray.text.tokenizer import Text
 class Wanted:
     """rows: each row's sampling. usual: the sampling common to all rows, which a state keeps for its next answer.
 
-    prompts: each row's tokens before its answer, for the repetition penalty; () if it is off or they are not known.
+    prompts: each row's tokens before its answer, for the repetition penalty, in any order; () if it is off or they are
+    not known.
     """
 
     rows: Sequence[Sampling]
@@ -62,7 +64,7 @@ class Samplings:
         if not wanted.needs_prompts:
             return wanted
         if prompt is not None:
-            known = [self._text.tokens(text).tolist() for text in as_batch(prompt)]
+            known = [self._known(text) for text in as_batch(prompt)]
         else:
             self._note("`repetition_penalty` knows what is given here: a state does not hold the tokens before it")
             ends = [row.end.tokens for row in state.rows] if state else [[]]
@@ -71,6 +73,12 @@ class Samplings:
             both = zip(*(each * many if len(each) == 1 else each for each in (texts, ends)), strict=True)
             known = [self._text.more(text, end) if text else [] for text, end in both]
         return replace(wanted, prompts=known)
+
+    def _known(self, prompt: Given) -> Sequence[int]:
+        """A prompt's tokens; of a file only which ones there are, since all may be many."""
+        if isinstance(prompt, TextFile | TokenFile):
+            return self._text.on_disk(prompt).distinct()
+        return self._text.tokens(prompt).tolist()
 
     def _tell(self, sampling: Sampling, *, asked: bool) -> None:
         """Report once which keys of generation_config.json change an answer, and which are not supported."""

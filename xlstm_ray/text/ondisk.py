@@ -77,6 +77,11 @@ class TextFile:
         at = self._characters[first]
         return data.decode("utf-8")[start - at : stop - at]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._size
+
     def pieces(self) -> Iterator[bytes]:
         """All bytes, some at a time."""
         at = 0
@@ -140,14 +145,38 @@ class TokenFile(Sequence[int]):
         for stop in range(len(self), 0, -PIECE // ITEM):
             yield from reversed(array("i", self[max(0, stop - PIECE // ITEM) : stop].tobytes()))
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return ITEM * len(self)
+
     def pieces(self) -> "Iterator[array[int]]":
         """All ids, some at a time."""
         for start in range(0, len(self), PIECE // ITEM):
             yield array("i", self[start : start + PIECE // ITEM].tobytes())
 
+    def distinct(self) -> list[int]:
+        """The ids that there are, each once."""
+        found: set[int] = set()
+        for piece in self.pieces():
+            found.update(piece)
+        return sorted(found)
+
     def tobytes(self) -> bytes:
         """Its ids as int32, all at once."""
         return os.pread(self._file.fileno(), ITEM * len(self), ITEM * self._start)
+
+
+def parcels(file: TextFile | TokenFile, size: int) -> Iterator[bytes]:
+    """All bytes of a file, at least so many at a time, but for the last."""
+    parcel = bytearray()
+    for piece in file.pieces():
+        parcel += memoryview(piece)
+        if len(parcel) >= size:
+            yield bytes(parcel)
+            parcel.clear()
+    if parcel:
+        yield bytes(parcel)
 
 
 def take_text(path: Path, source: str) -> None:
