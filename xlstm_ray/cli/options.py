@@ -17,6 +17,7 @@ from xlstm_ray.settings import table, unknown_variables
 
 RUN, RAY, MACHINE = "Run a model", "Ray heads", "Look and measure"  # panels of the commands' list
 PROMPT, SAMPLING, STATE, OUTPUT = "Prompt", "Sampling", "State", "Output"  # panels of the commands' own options
+SERVICE = "Service"
 
 
 def bare(text: str) -> str:
@@ -148,6 +149,24 @@ ProgressOption = Annotated[
         "--progress",
         help="On standard error: a bar, JSON lines, or nothing; auto is a bar on a terminal.",
         rich_help_panel=OUTPUT,
+    ),
+]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--slots",
+        help=bare("Requests at once. [default: 16, or as many as fit]"),
+        min=1,
+        max=1024,
+        rich_help_panel=SERVICE,
+    ),
+]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="An answer's bits do not depend on other requests; a lone one takes longer.",
+        rich_help_panel=SERVICE,
     ),
 ]
 

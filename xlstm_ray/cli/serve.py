@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from xlstm_ray import hub
-from xlstm_ray.cli.options import RUN, GivenPath, ProgressOption, bare, examples, takes
+from xlstm_ray.cli.options import (
+    RUN,
+    SERVICE,
+    DeterministicOption,
+    GivenPath,
+    ProgressOption,
+    SlotsOption,
+    bare,
+    examples,
+    takes,
+)
 from xlstm_ray.cli.output import leave_terminal, show, tell
 from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet, smaller_tiles
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
     from xlstm_ray.serve.options import Options
 
 commands = typer.Typer()
-SERVICE, REPLICAS = "Service", "Replicas on Ray Serve"
+REPLICAS = "Replicas on Ray Serve"
 LOOK_S = 1.0  # seconds between two looks at whether the engine still serves
 PACKAGES = "fastapi", "uvicorn", "prometheus-client"
 # A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
@@ -81,13 +91,8 @@ def serve(
     chat_template: Annotated[
         GivenPath | None, _path("--chat-template", "The template of chats, a jinja file. [default: the model's own]")
     ] = None,
-    slots: Annotated[
-        int | None, _option("--slots", "Requests at once. [default: 16, or as many as fit]", min=1, max=1024)
-    ] = None,
-    deterministic: Annotated[
-        bool,
-        _option("--deterministic", "An answer's bits do not depend on other requests; a lone one takes longer."),
-    ] = False,
+    slots: SlotsOption = None,
+    deterministic: DeterministicOption = False,
     queue: Annotated[int, _option("--queue", "Answers that may wait for a slot.", min=0, max=1 << 20)] = 256,
     max_tokens: Annotated[int, _option("--max-tokens", "The most tokens of an answer.", min=1, max=1 << 30)] = 4096,
     max_body_mb: Annotated[int, _option("--max-body-mb", "MiB of the largest body.", min=1, max=1 << 20)] = 32,

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlstm_ray.cli.options import MACHINE, OUTPUT, JsonOption, ProgressOption, bare, examples, takes
+from xlstm_ray.cli.options import (
+    MACHINE,
+    OUTPUT,
+    DeterministicOption,
+    JsonOption,
+    ProgressOption,
+    SlotsOption,
+    bare,
+    examples,
+    takes,
+)
 from xlstm_ray.cli.output import json_line, show
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
 from xlstm_ray.cli.signals import stop_on_signals
@@ -44,13 +54,8 @@ def _file(flag: str, help: str) -> Any:
 )
 @takes(SETTINGS)
 def warm_up(
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            "--slots", help=bare("Requests at once, as of serve. [default: 16, or as many as fit]"), min=1, max=1024
-        ),
-    ] = None,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="As of serve.")] = False,
+    slots: SlotsOption = None,
+    deterministic: DeterministicOption = False,
     batches: Annotated[bool, typer.Option("--batches", help="Also what prefill --jsonl calls.")] = False,
     cache_out: Annotated[
         Path | None,
