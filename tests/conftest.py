@@ -31,6 +31,7 @@ import torch
 # Where there is no GPU, kernels in Triton's language run in its interpreter. Read where kernels are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+import caches  # noqa: F401  it sets variables
 import programs  # it remembers the environment of now
 from metal.plugin import mps, simulator
 
@@ -41,9 +42,6 @@ __all__ = ["mps", "simulator"]
 hypothesis.settings.register_profile("busy", deadline=None)  # a machine that is busy is not a failure
 hypothesis.settings.load_profile("busy")
 
-# Keep Inductor's compiled code for later test runs: C++ compilation is most of a first run's time.
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlstm-ray" / "tests" / "inductor"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 os.environ.pop("XDG_STATE_HOME", None)  # records of heads are under the HOME that a test gives
 
 # pytest listens to loggers that do not propagate, and torch writes a line for each step of a compilation to a listener.
@@ -72,6 +70,7 @@ MARKED = {
         test_log_sigmoid_is_accurate_over_the_whole_range_of_the_gates
         test_no_kernel_reads_memory_that_nobody_wrote
         test_a_graph_is_one_file_that_is_found_again_and_may_come_later
+        test_the_code_is_the_same_and_headers_are_compiled_once
         test_without_guards_the_code_itself_refuses_other_shapes_and_strides_and_makes_few_calls
         test_the_need_of_integers_is_the_measured_peak
         test_a_token_of_few_rows_reads_a_blocks_weights_once_and_equals_float64
