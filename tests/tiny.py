@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import xLSTMConfig, xLSTMForCausalLM
@@ -51,3 +52,11 @@ def make_model(directory: Path, *, seed: int = 0, out_norm: bool = True, **confi
     model.save_pretrained(directory)
     write_byte_tokenizer(directory / "tokenizer.json")
     return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of two heads; its answers never end by themselves."""
+    directory = tmp_path_factory.mktemp("model")
+    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
+    return directory

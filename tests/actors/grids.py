@@ -62,8 +62,9 @@ def program(*words: object) -> list[str]:
     return [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()", *map(str, words)]
 
 
-def command(home: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    return programs.run(program(*words), env=environment(home), capture_output=True, text=True, timeout=240)
+def command(home: Path, *words: object, input: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = environment(home) | variables
+    return programs.run(program(*words), env=env, input=input, capture_output=True, text=True, timeout=240)
 
 
 def after_tiles(

@@ -16,21 +16,16 @@ import psutil
 import pytest
 from conftest import Ran
 from programs import PROGRAM
-from tiny import make_model
+from tiny import model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
 from xlstm_ray.text.template import PLAIN, Template
 
+__all__ = ["model"]
+
 OPTIONS: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 32, "chunk_size": 16}
 MARKS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{{ '<bot>' if add_generation_prompt }}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
 
 
 @pytest.fixture(scope="module")

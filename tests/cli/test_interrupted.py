@@ -17,7 +17,7 @@ import programs
 import pytest
 from conftest import Ran
 from programs import PROGRAM
-from tiny import make_model
+from tiny import model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -26,15 +26,10 @@ from xlstm_ray.engine.journal import LOCK_FILE, Journal
 from xlstm_ray.errors import OutputError, StateError
 from xlstm_ray.files import STATE
 
+__all__ = ["model"]
+
 LONG = "To talk of many things: of shoes and ships and sealing-wax. " * 60  # 56 tiles
 PLAIN: dict[str, Any] = {"device": "cpu", "chunkwise_backend": "native", "tile_size": 64, "chunk_size": 16}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -236,6 +236,8 @@ cache list ''
 client states download a ''
 client ask --prompt a --api-key-file ''
 bench --png ''
+warm-up --cache-out ''
+warm-up --cache-in ''
 """
 
 

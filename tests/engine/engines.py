@@ -5,19 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model
+from tiny import model
 
 import xlstm_ray
 
+__all__ = ["model"]
+
 SIZES: dict[str, Any] = {"device": "cpu", "tile_size": 32, "chunk_size": 16}
 OPTIONS: dict[str, Any] = {**SIZES, "chunkwise_backend": "native"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
 
 
 @pytest.fixture

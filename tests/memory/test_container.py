@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from containers import container, needs_containers
-from tiny import make_model
+from tiny import make_model, model
 
 from xlstm_ray import RecurrentState
+
+__all__ = ["model"]
 
 pytestmark = [
     needs_containers,
@@ -22,13 +24,6 @@ pytestmark = [
     ),
 ]
 MAIN = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
 
 
 def run(prefix: list[str], home: Path, *words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from tiny import make_model
+from tiny import make_model, model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -26,6 +26,8 @@ from xlstm_ray.memory.watchdog import Limits
 from xlstm_ray.plan import choose_limits
 from xlstm_ray.quantize import quantize_model
 from xlstm_ray.settings import Settings
+
+__all__ = ["model"]
 
 
 def sample(process: int = 0, driver: int = 0) -> Sample:
@@ -71,13 +73,6 @@ def test_a_soft_limit_over_the_hard_one_is_refused_with_both():
 
 
 # -- the watchdog, in processes of its own -----------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    return directory
-
-
 def run_child(program: str, *args: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **variables})

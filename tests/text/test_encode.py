@@ -159,7 +159,10 @@ TEXTS = st.lists(
 @settings(max_examples=20, deadline=None)
 def test_pieces_give_the_tokens_of_the_whole(kind, added, text, piece):
     tokenizer = tokenizer_of(kind, added)
-    assert TextEncoder(tokenizer, piece=piece, overlap=32).encode(text).tolist() == tokenizer.encode(text).ids
+    encoder = TextEncoder(tokenizer, piece=piece, overlap=32)
+    for special in True, False:
+        expected = tokenizer.encode(text, add_special_tokens=special).ids
+        assert encoder.encode(text, special=special).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "no cuts" not in kind])
@@ -244,3 +247,13 @@ def test_a_text_that_begins_as_one_before_is_cut_from_where_they_part():
         counts.append(len(calls))
     assert counts[0] > 10
     assert max(counts[1:]) <= 5
+
+
+def test_a_conversation_is_cut_from_where_its_last_turn_begins():
+    text = Text(DEMO_MODEL, ModelConfig.from_file(DEMO_MODEL / "config.json"))
+    said = "To talk of many things: of shoes and ships and sealing-wax. " * 4000
+    for turn in range(3):
+        said += f"And {turn}? "
+        assert text.conversation(said) == text.tokenizer.encode(said, add_special_tokens=False).ids
+    kept = text._encoder._kept.cache_info()
+    assert (kept.hits, kept.misses) == (6, 6)  # four pieces; of each next turn the last one alone

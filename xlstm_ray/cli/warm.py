@@ -10,11 +10,13 @@ from xlstm_ray.cli.options import (
     MACHINE,
     OUTPUT,
     DeterministicOption,
+    GivenPath,
     JsonOption,
     ProgressOption,
     SlotsOption,
     bare,
     examples,
+    path_option,
     takes,
 )
 from xlstm_ray.cli.output import json_line, show
@@ -40,7 +42,7 @@ SETTINGS = """
 
 
 def _file(flag: str, help: str) -> Any:
-    return typer.Option(flag, help=bare(help), rich_help_panel=OUTPUT)
+    return path_option(flag, help=bare(help), rich_help_panel=OUTPUT)
 
 
 @commands.command(
@@ -58,14 +60,20 @@ def warm_up(
     deterministic: DeterministicOption = False,
     batches: Annotated[bool, typer.Option("--batches", help="Also what prefill --jsonl calls.")] = False,
     cache_out: Annotated[
-        Path | None,
+        GivenPath | None,
         _file("--cache-out", "Compile all anew, and write the code to this file, for machines of this kind."),
     ] = None,
     cache_in: Annotated[
-        Path | None, _file("--cache-in", "First take the code of this file. It can do anything: trust it as a program.")
+        GivenPath | None,
+        _file("--cache-in", "First take the code of this file. It can do anything: trust it as a program."),
     ] = None,
     cache_digest: Annotated[
-        str | None, _file("--cache-digest", "Of the file of --cache-in, where others than you may write it.")
+        str | None,
+        typer.Option(
+            "--cache-digest",
+            help="Of the file of --cache-in, where others than you may write it.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     json_output: JsonOption = False,
     progress: ProgressOption = "auto",

@@ -60,23 +60,30 @@ class TextEncoder:
         self._plain: Tokenizer | None = None
         self._kept = lru_cache(KEPT)(self._encoded)
 
-    def encode(self, text: str | TextFile, on_piece: Callable[[int], object] = lambda done: None) -> "array[int]":
+    def encode(
+        self, text: str | TextFile, on_piece: Callable[[int], object] = lambda done: None, *, special: bool = True
+    ) -> "array[int]":
         """The token ids of the text. on_piece is called after every piece with the number of finished characters.
 
-        Raises the errors of the tokenizers library.
+        special: with the tokens that the tokenizer adds around a text. Raises the errors of the tokenizers library.
         """
-        return self.taken_by(joined, text, on_piece)
+        return self.taken_by(joined, text, on_piece, special=special)
 
     def taken_by(
-        self, take: "Callable[[Iterable[array[int]]], T]", text: str | TextFile, on_piece: Callable[[int], object]
+        self,
+        take: "Callable[[Iterable[array[int]]], T]",
+        text: str | TextFile,
+        on_piece: Callable[[int], object],
+        *,
+        special: bool = True,
     ) -> T:
         """What `take` makes of the ids, which come some at a time. It is called once more if that does not work out."""
         try:
-            return take(self._pieces(text, on_piece))
+            return take(self._pieces(text, on_piece, special))
         except _Whole:
-            return take([self._at_once(text)])
+            return take([self._at_once(text, special)])
 
-    def _pieces(self, text: str | TextFile, on_piece: Callable[[int], object]) -> "Iterator[array[int]]":
+    def _pieces(self, text: str | TextFile, on_piece: Callable[[int], object], special: bool) -> "Iterator[array[int]]":
         if len(text) <= self._piece:
             raise _Whole
         if self._plain is None:
@@ -88,7 +95,7 @@ class TextEncoder:
             self._knows_places = _knows_places(parts)
         if not self._knows_places:
             raise _Whole
-        before, after = self._added()
+        before, after = self._added() if special else ([], [])
         yield array(IDS, before)
         at, size = 0, self._piece
         piece = self._piece_of(text, at, size)
@@ -110,9 +117,9 @@ class TextEncoder:
         on_piece(len(text))
         yield array(IDS, after)
 
-    def _at_once(self, text: str | TextFile) -> "array[int]":
+    def _at_once(self, text: str | TextFile, special: bool) -> "array[int]":
         with self._calling():
-            return array(IDS, self._whole.encode(text[:]).ids)
+            return array(IDS, self._whole.encode(text[:], add_special_tokens=special).ids)
 
     def _piece_of(self, text: str | TextFile, start: int, size: int) -> "_Piece":
         """text[start:start + size], encoded. A file's are not kept: it takes no memory, and comes once."""

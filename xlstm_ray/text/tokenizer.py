@@ -89,7 +89,7 @@ class Text:
         if not isinstance(more, str):
             return self._checked(more, token_ids(more)).tolist()
         require_text(more)
-        tokens = list(self._plain(more).ids)
+        tokens = list(self._encoder.encode(more, special=False))
         before = self._detokenizer.decode(after)
 
         def shows(ids: list[int]) -> bool:
