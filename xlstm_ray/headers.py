@@ -122,8 +122,13 @@ def read_header(path: Path) -> Header:
 def read_digests(path: Path) -> dict[str, bytes]:
     """The digests that a file's writer noted, by tensor; none in files of others."""
     with safe_open(path, framework="pt") as file:
-        noted = (file.metadata() or {}).get(DIGESTS, "{}")
+        noted, names = (file.metadata() or {}).get(DIGESTS), set(file.keys())
+    if noted is None:
+        return {}
     try:
-        return {name: bytes.fromhex(digits) for name, digits in _NOTED.validate_json(noted).items()}
+        found = {name: bytes.fromhex(digits) for name, digits in _NOTED.validate_json(noted).items()}
+        if found.keys() != names:
+            raise ValueError("they are of other tensors")
+        return found
     except ValueError as err:  # pydantic's too
         raise CheckpointError(f"{path}: its digests cannot be read: {one_line(err)}") from None

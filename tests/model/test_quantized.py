@@ -415,11 +415,16 @@ def flipped(name: str, last: bool = False) -> Callable[[Path], None]:
     return damage
 
 
-def in_the_digests(model: Path) -> None:
-    path = next(model.glob("model-00002-*"))
-    data = path.read_bytes()
-    at = data.index(Q.encode(), data.index(b"digests")) + len(Q) + 10
-    path.write_bytes(data[:at] + (b"x" if data[at : at + 1] != b"x" else b"y") + data[at + 1 :])
+def in_the_digests(place: int) -> Callable[[Path], None]:
+    """Another character, so far after the beginning of a tensor's name."""
+
+    def damage(model: Path) -> None:
+        path = next(model.glob("model-00002-*"))
+        data = path.read_bytes()
+        at = data.index(Q.encode(), data.index(b"digests")) + place
+        path.write_bytes(data[:at] + (b"x" if data[at : at + 1] != b"x" else b"y") + data[at + 1 :])
+
+    return damage
 
 
 WRITTEN = "is not as it was written; the file is damaged"
@@ -449,7 +454,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a bit of a zero": (flipped(Q + "_zero"), f"{Q}_zero {WRITTEN}"),
     "a bit of a norm": (flipped("backbone.blocks.0.norm_ffn.weight"), f"norm_ffn.weight {WRITTEN}"),
     "a bit of the embedding": (flipped("backbone.embeddings.weight"), f"embeddings.weight {WRITTEN}"),
-    "a digest": (in_the_digests, "its digests cannot be read"),
+    "a digest": (in_the_digests(len(Q) + 10), "its digests cannot be read"),
+    "a name of the digests": (in_the_digests(3), "its digests cannot be read: they are of other tensors"),
     "other bits": (quantization(bits=8), "is not part of the model"),
     "bits that are none": (quantization(bits=3), "quantization.bits"),
     "another group": (quantization(group_size=64), "has shape"),
