@@ -8,6 +8,7 @@ tiles to the host while the next one computes, `snapshot` does so with states, w
 at any time. On cuda tokens have two threads, `token`: one launches a step while the other waits for the one before.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from xlstm_ray.actors.watchdog import ActorSample
@@ -15,13 +16,19 @@ from xlstm_ray.actors.watchdog import ActorSample
 GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1, "token": 2}
 
 
+def groups(actors: int) -> dict[str, int]:
+    """With `actors` that have all blocks, a thread for each other one, which takes one state at a time."""
+    return GROUPS if actors == 1 else {**GROUPS, "give": actors - 1}
+
+
 class ShardActor:
-    """Has the ShardWork of these arguments."""
+    """Has the ShardWork of these arguments, or with `spans` the SpanWork."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, spans: bool, **kwargs: Any):
         from xlstm_ray.actors.shard import ShardWork
+        from xlstm_ray.actors.span import SpanWork
 
-        self._work = ShardWork(*args, **kwargs)
+        self._work: Any = (SpanWork if spans else ShardWork)(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"ShardActor({self._work.name})"
@@ -29,6 +36,10 @@ class ShardActor:
     def call(self, method: str, *args: Any) -> Any:
         """Call this method of the work."""
         return getattr(self._work, method)(*args)
+
+    def give(self, *args: Any) -> Iterator[Any]:
+        """As SpanWork.give. Ray streams only what a method yields itself."""
+        yield from self._work.give(*args)
 
     def sample(self) -> ActorSample:
         """As ShardWork.sample."""

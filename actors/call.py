@@ -27,6 +27,7 @@ class Call(NamedTuple):
     drop: tuple[int, ...]  # states that nobody has any more
     following: tuple[Wire, int] | None  # as in Following
     rows: Rows | None  # of a token's step whose next tokens the last stage chooses
+    home: int | None = None  # which other actor has the state `src`, where actors have all blocks
 
 
 class Done(NamedTuple):

@@ -36,6 +36,11 @@ class Copies:
         here.record_stream(main)
         return here
 
+    def settle(self) -> None:
+        """Wait until what entered was read from where it came, which may be written over then."""
+        if self._device.type == "cuda":
+            self._stream("in").synchronize()
+
     def upload(self, host: Tensor) -> Tensor:
         """Copy to the device; on cuda through pinned memory and without waiting."""
         if self._device.type != "cuda":

@@ -1,4 +1,4 @@
-"""The executor of the grid: an actor per (stage, band), and steps in flight between them.
+"""The executor of the grid: an actor per (stage, band), or several with all blocks, and steps in flight between them.
 
 A step goes RayExecutor.submit -> Recovery.make -> Pipeline.make -> ShardWork.run (with several bands run_mixer and
 run_ffn) -> Pipeline.result.
@@ -19,6 +19,7 @@ from xlstm_ray.actors.pipeline import Pipeline
 from xlstm_ray.actors.placement import Placement
 from xlstm_ray.actors.recovery import Recovery
 from xlstm_ray.actors.shard import WorkerSpec
+from xlstm_ray.actors.spans import Spans
 from xlstm_ray.actors.watch import Watch
 from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, one_line
@@ -40,7 +41,7 @@ class RayExecutor:
     def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         link = Link(ray)
         self.placement = Placement(link, spec, layout, options)
-        self._pipeline = Pipeline(link, self.placement)
+        self._pipeline = (Spans if options.spans > 1 else Pipeline)(link, self.placement)
         self.watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self.watch, options)
         self.metrics = self.watch.metrics

@@ -16,7 +16,9 @@ class GridOptions:
     run: str  # names this run's actors
     actors_per_device: int = 1
     cpus: float | None = None  # CPUs that an actor requests; None: a CPU for each thread
-    gpu_direct: bool = True  # stages of one host pass tensors from GPU to GPU
+    gpu_direct: bool = True  # stages of one host pass tensors from GPU to GPU, and spans states
+    spans: int = 1  # more: so many actors have all blocks, and windows of least_span tokens go to them in turn
+    least_span: int = 1
     places: Sequence[Reserved] | None = None  # of each stage, while its node lives; None: where Ray puts it
     place_timeout_s: float = 10.0
     answer_timeout_s: float = 5.0

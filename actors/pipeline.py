@@ -6,6 +6,7 @@ call before.
 """
 
 from collections.abc import Iterable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class Pipeline:
         self._last.clear()
         self._tokens.clear()
         return self._placement.each(self._placement.seats, "reset", self._epoch)
+
+    @staticmethod
+    def usual(times: Iterable[float]) -> float:
+        """What a step takes, of the last times between two results."""
+        return median(times)
 
     def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
         """Make the calls for a state, and first drop others. Returns None if it has no result."""
@@ -106,7 +112,7 @@ class Pipeline:
 
     def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
         if made.step is not None:
-            return self._submit(made, made.step, drop)
+            return self._submit(made, made.step, drop, self._stages)
         if made.rows:
             self._every_seat("take", made.state, list(made.rows), drop)
             return None
@@ -127,7 +133,10 @@ class Pipeline:
         last = dict.fromkeys(self._last[seat.index, n] for n in blocks if (seat.index, n) in self._last)
         return [*last, *self._tokens.get(seat.index, {}).values()]
 
-    def _submit(self, made: Made, step: Step, drop: tuple[int, ...]) -> Pending:
+    def _submit(
+        self, made: Made, step: Step, drop: tuple[int, ...], way: list[list[Seat]], home: int | None = None
+    ) -> Pending:
+        """The calls of a step through these stages. home: as in Call."""
         x: Any = to_wire(step.tokens)
         call = Call(
             self._epoch,
@@ -142,13 +151,14 @@ class Pipeline:
             drop,
             step.following and (to_wire(step.following.tokens), step.following.likeliest),
             step.choice and step.choice.rows,
+            home,
         )
         through = self._through_bands
         if self._one_band:
             token = step.chunk_size == 1 and step.tokens.shape[1] == 1 and step.following is None
             through = self._token_through if token else self._through_stage
         states = []
-        for s, seats in enumerate(self._stages):
+        for s, seats in enumerate(way):
             x = through(seats, s, call, x)
             if step.keep:
                 for seat in seats:

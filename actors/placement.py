@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from xlstm_ray.actors.actor import GROUPS, ShardActor
+from xlstm_ray.actors.actor import ShardActor, groups
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.shard import WorkerSpec
@@ -46,18 +46,18 @@ class Seat:
 
 
 class Placement:
-    """A seat for each (stage, band), and its actor. layout: [stage][band].
+    """A seat for each (stage, band), and its actor. layout: [stage][band]; of spans, the only stage for each of them.
 
     `open` comes before anything else; `close` may come at any time.
     """
 
     def __init__(self, link: Link, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
         self._link, self._ray, self.spec, self.options = link, link.ray, spec, options
-        self._one_band = len(layout[0]) == 1
-        self._actor_class = self._ray.remote(concurrency_groups=GROUPS)(ShardActor)
+        self._one_band, self._spans = len(layout[0]) == 1, options.spans > 1
+        self._actor_class = self._ray.remote(concurrency_groups=groups(options.spans))(ShardActor)
         indices = count()
         self.stages = [
-            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, shard)}", shard) for shard in shards]
+            [Seat(next(indices), f"xlstm-ray {options.run} {_where(s, shard, options)}", shard) for shard in shards]
             for s, shards in enumerate(layout)
         ]
         # Steps in flight. Two a stage: between two stages, too, a step travels while others are computed. With one more
@@ -198,6 +198,11 @@ class Placement:
         each = _amounts(bundle)
         stages, bands = len(self.stages), len(self.stages[0])
         less = "fewer `threads`" if set(bundle) == {"CPU"} else "more `actors_per_device`"
+        if self._spans:
+            return (
+                f"a grid of {stages} spans is {stages} actors of {each} each; the cluster's {len(nodes)} node(s) have "
+                f"{have} in all, {left} free; use fewer `spans` or {less}, or add nodes"
+            )
         return (
             f"a grid of {stages} stage(s) x {bands} band(s) is {stages * bands} actors of {each} each; the cluster's "
             f"{len(nodes)} node(s) have {have} in all, {left} free; use fewer `stages`, more `heads_per_band` or "
@@ -213,16 +218,21 @@ class Placement:
             seat.node = sample.node
             seat.process = find(sample.process) if sample.machine == this_machine() else None
         self._load(seats)
+        if self._spans:  # at any time: an actor may wait for one that is gone
+            handles, timeout_s = [seat.handle for seat in self.seats], self.options.start_timeout_s
+            meet = [self.call(seat, "meet", "meet", "control")(seat.index, handles) for seat in self.seats]
+            self._link.get(meet, timeout_s)
         if self._one_band and self.options.gpu_direct and torch.device(self.spec.device).type == "cuda":
             self._hand_over(seats)
 
     def _hand_over(self, seats: list[Seat]) -> None:
-        """Have stages leave their results in their GPUs where the next one can read them there."""
+        """Have stages leave their results, and spans states, in their GPUs where the next one can read them there."""
         timeout_s = self.options.start_timeout_s
-        pairs = [(a, b) for ((a,), (b,)) in pairwise(self.stages) if a in seats or b in seats]
+        ring = [*self.seats, self.seats[0]] if self._spans else self.seats
+        pairs = [(a, b) for a, b in pairwise(ring) if a in seats or b in seats]
         for sender, reader in pairs:
             if sender.node != reader.node:
-                self.over_host[sender.index] = "the next stage is on another machine"
+                self.over_host[sender.index] = "the next one is on another machine"
                 continue
             offer = self.call(sender, "offer", "offer memory")()
             (why,) = self._link.get([self.call(reader, "read", "read another GPU")(offer)], timeout_s)
@@ -262,7 +272,7 @@ class Placement:
                 max_restarts=0,
                 allow_out_of_order_execution=True,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-            ).remote(self.spec, seat.shard, seat.name, one_band=self._one_band)
+            ).remote(self.spec, seat.shard, seat.name, one_band=self._one_band, spans=self._spans)
 
     def _end(self, seats: list[Seat]) -> None:
         """End the actors; those on this machine have ended when this returns, even if they did not answer.
@@ -293,6 +303,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
     )
 
 
-def _where(stage: int, shard: Shard) -> str:
+def _where(stage: int, shard: Shard, options: GridOptions) -> str:
     blocks, heads = shard.blocks, shard.heads
-    return f"stage {stage}, blocks {blocks.start}-{blocks.stop - 1}, heads {heads.start}-{heads.stop - 1}"
+    kind = "span" if options.spans > 1 else "stage"
+    return f"{kind} {stage}, blocks {blocks.start}-{blocks.stop - 1}, heads {heads.start}-{heads.stop - 1}"

@@ -8,7 +8,6 @@ import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -201,7 +200,7 @@ class Recovery:
         """The deadline of a tile in seconds: after it, an actor may hang."""
         if not self._times:
             return self.options.first_deadline_s
-        return max(self.options.least_deadline_s, 20 * under_way * median(self._times))
+        return max(self.options.least_deadline_s, 20 * under_way * self._pipeline.usual(self._times))
 
     @property
     def _longest_call_s(self) -> float:

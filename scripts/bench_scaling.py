@@ -1,12 +1,16 @@
 #!/usr/bin/env python
-"""One prompt, and many, over the GPUs of a host: a random model on 1, 2, 4, ... stages, side by side.
+"""One prompt, and many, over the GPUs of a host: a random model on 1, 2, 4, ... of them, side by side.
 
     python scripts/bench_scaling.py --device cuda --out scaling.jsonl --png scaling.png   # 7B's shape, every GPU
     python scripts/bench_scaling.py --hidden 256 --blocks 4 --heads 4 --vocab 2048 --stages 1,2 --tokens 2048,8192 \\
         --tile-size 512 --chunk-size 64 --answer 16                                       # on two CPU cores
+    python scripts/bench_scaling.py --device cuda --layout stages,spans --tokens 16384,65536 --answer 0
 
-A contestant is a process that has loaded, compiled and run once: one stage is one process without Ray, more are a grid
-of one actor a stage. In a round they run one after the other, each length in turn. Each then answers --rows requests
+--layout says what the GPUs have: a stage of the blocks each (`--stages` of the program), or all blocks each and the
+tiles in turn (`--spans`); --stages says how many GPUs, in either.
+
+A contestant is a process that has loaded, compiled and run once: on one GPU it is one process without Ray, on more a
+grid of one actor a GPU. In a round they run one after the other, each length in turn. Each then answers --rows requests
 for every decoding step that it has in flight: one, or on GPUs two a stage; and again with answers of twice the length.
 Tokens a second are the difference: the prompts' time is in neither. With --out, every run is a line of JSON; the same
 command again makes only the runs that are missing. The first line has the settings, and a file of other settings is
@@ -14,10 +18,10 @@ refused.
 
 The tables have medians over rounds. For a prompt:
 
-    x one        how many times as fast as one stage
-    by stages    x one, over the number of stages
-    pipeline     what the pipeline alone allows: tiles / (tiles + stages - 1)
-    rest         the time beyond one stage's x (tiles + stages - 1) / (tiles x stages): transfers, calls, uneven stages
+    x one        how many times as fast as one
+    by number    x one, over the number of GPUs
+    on paper     what the layout allows at most, by number, where nothing takes time but the blocks (docs/scaling.md)
+    rest         the time beyond that: transfers, calls, uneven stages
 """
 
 import argparse
@@ -29,12 +33,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 PROMPT, FEW = 64, 2  # tokens of a request's prompt; tiles of the first run
 Row = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """What the GPUs have, and their number."""
+
+    layout: str
+    number: int
+
+    def tiles(self, tiles: int, blocks: int) -> float:
+        """The time of a prompt on paper, in times of a tile on one."""
+        if self.layout == "spans":
+            return -(-tiles // self.number) + (min(tiles, self.number) - 1) / blocks
+        return (tiles + self.number - 1) / self.number
+
+
+def ways(args: argparse.Namespace) -> list[Way]:
+    """On one, all layouts are the same."""
+    return [Way(name, n) for n in args.stages for name in (args.layout if n > 1 else args.layout[:1])]
 
 
 # -- a contestant's process: reads what to do, answers with figures ----------------------------------------------------
@@ -44,11 +66,12 @@ def contestant(args: argparse.Namespace) -> None:
     import xlstm_ray
     from xlstm_ray import Request, Sampling
 
-    executor = "ray" if args.contestant > 1 else "queued"
+    (layout,), (number,) = args.layout, args.stages
+    executor = "ray" if number > 1 else "queued"
     grid: dict[str, Any] = {"chunkwise_backend": f"{executor}_{args.kernel}"}
-    grid["threads"] = max(1, args.threads // args.contestant)
-    if args.contestant > 1:
-        grid |= {"ray_local_mode": False, "stages": args.contestant}
+    grid["threads"] = args.threads_each or max(1, args.threads // number)
+    if number > 1:
+        grid |= {"ray_local_mode": False, layout: number}
     lm = xlstm_ray.load(
         args.model, device=args.device, dtype=args.dtype, tile_size=args.tile_size, chunk_size=args.chunk_size, **grid
     )
@@ -90,16 +113,17 @@ def contestant(args: argparse.Namespace) -> None:
 
 
 class Contestant:
-    def __init__(self, stages: int, model: Path, argv: list[str]):
-        self.stages = stages
-        command = [sys.executable, str(SELF), *argv, "--contestant", str(stages), "--model", str(model)]
+    def __init__(self, way: Way, model: Path, argv: list[str]):
+        self.way = way
+        own = ["--contestant", "--layout", way.layout, "--stages", str(way.number), "--model", str(model)]
+        command = [sys.executable, str(SELF), *argv, *own]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def read(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"the contestant with {self.stages} stages ended early; its error stands above")
+            sys.exit(f"the contestant with {self.way.number} {self.way.layout} ended early; its error stands above")
         return json.loads(line)
 
     def run(self, tokens: int) -> Row:
@@ -126,8 +150,8 @@ def measure(args: argparse.Namespace, argv: list[str], settings: Row) -> list[Ro
     elif args.out is not None:
         args.out.write_text(json.dumps(settings) + "\n")
     works = [*args.tokens, *([0] if args.answer else [])]
-    all_runs = [(n, tokens, stages) for n in range(args.rounds) for tokens in works for stages in args.stages]
-    there = {(row["round"], row["work"], row["stages"]) for row in rows}
+    all_runs = [(n, tokens, way) for n in range(args.rounds) for tokens in works for way in ways(args)]
+    there = {(row["round"], row["work"], Way(row["layout"], row["number"])) for row in rows}
     missing = [run for run in all_runs if run not in there]
     if not missing:
         return rows
@@ -137,11 +161,11 @@ def measure(args: argparse.Namespace, argv: list[str], settings: Row) -> list[Ro
         model = args.model or Path(folder) / "model"
         if not model.exists():
             make_model(model, args)
-        field = {stages: Contestant(stages, model, argv) for stages in sorted({run[2] for run in missing})}
+        field = {way: Contestant(way, model, argv) for way in dict.fromkeys(run[2] for run in missing)}
         for one in field.values():
             one.read()
-        for number, tokens, stages in missing:
-            row = {"round": number, "work": tokens, "stages": stages, **field[stages].run(tokens)}
+        for number, tokens, way in missing:
+            row = {"round": number, "work": tokens, **way._asdict(), **field[way].run(tokens)}
             rows.append(row)
             if args.out is not None:
                 with args.out.open("a") as file:
@@ -152,46 +176,47 @@ def measure(args: argparse.Namespace, argv: list[str], settings: Row) -> list[Ro
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
-def table(rows: list[Row], args: argparse.Namespace) -> dict[int, list[float]]:
-    """Print the tables; returns tokens/s for each work and number of stages."""
+def table(rows: list[Row], args: argparse.Namespace) -> dict[int, dict[Way, float]]:
+    """Print the tables; returns tokens/s for each work and way."""
 
-    def seconds(work: int, stages: int) -> list[float]:
-        return [row["seconds"] for row in rows if (row["work"], row["stages"]) == (work, stages)]
+    def runs_of(work: int, way: Way) -> list[Row]:
+        return [row for row in rows if (row["work"], row["layout"], row["number"]) == (work, *way)]
 
-    rates: dict[int, list[float]] = {}
-    one = args.stages[0]
+    rates: dict[int, dict[Way, float]] = {}
+    every = ways(args)
+    one = every[0]
     for tokens in args.tokens:
         tiles = -(-tokens // args.tile_size)
         print(f"\n{tokens:,} tokens, {tiles} tiles of {args.tile_size}")
-        print("stages   tokens/s        seconds   TTFT s   x one   by stages   pipeline     rest   MiB, most")
-        base = statistics.median(seconds(tokens, one))
-        for stages in args.stages:
-            runs = seconds(tokens, stages)
-            middle = statistics.median(runs)
-            rates.setdefault(tokens, []).append(tokens / middle)
-            ideal = base * one * (tiles + stages - 1) / (tiles * stages)
-            same = [row for row in rows if (row["work"], row["stages"]) == (tokens, stages)]
+        print("             tokens/s        seconds   TTFT s   x one   by number   on paper     rest   MiB, most")
+        base = statistics.median(row["seconds"] for row in runs_of(tokens, one)) / one.tiles(tiles, args.blocks)
+        for way in every:
+            runs = runs_of(tokens, way)
+            seconds = [row["seconds"] for row in runs]
+            middle, paper = statistics.median(seconds), way.tiles(tiles, args.blocks)
+            rates.setdefault(tokens, {})[way] = tokens / middle
+            times = tokens / middle / rates[tokens][one]
             print(
-                f"{stages:6d} {tokens / middle:10,.0f} {min(runs):7.2f} to {max(runs):<6.2f}"
-                f"{statistics.median(row['ttft_s'] for row in same):7.2f} {base / middle:7.2f}"
-                f"{base / middle / stages:12.2f} {tiles / (tiles + stages - 1):10.2f} {1e3 * (middle - ideal):6.0f}ms"
-                f"{max(row['memory'] for row in same) / 2**20:12,.0f}"
+                f"{way.number:3d} {way.layout:7s} {tokens / middle:10,.0f} {min(seconds):7.2f} to {max(seconds):<6.2f}"
+                f"{statistics.median(row['ttft_s'] for row in runs):7.2f} {times:7.2f}"
+                f"{times * one.number / way.number:12.2f} {tiles / paper / way.number:10.2f} "
+                f"{1e3 * (middle - base * paper):6.0f}ms {max(row['memory'] for row in runs) / 2**20:11,.0f}"
             )
     if args.answer:
         print(f"\n{args.rows} requests for each step in flight, {PROMPT} + {args.answer} tokens each")
-        print("stages   tokens/s   x one   by stages")
-        made = [row for row in rows if row["work"] == 0]
-        for stages in args.stages:
-            rate = statistics.median(row["tokens"] / row["seconds"] for row in made if row["stages"] == stages)
-            rates.setdefault(0, []).append(rate)
-            print(f"{stages:6d} {rate:10,.0f} {rate / rates[0][0]:7.2f} {rate / rates[0][0] / stages:11.2f}")
+        print("             tokens/s   x one   by number")
+        for way in every:
+            rate = statistics.median(row["tokens"] / row["seconds"] for row in runs_of(0, way))
+            rates.setdefault(0, {})[way] = rate
+            times = rate / rates[0][one]
+            print(f"{way.number:3d} {way.layout:7s} {rate:10,.0f} {times:7.2f} {times * one.number / way.number:11.2f}")
     digests = {tokens: {row["digest"] for row in rows if row["work"] == tokens} for tokens in args.tokens}
     answers = {json.dumps(row["answers"][: args.rows]) for row in rows if row["work"] == 0}
     print(f"\ndifferent states of a prompt: {[len(found) for found in digests.values()]}, of answers: {len(answers)}")
     return rates
 
 
-def draw(path: Path, rates: dict[int, list[float]], args: argparse.Namespace) -> None:
+def draw(path: Path, rates: dict[int, dict[Way, float]], args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,11 +224,21 @@ def draw(path: Path, rates: dict[int, list[float]], args: argparse.Namespace) ->
 
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     for work, row in rates.items():
-        axes.plot(args.stages, [rate / row[0] for rate in row], "o-", label=f"{work:,} tokens" if work else "decoding")
+        one = next(iter(row.values()))
+        for layout in args.layout:
+            line = {way.number: rate / one for way, rate in row.items() if way.number == 1 or way.layout == layout}
+            name = f"{work:,} tokens" if work else "decoding"
+            axes.plot([*line], [*line.values()], "o-", label=f"{name}, {layout}" if len(args.layout) > 1 else name)
     axes.plot(args.stages, [stages / args.stages[0] for stages in args.stages], ":", color="gray", label="all of it")
-    axes.set(xlabel="stages, one on each device", ylabel="times as fast as one", xticks=args.stages)
+    axes.set(xlabel="devices", ylabel="times as fast as one", xticks=args.stages)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def names(text: str) -> list[str]:
+    if not {*text.split(",")} <= {"stages", "spans"}:
+        raise argparse.ArgumentTypeError(f"{text!r}; there are stages and spans")
+    return text.split(",")
 
 
 def numbers(text: str) -> list[int]:
@@ -212,7 +247,10 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=numbers, help="with commas [default: 1, 2, 4, 8 as far as there are GPUs]")
+    parser.add_argument(
+        "--stages", type=numbers, help="how many GPUs, with commas [default: 1, 2, 4, 8 as far as there are]"
+    )
+    parser.add_argument("--layout", type=names, default=["stages"], help="stages, spans, or both with a comma")
     parser.add_argument("--tokens", type=numbers, default=[16384, 65536, 262144], help="of a prompt, with commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16, help="requests for each step in flight")
@@ -225,11 +263,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--store", default="bfloat16", help="dtype that the random model is stored in")
     parser.add_argument("--kernel", help="[default: triton_chunks on cuda, compiled_chunks elsewhere]")
-    parser.add_argument("--threads", type=int, default=2, help="on the CPU, over all stages")
+    parser.add_argument("--threads", type=int, default=2, help="on the CPU, over all actors")
+    parser.add_argument("--threads-each", type=int, help="on the CPU, of each actor, instead: bits depend on it")
     parser.add_argument("--out", type=Path, help="a file of runs, a line of JSON each")
     parser.add_argument("--png", type=Path, help="draw it (needs matplotlib)")
     parser.add_argument("--model", type=Path, help="a folder of the random model, for the next time; made if missing")
-    parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.kernel = args.kernel or ("triton_chunks" if args.device == "cuda" else "compiled_chunks")
     if args.contestant:

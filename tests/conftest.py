@@ -53,7 +53,7 @@ logging.getLogger("torch.__trace").propagate = True
 MARKED = {
     "ray": """
         test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container test_service_on_ray
-        test_uneven test_fleet_ends test_the_services_configuration_is_what_serve_and_the_app_take
+        test_uneven test_spans test_fleet_ends test_the_services_configuration_is_what_serve_and_the_app_take
     """,
     "metal": "metal mps simulator",
     "compile": """

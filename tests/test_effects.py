@@ -27,7 +27,7 @@ VALUES: dict[str, Any] = {
     "enable_mps_fallback": True, "mem_watchdog": False, "mem_soft_pct": 0.5,
     "mem_hard_pct": 0.95, "mem_soft_mb": 99_000, "mem_hard_mb": 99_500, "mem_poll_ms": 7, "mem_action": "empty_cache",
     "shrink_on_soft": False, "min_chunk": 4, "mem_log": Path("m.csv"), "force": True, "stats_log": Path("s.csv"),
-    "overwrite": True, "profile": "high-memory-256gb", "stages": 2, "threads": 1, "ray_local_mode": False,
+    "overwrite": True, "profile": "high-memory-256gb", "stages": 2, "spans": 2, "threads": 1, "ray_local_mode": False,
     "ray_autoshutdown": False, "ray_dashboard": True, "ray_dashboard_port": 9999, "ray_keep_alive": True,
     "ray_address": "10.0.0.1:1", "ray_token_path": Path("token"), "ray_state_dir": Path("heads"),
     "ray_temp_dir": Path("/t"), "actors_per_device": 2, "gpu_direct": False, "journal": Path("j"), "journal_every": 3,

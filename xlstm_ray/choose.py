@@ -184,7 +184,7 @@ def own_backend(config: ModelConfig) -> str | None:
 
 def choose_mode(settings: Settings, backend: Backend) -> Mode:
     """Where the workers run. Raises UsageError for settings that have no effect there."""
-    for_actors = "stages ray_address ray_token_path actors_per_device gpu_direct"
+    for_actors = "stages spans ray_address ray_token_path actors_per_device gpu_direct"
     if backend.executor != "ray":
         if not settings.ray_dashboard:  # with a dashboard there is a head, which has these settings
             for_actors += " ray_dashboard_port ray_keep_alive"

@@ -18,7 +18,7 @@ PANELS: dict[str, str] = {
     "cuda_graphs",
     "Memory": "mem_watchdog mem_soft_pct mem_hard_pct mem_soft_mb mem_hard_mb mem_poll_ms mem_action shrink_on_soft "
     "min_chunk force",
-    "Actors on Ray": "stages actors_per_device gpu_direct ray_address ray_token_path ray_state_dir ray_temp_dir",
+    "Actors on Ray": "stages spans actors_per_device gpu_direct ray_address ray_token_path ray_state_dir ray_temp_dir",
     "A Ray head of this run": "ray_local_mode ray_autoshutdown ray_dashboard ray_dashboard_port ray_keep_alive",
     "Cache": "cache_dir cache_memory_mb cache_disk_mb cache_every cache_match states_mb",
     "Journal and logs": "journal journal_every resume stats_log mem_log",

@@ -52,7 +52,7 @@ def explain(setup: Setup) -> dict[str, tuple[Any, Source]]:
 def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[Any, str]]:
     """The values that differ from the settings, and why. known: no cluster decides them."""
     used: dict[str, tuple[Any, str]] = {}
-    actors = plan.stages * plan.bands
+    actors = plan.stages * plan.bands * plan.spans
     if plan.actors is not None:
         used["workers"] = None, "each band has an actor"
         if plan.measures:

@@ -178,11 +178,12 @@ class Running:
         """The executor over actors, one for each shard, on the cluster that `ray` is connected to."""
         from xlstm_ray.actors.grid import RayExecutor
 
-        executor = RayExecutor(ray, self._spec(plan, checkpoint), plan.layout, self._options(plan))
+        executor = RayExecutor(ray, self._spec(plan, checkpoint), plan.layout * plan.spans, self._options(plan))
         self._watch = executor.watch
         for stage, why in executor.placement.over_host.items():
             if why:
-                self._on_note(f"stage {stage} passes its results on over the host's memory: {why}")
+                who = f"span {stage} passes states" if plan.spans > 1 else f"stage {stage} passes its results"
+                self._on_note(f"{who} on over the host's memory: {why}")
         return executor
 
     def _spec(self, plan: RunPlan, checkpoint: Checkpoint) -> "WorkerSpec":
@@ -221,6 +222,9 @@ class Running:
             cpus=plan.actors.cpus,
             places=plan.actors.places,
             gpu_direct=plan.actors.gpu_direct,
+            spans=plan.spans,
+            # Shorter windows are of a prompt's tail: there are many, and a hop takes longer than one of their blocks.
+            least_span=min(plan.numerics.tile_size, 2 * plan.numerics.chunk_size),
             on_event=self._events.append,
             **watched,
         )

@@ -25,6 +25,7 @@ from xlstm_ray.choose import (
     choose_workers,
 )
 from xlstm_ray.choose_kernels import choose_graphs, choose_kernels
+from xlstm_ray.choose_stages import with_bands
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.declare import Source
 from xlstm_ray.errors import UsageError
@@ -150,6 +151,7 @@ class RunPlan:
     cache: CachePlan | None = None  # of states; None: there is none
     measures: bool = False  # the nodes come before the stages: `divide` is to be called with what they are like
     split: list[Stage] | None = None  # the stages that it made, and why
+    spans: int = 1  # actors of each shard, to which a prompt's tiles go in turn
 
     @property
     def split_note(self) -> str | None:
@@ -219,10 +221,12 @@ def choose_plan(
     sizes = choose_sizes(settings, config, device.type)
     measures = setup.stages == "auto"  # then `divide` makes the stages
     layout = make_layout(config, heads_per_band=sizes.heads, stages=1 if setup.stages == "auto" else setup.stages)
+    if settings.spans > 1 and len(layout[0]) > 1:  # on mps, where nobody asked for bands
+        raise UsageError(with_bands(settings, config))
     backend, misfit = choose_kernels(setup, device, [len(band.ffn) for band in layout[0]], sizes.chunk)
     least_chunk = LEAST_CHUNK if backend.kernel == KERNEL else 1
     workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)
-    actors = len(layout) * len(layout[0])
+    actors = len(layout) * len(layout[0]) * settings.spans
     head, local = choose_head(settings, mode, actors, device), mode is Mode.LOCAL
     own_memory = device_total_bytes(device) if local else None
     bounds = Limits.make(*limits, take_sample().total_bytes, own_memory) if settings.mem_watchdog else None
@@ -246,6 +250,7 @@ def choose_plan(
                 heads_per_band=sizes.heads,
                 workers=workers,
                 stages=len(layout),
+                spans=settings.spans,
                 cache=cache.memory_bytes if cache else 0,
                 documents=(settings.states_mb or 0) * MIB,
                 triton=backend.kernel == KERNEL,
@@ -308,6 +313,7 @@ def choose_plan(
         picked=picked,
         cache=cache,
         measures=measures,
+        spans=settings.spans,
     )
 
 

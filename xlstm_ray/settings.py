@@ -110,6 +110,7 @@ class Settings(BaseSettings):
         1,
         allowed="a whole number from 1 to 65536, the blocks of each stage with commas between, or auto",
     )
+    spans: int = count("Actors with all blocks, to which a prompt's tiles go in turn; instead of stages.", 1, high=1024)
     threads: int | None = count("CPU threads of each worker.", shown="an equal share of the cores", high=1024)
     ray_local_mode: bool = setting(
         "Run the ray_ backends in this process, without Ray.", True, env="XLSTM_RAY_LOCAL_MODE"

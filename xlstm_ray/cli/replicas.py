@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OF_THE_HEAD = """
     ray_address ray_token_path ray_state_dir ray_temp_dir ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive
 """
-FOR_A_GRID = "stages", "actors_per_device", "journal", "resume"
+FOR_A_GRID = "stages", "spans", "actors_per_device", "journal", "resume"
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def _engine_of(engine: "Engine") -> dict[str, Any]:
         "t_inner": engine.t_inner if engine.backend.kernel == "compiled_steps" else None,
         "bands": engine.bands,
         "stages": engine.stages,
+        "spans": engine.plan.spans,
         "layout": _layout_of(engine),
         "workers": engine.workers,
         "load_s": engine.load_s,
@@ -206,10 +207,10 @@ def print_results(
         json_line(summary)
         return
     s = summary
+    split = f"{s['spans']} spans" if s["spans"] > 1 else f"{s['stages']} stage(s) x {s['bands']} band(s)"
     lines = [
         f"device          {s['device']} ({': '.join(filter(None, (s['dtype'], s['dtype_reason'])))})",
-        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, "
-        f"{s['stages']} stage(s) x {s['bands']} band(s)",
+        f"backend         {s['backend']}, tiles of {s['tile_size']}, chunks of {s['chunk_size']}, {split}",
         f"prompt tokens   {s['prompt_tokens']}{resumed_text(s).replace('and ', '')}",
         *_cache_line(s["cache"]),
         f"first token in  {s['ttft_s']:.3f} s{speed_text(s['prefill_tok_s'])}",

@@ -48,9 +48,9 @@ PACKAGES = "fastapi", "uvicorn", "prometheus-client"
 # A run's journal and logs have no place here, nor has shrinking: requests share one size of tile.
 SETTINGS = """
     model device dtype chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale
-    autoscale_again warmup force profile stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir
-    ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive cache_dir cache_memory_mb cache_disk_mb cache_every
-    cache_match states_mb
+    autoscale_again warmup force profile stages spans actors_per_device ray_address ray_token_path ray_state_dir
+    ray_temp_dir ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive cache_dir cache_memory_mb cache_disk_mb
+    cache_every cache_match states_mb
 """
 
 

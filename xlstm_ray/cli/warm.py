@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 SETTINGS = """
     model device dtype chunkwise_backend tile_size chunk_size heads_per_band workers threads t_inner autoscale force
-    profile stages actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir ray_local_mode ray_dashboard
-    ray_dashboard_port ray_keep_alive overwrite
+    profile stages spans actors_per_device ray_address ray_token_path ray_state_dir ray_temp_dir ray_local_mode
+    ray_dashboard ray_dashboard_port ray_keep_alive overwrite
 """
 
 

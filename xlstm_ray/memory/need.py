@@ -65,6 +65,7 @@ class Loaded:
     heads_per_band: int
     workers: int  # bands at once
     stages: int = 1
+    spans: int = 1  # actors of each stage and band
     cache: int = 0  # of states that are kept for prompts to come
     documents: int = 0  # of states of a service's documents
     triton: bool = False  # the Triton kernels compute it

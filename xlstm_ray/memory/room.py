@@ -70,8 +70,9 @@ class Room:
         scored: log-probabilities of their tokens are computed, too, by one actor of the last stage.
         """
         loaded, tokens = self.loaded, tokens or self.loaded.tile
-        actors, on_host = loaded.stages * loaded.bands, loaded.device != "cuda"
+        actors, on_host = loaded.stages * loaded.bands * loaded.spans, loaded.device != "cuda"
         state = (2 * batch + HELD_ROWS) * state_bytes(loaded.config)
+        states = state + 2 * batch * (loaded.spans - 1) * state_bytes(loaded.config)  # before a tile and after it
         tile = activation_bytes(replace(loaded, workers=1), rows=batch, tokens=tokens)
         last = max(tile, scoring_bytes(loaded, rows=batch, tokens=tokens)) if scored else tile
         return GridNeed(
@@ -79,8 +80,8 @@ class Room:
             driver=process_bytes() + RAY_IN_DRIVER + state + loaded.cache,
             actors=actors,
             programs=actors * actor_bytes(),
-            weights=loaded.weights * on_host,
-            state=state * on_host,
+            weights=loaded.weights * loaded.spans * on_host,
+            state=states * on_host,
             tiles=((actors - 1) * tile + last) * on_host,
             watchdog=self.watchdog,
             store=store_bytes(loaded, rows=batch, tokens=tokens),
@@ -198,6 +199,9 @@ class Room:
             room, where = room - (total - self.limits.hard), f"{where} below the hard limit ({self.hard_name})"
         if need.total > room:
             ways = {}
+            if loaded.spans > 1:
+                fewer = (need.programs + need.weights + need.tiles) * (loaded.spans - 1) // loaded.spans
+                ways[f"give fewer than {loaded.spans} `spans`"] = fewer
             if loaded.stages > 1:
                 fewer = need.programs * (loaded.stages - 1) // loaded.stages
                 ways[f"give fewer than {loaded.stages} `stages`"] = fewer

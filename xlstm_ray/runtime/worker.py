@@ -59,10 +59,11 @@ class Worker:
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
         """The state of this stage's n-th block before the first token: all zeros, in the order of its names."""
-        shapes = self._shapes(n).values()
+        shapes = self.shapes(n).values()
         return tuple(torch.zeros(batch, *shape, device=self.device) for shape in shapes)  # type: ignore[return-value]
 
-    def _shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the n-th block's state, by their names, without the rows."""
         return self.config.state_shapes(self.shard.blocks[n], len(self.shard.heads))
 
     def load(self, number: int, tensors: Mapping[str, Tensor] | None, batch: int) -> None:
@@ -83,7 +84,7 @@ class Worker:
         for n in range(len(self.blocks)):
             empty = self.fresh_state(n, 1) if None in rows else ()
             parts = []
-            for i in range(len(self._shapes(n))):
+            for i in range(len(self.shapes(n))):
                 each = [empty[i] if row is None else self._block(row[0], n)[i][row[1] : row[1] + 1] for row in rows]
                 parts.append(torch.cat(each))
             made.append(tuple(parts))  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ class Worker:
     def _named(self, state: Sequence[AnyState | None]) -> Iterator[tuple[str, Tensor]]:
         for n, parts in enumerate(state):
             assert parts is not None
-            for name, part in zip(self._shapes(n), parts, strict=True):
+            for name, part in zip(self.shapes(n), parts, strict=True):
                 yield f"blocks.{self.shard.blocks[n]}.{name}", part
 
     def _block(self, number: int, n: int) -> AnyState:
@@ -117,8 +118,9 @@ class Worker:
         assert state is not None
         return state
 
-    def _made(self, move: Move, n: int, state: AnyState) -> None:
-        self.states.setdefault(move.dst, [None] * len(self.blocks))[n] = state
+    def put(self, number: int, n: int, state: AnyState) -> None:
+        """Make this the n-th block's part of a state."""
+        self.states.setdefault(number, [None] * len(self.blocks))[n] = state
 
     def warm_up(self, batch: int, tokens: int, chunk_size: int, *, one_band: bool) -> None:
         """Compile for windows (batch, tokens) by running a block of each kind on zeros; the states stay as they are.
@@ -168,14 +170,14 @@ class Worker:
         """Run this stage's n-th block, if this band has all heads."""
         state = self._block(move.src, n)
         x, state = self.functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
-        self._made(move, n, state)
+        self.put(move.dst, n, state)
         return x
 
     def run_mixer(self, n: int, x: Tensor, move: Move) -> Tensor:
         """This band's share of block n's mixer (mLSTM or sLSTM)."""
         state = self._block(move.src, n)
         y, state = self.functions(n, x, move.chunk_size).mixer(x, self.blocks[n], state, move.start, move.end)
-        self._made(move, n, state)
+        self.put(move.dst, n, state)
         return y
 
     def run_ffn(self, n: int, x: Tensor, move: Move) -> Tensor:
