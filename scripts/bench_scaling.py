@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
-PROMPT, FEW = 64, 2  # tokens of a request's prompt; tiles of the first run
+PROMPT, FEW = 64, 2  # tokens of a request's prompt; tiles of the first run, at least
 Row = dict[str, Any]
 
 
@@ -100,7 +100,7 @@ def contestant(args: argparse.Namespace) -> None:
         seconds, ends = answers(count, 2 * args.answer)
         return {"seconds": seconds - half_s, "half_s": half_s, "tokens": count * args.answer, "answers": ends}
 
-    lm.prefill(prompt(FEW * args.tile_size, 1))
+    lm.prefill(prompt(max(FEW, number + 1) * args.tile_size, 1))  # each actor has worked
     count = lm.executor.parallel * args.rows
     if args.answer:
         lm.serve(slots=count, buckets=(args.rows,))
