@@ -3,6 +3,7 @@
 
     python scripts/bench_prefill.py                      # speed on 8192 tokens, memory at 4096 and 65536
     python scripts/bench_prefill.py --tokens 2048 --rounds 3 --memory-tokens ''
+    python scripts/bench_prefill.py --decode 128         # an answer's tokens on the CPU instead, one row
 
 Every contestant runs in its own process, and rounds alternate, so that a drift of the machine's speed affects all
 alike. The output has medians over rounds, and ratios of medians. Contestants:
@@ -12,6 +13,7 @@ alike. The output has medians over rounds, and ratios of medians. Contestants:
     kernels float32                the same with this project's kernels in it (`use_kernels`); only if it is named
     products float32, bfloat16     only torch's matrix products of all blocks, a tile or the whole prompt at a time
                                    (the faster of the two), on prepared operands: the upper limit of any prefill
+    memory float32, bfloat16       only with --decode: reads as many bytes a token as the matrices have
     this float8, products float8   the same in float8, on Hopper GPUs; gates' products are left out of the latter
 
 On a GPU, the shape of xLSTM 7B:
@@ -33,11 +35,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 SELF = Path(__file__).resolve()
+PROMPT = 32  # tokens, before --decode
+PREFILL = "this:float32,transformers:float32,products:float32,this:bfloat16,products:bfloat16"
+DECODE = "this:float32,transformers:float32,memory:float32,this:bfloat16,transformers:bfloat16,memory:bfloat16"
 
 
 def _is_there(module: str) -> bool:
@@ -96,6 +102,15 @@ def tokenizer(vocabulary: int) -> dict[str, Any]:
 
 
 # -- contestants: each returns a function of a token count that does one run -------------------------------------------
+def decoded(steps: Iterator, count: int) -> float:
+    """Seconds of so many steps after the first one, whose token comes with the prompt."""
+    next(steps)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    return time.perf_counter() - began
+
+
 def this_project(directory: Path, dtype: str, args: argparse.Namespace):
     import torch
 
@@ -106,10 +121,15 @@ def this_project(directory: Path, dtype: str, args: argparse.Namespace):
     )
     prompts: dict[int, list[int]] = {}
 
-    def run(tokens: int) -> None:
-        if tokens not in prompts:
-            prompts[tokens] = torch.randint(0, args.vocab, (tokens,)).tolist()
-        lm.prefill(prompts[tokens])
+    def run(tokens: int) -> float | None:
+        size = PROMPT if args.decode else tokens
+        if size not in prompts:
+            prompts[size] = torch.randint(0, args.vocab, (size,)).tolist()
+        if args.decode:
+            made = lm.generate(prompts[size], max_new_tokens=tokens + 1, sampling={"ignore_eos": True})
+            return decoded(made.rows(), tokens)
+        lm.prefill(prompts[size])
+        return None
 
     return run
 
@@ -127,12 +147,23 @@ def transformers_xlstm(directory: Path, dtype: str, args: argparse.Namespace, *,
 
         use_kernels(model)
 
-    def run(tokens: int) -> None:
+    def steps() -> Iterator[None]:
+        out = model(torch.randint(0, args.vocab, (1, PROMPT), device=device), use_cache=True)
+        while True:
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            token.tolist()
+            yield
+            out = model(token, cache_params=out.cache_params, use_cache=True)
+
+    def run(tokens: int) -> float | None:
         with torch.no_grad():
+            if args.decode:
+                return decoded(steps(), tokens)
             out = model.backbone(torch.randint(0, args.vocab, (1, tokens), device=device), use_cache=True)
             model.lm_head(out.last_hidden_state[:, -1])
             if device != "cpu":
                 torch.accelerator.synchronize()
+        return None
 
     return run
 
@@ -187,7 +218,7 @@ def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
     def run(tokens: int) -> None:
         if tokens not in sizes:
             times = {}
-            for at_once in (args.tile_size or 512, tokens):
+            for at_once in (1,) if args.decode else (args.tile_size or 512, tokens):
                 products(tokens, at_once)
                 began = time.perf_counter()
                 products(tokens, at_once)
@@ -198,11 +229,31 @@ def bare_products(directory: Path, dtype: str, args: argparse.Namespace):
     return run
 
 
+def memory_reads(directory: Path, dtype: str, args: argparse.Namespace):
+    """Reads as many bytes a token as the matrices have, without the embedding: the upper limit of decoding one row."""
+    import torch
+    from safetensors import safe_open
+
+    size = getattr(torch, dtype).itemsize
+    count = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(file.get_tensor(name).numel() for name in file.keys() if "embeddings" not in name)
+    data = torch.ones(count * size // 4)
+
+    def run(tokens: int) -> None:
+        for _ in range(tokens):
+            data.sum()
+
+    return run
+
+
 CONTESTANTS = {
     "this": this_project,
     "transformers": transformers_xlstm,
     "kernels": partial(transformers_xlstm, ours=True),
     "products": bare_products,
+    "memory": memory_reads,
 }
 
 
@@ -238,8 +289,7 @@ def serve(kind: str, dtype: str, args: argparse.Namespace) -> None:
         tokens = int(line)
         start_measuring_memory(args.device)
         began = time.perf_counter()
-        run(tokens)
-        seconds = time.perf_counter() - began
+        seconds = run(tokens) or time.perf_counter() - began
         print(json.dumps({"s": seconds, "bytes": peak_memory(args.device)}), flush=True)
 
 
@@ -283,6 +333,7 @@ def main() -> None:
     for name, default in (("hidden", 512), ("blocks", 8), ("heads", 4), ("vocab", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--decode", type=int, help="measure so many tokens of an answer instead, one row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tile-size", type=int)
     parser.add_argument("--chunk-size", type=int)
@@ -293,13 +344,18 @@ def main() -> None:
     parser.add_argument("--store", default="float32", help="dtype that the random model is stored in")
     parser.add_argument(
         "--contestants",
-        default="this:float32,transformers:float32,products:float32,this:bfloat16,products:bfloat16",
-        help="kind:dtype, with commas between them",
+        help="kind:dtype, with commas between them [default: this, transformers, products; with --decode memory too]",
     )
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.decode:
+        args.tokens, args.memory_tokens = args.decode, ""
+    if args.contestants is None:
+        args.contestants = DECODE if args.decode else PREFILL
+    if "memory" in args.contestants and not args.decode:
+        parser.error("memory is the limit of decoding; give --decode N")
     args.passed = [word for word in sys.argv[1:] if args.serve is None]
     if args.serve:
         serve(args.serve, args.dtype, args)
@@ -341,7 +397,9 @@ def compare_speed(args: argparse.Namespace) -> None:
         print(f"  {name:22s} {args.tokens / median[name]:9,.0f} tokens/s   {min(runs):6.2f} to {max(runs):6.2f} s")
     for ours in (name for name in median if name.startswith("this")):
         for other in median:
-            if other == "transformers float32" or other == ours.replace("this", "products"):
+            kind, _, dtype = other.partition(" ")
+            same = kind in ("products", "memory", *(["transformers"] if args.decode else [])) and ours.endswith(dtype)
+            if other == "transformers float32" or same:
                 print(f"  {ours} / {other}: {median[other] / median[ours]:.2f}")
 
 
