@@ -36,10 +36,10 @@ class Copies:
         here.record_stream(main)
         return here
 
-    def settle(self) -> None:
-        """Wait until what entered was read from where it came, which may be written over then."""
+    def settle(self, name: str = "in") -> None:
+        """Wait for another stream's copies. in: then what entered may be written over where it came from."""
         if self._device.type == "cuda":
-            self._stream("in").synchronize()
+            self._stream(name).synchronize()
 
     def upload(self, host: Tensor) -> Tensor:
         """Copy to the device; on cuda through pinned memory and without waiting."""

@@ -60,7 +60,7 @@ class SpanWork(ShardWork):
 
     def hand_over(self, places: int) -> None:
         """Leave states in this GPU's memory for the next actor, which reads them there. places: steps in flight."""
-        self._ring = Ring(len(self.shard.blocks))  # it reads one state at a time
+        self._ring = Ring(len(self.shard.blocks) + 1)  # it reads one state at a time; one more of an epoch before
 
     def load_state(self, epoch: int, number: int, *more: Any) -> None:
         super().load_state(epoch, number, *more)
@@ -91,13 +91,14 @@ class SpanWork(ShardWork):
     def give(self, epoch: int, number: int, to: int) -> Iterator[Given]:
         """A state's blocks, each as soon as it is there; fewer, if the others will not come."""
         self._threads()
-        near = self._ring is not None and to == (self._me + 1) % len(self._others)
+        ring = self._ring if to == (self._me + 1) % len(self._others) else None
         with suppress(_Void):
             for n in range(len(self.shard.blocks)):
                 state, fence = self._wait(epoch, number, n)
                 with self._copies.beside(fence, f"to {to}"):
                     flat = torch.cat([part.reshape(-1) for part in state])
-                    given = self._near(flat) if near else to_wire(flat)
+                    given = to_wire(flat) if ring is None else ring.put(flat)
+                self._copies.settle(f"to {to}")
                 yield given
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -187,13 +188,6 @@ class SpanWork(ShardWork):
         parts = flat.split([rows * prod(shape) for shape in shapes])
         made = [part.view(rows, *shape).clone() for part, shape in zip(parts, shapes, strict=True)]
         return tuple(made)  # type: ignore[return-value]
-
-    def _near(self, flat: Tensor) -> Spot:
-        """A state on this GPU, where the next actor reads it."""
-        assert self._ring is not None
-        spot = self._ring.put(flat)
-        torch.cuda.current_stream().synchronize()
-        return spot
 
     def _drop(self, states: tuple[int, ...], n: int | None = None) -> None:
         super()._drop(states, n)

@@ -50,7 +50,7 @@ class Way(NamedTuple):
     def tiles(self, tiles: int, blocks: int) -> float:
         """The time of a prompt on paper, in times of a tile on one."""
         if self.layout == "spans":
-            return -(-tiles // self.number) + (min(tiles, self.number) - 1) / blocks
+            return -(-tiles // self.number) + (tiles - 1) % self.number / blocks
         return (tiles + self.number - 1) / self.number
 
 

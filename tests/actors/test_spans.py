@@ -206,12 +206,18 @@ def tile(epoch: int, src: int, dst: int) -> Call:
     return Call(epoch, 0, src, dst, [0], [CHUNK], CHUNK, False, "none", (), None, None)
 
 
-def test_a_state_is_given_block_by_block_with_the_bits_that_it_has(work: SpanWork) -> None:
+@pytest.mark.parametrize("near", [False, True], ids=["over the host", "from the maker's memory"])
+def test_a_state_is_given_block_by_block_with_the_bits_that_it_has(near: bool, work: SpanWork) -> None:
+    if near:
+        work.hand_over(4)
     tokens = torch.arange(CHUNK)[None].numpy()
     with ThreadPoolExecutor(1) as pool:
         given = pool.submit(lambda: [*work.give(0, 1, 1)])  # nobody has made the state yet
         work.run(tile(0, 0, 1), tokens)
-        arrived = [work._arrived(n, block) for n, block in enumerate(given.result())]
+        blocks = given.result()
+    if near:
+        blocks = [work._copies.mapped.view(block).numpy() for block in blocks]
+    arrived = [work._arrived(n, block) for n, block in enumerate(blocks)]
     assert len(arrived) == len(work.shard.blocks)
     for got, made in zip(arrived, work.worker.states[1], strict=True):
         assert made is not None
