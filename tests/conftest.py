@@ -52,6 +52,7 @@ logging.getLogger("torch.__trace").propagate = True
 # Slow tests take some seconds of a core, most often for a process that imports torch.
 MARKED = {
     "ray": """
+        head
         test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container test_service_on_ray
         test_uneven test_spans test_fleet_ends test_the_services_configuration_is_what_serve_and_the_app_take
     """,
@@ -114,6 +115,7 @@ MARKED = {
         test_serve_command
         test_turn
         test_two_processes_on_one_directory_do_not_hurt_each_other
+        test_an_answer_to_a_large_file_holds_nothing_of_it
         test_interrupted
         test_invariants
         test_lines
@@ -125,6 +127,7 @@ MARKED = {
         test_pace
         test_figures
         test_access
+        test_serve_goals
         test_service
         test_slstm
         test_states
@@ -136,6 +139,9 @@ MARKED = {
         test_programs
         test_readme
         test_runners
+        test_triton
+        test_quality_of_the_demo_model
+        test_pieces_give_the_tokens_of_the_whole
         test_the_loss_of_a_toy_falls_far_below_a_uniform_guess
         test_xlstm_ray_and_transformers_compute_what_was_trained
         test_evaluation_again_gives_the_same_figures
