@@ -55,6 +55,7 @@ MARKED = {
         head
         test_grid test_grid_on_a_head test_lost_nodes test_supervisor test_dashboard test_container test_service_on_ray
         test_uneven test_spans test_fleet_ends test_the_services_configuration_is_what_serve_and_the_app_take
+        test_parcels_on_ray
     """,
     "metal": "metal mps simulator",
     "compile": """
@@ -116,6 +117,7 @@ MARKED = {
         test_turn
         test_two_processes_on_one_directory_do_not_hurt_each_other
         test_an_answer_to_a_large_file_holds_nothing_of_it
+        test_what_kill_9_leaves_is_all_that_prompts_go_on_from
         test_interrupted
         test_invariants
         test_lines

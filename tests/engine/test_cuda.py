@@ -21,6 +21,7 @@ from xlstm_ray.engine.request import Request
 from xlstm_ray.errors import UsageError
 from xlstm_ray.kernels.fit import CAPABILITY
 from xlstm_ray.runtime.executor import Step, decoding_step
+from xlstm_ray.runtime.moves import BUFFERS
 from xlstm_ray.sampling import Sampling
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == CAPABILITY
@@ -201,3 +202,15 @@ def test_a_prompt_whose_state_is_kept_is_answered_beside_one_that_is_read(tmp_pa
         engine.serve(slots=4, buckets=(4,))
         again = engine.submit(Request(TEXT * 20, sampling=Sampling(max_new_tokens=8, seed=1, temperature=0.9)))
         assert again.result(120).tokens == found[0].tokens
+
+
+def test_the_first_kept_state_waits_for_no_pinned_memory():
+    with xlstm_ray.load(**DEMO, cache_memory_mb=64) as engine:
+        engine.warm_up(1, [512])
+        moves: Any = engine.executor
+        buffers = [moves._moves._buffers.get() for _ in range(BUFFERS)]
+        assert all(buffer.pinned.nbytes for buffer in buffers)
+        for buffer in buffers:
+            moves._moves._buffers.put(buffer)
+        engine.prefill(TEXT)
+        assert engine.prefill(TEXT).stats.tiles == 0

@@ -124,7 +124,7 @@ class Cache:
             if found.entry is None or start is not None:
                 break
         if (found.reason or "").startswith(("none seen", "diverged")):
-            found = self._compared(found, chain.root, tokens)
+            found = self._compared(found, start, chain.root, tokens)
         points = self._tree.points(run, found, every=self.plan.every, asked=asked)
         likely = self._tree.likely(run, found, asked)
         self._tree.see(chain)
@@ -135,12 +135,13 @@ class Cache:
             found.entry.likely = True  # again
         return Hit(use, chain, run, start, exact, points, likely, found.entry)
 
-    def _compared(self, found: Found, root: bytes, tokens: memoryview | TokenFile) -> Found:
+    def _compared(self, found: Found, start: Start | None, root: bytes, tokens: memoryview | TokenFile) -> Found:
         """Add where a prompt parts from prompts of earlier processes: of these, the tree has only the kept states."""
         others = [e for e in self._tree.next_after(found, root) if e.what.trail]
         best, parted = found.known, False
         for entry in others[-COMPARED:]:
-            apart = entry.what.trail.difference(tokens)
+            both = start.trail.made() if start is not None and entry.parent is found.entry else None
+            apart = entry.what.trail.difference(tokens, both)
             if apart is not None and apart[0] > best:
                 best, parted = apart[0], apart[1] < len(tokens)
         return found._replace(known=best, reason=f"diverged at {best}" if parted else found.reason)

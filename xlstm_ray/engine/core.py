@@ -87,6 +87,8 @@ class Core:
                 return 0.0
             started, text = perf_counter(), " and ".join(map(str, missing))
             self.on_phase(f"compiling for {text} token(s) at once (10 to 60 s the first time on this machine)")
+            if self.cache is not None and not self.warm:
+                self.states.warm_up()
             self.running.executor.warm_up(batch, missing, chunk)
             self.warm |= {(batch, size, chunk) for size in missing}
             return perf_counter() - started

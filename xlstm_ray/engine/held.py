@@ -14,6 +14,7 @@ from xlstm_ray.errors import GridLost
 from xlstm_ray.memory.need import HELD_ROWS
 from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, rows_of
 
+MOVERS = 4  # threads: to write a state into new memory takes one of them longer than a GPU takes for a tile
 Tensors = dict[str, Tensor]
 
 
@@ -101,7 +102,7 @@ class States:
         self.executor, self.turn = executor, turn
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
         self._lock = Lock()  # of these: any thread adds some
-        self.mover = ThreadPoolExecutor(1, "states")  # waits for states on their way to the host
+        self.mover = ThreadPoolExecutor(MOVERS, "states")  # wait for states on their way to the host
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
         """The rows of a state that the executor has (`ref`), or of one with these tensors."""
@@ -139,6 +140,14 @@ class States:
                 room -= held.ref.batch
                 if room < 0:
                     held.evict()
+
+    def warm_up(self) -> None:
+        """Have the memory through which states go to the host and back, where the executor works elsewhere."""
+        executor = self.executor()
+        if executor.local and not executor.on_host:
+            state = executor.load(None, 1)
+            for _ in range(MOVERS):
+                executor.load(executor.save(state)(), 1)
 
     def close(self) -> None:
         """Move all states to the host before the executor is closed, for those who still have them."""

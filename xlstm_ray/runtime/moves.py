@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class Moves:
         def wait() -> dict[str, Tensor]:
             there.synchronize()  # until now `tensors` were in use
             size = _size(tensors.values())
-            own = torch.empty(size, dtype=torch.uint8).copy_(buffer[:size])
+            own = torch.empty(size, dtype=torch.uint8)
+            np.copyto(own.numpy(), buffer[:size].numpy())  # in this thread: torch's own would take turns
             self._buffers.put(_Buffer(buffer, None))
             return {name: _view(own, places[name], tensor) for name, tensor in tensors.items()}
 

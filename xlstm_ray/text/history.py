@@ -65,15 +65,18 @@ class Trail(BaseModel):
         value = self.lengthened(value, units[done - self.length :])
         return self.model_copy(update={"length": length, "hash": value, "step": step, "places": places})
 
-    def difference(self, units: Any) -> tuple[int, int] | None:
-        """None if `units` begins with this sequence; else (a, b): they agree up to a, and differ before b."""
-        value, alike = type(self)().hash, 0
-        for n in range(0, len(self.places), 8):
-            place = alike + self.step
+    def difference(self, units: Any, both: Self | None = None) -> tuple[int, int] | None:
+        """None if `units` begins with this sequence; else (a, b): they agree up to a, and differ before b.
+
+        both: the trail of a beginning that is known to be that of both, and is not compared again.
+        """
+        both = both or type(self)()
+        value, alike = both.hash, both.length
+        for place in range((alike // self.step + 1) * self.step, self.step * len(self.places) // 8 + 1, self.step):
             if place > len(units):
                 break
-            value = self.lengthened(value, units[alike:place])
-            if value[-8:] != self.places[n : n + 8]:
+            value, n = self.lengthened(value, units[alike:place]), place // self.step * 8
+            if value[-8:] != self.places[n - 8 : n]:
                 return alike, place
             alike = place
         if len(units) < self.length:
