@@ -15,6 +15,8 @@ from xlstm_ray.text.ondisk import TextFile, TokenFile
 from xlstm_ray.text.prompt import Given
 from xlstm_ray.text.tokenizer import Text
 
+NEW = Row()  # of a prompt that begins; one for all, since to make it takes longer than to find where a prompt begins
+
 
 @dataclass
 class Going:
@@ -78,15 +80,16 @@ def prompts(
         )
     going = []
     for b, (tokens, text) in enumerate(zip(rows, texts, strict=True)):
-        known = Row() if state is None else state.rows[b]
+        known = NEW if state is None else state.rows[b]
         if state is not None:
             which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
             _require_beginning(which, ids(tokens), text, known, state)
         trail = None if text is None else TextTrail()
         for piece in text.pieces() if isinstance(text, TextFile) else [] if text is None else [text.encode()]:
             trail = trail and trail.extend(piece)
-        row = Row(tokens=known.tokens, text=known.text, end=known.end, scored=known.scored)
-        going.append(Going(tokens, row, ids(tokens), trail))
+        if state is not None:
+            known = Row(tokens=known.tokens, text=known.text, end=known.end, scored=known.scored)
+        going.append(Going(tokens, known, ids(tokens), trail))
     return going
 
 

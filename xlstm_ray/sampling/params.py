@@ -1,6 +1,7 @@
 """Sampling: checked parameters for how tokens are chosen and where an answer ends. No torch here."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Protocol, Self
 
 from pydantic import (
@@ -153,9 +154,9 @@ class Sampling(BaseModel):
             names = ", ".join(f"`{name}`" for name in DRAWING[1:-1])
             raise UsageError(f"{names} and `seed` have no effect at `temperature=0` (greedy); leave them out")
         asks = not greedy and ("temperature" in given or bool(drawn))
-        usual = published.sampling(asks) if published else cls(temperature=1.0 if asks else 0.0)
+        usual = published.sampling(asks) if published else _usual(1.0 if asks else 0.0)
         base = usual if before is None else before
-        drawing = cls() if greedy else usual if asks and base.temperature == 0 else base
+        drawing = _usual(0.0) if greedy else usual if asks and base.temperature == 0 else base
         values = {name: getattr(drawing, name) for name in DRAWING} | {name: getattr(base, name) for name in SHAPING}
         return cls(**(values | given))
 
@@ -172,3 +173,9 @@ class Sampling(BaseModel):
     def one_by_one(self) -> "list[Sampling]":
         """The sampling of each of the n answers; each sampled answer has the next seed, as in vLLM."""
         return [self.model_copy(update={"n": 1, "seed": (self.seed + i) % (1 << 63)}) for i in range(self.n)]
+
+
+@cache
+def _usual(temperature: float) -> Sampling:
+    """Where nothing else is known."""
+    return Sampling(temperature=temperature)

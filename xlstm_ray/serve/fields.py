@@ -132,9 +132,9 @@ class Body(BaseModel):
         if isinstance(given["stop"], list) and not given["stop"]:
             given["stop"] = None
         try:
-            Sampling(**{key: value for key, value in given.items() if value is not None and key != "seed"})
             given["seed"] = random.getrandbits(63) if self.seed is None else self.seed % (1 << 63)
             if given["temperature"] == 0:
+                Sampling(**{key: value for key, value in given.items() if value is not None})  # they are checked
                 given |= dict.fromkeys(DRAWING[1:])
             return Sampling.make(given, published=published)
         except UsageError as err:

@@ -1,11 +1,12 @@
 """Figures for Prometheus, by vLLM's names behind a prefix of ours."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from time import perf_counter
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
@@ -67,7 +68,10 @@ class Metrics:
     ):
         self.registry = CollectorRegistry()
         self.waiting = self.running = 0
-        self._sets = [_Set(self.registry, prefix, model) for prefix in prefixes]
+        # Counted here: by prometheus-client's own classes it takes ten times as long, for each token.
+        self._tallies = {name: _Tally(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
+        self._counts = dict.fromkeys(COUNTS, 0.0)
+        self._labelled: dict[str, defaultdict[str, float]] = {name: defaultdict(float) for name in LABELLED}
         self._prefixes, self._model = list(prefixes), model
         self._gauges, self._engines = gauges, engines
         self.registry.register(self)
@@ -85,33 +89,53 @@ class Metrics:
                 family = GaugeMetricFamily(f"{prefix}:{name}", text, labels=["model_name"])
                 family.add_metric([self._model], value)
                 yield family
+            yield from self._own(prefix)
             yield from _Engines(prefix, self._model, self._engines()).families()
 
+    def _own(self, prefix: str) -> Iterator[Family]:
+        """What was counted here: some have another name, too."""
+
+        def named(name: str) -> list[str]:
+            return [f"{prefix}:{one}" for one in (name, ALSO.get(prefix, {}).get(name)) if one]
+
+        for kind, (text, bounds) in HISTOGRAMS.items():
+            for name in named(kind):
+                times = HistogramMetricFamily(name, text, labels=["model_name"])
+                tally = self._tallies[kind]
+                times.add_metric([self._model], *_buckets(Spread(tuple(tally.counts), tally.sum), bounds))
+                yield times
+        for kind, text in COUNTS.items():
+            for name in named(kind):
+                counter = CounterMetricFamily(name, text, labels=["model_name"])
+                counter.add_metric([self._model], self._counts[kind])
+                yield counter
+        for kind, (text, label) in LABELLED.items():
+            for name in named(kind):
+                counter = CounterMetricFamily(name, text, labels=["model_name", label])
+                for value, amount in list(self._labelled[kind].items()):
+                    counter.add_metric([self._model, value], amount)
+                yield counter
+
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        for one in self._sets:
-            for counter in one.counters[name]:
-                (counter.labels(self._model, *labels.values()) if labels else counter).inc(amount)
+        if labels:
+            (value,) = labels.values()
+            self._labelled[name][value] += amount
+        else:
+            self._counts[name] += amount
 
     def observe(self, name: str, value: float) -> None:
-        for one in self._sets:
-            for histogram in one.histograms[name]:
-                histogram.observe(max(0.0, value))
+        self._tallies[name].add(max(0.0, value))
 
 
-class _Set:
-    """The counters and histograms of one prefix, by name: some have another name, too."""
+class _Tally:
+    """How often there were values up to each bound, and over the one before; the last: larger ones."""
 
-    def __init__(self, registry: CollectorRegistry, prefix: str, model: str):
-        def make(kind: Any, name: str, text: str, *labels: str, **more: Any) -> list[Any]:
-            names = [name, *filter(None, [ALSO.get(prefix, {}).get(name)])]
-            return [kind(f"{prefix}:{one}", text, ["model_name", *labels], registry=registry, **more) for one in names]
+    def __init__(self, bounds: Sequence[float]):
+        self._bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
-        self.histograms = {n: make(Histogram, n, text, buckets=bounds) for n, (text, bounds) in HISTOGRAMS.items()}
-        self.counters = {n: make(Counter, n, text) for n, text in COUNTS.items()}
-        # Looked up once: it takes longer than to count. And so it is there from the beginning.
-        for all_ in (self.histograms, self.counters):
-            all_.update({name: [one.labels(model) for one in made] for name, made in all_.items()})
-        self.counters |= {n: make(Counter, n, text, label) for n, (text, label) in LABELLED.items()}
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
 
 
 class _Engines:
@@ -161,10 +185,10 @@ class _Engines:
         yield from (states, unwritten, size, made_room)
 
 
-def _buckets(spread: Spread) -> tuple[list[tuple[str, float]], float]:
+def _buckets(spread: Spread, bounds: Sequence[float] = BOUNDS) -> tuple[list[tuple[str, float]], float]:
     """As Prometheus counts: each with those before it."""
-    bounds = [*map(floatToGoString, BOUNDS), "+Inf"]
-    return list(zip(bounds, map(float, accumulate(spread.counts)), strict=True)), spread.seconds
+    names = [*map(floatToGoString, bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(spread.counts)), strict=True)), spread.seconds
 
 
 class Track:

@@ -102,7 +102,8 @@ class Work:
     def __init__(self, desk: Desk, ask: Ask, account: Account):
         self._desk, self._ask, self._account = desk, ask, account
         self.used = Used()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._quiet = False  # whether nothing has happened since the last look
         self._left = ask.answers  # whose ends are to come
         self._early: list[tuple[int, Event]] = []  # what came before the last prompt was looked up
         self._handles: list[Handle] = []
@@ -124,7 +125,9 @@ class Work:
             raise
         waiting = set(range(ask.answers))
         while waiting:
-            number, event = await self._events.get()
+            found = await self._events.get()
+            assert found is not None
+            number, event = found
             if isinstance(event, End) and event.error is not None:  # before anything was sent: the reply says so
                 self.cancel()
                 raise Refused.of(event.error)
@@ -133,22 +136,26 @@ class Work:
             self._early.append((number, event))
 
     async def events(self, ping_s: float) -> AsyncIterator[tuple[int, Event] | None]:
-        """Everything that happens until the last answer's end; None where nothing has for so many seconds."""
-        while self._left:
-            if self._early:
-                found = self._early.pop(0)
-            elif not self._events.empty():
-                found = self._events.get_nowait()
-            else:
-                try:
-                    async with asyncio.timeout(ping_s):
-                        found = await self._events.get()
-                except TimeoutError:
-                    yield None
-                    continue
-            self._left -= isinstance(found[1], End)
-            self.used.answer += isinstance(found[1], Piece) and found[1].token is not None
-            yield found
+        """Everything that happens until the last answer's end; None where nothing has for up to so many seconds."""
+        looks = asyncio.get_running_loop().create_task(self._look(ping_s / 2))
+        try:
+            while self._left:
+                found = self._early.pop(0) if self._early else await self._events.get()
+                self._quiet = False
+                if found is not None:
+                    self._left -= isinstance(found[1], End)
+                    self.used.answer += isinstance(found[1], Piece) and found[1].token is not None
+                yield found
+        finally:
+            looks.cancel()
+
+    async def _look(self, each_s: float) -> None:
+        """Look now and then whether anything has happened: a timer for each event takes longer than all else of it."""
+        while True:
+            await asyncio.sleep(each_s)
+            if self._quiet and self._events.empty():
+                self._events.put_nowait(None)
+            self._quiet = True
 
     @property
     def waits(self) -> bool:
