@@ -11,10 +11,12 @@ from engines import OPTIONS, lm, model
 import xlstm_ray
 from xlstm_ray import Engine
 from xlstm_ray.engine.request import End, Handle, Piece, Queued, Reading, Request
+from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import GridLost, StateError, UsageError
 from xlstm_ray.sampling import Sampling
+from xlstm_ray.serve.warm import first_answers
 
 __all__ = ["lm", "model"]
 
@@ -343,3 +345,20 @@ def test_closing_ends_what_there_is(model):
     assert {handle.result(60).finish.reason for handle in handles} == {"cancelled"}
     with pytest.raises(UsageError, match="closed"):
         lm.submit(Request("a"))
+
+
+def test_the_first_answers_go_through_calls_of_all_sizes_and_leave_nothing(model, monkeypatch):
+    sizes: set[int] = set()
+    step = Batch.step
+
+    def seen(batch: Batch, choice: Any) -> None:
+        sizes.add(len(batch.places))
+        step(batch, choice)
+
+    monkeypatch.setattr(Batch, "step", seen)
+    with xlstm_ray.load(model, **OPTIONS, cache_memory_mb=16) as lm:
+        lm.serve(slots=16)
+        first_answers(lm, 16)
+        assert sizes == {1, 4, 16}
+        assert len(lm.cache) == 0
+        assert not lm._service._work.left

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from xlstm_ray.engine.engine import Engine
+from xlstm_ray.engine.request import Request
 from xlstm_ray.engine.windows import GROUP_SIZES, group_size
+from xlstm_ray.sampling import Sampling
 from xlstm_ray.serve.options import Slots
 
 
@@ -26,7 +28,19 @@ def begin(engine: Engine, wanted: Slots) -> int:
     slots = engine.serve(slots=wanted.most, buckets=sizes)
     for rows, windows in _calls(engine, wanted, slots):
         engine.warm_up(rows, windows)
+    if engine.plan.warms_up and engine.executor.chooses == "here":  # a CUDA graph has what chooses the tokens
+        first_answers(engine, min(slots, GROUP_SIZES[-1]))
     return slots
+
+
+def first_answers(engine: Engine, most: int) -> None:
+    """Answer so many requests at once, greedily and drawn, as the first callers would: nothing of it is kept."""
+    for temperature in (0.0, 1.0):
+        # Prompts are read in turn with tokens of those before: rows come one by one, through calls of all sizes.
+        sampling = Sampling(max_new_tokens=2 * most + 2, temperature=temperature, ignore_eos=True)
+        request = Request([0], sampling=sampling, prompt_logprobs=0)  # with these, no cache is asked
+        for handle in [engine.submit(request) for _ in range(most)]:
+            handle.result()
 
 
 def _calls(engine: Engine, wanted: Slots, slots: int) -> list[tuple[int, list[int]]]:
