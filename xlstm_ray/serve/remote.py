@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from xlstm_ray.choose import Setup
@@ -24,14 +25,16 @@ from xlstm_ray.errors import GridLost, ReplicaLost, StateError, XlstmRayError
 from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.sampling.params import require_likeliest
 from xlstm_ray.serve.replica import LOST, Call, Told, failed
-from xlstm_ray.serve.routes import Mark, Routes, mark_of_state, marks_of
+from xlstm_ray.serve.routes import Mark, Route, Routes, mark_of_state, marks_of
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.presence import LOOK_S, Presence
 from xlstm_ray.text.answer import Finish
+from xlstm_ray.text.ondisk import TextFile, TokenFile, parcels
 from xlstm_ray.text.prompt import Prompt
 from xlstm_ray.text.tokenizer import Text
 
 TRIES = 3  # replicas that a request is sent to before its caller is told that they are lost
+PARCEL = 4 << 20  # bytes of a prompt's file that travel at once; a shorter one travels with its request
 SLACK = 4  # requests that a replica may have more than the least busy one, and still gets what it knows
 
 
@@ -112,11 +115,17 @@ class Remote:
         if request.state is not None:
             marks = [mark_of_state(request.state.tokens[0], request.state.prompt_hash[0], request.tenant)]
         elif request.prompt is not None:
-            tokens = self._text.tokens(request.prompt)
-            about = self.about
-            marks = marks_of(tokens.numpy().data, tile=about.tile_size, chunk=about.chunk_size, salt=request.tenant)
+            about, prompt = self.about, request.prompt
+            tokens: TokenFile | memoryview
+            cut: TokenFile | list[int]
+            if isinstance(prompt, TextFile | TokenFile):
+                tokens = cut = self._text.on_disk(prompt)
+            else:
+                found = self._text.tokens(prompt)
+                tokens, cut = found.numpy().data, found.tolist()
+            marks = marks_of(tokens, tile=about.tile_size, chunk=about.chunk_size, salt=request.tenant)
             if not request.keep:  # a kept state knows its text
-                request = replace(request, prompt=tokens.tolist())
+                request = replace(request, prompt=cut)
         asked = _Asked(self, request, marks)
         self.loop.call_soon_threadsafe(self._begin, asked)
         return asked.handles
@@ -166,34 +175,6 @@ class _Group:
         return {name: figures for name in there if (figures := told.get(name) or before.get(name)) is not None}
 
 
-class _Route:
-    """Where one call goes: told by the router, which may ask again after a refusal."""
-
-    def __init__(self, routes: Routes, marks: Sequence[Mark]):
-        self._routes, self._marks = routes, marks
-        self.call: Call | None = None
-        self.moves = False  # whether a state may be fetched for it
-        self.replica: str | None = None
-
-    def order(self, replicas: list[str]) -> list[str]:
-        choice = self._routes.choose(self._marks, replicas)
-        self.sent(choice.order[0])
-        if self.call is not None:
-            self.call.source = choice.source if self.moves else None
-        return choice.order
-
-    def sent(self, replica: str) -> None:
-        if replica != self.replica:
-            self.end()
-            self.replica = replica
-            self._routes.sent(self._marks, replica)
-
-    def end(self) -> None:
-        if self.replica is not None:
-            self._routes.ended(self.replica)
-            self.replica = None
-
-
 @dataclass
 class _Asked:
     """One request, from its way to a replica to its last event."""
@@ -203,7 +184,7 @@ class _Asked:
     marks: list[Mark]
     handles: list[Handle] = field(default_factory=list)
     cancelled: set[int] = field(default_factory=set)
-    route: _Route | None = None
+    route: Route | None = None
     response: Any = None
     call: Call | None = None
     group: _Group | None = None
@@ -259,13 +240,14 @@ class _Asked:
 
     async def _ask(self, group: _Group, request: Request, state: tuple[Any, ...]) -> None:
         """Hand on what a replica says."""
-        self.route = route = _Route(group.routes, self.marks)
+        self.route = route = Route(group.routes, self.marks)
         self.group = group
         self.call = call = Call(token_hex(8), route.order, route.sent, request, state)
         route.call, route.moves = call, request.prompt is not None and not state and request.prompt_logprobs is None
-        self.response = group.handle.options(stream=True).answer.remote(call)
         begun = False
         try:
+            await self._send(group, call)
+            self.response = group.handle.options(stream=True).answer.remote(call)
             async for name, found, moved in self.response:
                 if not begun:
                     begun = True
@@ -280,6 +262,8 @@ class _Asked:
                         self._take_read(told, name)
                     else:
                         await self._take(told, name)
+            if not begun:
+                raise RayServeException("the replica has no parcels of this prompt")
         except LOST:
             if route.replica is not None and not self.cancelled >= self.left:
                 group.routes.gone(route.replica)
@@ -287,6 +271,23 @@ class _Asked:
         finally:
             route.end()
             self.response = None
+
+    async def _send(self, group: _Group, call: Call) -> None:
+        """Send a long prompt, parcel by parcel, to the replica that the call then goes to."""
+        assert call.request is not None
+        assert self.route is not None
+        for name, file in (("prompt", call.request.prompt), ("append", call.request.append)):
+            if not isinstance(file, TextFile | TokenFile) or file.size <= PARCEL:
+                continue
+            call.filled, call.ids, self.route.moves = name, isinstance(file, TokenFile), False
+            empty: dict[str, Any] = {name: None}
+            call.request = replace(call.request, **empty)
+            left = parcels(file, PARCEL)
+            while (parcel := await asyncio.to_thread(next, left, None)) is not None:
+                if self.cancelled >= self.left:
+                    raise RayServeException("nobody waits for it")
+                there = await group.handle.take.remote(Call(call.number, call.order, call.sent, parcel=parcel))
+                call.order = partial(sorted, key=there.__ne__)
 
     def _take_read(self, told: Told, name: str) -> None:
         """What is said of the prompt goes to all its answers; its End is kept for the second replica."""

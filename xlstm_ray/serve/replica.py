@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from tempfile import TemporaryFile
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ray
 from ray import serve
@@ -29,18 +30,22 @@ from xlstm_ray.serve.warm import begin
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.ray_inside import job_has_ended
 from xlstm_ray.text.answer import Finish
+from xlstm_ray.text.ondisk import TextFile, TokenFile
 
 TOGETHER_S = 0.02  # pieces of one answer within this time travel together: each message costs the asker a millisecond
 STATES = 8  # given states that a replica keeps, so that the next question finds them
 LOST = RayError, RayServeException
 CANCELS = 256  # cancels that have overtaken their requests
+FILES = 8  # prompts that a replica has got in parcels, and was not asked about yet
 
 
 @dataclass
 class Call:
     """A call of a replica. request: without its state, which is in the object store: `state` is (its reference,).
 
-    source: the replica whose state of the prompt is to be fetched; None: none is.
+    source: the replica whose state of the prompt is to be fetched; None: none is. parcel: of a long prompt, which a
+    replica takes before it is asked: then `filled` is the field of the request that is in them. ids: they have token
+    ids, not a text.
 
     order, sent: stay in the asker's process. They say which replicas are best, and hear which one it is.
     """
@@ -52,6 +57,9 @@ class Call:
     state: tuple[Any, ...] = ()
     source: str | None = None
     answers: tuple[int, ...] = ()  # that are cancelled
+    parcel: bytes = b""
+    filled: str = ""
+    ids: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "order": None, "sent": None}
@@ -114,6 +122,7 @@ class Replica:
         self._handles: dict[str, list[Handle]] = {}
         self._early: deque[Call] = deque(maxlen=CANCELS)
         self._states: OrderedDict[str, RecurrentState] = OrderedDict()
+        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     async def about(self, _call: Call) -> About:
         sizes = self._engine.numerics
@@ -123,14 +132,28 @@ class Replica:
         """What it has done, under its name."""
         return self._name, self._engine.figures()[""]
 
+    async def take(self, call: Call) -> str:
+        """A parcel of a prompt that it will be asked about. Returns its name."""
+        if call.number not in self._files:
+            self._files[call.number] = TemporaryFile()
+            while len(self._files) > FILES:
+                self._files.popitem(last=False)[1].close()
+        await asyncio.to_thread(self._files[call.number].write, call.parcel)
+        return self._name
+
     async def answer(self, call: Call) -> AsyncIterator[Said]:
-        """The events of a request until its last answer's end."""
+        """The events of a request until its last answer's end; nothing where its parcels are elsewhere."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         assert call.request is not None
+        if call.filled and call.number not in self._files:
+            return
         if call.source not in (None, self._name):
             yield Said(self._name, [], await self._fetch(call))
         try:
-            request = replace(call.request, state=await self._state(call.state))
+            given: dict[str, Any] = {"state": await self._state(call.state)}
+            if call.filled:
+                given[call.filled] = await asyncio.to_thread(self._file, call)
+            request = replace(call.request, **given)
             handles = await asyncio.to_thread(self._engine.submit_n, request)
         except XlstmRayError as error:
             count = 1 if call.request.sampling is None else call.request.sampling.n
@@ -157,6 +180,12 @@ class Replica:
             del self._handles[call.number]
             for handle in handles:
                 handle.cancel()
+
+    def _file(self, call: Call) -> TextFile | TokenFile:
+        """The prompt that has come in parcels."""
+        file = self._files.pop(call.number)
+        file.flush()
+        return TokenFile(file) if call.ids else TextFile(file)
 
     async def lend(self, call: Call) -> bytes | None:
         """The longest state of a prompt that is here, for another replica."""

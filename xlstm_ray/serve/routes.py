@@ -6,9 +6,10 @@ Integers and hashes alone: no torch, no Ray, no clock.
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from xlstm_ray.engine.tree import Chain, root_of
+from xlstm_ray.text.ondisk import TokenFile
 
 MARKS = 1 << 16  # beginnings that are remembered
 NEWEST = 0.3  # weight of the newest figure in a mean
@@ -18,10 +19,10 @@ BYTE_S = 1e-9  # seconds a byte, until a state was moved
 Mark = tuple[int, bytes]  # so many tokens of a prompt, and their hash
 
 
-def marks_of(tokens: memoryview, *, tile: int, chunk: int, salt: str) -> list[Mark]:
+def marks_of(tokens: memoryview | TokenFile, *, tile: int, chunk: int, salt: str) -> list[Mark]:
     """The beginnings of a prompt whose states others may use: its whole tiles, the chunks of its tail, all of it.
 
-    tokens: int32. salt: whose prompt it is; tenants share nothing.
+    tokens: int32, or in a file. salt: whose prompt it is; tenants share nothing.
     """
     chain = Chain(root_of("", salt), tokens)
     length, tail = chain.length, chain.length // tile * tile
@@ -128,3 +129,37 @@ class Routes:
     def _worth_moving(self, tokens: int) -> bool:
         """Whether to fetch a state takes less time than to compute so many tokens again."""
         return self._token_s is not None and tokens * self._token_s > MOVE_S + self._bytes * self._byte_s
+
+
+class Goes(Protocol):
+    """A call: the replica whose state of the prompt is to be fetched for it."""
+
+    source: str | None
+
+
+class Route:
+    """Where one call goes: told by the router, which may ask again after a refusal."""
+
+    def __init__(self, routes: Routes, marks: Sequence[Mark]):
+        self._routes, self._marks = routes, marks
+        self.call: Goes | None = None
+        self.moves = False  # whether a state may be fetched for it
+        self.replica: str | None = None
+
+    def order(self, replicas: list[str]) -> list[str]:
+        choice = self._routes.choose(self._marks, replicas)
+        self.sent(choice.order[0])
+        if self.call is not None:
+            self.call.source = choice.source if self.moves else None
+        return choice.order
+
+    def sent(self, replica: str) -> None:
+        if replica != self.replica:
+            self.end()
+            self.replica = replica
+            self._routes.sent(self._marks, replica)
+
+    def end(self) -> None:
+        if self.replica is not None:
+            self._routes.ended(self.replica)
+            self.replica = None
