@@ -129,6 +129,17 @@ four
     assert again["text"] == plain[1][2]
 
 
+def test_a_file_that_is_not_a_state_is_replaced_only_where_this_was_asked_for(said, tmp_path):
+    path = tmp_path / "mine"
+    path.write_text("precious")
+    ran = said(f"one\n/save {path}\n", "-n", 1)
+    assert ran.code == 1
+    assert ran.err.splitlines()[-1].endswith("is not replaced; give another name, or --overwrite")
+    assert path.read_text() == "precious"
+    assert said(f"one\n/save {path}\n", "-n", 1, "--overwrite").code == 0
+    assert RecurrentState.load(path).rows[0].conversation
+
+
 def test_a_conversation_about_a_document_that_was_read_before(said, run, words, lm, tmp_path):
     book = tmp_path / "book.state"
     assert run("prefill", *words[1:-2], "-p", "A long book. ", "-o", book).code == 0

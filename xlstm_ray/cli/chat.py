@@ -87,14 +87,14 @@ def chat(
     sampling = {"max_new_tokens": MAX_NEW_TOKENS, **sampling}
     check_generation(sampling, [], printed=False)
     run_under_keeper(settings)
-    require_places(settings, asked["config"], None, state_in, state_out)
+    require_places(settings, asked["config"], None, state_in, state_out, later=True)
     template = chosen_template(settings, chat_template)
     with open_engine(settings, state_in, state_out, asked, progress, 1) as (start, engine, report):
         begin = partial(engine.chat, template=template.template, sampling=sampling)
         first = begin(start.get("state"), system=system)
         with report:
             engine.warm_up(1, [1, engine.numerics.chunk_size])
-        session = Session(engine, first, begin, Shown(json_output, progress))
+        session = Session(engine, first, begin, Shown(json_output, progress), overwrite=settings.overwrite)
         if session.terminal:
             tell(f"{engine.model_path.name or engine.model_path}: /help shows what can be said; Ctrl-D leaves")
         if template.note:
@@ -115,10 +115,13 @@ class Shown(NamedTuple):
 
 
 class Session:
-    """Turns and commands, a line after the other. begin: makes a conversation that goes on from a state or a file."""
+    """Turns and commands, a line after the other. begin: makes a conversation that goes on from a state or a file.
 
-    def __init__(self, engine: "Engine", first: "Chat", begin: "Callable[..., Chat]", shown: Shown):
-        self._engine, self._begin, self._shown = engine, begin, shown
+    overwrite: /save may replace files that are not states.
+    """
+
+    def __init__(self, engine: "Engine", first: "Chat", begin: "Callable[..., Chat]", shown: Shown, *, overwrite: bool):
+        self._engine, self._begin, self._shown, self._overwrite = engine, begin, shown, overwrite
         self._began = first.fork()  # what /reset goes back to
         self._chats, self._name = {"main": first}, "main"
         self.terminal = sys.stdin.isatty()
@@ -235,7 +238,7 @@ class Session:
     # -- commands ------------------------------------------------------------------------------------------------------
     def _save(self, file: str) -> None:
         path = Path(_named(file, "/save FILE")).expanduser()
-        self.chat.save(path)
+        self.chat.save(path, overwrite=self._overwrite)
         tell(f"saved in {path}")
 
     def _load(self, file: str) -> None:

@@ -26,10 +26,20 @@ if TYPE_CHECKING:
 
 
 def require_places(
-    settings: Settings, config: Path | None, prompt_file: str | None, state_in: Path | None, state_out: Path | None
+    settings: Settings,
+    config: Path | None,
+    prompt_file: str | None,
+    state_in: Path | None,
+    state_out: Path | None,
+    *,
+    later: bool = False,
 ) -> None:
-    """Check before torch is loaded that every output may be written, and that there is one where it is asked for."""
-    settings.require_output(state_out)
+    """Check before torch is loaded that every output may be written, and that there is one where it is asked for.
+
+    later: there may be others, which are named later.
+    """
+    if not later:
+        settings.require_output(state_out)
     outputs = [Output("--state-out", state_out, files.STATE)] if state_out is not None else []
     inputs = settings.inputs()
     if prompt_file not in (None, "-"):
