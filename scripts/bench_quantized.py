@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_ray.kernels.compiled import compile_strict
-from xlstm_ray.kernels.quantized import Quantized, quantize
+from xlstm_ray.kernels.quantized import Quantized, by_blocks, quantize
 
 GROUP = 32
 
@@ -29,6 +29,9 @@ def forms(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     def many(w: Quantized, x: Tensor) -> Tensor:
         return w._whole(x)
 
+    def blocks(w: Quantized, x: Tensor) -> Tensor:
+        return by_blocks(x, w.q, w.scale, w.zero)
+
     def theirs(w: Quantized, x: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(x, w.q.view(len(weight), -1), GROUP, w.scale)
 
@@ -37,6 +40,7 @@ def forms(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         values, scale, zero = quantize(weight, bits=bits, group=GROUP)
         w = Quantized.make(values, scale, zero, before=0, packed=False)
         found[f"{bits} bits, inside"] = partial(compile_each_size(few), w)
+        found[f"{bits} bits, by blocks"] = partial(blocks, w)
         found[f"{bits} bits, whole"] = partial(compile_each_size(many), w)
         if bits == 4 and (own := Quantized.make(values, scale, zero, before=0, packed=True)).packed:
             found["4 bits, torch's"] = partial(theirs, own)

@@ -33,6 +33,7 @@ from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
 from xlstm_ray.kernels.metal import Fit
+from xlstm_ray.kernels.quantized import rows_at_once
 from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.memory.need import (
     DASHBOARD,
@@ -244,7 +245,7 @@ def choose_plan(
                 base=base() if local and device.type != "cuda" else 0,
                 weights=checkpoint.weight_bytes(dtype, float8=settings.dtype == "float8") if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
-                whole_matrix=whole_bytes(config, dtype) if backend.compiled else 0,
+                whole_matrix=whole_bytes(config, dtype, rows_at_once(device.type, compiled=backend.compiled)),
                 tile=sizes.tile,
                 chunk=sizes.chunk,
                 heads_per_band=sizes.heads,

@@ -140,10 +140,15 @@ def sizes_of(
     return Sizes(first, blocks, last, HEAD not in size)
 
 
-def whole_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def whole_bytes(config: ModelConfig, dtype: torch.dtype, rows: int | None = None) -> int:
     """Bytes that a block's largest matrix takes where integers become numbers for a product, in `dtype`; 0 without
-    integers. Uncompiled it is less: a few rows are made at a time."""
-    return 0 if config.quantization is None else stacked_elements(config) * dtype.itemsize
+    integers. rows: of it that are made at a time, if not all."""
+    if config.quantization is None:
+        return 0
+    elements = stacked_elements(config)
+    if rows is not None:
+        elements = min(elements, rows * max(config.hidden_size, config.ffn_dim))
+    return elements * dtype.itemsize
 
 
 def reading_bytes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -2,7 +2,8 @@
 
 8 bits: w = scale q, q from -127 to 127. 4 bits: w = scale (q - 8) + zero, q from 0 to 15. Few rows of x (decoding) are
 bound by reading weights, so integers become numbers inside the product. Many rows (prefill) are bound by the product:
-the matrix is made whole in x's dtype, for this product alone; uncompiled, some rows of it at a time.
+numbers in x's dtype are made for this product alone. On the CPU these are some rows of the matrix at a time, which stay
+in the cache; on devices the whole matrix or, uncompiled, some rows of it.
 
 Time beside the plain product in bfloat16 (below 1: faster), 2048 x 2048, groups of 32, one Zen 4 core of a machine at
 work, torch 2.13, medians of 15 in turn (`python scripts/bench_quantized.py --size 2048`). FEW is chosen by it.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 BLOCK = 64  # rows of a weight that lie together: consecutive in memory for each column
 MIDDLE = 8  # of the 4-bit integers
+AT_ONCE = 8  # blocks that become numbers at a time on the CPU
 PART = 1 << 19  # elements that become numbers at a time where nothing is compiled: their float32 stay in a core's cache
 
 SHARES = 1.0, 0.95, 0.9, 0.85, 0.8, 0.75  # of a group's range
@@ -112,6 +114,8 @@ class Quantized(NamedTuple):
             y = torch._weight_int4pack_mm_for_cpu(x, self.q.view(N, K // 2), group, self.scale)
         elif not self.packed and len(x) <= FEW.compiled:
             y = self._inside(_wide(x))
+        elif x.device.type == "cpu":
+            y = (product if torch.compiler.is_compiling() else by_blocks)(x, self.q, *self._planes())
         elif torch.compiler.is_compiling():
             y = self._whole(x)
         else:  # nothing is fused: each step of making numbers would be a matrix of its own
@@ -187,6 +191,13 @@ class Quantized(NamedTuple):
         return torch.stack(products, 2).flatten(1)
 
 
+def rows_at_once(device: str, *, compiled: bool) -> int | None:
+    """How many rows of a weight become numbers for a product at a time; None: all; 0: so few that they do not count."""
+    if device == "cpu":
+        return AT_ONCE * BLOCK
+    return None if compiled else 0
+
+
 def plain(weight: Tensor | Quantized) -> Tensor:
     """A weight for kernels that take no integers: who chose them has refused those."""
     assert isinstance(weight, Tensor)
@@ -206,6 +217,38 @@ planes_apart = torch.library.custom_op("xlstm_ray::planes", planes, mutates_args
 @planes_apart.register_fake
 def _(pairs: Tensor) -> Tensor:
     return pairs.new_empty(2, *pairs.shape[:2])
+
+
+def by_blocks(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Many rows x (M, K) -> (M, N), on the CPU; q, scale and zero as a `Quantized` has them.
+
+    Some blocks at a time become numbers, which stay in the cores' cache until their product.
+    """
+    G, K = len(scale), q.shape[1]
+    y = x.new_empty(len(x), scale.shape[1])
+    for n in range(0, len(q), AT_ONCE):
+        part = q[n : n + AT_ONCE].unflatten(1, (G, -1)).permute(1, 2, 0, 3)  # (G, K / G, blocks, rows of a block)
+        columns = slice(n * BLOCK, (n + part.shape[2]) * BLOCK)
+        s = scale[:, columns].to(x.dtype).view(G, 1, -1, BLOCK)
+        # Exact but for one rounding, in bfloat16 too: an integer is, and addcmul rounds once.
+        made = x.new_empty(*part.shape[:-1], BLOCK)
+        if zero is None:
+            made.copy_(part).mul_(s)
+        else:
+            made[..., : BLOCK // 2] = ((part & 15) - MIDDLE).view(torch.int8)
+            made[..., BLOCK // 2 :] = ((part >> 4) - MIDDLE).view(torch.int8)
+            torch.addcmul(zero[:, columns].to(x.dtype).view(G, 1, -1, BLOCK), made, s, out=made)
+        torch.mm(x, made.view(K, -1), out=y[:, columns])
+    return y
+
+
+# In compiled code an operator of its own, since Inductor has no loops: a matrix would be made whole, in memory.
+product = torch.library.custom_op("xlstm_ray::product_of_integers", by_blocks, mutates_args=())
+
+
+@product.register_fake
+def _(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), scale.shape[1])
 
 
 @cache

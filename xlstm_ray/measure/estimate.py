@@ -13,6 +13,7 @@ import torch
 
 from xlstm_ray.errors import EstimateError, UsageError
 from xlstm_ray.files import MIB
+from xlstm_ray.kernels.quantized import rows_at_once
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.child import Child
 from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
@@ -194,7 +195,7 @@ def plan(
         base=0 if kind == "cuda" else PROGRAM,
         weights=model.sizes.all,
         largest_tensor=model.largest_tensor,
-        whole_matrix=whole_bytes(model.config, model.dtype),
+        whole_matrix=whole_bytes(model.config, model.dtype, rows_at_once(kind, compiled=True)),
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,

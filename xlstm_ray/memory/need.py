@@ -69,7 +69,7 @@ class Loaded:
     cache: int = 0  # of states that are kept for prompts to come
     documents: int = 0  # of states of a service's documents
     triton: bool = False  # the Triton kernels compute it
-    whole_matrix: int = 0  # the largest that is made of integers for a product
+    whole_matrix: int = 0  # the largest that is made of integers for a product, or its rows that are made at a time
 
     @property
     def bands(self) -> int:
