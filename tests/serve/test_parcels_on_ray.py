@@ -10,7 +10,7 @@ from test_service_on_ray import replicas
 
 __all__ = ["model"]
 
-LARGE = 32  # MiB
+LARGE = 64  # MiB; what travels and is cut takes 30 at a time
 PARCELS = 9  # MiB: three of them
 
 
