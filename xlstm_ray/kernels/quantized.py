@@ -9,12 +9,16 @@ Time beside the plain product in bfloat16 (below 1: faster), 2048 x 2048, groups
 work, torch 2.13, medians of 15 in turn (`python scripts/bench_quantized.py --size 2048`). FEW is chosen by it.
 
     rows of x                            1     2     4     8    16    32    64   512
-    8 bits, inside                    0.24  0.91  1.10  1.41  9.02
-    4 bits, inside                    0.76  0.89  1.13  1.48  9.01
-    4 bits, torch's own for the CPU   0.14  0.42  0.23  0.77  1.21  1.63  2.18  2.42
-    8 bits, whole                     2.44  2.26  2.57  2.35  5.68  2.20  1.51  0.92
-    4 bits, whole                     3.26  2.43  2.83  2.07  2.13  1.82  1.89  1.06
-    8 bits, torch's own, not used     0.12  0.71  0.38  1.02  1.44  1.88  2.25  2.56   (it takes one scale a row)
+    8 bits, inside                    0.80  1.05  1.16  1.59  3.38
+    4 bits, inside                    0.81  1.20  1.38  1.64  2.52
+    4 bits, torch's own for the CPU   0.33  0.46  0.56  0.89  1.31  1.72  2.06  3.43
+    8 bits, by blocks                 3.06  3.54  3.43  5.18  2.56  2.01  1.64  1.14
+    4 bits, by blocks                 4.44  5.31 10.11  8.26  3.46  2.54  1.94  1.22
+    8 bits, whole, on devices         2.56  2.87  2.89  6.67  2.19  1.76  1.49  1.16
+    4 bits, whole, on devices         2.82  3.16  3.34  6.86  2.44  1.81  1.55  1.14
+    8 bits, torch's own, not used     0.56  0.74  0.81  1.12  1.55  1.95  2.27  2.93   (it takes one scale a row)
+
+A matrix of 2048 x 2048 stays in the cache; where it does not, making it whole takes longer (docs/figures.md).
 """
 
 from functools import cache
