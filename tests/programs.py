@@ -23,7 +23,9 @@ from typing import Any
 PROGRAM = Path(sys.executable).with_name("xlstm-ray")
 WARM = sys.platform == "linux" and os.environ.get("TESTS_WARM") != "0"
 AT_START = dict(os.environ)
+STARTS = [AT_START]  # the environments of the processes that programs are forked from
 CHECKOUT = "PYTHONPATH", str(Path(__file__).parents[1])  # a fork imports from there too
+ZYGOTES: list[subprocess.Popen] = []  # kept, or Python would say that they still run
 # Variables that nothing reads that is imported before the fork.
 FREE = re.compile(
     r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_CACHE_DIR|TORCHDYNAMO_DISABLE|PYTORCH_ENABLE_MPS_FALLBACK|"
@@ -44,15 +46,29 @@ def forget_leftovers() -> dict[str, str | None]:
     return left
 
 
+def keep_warm(env: dict[str, str]) -> None:
+    """Programs that have these variables are forks too, of a process that was started with them."""
+    STARTS.append(env)
+
+
 @cache
-def zygote() -> socket.socket:
-    """A socket to the process that forks programs. The process ends with this one."""
+def zygote(start: int) -> socket.socket:
+    """A socket to the process that forks programs, with STARTS[start]. The process ends with this one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, str(Path(__file__).with_name("zygote.py")), str(theirs.fileno())]
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    zygote.process = subprocess.Popen(command, env=AT_START, pass_fds=[theirs.fileno()], **files)  # type: ignore
+    process = subprocess.Popen(command, env=STARTS[start], pass_fds=[theirs.fileno()], **files)  # type: ignore
+    ZYGOTES.append(process)
     theirs.close()
     return ours
+
+
+def start_of(env: dict[str, str]) -> int | None:
+    """Which of STARTS a program with these variables can be forked from."""
+    for start, there in enumerate(STARTS):
+        if all(FREE.fullmatch(item[0]) or item == CHECKOUT for item in env.items() ^ there.items()):
+            return start
+    return None
 
 
 def words_of(args: Any) -> list[str] | None:
@@ -74,9 +90,9 @@ class Popen(subprocess.Popen):
         how = inspect.signature(subprocess.Popen._execute_child).bind(self, *given, **named).arguments  # type: ignore
         words = words_of(how["args"])
         env = {os.fsdecode(key): os.fsdecode(value) for key, value in (how["env"] or os.environ).items()}
-        other = {item for item in env.items() ^ AT_START.items() if not FREE.fullmatch(item[0]) and item != CHECKOUT}
+        start = start_of(env)
         plain = not (how["preexec_fn"] or how["pass_fds"] or how["shell"] or how["executable"]) and how["close_fds"]
-        if not WARM or words is None or other or not plain:
+        if not WARM or words is None or start is None or not plain:
             super()._execute_child(*given, **named)  # type: ignore
             return
         request = {
@@ -91,7 +107,7 @@ class Popen(subprocess.Popen):
         ends = [how[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         standard = [place if end == -1 else end for place, end in enumerate(ends)]
         self._told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        socket.send_fds(zygote(), [b"x"], [theirs.fileno(), asked, *standard])
+        socket.send_fds(zygote(start), [b"x"], [theirs.fileno(), asked, *standard])
         theirs.close()
         os.close(asked)
         self.pid = int(self._told.recv(99))

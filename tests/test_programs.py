@@ -109,3 +109,13 @@ def test_other_variables_of_libraries_start_a_process_as_usual() -> None:
         env = {**os.environ, name: ""}
         done = programs.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert done.stdout == "False\n", name
+
+
+def test_they_are_forks_too_where_a_process_with_them_is_kept() -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    programs.keep_warm(env)
+    code = "import os, sys; print('torch' in sys.modules, os.environ['OMP_NUM_THREADS']); "
+    args = [sys.executable, "-c", code + "import torch; print(torch.get_num_threads())"]
+    for more in ({}, {"HOME": "/nowhere"}):
+        done = programs.run(args, capture_output=True, text=True, env={**env, **more})
+        assert done.stdout == "True 1\n1\n", done.stderr
