@@ -216,7 +216,7 @@ MARKED = {
 # The longest files, those that wait between those that compute. What test_grid compiles, test_slstm finds later.
 LONGEST = """
     test_lost_nodes test_grid test_kernels test_grid_on_a_head test_quantized test_supervisor test_uneven test_launches
-    test_service_on_ray test_fleet_ends test_interrupted
+    test_service_on_ray test_fleet_ends test_score_and_chat_on_a_grid test_spans test_interrupted
     test_check_on_mac test_container test_parity test_invariants test_slstm test_program test_memory test_readme
     test_cli
 """
