@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from openai import OpenAI
@@ -77,6 +78,10 @@ KEY = "a-key-of-those-who-ask"
 ROOT = Path(__file__).parents[2]
 
 
+def service_yaml() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
@@ -84,9 +89,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(home: Path) -> Iterator[Head]:
-    """A head that is there already, as `xlstm-ray up` starts it."""
+    """A head that is there already, as `xlstm-ray up` starts it, with the variables that rayservice.yaml has."""
     options = HeadOptions(state_dir=state_dir(home), stays=True, num_cpus=4, object_store_bytes=100 << 20)
-    started = start_head(options)
+    pod = service_yaml()["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]
+    with pytest.MonkeyPatch.context() as patch:
+        for one in pod["containers"][0]["env"]:
+            patch.setenv(one["name"], one["value"])
+        started = start_head(options)
     yield started
     stop_head(started, state_dir(home))
 
@@ -146,8 +155,7 @@ def behind_a_proxy(head: Head, model: Path, tmp_path: Path) -> Iterator[Client]:
     A head has one Serve, so this comes before `two`, whose Serve has no proxy.
     """
     (tmp_path / "keys").write_text(f"{KEY}\n")
-    document = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
-    config = yaml.safe_load(document["spec"]["serveConfigV2"])
+    config = yaml.safe_load(service_yaml()["spec"]["serveConfigV2"])
     (application,) = config["applications"]
     sizes = {"tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native", "cache_memory_mb": 64, "threads": 1}
     own = {"model": str(model), "name": "tiny", "device": "cpu", "token_file": str(tmp_path / "keys"), "num_cpus": 1}
@@ -180,7 +188,10 @@ def answers(client: Client) -> bool:
         return False
 
 
-def test_a_state_goes_from_who_reads_to_who_answers(here, behind_a_proxy):
+def test_a_state_goes_from_who_reads_to_who_answers(here, behind_a_proxy, home):
+    actors = [actor for item in status(state_dir(home)).heads for actor in item.actors]
+    (proxy,) = [psutil.Process(actor.pid) for actor in actors if "Proxy" in actor.name]
+    assert proxy.environ()["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     assert Client(behind_a_proxy.url).ask("/v1/models").status == 401
     for fields in ({}, {"logprobs": 2}, {"temperature": 1, "seed": 7, "n": 3}, {"repetition_penalty": 1.4}):
         body = {"prompt": "k" * 150, "max_tokens": 12, "temperature": 0, **fields}
