@@ -327,7 +327,6 @@ INTEGERS = """
         (8, "bfloat16", "native"),
         (4, "float32", "native"),
         (4, "bfloat16", "queued_compiled_chunks"),
-        (8, "float32", "queued_compiled_chunks"),
     ],
 )
 def test_the_need_of_integers_is_the_measured_peak(bits, dtype, backend, wide, tmp_path):
