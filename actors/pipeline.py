@@ -58,6 +58,11 @@ class Pipeline:
         """What a step takes, of the last times between two results."""
         return median(times)
 
+    @staticmethod
+    def _where(stage: int, seat: Seat) -> str:
+        """In the names of calls, which Ray's dashboard shows."""
+        return f"stage {stage}"
+
     def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
         """Make the calls for a state, and first drop others. Returns None if it has no result."""
         return self._link.ask(self._make, made, (*made.drop, *drop))
@@ -168,10 +173,11 @@ class Pipeline:
 
     def _through_stage(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
         (seat,), ask, tile = seats, self._placement.call, _tile(call.number)
-        done = ask(seat, "run", f"{tile} stage {s}")(call, x, *self._before(seat))
+        where = self._where(s, seat)
+        done = ask(seat, "run", f"{tile} {where}")(call, x, *self._before(seat))
         self._last[seat.index, 0] = done
         self._tokens.pop(seat.index, None)
-        return ask(seat, "output", f"output of {tile} stage {s}", "transfer")(call, done)
+        return ask(seat, "output", f"output of {tile} {where}", "transfer")(call, done)
 
     def _token_through(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
         """One call a stage. Steps of different states wait only for other work, so they pass through side by side."""
@@ -180,7 +186,8 @@ class Pipeline:
         before = self._before(seat)
         if not call.drop:  # what is dropped may be in use by a step of another state
             before = [ref for ref in before if ref not in tokens.values() or ref is tokens.get(call.src)]
-        ask = self._placement.call(seat, "token", f"token {_tile(call.number)} stage {s}", self._token_group, results=2)
+        name = f"token {_tile(call.number)} {self._where(s, seat)}"
+        ask = self._placement.call(seat, "token", name, self._token_group, results=2)
         result, tokens[call.dst] = ask(call, x, *before)
         return result
 

@@ -44,6 +44,10 @@ class Spans(Pipeline):
         """As many results as there are actors come nearly at once, and the next ones a tile's time later."""
         return max(times)
 
+    @staticmethod
+    def _where(stage: int, seat: Seat) -> str:
+        return f"span {seat.index}"
+
     def state(self, number: int) -> list[Any]:
         seat = self._homes[number].seat
         return [self._placement.call(seat, "save", "state")(self._epoch, number, *self._before(seat))]
