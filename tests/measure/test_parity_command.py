@@ -19,9 +19,10 @@ from torch import Tensor
 
 from xlstm_ray import kernels
 from xlstm_ray.config import Quantization
+from xlstm_ray.kernels import quantized
 from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.native import mlstm_sequence, mlstm_step, slstm_sequence
-from xlstm_ray.kernels.quantized import Quantized, torch_has_this_layout
+from xlstm_ray.kernels.quantized import Quantized, by_blocks, torch_has_this_layout
 from xlstm_ray.quantize import quantize_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -173,7 +174,11 @@ def test_a_wrong_product_of_integers_is_found_and_named(parity, monkeypatch, eag
     def off(self: Quantized) -> Any:
         return [(q + 1e-3, scale, zero) for q, scale, zero in halves(self)]
 
+    def off_by_blocks(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return by_blocks(x, q, scale, None if zero is None else zero.float() + 1e-3 * scale)
+
     monkeypatch.setattr(Quantized, "_halves", off)
+    monkeypatch.setattr(quantized, "by_blocks", off_by_blocks)
     ran = parity("weights", "--device", "cpu", "--json")
     assert ran.code == 1
     bad = {(row["name"], row["dtype"]) for row in rows(ran) if not row["good"]}
