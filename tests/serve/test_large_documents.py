@@ -156,11 +156,12 @@ def test_what_is_too_large_or_is_no_file_is_refused_before_all_of_it_was_sent(mo
         assert told(service, named)[-1]["status"] == "ready"
         assert service.ask("/v1/states", {"id": "odd", "prompt": [1 << 31]}).error["param"] == "prompt"
         service.ask(f"/v1/states/{named}", method="DELETE")
-        assert [path.name for path in (tmp_path / "documents").iterdir()] == ["documents.lock"]  # nothing of the others
+        folder = tmp_path / "documents"
+        until(lambda: [path.name for path in folder.iterdir()] == ["documents.lock"])  # nothing of the others
         half = service.connect()
         half.sendall(head.replace(str(1 << 40), "1000000").encode() + b"half of it")
         until(lambda: any(".tmp" in path.name for path in (tmp_path / "documents").iterdir()))
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
     with serving("--model", model, *WORDS, *words) as service:
-        assert [path.name for path in (tmp_path / "documents").iterdir()] == ["documents.lock"]
+        until(lambda: [path.name for path in folder.iterdir()] == ["documents.lock"])
         assert service.end() == 0
