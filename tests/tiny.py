@@ -54,6 +54,18 @@ def make_model(directory: Path, *, seed: int = 0, out_norm: bool = True, **confi
     return model
 
 
+LONG_WORDS = [f"{n:0119d}" for n in range(250)]
+
+
+def make_model_of_words(directory: Path, **config: Any) -> None:
+    """A random model to which each of LONG_WORDS is a token, so that a large text has few; its answers never end."""
+    make_model(directory, eos_token_id=None, **config)
+    vocabulary = {"?": 0} | {word: n for n, word in enumerate(LONG_WORDS, 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of two heads; its answers never end by themselves."""

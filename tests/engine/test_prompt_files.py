@@ -7,29 +7,22 @@ from pathlib import Path
 import pytest
 from conftest import Ran
 from engines import OPTIONS
-from tiny import make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import LONG_WORDS, make_model_of_words
 
 import xlstm_ray
 from xlstm_ray import Request, Sampling
 from xlstm_ray.cli.input import prompt_in
 
-WORDS = [f"{n:0119d}" for n in range(250)]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A word of 120 characters is a token, so that a large text has few."""
     directory = tmp_path_factory.mktemp("words")
-    make_model(directory, hidden_size=64, num_hidden_layers=1, num_heads=1, eos_token_id=None)
-    tokenizer = Tokenizer(models.WordLevel({"?": 0} | {name: n for n, name in enumerate(WORDS, 1)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    make_model_of_words(directory, hidden_size=64, num_hidden_layers=1, num_heads=1)
     return directory
 
 
 def text(tokens: int) -> str:
-    return " ".join(WORDS[n * n % 113] for n in range(tokens))
+    return " ".join(LONG_WORDS[n * n % 113] for n in range(tokens))
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -12,30 +12,24 @@ import pytest
 from conftest import Ran
 from services import WORDS, Running, serving, tiny_model
 from test_documents import told, until
-from tiny import make_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import LONG_WORDS, make_model_of_words
 
 MIB = 1 << 20
 LARGE = 32  # MiB
 FLAT = 16 * MIB  # of a text of LARGE MiB: threads have pools of memory of their own
-NAMES = [f"{n:0119d}" for n in range(250)]  # words
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A word of 120 characters is a token, so that a large text has few."""
     directory = tmp_path_factory.mktemp("words")
-    make_model(directory, hidden_size=64, num_hidden_layers=2, num_heads=2, eos_token_id=None)
-    tokenizer = Tokenizer(models.WordLevel({"?": 0} | {name: n for n, name in enumerate(NAMES, 1)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    make_model_of_words(directory, hidden_size=64, num_hidden_layers=2, num_heads=2)
     return directory
 
 
 def text(size: int) -> Iterator[bytes]:
     """Words, some at a time."""
     for n in range(size // MIB):
-        words = [NAMES[(n * 7 + m * m) % len(NAMES)] for m in range(MIB // 120)]
+        words = [LONG_WORDS[(n * 7 + m * m) % len(LONG_WORDS)] for m in range(MIB // 120)]
         yield (" ".join(words) + "\n").encode().rjust(MIB)
 
 
