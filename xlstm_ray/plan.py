@@ -245,7 +245,7 @@ def choose_plan(
                 base=base() if local and device.type != "cuda" else 0,
                 weights=checkpoint.weight_bytes(dtype, float8=settings.dtype == "float8") if checkpoint else 0,
                 largest_tensor=checkpoint.largest_tensor_bytes if checkpoint else 0,
-                whole_matrix=whole_bytes(config, dtype, rows_at_once(device.type, dtype, compiled=backend.compiled)),
+                whole_matrix=whole_bytes(config, dtype, rows_at_once(device.type, compiled=backend.compiled)),
                 tile=sizes.tile,
                 chunk=sizes.chunk,
                 heads_per_band=sizes.heads,

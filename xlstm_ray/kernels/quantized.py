@@ -195,10 +195,10 @@ class Quantized(NamedTuple):
         return torch.stack(products, 2).flatten(1)
 
 
-def rows_at_once(device: str, dtype: torch.dtype, *, compiled: bool) -> int | None:
+def rows_at_once(device: str, *, compiled: bool) -> int | None:
     """How many rows of a weight take memory as numbers for a product; None: all; 0: so few that they do not count."""
-    if device == "cpu":  # measured: MKL's product in float32 takes as much as all
-        return AT_ONCE * BLOCK if dtype.itemsize == 2 else None
+    if device == "cpu":
+        return AT_ONCE * BLOCK
     return None if compiled else 0
 
 
@@ -230,12 +230,13 @@ def by_blocks(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None) -> Tenso
     """
     G, K = len(scale), q.shape[1]
     y = x.new_empty(len(x), scale.shape[1])
+    numbers = x.new_empty(K * AT_ONCE * BLOCK)  # once: made for each part, malloc may leave a hole each time
     for n in range(0, len(q), AT_ONCE):
         part = q[n : n + AT_ONCE].unflatten(1, (G, -1)).permute(1, 2, 0, 3)  # (G, K / G, blocks, rows of a block)
         columns = slice(n * BLOCK, (n + part.shape[2]) * BLOCK)
         s = scale[:, columns].to(x.dtype).view(G, 1, -1, BLOCK)
         # Exact but for one rounding, in bfloat16 too: an integer is, and addcmul rounds once.
-        made = x.new_empty(*part.shape[:-1], BLOCK)
+        made = numbers[: K * part.shape[2] * BLOCK].view(*part.shape[:-1], BLOCK)
         if zero is None:
             made.copy_(part).mul_(s)
         else:

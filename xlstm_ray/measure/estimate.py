@@ -195,7 +195,7 @@ def plan(
         base=0 if kind == "cuda" else PROGRAM,
         weights=model.sizes.all,
         largest_tensor=model.largest_tensor,
-        whole_matrix=whole_bytes(model.config, model.dtype, rows_at_once(kind, model.dtype, compiled=True)),
+        whole_matrix=whole_bytes(model.config, model.dtype, rows_at_once(kind, compiled=True)),
         tile=tile,
         chunk=chunk,
         heads_per_band=heads,
