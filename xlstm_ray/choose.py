@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xlstm_ray import hub
-from xlstm_ray.choose_stages import Asked, choose_stages
+from xlstm_ray.choose_stages import Asked, choose_stages, refuse_bands
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.container import cores, share_of_cpus
 from xlstm_ray.directories import default_state_dir
@@ -267,6 +267,7 @@ def choose_sizes(settings: Settings, config: ModelConfig, kind: str) -> RunSizes
         raise UsageError(f"{settings.named('heads_per_band')} is {heads}, but the model has {config.num_heads} heads")
     if heads is None:
         heads = min(4, config.num_heads) if kind == "mps" else config.num_heads
+    refuse_bands(settings, config, heads)
     return RunSizes(tile, chunk, heads)
 
 

@@ -12,13 +12,11 @@ Asked = int | tuple[int, ...] | Literal["auto"]
 
 def choose_stages(settings: Settings, config: ModelConfig, mode: Mode) -> Asked:
     """The number of stages, the blocks of each, or auto. Raises UsageError where the model or the place has no such, or
-    `spans` go with neither."""
+    beside `spans`."""
     stages, blocks, name = settings.stages, config.num_blocks, settings.named("stages")
     if settings.spans > 1 and stages != 1:
         both = f"{settings.named('spans')} and {name}"
         raise UsageError(f"{both} were both given, and an actor has all blocks or a stage's; give one of them")
-    if settings.spans > 1 and (settings.heads_per_band or config.num_heads) < config.num_heads:
-        raise UsageError(with_bands(settings, config))
     if stages == "auto":
         if mode is Mode.LOCAL:
             raise UsageError(
@@ -33,12 +31,13 @@ def choose_stages(settings: Settings, config: ModelConfig, mode: Mode) -> Asked:
     return stages
 
 
-def with_bands(settings: Settings, config: ModelConfig) -> str:
-    """Why spans do not go with bands."""
-    return (
-        f"{settings.named('spans')} is {settings.spans}, and each actor has all heads, but there are bands of fewer; "
-        f"give `heads_per_band={config.num_heads}`, or leave one of them out"
-    )
+def refuse_bands(settings: Settings, config: ModelConfig, heads: int) -> None:
+    """Raise UsageError for `spans` beside bands of so many heads."""
+    if settings.spans > 1 and heads < config.num_heads:
+        raise UsageError(
+            f"{settings.named('spans')} is {settings.spans}, and each actor has all heads, but there are bands of "
+            f"fewer; give `heads_per_band={config.num_heads}`, or leave one of them out"
+        )
 
 
 def shown(stages: Asked) -> str:

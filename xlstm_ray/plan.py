@@ -25,7 +25,6 @@ from xlstm_ray.choose import (
     choose_workers,
 )
 from xlstm_ray.choose_kernels import choose_graphs, choose_kernels
-from xlstm_ray.choose_stages import with_bands
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.declare import Source
 from xlstm_ray.errors import UsageError
@@ -222,8 +221,6 @@ def choose_plan(
     sizes = choose_sizes(settings, config, device.type)
     measures = setup.stages == "auto"  # then `divide` makes the stages
     layout = make_layout(config, heads_per_band=sizes.heads, stages=1 if setup.stages == "auto" else setup.stages)
-    if settings.spans > 1 and len(layout[0]) > 1:  # on mps, where nobody asked for bands
-        raise UsageError(with_bands(settings, config))
     backend, misfit = choose_kernels(setup, device, [len(band.ffn) for band in layout[0]], sizes.chunk)
     least_chunk = LEAST_CHUNK if backend.kernel == KERNEL else 1
     workers, limits = choose_workers(settings, config, sizes.heads), choose_limits(settings)

@@ -23,7 +23,7 @@ from xlstm_ray.actors.call import Call
 from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.span import SpanWork
 from xlstm_ray.checkpoint import Checkpoint
-from xlstm_ray.choose import setup_of
+from xlstm_ray.choose import choose_sizes, setup_of
 from xlstm_ray.errors import UsageError
 from xlstm_ray.layout import make_layout
 from xlstm_ray.plan import choose_plan
@@ -173,6 +173,14 @@ def test_what_does_not_go_with_spans_is_refused(asked: dict[str, Any], said: str
     with pytest.raises(UsageError) as refused:
         setup_of(**{"model": model, "chunkwise_backend": "ray_compiled_chunks", "spans": SPANS, **asked})
     assert said in str(refused.value)
+
+
+def test_bands_that_nobody_asked_for_do_not_go_with_spans_either(model: Path) -> None:
+    setup = setup_of(model=model, chunkwise_backend="ray_compiled_chunks", spans=SPANS)
+    config = setup.config.model_copy(update={"num_heads": 8})
+    assert choose_sizes(setup.settings, config, "cuda").heads == 8
+    with pytest.raises(UsageError, match="bands of fewer; give `heads_per_band=8`"):
+        choose_sizes(setup.settings, config, "mps")
 
 
 def test_each_actor_counts_with_all_weights_and_states(model: Path) -> None:
