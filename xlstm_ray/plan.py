@@ -356,6 +356,8 @@ class OnPaper(NamedTuple):
     workers: int
     share: float  # the part of the device's memory that may be used
     documents: int  # bytes of a service's documents
+    spans: int  # actors with all blocks
+    spans_named: str  # its name in errors
 
 
 def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
@@ -375,6 +377,8 @@ def choose_on_paper(settings: Settings, kind: str) -> OnPaper:
         workers=choose_workers(settings, config, sizes.heads),
         share=settings.mem_hard_pct,
         documents=(settings.states_mb or 0) * MIB,
+        spans=settings.spans,
+        spans_named=settings.named("spans"),
     )
 
 

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,10 @@ import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError
-from xlstm_ray.measure import estimate
+from xlstm_ray.measure import estimate, work
 from xlstm_ray.measure.devices import DEVICES
 from xlstm_ray.measure.estimate import Plan, plan
-from xlstm_ray.measure.work import Work
+from xlstm_ray.measure.work import HOP_S, Work, in_turn_seconds, stage_seconds
 from xlstm_ray.plan import choose_on_paper
 from xlstm_ray.settings import Settings
 
@@ -38,10 +40,16 @@ def of_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(
-    model: Path, device: str, tokens: int = 65536, machines: int = 1, memory_gb: float | None = None, **asked: object
+    model: Path,
+    device: str,
+    tokens: int = 65536,
+    machines: int = 1,
+    memory_gb: float | None = None,
+    link_gbit: float | None = None,
+    **asked: object,
 ) -> Plan:
     choose = partial(choose_on_paper, Settings.make(model=model, **asked))
-    return plan(choose, device, tokens, machines, memory_gb=memory_gb)
+    return plan(choose, device, tokens, machines, memory_gb=memory_gb, link_gbit=link_gbit)
 
 
 # Measured: 35,201 tokens/s of a whole run with chunks of 256; choose.choose_sizes: those of the prefill alone.
@@ -129,6 +137,77 @@ def test_stages_of_several_machines(of_7b: Path) -> None:
     assert planned(of_7b, "m1", dtype="float32").machines_needed == 3
 
 
+def test_spans_take_as_long_as_when_their_blocks_are_followed_one_by_one(of_7b: Path) -> None:
+    """Where sending is no bottleneck: then a state takes a time of its own from a block to the same one of the next."""
+    model = planned(of_7b, "h200").model
+    hybrid = replace(model, config=model.config.model_copy(update={"slstm_at": [3, 20]}))
+    for of, spans, tiles, gbit in product((model, hybrid), (2, 3, 8, 40), (1, 2, 7, 8, 65), (20, 1e6)):
+        device, config = DEVICES["h200"], of.config
+        times = [stage_seconds(of, device, range(b, b + 1), 4096, 256) for b in range(config.num_blocks)]
+        sizes = [sum(torch.Size(s).numel() for s in config.state_shapes(b, 8).values()) for b in range(len(times))]
+        before, free = [0.0] * len(times), [0.0] * spans
+        for n in range(tiles):
+            now, ends = free[n % spans], []
+            for b, seconds in enumerate(times):
+                there = before[b] + HOP_S + sizes[b] * 4 * 8 / (gbit * 1e9) if n else 0.0
+                now = max(now, there) + seconds
+                ends.append(now)
+            before, free[n % spans] = ends, now
+        found = in_turn_seconds(of, device, spans, tiles * 4096, 4096, 256, link_gbit=gbit)
+        assert found == pytest.approx(now, rel=1e-9), (spans, tiles, gbit)
+
+
+def test_stages_and_spans_are_as_the_page_says(of_7b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scaling.md has both on paper, for GPUs of one host: spans with hops of 1.5 ms, stages with none."""
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    (table,) = re.findall(r"^\| tokens \| tiles \| four: stages .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    lines = [[re.split(r"[ :]", cell.strip())[0] for cell in line.strip("|").split("|")] for line in table.split("\n")]
+    for text, tiles, *times in (line for line in lines[2:] if line[0]):
+        tokens = int(text.replace(",", ""))
+        assert tokens == int(tiles) * 4096
+        one = planned(of_7b, "h200", tokens).seconds
+        for number, stages, spans in ((4, *times[:2]), (8, *times[2:])):
+            in_turn = planned(of_7b, "h200", tokens, spans=number, link_gbit=1e6)
+            assert one / in_turn.seconds == pytest.approx(float(spans), rel=0.03)
+            assert in_turn.better == "spans"
+            with monkeypatch.context() as free:
+                free.setattr(work, "HOP_S", 0.0)
+                pipeline = planned(of_7b, "h200", tokens, machines=number, link_gbit=1e6)
+            assert one / pipeline.seconds == pytest.approx(float(stages), abs=0.006)
+
+
+def test_spans_have_all_weights_each_and_stages_a_part(of_7b: Path) -> None:
+    one, four = planned(of_7b, "h200"), planned(of_7b, "h200", spans=4)
+    assert four.need.weights == one.need.weights
+    assert four.need.state - one.need.state == 2 * 4 * 32 * 8 * (256 * 512 + 256 + 1)
+    assert {"chunkwise_backend": "ray_compiled_chunks", "spans": 4}.items() <= four.asked.items()
+    assert "stages" not in four.asked
+    stages = planned(of_7b, "h200", machines=4)
+    assert {layout.name: layout.seconds for layout in stages.layouts} == {
+        "stages": stages.seconds,
+        "spans": four.seconds,
+    }
+    assert "spans are 1." in "\n".join(stages.lines)
+    small = planned(of_7b, "m1", spans=4, heads_per_band=8)
+    assert (small.fits, small.better, small.machines_needed) == (False, "stages", 2)
+    assert "does not fit on each of 4 machines; 2 machines with a stage each would do" in "\n".join(small.lines)
+    assert "4 spans, which do not fit" in "\n".join(small.lines)
+    assert "for `spans` instead, give `heads_per_band=8`" in "\n".join(planned(of_7b, "m4-max", machines=4).lines)
+    assert [layout.name for layout in planned(of_7b, "h200", spans=33).layouts] == ["spans"]
+
+
+def test_a_slow_network_holds_both_layouts_up(of_7b: Path) -> None:
+    fast, slow = (planned(of_7b, "h200", spans=4, link_gbit=gbit) for gbit in (2400, 1))
+    for quick, late in zip(fast.layouts, slow.layouts, strict=True):
+        assert quick.seconds < late.seconds / 2
+    state, stream = 4 * 32 * 8 * (256 * 512 + 256 + 1), 4096 * 4096 * 2
+    assert slow.layouts[0].seconds > 15 * stream * 8 / 1e9  # of tiles, a machine sends its stream
+    assert slow.layouts[1].seconds > 4 * state * 8 / 1e9  # of rounds, a machine sends its state
+    default = planned(of_7b, "h200", spans=4)
+    assert default.seconds == planned(of_7b, "h200", spans=4, link_gbit=10).seconds
+    assert "with 10 Gbit/s between machines" in "\n".join(default.lines)
+
+
 def test_the_tile_is_halved_until_it_fits(of_7b: Path) -> None:
     roomy = planned(of_7b, "m4-max", tile_size=65536)
     assert roomy.need.tile > planned(of_7b, "m4-max").need.tile
@@ -206,6 +285,13 @@ def test_this_machine_is_probed_and_checked_by_a_real_run(monkeypatch: pytest.Mo
         ("--device m1 --machines 5", "--machines is 5; allowed: 1 to 4, the model's blocks"),
         ("--device m1 --memory-gb 0.5", "--memory-gb is 0.5; allowed: 1 to 4096"),
         ("--device this --memory-gb 8", "--memory-gb is for a device of the table; this machine's memory is known"),
+        ("--device h100 --spans 0", "--spans is 0; allowed: a whole number from 1 to 1024"),
+        ("--device h100 --spans 2 --machines 2", "--spans and --machines were both given, and a machine has all"),
+        ("--device h100,h200 --spans 2", "--spans is for machines of one kind, and --device names 2"),
+        ("--device h100 --spans 2 --heads-per-band 2", "--spans is 2, and each actor has all heads, but there are"),
+        ("--device h100 --spans 2 --link-gbit 0", "--link-gbit is 0; allowed: 0.01 to 1000000"),
+        ("--device h100 --link-gbit 3", "--link-gbit is for several machines (--machines, --spans); leave it out"),
+        ("--device this --spans 2 --check", "--check runs on this machine"),
         ("--device m1 --check", "--check runs on this machine"),
         ("--device m1 --model nowhere", "nowhere: is not a directory"),
         ("--device m1 --tile-size 100", "--tile-size is 100, which is not a multiple of the chunk size 64"),
@@ -222,6 +308,18 @@ def test_for_programs(of_7b: Path, run: Callable[..., Ran]) -> None:
     estimate = planned(of_7b, "h200", 8192)
     assert (row["seconds"], row["fits"], row["need_bytes"]["total"]) == (estimate.seconds, True, estimate.need.total)
     assert (row["tile_size"], row["dtype"], row["device"]["memory_gb"]) == (4096, "bfloat16", 141)
+
+
+def test_layouts_for_programs_and_people(of_7b: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("plan", "--model", of_7b, "--device", "h200", "--prompt-tokens", 16384, "--link-gbit", 2400)
+    row = run(*words, "--spans", 4, "--json").row
+    assert (row["stages"], row["spans"], row["better"], row["machines"]) == (1, 4, "spans", 4)
+    assert row["layouts"]["spans"]["seconds"] == row["seconds"] < row["layouts"]["stages"]["seconds"]
+    assert row["layouts"]["spans"]["need_bytes"] == row["need_bytes"]["total"]
+    monkeypatch.setenv("XLSTM_SPANS", "4")
+    assert run(*words, "--json").row == row
+    assert re.search(r"layout +\S+ s with 4 stages .*, \S+ s with 4 spans .*; spans are 1\.\d+ x", run(*words).out)
+    assert run(*words, "--machines", 2).error.startswith("error: XLSTM_SPANS and --machines were both given")
 
 
 def test_long_times_are_in_hours_and_what_cannot_be_known_is_said(of_7b: Path, run: Callable[..., Ran]) -> None:

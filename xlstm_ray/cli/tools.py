@@ -119,10 +119,11 @@ def parity(
     epilog=examples(
         "xlstm-ray plan -m DIR --device m2-ultra --prompt-tokens 65536",
         "xlstm-ray plan -m DIR --device m2 --memory-gb 16 --prompt-tokens 65536",
+        "xlstm-ray plan -m DIR --device h200 --spans 4 --link-gbit 2400 --prompt-tokens 65536",
         "xlstm-ray plan -m DIR --device this --prompt-tokens 4096 --check",
     ),
 )
-@takes("model dtype tile_size chunk_size heads_per_band states_mb")
+@takes("model dtype tile_size chunk_size heads_per_band spans states_mb")
 def plan(
     device: Annotated[
         str,
@@ -130,6 +131,9 @@ def plan(
     ],
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="The prompt's length.")],
     machines: Annotated[int, typer.Option("--machines", help="Machines; each has a stage of the blocks.")] = 1,
+    link_gbit: Annotated[
+        float | None, typer.Option("--link-gbit", help=bare("Gbit/s between machines, or GPUs. [default: 10]"))
+    ] = None,
     memory_gb: Annotated[
         float | None,
         typer.Option("--memory-gb", help=bare("The device's memory. [default: the most that is sold of it]")),
@@ -143,15 +147,16 @@ def plan(
 ) -> None:
     """Estimate a prefill's memory and time on a device; the model's config.json is enough."""
     settings = Settings.make(**asked)
-    if check and (device != "this" or machines != 1):
-        raise UsageError("--check runs on this machine: give --device this, and no --machines")
+    if check and (device != "this" or machines != 1 or settings.spans > 1):
+        raise UsageError("--check runs on this machine: give --device this, no --machines, and no spans")
     from xlstm_ray.measure import estimate
     from xlstm_ray.plan import choose_on_paper
 
     if check:
         fetch_weights(settings)
 
-    found = estimate.plan(partial(choose_on_paper, settings), device, prompt_tokens, machines, memory_gb=memory_gb)
+    choose = partial(choose_on_paper, settings)
+    found = estimate.plan(choose, device, prompt_tokens, machines, memory_gb=memory_gb, link_gbit=link_gbit)
     if json_output:
         json_line(found.to_json())
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,18 @@ from xlstm_ray.kernels.quantized import rows_at_once
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.child import Child
 from xlstm_ray.measure.devices import DEVICES, GB, SHARES, Device
-from xlstm_ray.measure.work import Model, prefill_seconds, read_model, stage_seconds
+from xlstm_ray.measure.work import (
+    HOP_S,
+    LINK_GBIT,
+    Model,
+    in_turn_seconds,
+    need,
+    need_of,
+    need_of_span,
+    prefill_seconds,
+    read_model,
+    stage_seconds,
+)
 from xlstm_ray.memory.need import PROGRAM, Call, Loaded, Need, computed_need
 from xlstm_ray.memory.sample import process_bytes, take_sample
 from xlstm_ray.model import linear
@@ -35,6 +46,21 @@ UNKNOWN = (
 FACTOR = 1.5  # an estimate may be off by this factor
 CHECK_ROUNDS = 5
 PROBE_S = 2.0
+
+
+class Layout(NamedTuple):
+    """What several machines have, "stages" or "spans", and what that gives. need: of the machine with the most."""
+
+    name: str
+    machines: int
+    tile_size: int
+    need: Need
+    fits: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        fits = "" if self.fits else ", which do not fit"
+        return f"{_duration(self.seconds)} with {self.machines} {self.name}{fits} ({self.need.total / MIB:,.0f} MiB)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,15 @@ class Plan:
     workers: int  # threads that work on bands, at most one for each band
     machines_needed: int | None  # the fewest that it fits on; None if not even one block fits on each
     split: list[Stage] | None = None  # over unlike machines; the other fields are of the one that needs the most
+    spans: int = 1  # machines that have all blocks each
+    layouts: Sequence[Layout] = ()  # this one and the other one, if these machines can have both
+    link_gbit: float = LINK_GBIT
+
+    @property
+    def better(self) -> str | None:
+        """The faster layout of those that fit."""
+        there = [layout for layout in self.layouts if layout.fits]
+        return min(there, key=lambda layout: layout.seconds).name if there else None
 
     @property
     def fits(self) -> bool:
@@ -68,7 +103,8 @@ class Plan:
     def asked(self) -> dict[str, Any]:
         """The settings of this run."""
         stages = self.machines if self.split is None else "auto"
-        of_machines = {"chunkwise_backend": self.backend, "stages": stages} if self.machines > 1 else {}
+        layout = {"spans": self.spans} if self.spans > 1 else {"stages": stages}
+        of_machines = {"chunkwise_backend": self.backend, **layout} if self.machines > 1 else {}
         return {
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tile_size": self.tile_size,
@@ -85,7 +121,8 @@ class Plan:
         many = f" on each of {self.machines} machines" if self.machines > 1 else ""
         fit = f"fits{many}"
         if not self.fits:
-            more = f"{self.machines_needed} machines would do" if self.machines_needed else "nor on more machines"
+            each = " with a stage each" if self.spans > 1 else ""
+            more = f"{self.machines_needed} machines{each} would do" if self.machines_needed else "nor on more machines"
             fit = f"does not fit{many}; {more}"
         return [
             f"model       {self.model.path} ({self.model.known_from})",
@@ -98,9 +135,24 @@ class Plan:
             *(f"stage       {stage}" for stage in self.split or []),
             f"time        {_duration(self.seconds)} for {self.tokens:,} tokens ({self.tok_s:,.0f} tokens/s)",
             "            without loading and compiling",
+            *self._compared,
             f"not known   {UNKNOWN}",
             f"settings    {' '.join(f'`{name}={value}`' for name, value in self.asked.items())}",
         ]
+
+    @property
+    def _compared(self) -> list[str]:
+        if self.machines == 1:
+            return []
+        link = f"            with {self.link_gbit:,g} Gbit/s between machines, and an assumed {1e3 * HOP_S:g} ms a hop"
+        heads = self.model.config.num_heads
+        if len(self.layouts) < 2:
+            bands = self.heads_per_band < heads and self.split is None
+            return [link, *[f"layout      for `spans` instead, give `heads_per_band={heads}`"] * bands]
+        one, other = self.layouts
+        times = max(one.seconds, other.seconds) / min(one.seconds, other.seconds)
+        both = f"; {self.better} are {times:.2f} x as fast" if one.fits and other.fits else ""
+        return [link, f"layout      {one}, {other}{both}"]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -116,7 +168,15 @@ class Plan:
             "tile_size": self.tile_size,
             "chunk_size": self.chunk_size,
             "heads_per_band": self.heads_per_band,
-            "stages": self.machines,
+            "stages": 1 if self.spans > 1 else self.machines,
+            "spans": self.spans,
+            "layouts": {
+                layout.name: {"need_bytes": layout.need.total, "fits": layout.fits}
+                | {"tile_size": layout.tile_size, "seconds": layout.seconds}
+                for layout in self.layouts
+            },
+            "better": self.better,
+            "link_gbit": self.link_gbit if self.machines > 1 else None,
             "layout": [
                 {"device": s.place.host, "blocks": [s.blocks.start, s.blocks.stop - 1], "tile_s": s.seconds}
                 | {"block_s": dict(s.place.block_s), "need_bytes": s.need, "room_bytes": s.place.room}
@@ -147,8 +207,10 @@ def plan(
     machines: int = 1,
     *,
     memory_gb: float | None = None,
+    link_gbit: float | None = None,
 ) -> Plan:
     """The estimate for `tokens` prompt tokens on a device, or on `machines` of them with a stage of the blocks each.
+    With spans, on as many with all blocks each. link_gbit: Gbit/s between them; None: LINK_GBIT.
 
     choose: makes the choices of a run for a kind of device. The tile is halved until the run fits, unless it was given.
     memory_gb: the device's memory, where it is not the most that is sold.
@@ -173,11 +235,22 @@ def plan(
     if len(names) > 1 and memory_gb is not None:
         raise UsageError(f"`memory_gb` is for one device, and `device` names {len(names)}; leave it out")
     paper = choose(kind)
+    if paper.spans > 1 and machines != 1:
+        both = f"{paper.spans_named} and `machines`"
+        raise UsageError(f"{both} were both given, and a machine has all blocks or a stage's; give one of them")
+    if paper.spans > 1 and len(names) > 1:
+        raise UsageError(f"{paper.spans_named} is for machines of one kind, and `device` names {len(names)}")
+    if link_gbit is not None and not 0.01 <= link_gbit <= 1e6:
+        raise UsageError(f"`link_gbit` is {link_gbit:g}; allowed: 0.01 to 1000000")
+    if link_gbit is not None and machines == paper.spans == len(names) == 1:
+        raise UsageError("`link_gbit` is for several machines (`machines`, `spans`); leave it out")
+    link = LINK_GBIT if link_gbit is None else link_gbit
     model = read_model(paper)
     blocks = model.config.num_blocks
     if not 1 <= machines <= blocks:
         raise UsageError(f"`machines` is {machines}; allowed: 1 to {blocks}, the model's blocks")
-    backend = "queued_compiled_chunks" if machines == len(names) == 1 else "ray_compiled_chunks"
+    many = max(machines, paper.spans)
+    backend = "queued_compiled_chunks" if many == len(names) == 1 else "ray_compiled_chunks"
     tile, chunk, heads = paper.sizes
     devices = [probe(model, tile) if name == "this" else DEVICES[name] for name in names]
     devices = [replace(device, memory_gb=memory_gb or device.memory_gb) for device in devices]
@@ -203,44 +276,40 @@ def plan(
         documents=paper.documents,
     )
 
-    def needed(tile: int, machines: int) -> Need:
-        return need(replace(loaded, tile=tile), model, machines)
+    def needed(tile: int, machines: int, *, spans: bool = False) -> Need:
+        of_tile = replace(loaded, tile=tile)
+        return need_of_span(of_tile) if spans else need(of_tile, model, machines)
 
     chunks = tile // chunk
     sizes = [tile] if paper.tile_asked else [chunk * (chunks >> n) for n in range(chunks.bit_length())]
     if len(names) > 1:
         tile, stages = _uneven(loaded, model, devices, rooms, sizes)
-        at = [devices[int(stage.place.node)] for stage in stages]
-        seconds = prefill_seconds(model, [(d, s.blocks) for d, s in zip(at, stages, strict=True)], tokens, tile, chunk)
+        at = [(devices[int(stage.place.node)], stage.blocks) for stage in stages]
+        seconds = prefill_seconds(model, at, tokens, tile, chunk, link_gbit=link)
         needs = need_of(replace(loaded, tile=tile), model, [s.blocks for s in stages])
         n = max(range(len(stages)), key=lambda n: needs[n].total)
         run = backend, tile, chunk, heads, needs[n], stages[n].place.room, seconds, paper.workers
-        return Plan(at[n], model, tokens, len(stages), *run, len(stages), stages)
-    tile = next((size for size in sizes if needed(size, machines).total <= room), tile)
-    fewest = next((m for m in range(1, blocks + 1) if needed(tile, m).total <= room), None)
-    even = [(device, stage) for stage in partition(blocks, machines)]
-    seconds = prefill_seconds(model, even, tokens, tile, chunk)
-    most = needed(tile, machines)
-    return Plan(
-        device, model, tokens, machines, backend, tile, chunk, heads, most, room, seconds, paper.workers, fewest
-    )
+        return Plan(at[n][0], model, tokens, len(stages), *run, len(stages), stages, link_gbit=link)
 
+    def layout(name: str) -> Layout:
+        spans = name == "spans"
+        size = next((size for size in sizes if needed(size, many, spans=spans).total <= room), tile)
+        most = needed(size, many, spans=spans)
+        if spans:
+            seconds = in_turn_seconds(model, device, many, tokens, size, chunk, link_gbit=link)
+        else:
+            even = [(device, stage) for stage in partition(blocks, many)]
+            seconds = prefill_seconds(model, even, tokens, size, chunk, link_gbit=link)
+        return Layout(name, many, size, most, most.total <= room, seconds)
 
-def need(loaded: Loaded, model: Model, machines: int) -> Need:
-    """The memory need of the machine that needs the most."""
-    stages = partition(model.config.num_blocks, machines)
-    needs = need_of(loaded, model, stages)
-    return replace(needs[0], weights=max(n.weights for n in needs), state=max(n.state for n in needs))
-
-
-def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]:
-    """The memory need of the machine of each stage."""
-    whole = computed_need(loaded, Call(1, 1, loaded.tile))
-    weights = [sum(model.sizes.blocks[b] for b in stage) for stage in stages]
-    weights[0] += model.sizes.first
-    weights[-1] += model.sizes.of_last if len(stages) > 1 else model.sizes.last
-    shares = [len(stage) / model.config.num_blocks for stage in stages]
-    return [replace(whole, weights=w, state=int(whole.state * s)) for w, s in zip(weights, shares, strict=True)]
+    # Spans have no bands, and there are no more stages than blocks.
+    can_be = {"stages": many <= blocks, "spans": many > 1 and heads == model.config.num_heads}
+    layouts = {name: layout(name) for name, can in can_be.items() if can}
+    found = layouts["spans" if paper.spans > 1 else "stages"]
+    fewest = next((m for m in range(1, blocks + 1) if needed(found.tile_size, m).total <= room), None)
+    of_run = backend, found.tile_size, chunk, heads, found.need, room, found.seconds, paper.workers
+    there = [*layouts.values()]
+    return Plan(device, model, tokens, many, *of_run, fewest, spans=paper.spans, layouts=there, link_gbit=link)
 
 
 def _uneven(

@@ -1,4 +1,4 @@
-"""What a model's blocks have to do for a token, and how long a stage of them takes on a device; for `plan`.
+"""What a model's blocks have to do for a token, how long a stage of them takes on a device, and its memory; for `plan`.
 
 A tile's time is
 
@@ -13,19 +13,22 @@ The shares were measured: on an H100 with a 7B model (docs/figures.md), and on t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
 
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.windows import plan_windows
+from xlstm_ray.layout import partition
 from xlstm_ray.measure.devices import GB, SHARES, Device
-from xlstm_ray.memory.need import BlockTensors
+from xlstm_ray.memory.need import BlockTensors, Call, Loaded, Need, computed_need, state_bytes
 from xlstm_ray.plan import OnPaper
 from xlstm_ray.tensors import HEAD, OUT_NORM, Sizes, expected_tensors, sizes_of, stored_tensors
 
-LINK = 1.25 * GB  # bytes a second between machines: an assumed 10 Gbit/s
+LINK_GBIT = 10.0  # between machines, assumed
+HOP_S = 1.5e-3  # assumed: the calls for what goes from one machine to the next, besides the sending
 SLSTM_STEP_S = 10e-6  # assumed: one token's step of an sLSTM block; each waits for the one before
 
 
@@ -81,6 +84,29 @@ class Work:
         return cls(ffn_flops + products + cell, ffn_traffic + 5 * parts.residual + 2 * mixer)
 
 
+def need(loaded: Loaded, model: Model, machines: int) -> Need:
+    """The memory need of the machine that needs the most."""
+    stages = partition(model.config.num_blocks, machines)
+    needs = need_of(loaded, model, stages)
+    return replace(needs[0], weights=max(n.weights for n in needs), state=max(n.state for n in needs))
+
+
+def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]:
+    """The memory need of the machine of each stage."""
+    whole = computed_need(loaded, Call(1, 1, loaded.tile))
+    weights = [sum(model.sizes.blocks[b] for b in stage) for stage in stages]
+    weights[0] += model.sizes.first
+    weights[-1] += model.sizes.of_last if len(stages) > 1 else model.sizes.last
+    shares = [len(stage) / model.config.num_blocks for stage in stages]
+    return [replace(whole, weights=w, state=int(whole.state * s)) for w, s in zip(weights, shares, strict=True)]
+
+
+def need_of_span(loaded: Loaded) -> Need:
+    """The memory need of an actor with all blocks: that of a process, and states on their way to it and from it."""
+    alone = computed_need(loaded, Call(1, 1, loaded.tile))
+    return replace(alone, state=alone.state + 2 * state_bytes(loaded.config))
+
+
 def stage_seconds(model: Model, device: Device, stage: range, T: int, chunk: int) -> float:
     """The time of a window of T tokens in a stage."""
     c, shares = model.config, SHARES[device.kind]
@@ -93,16 +119,58 @@ def stage_seconds(model: Model, device: Device, stage: range, T: int, chunk: int
     return max(max(products, weights) + traffic + steps, len(stage) * shares.call_s)
 
 
-def prefill_seconds(model: Model, stages: Sequence[tuple[Device, range]], tokens: int, tile: int, chunk: int) -> float:
+def prefill_seconds(
+    model: Model,
+    stages: Sequence[tuple[Device, range]],
+    tokens: int,
+    tile: int,
+    chunk: int,
+    *,
+    link_gbit: float = LINK_GBIT,
+) -> float:
     """The time of a prefill's windows. Stages work on different tiles at once, so the slowest sets the pace."""
 
     def seconds(T: int) -> tuple[float, float]:
         """(between two such windows, until the first is through)"""
         each = [stage_seconds(model, device, stage, T, chunk) for device, stage in stages]
-        sending = T * model.config.hidden_size * model.dtype.itemsize / LINK
-        return max([*each, sending if len(stages) > 1 else 0.0]), sum(each) + sending * (len(stages) - 1)
+        sending = T * model.config.hidden_size * model.dtype.itemsize / _link(link_gbit)
+        return max([*each, sending if len(stages) > 1 else 0.0]), sum(each) + (sending + HOP_S) * (len(stages) - 1)
 
-    whole = max(0, tokens // tile - 1)  # these are alike; the last tile and the tail are planned as in the driver
-    last = plan_windows([0], [tokens - whole * tile], tile_size=tile, chunk_size=chunk)
-    windows = [window.size for window in last]
+    whole, windows = _windows(tokens, tile, chunk)
     return whole * seconds(tile)[0] + sum(seconds(T)[0] for T in windows[1:]) + seconds(windows[0])[1]
+
+
+def in_turn_seconds(
+    model: Model, device: Device, spans: int, tokens: int, tile: int, chunk: int, *, link_gbit: float = LINK_GBIT
+) -> float:
+    """The time of a prefill whose tiles go in turn to as many actors with all blocks; docs/scaling.md has the formula.
+
+    An actor begins a tile a block and a hop behind the one before. A round of all actors takes as long as a tile, or as
+    its states are on their way, or as all these hops, if that is longer. The tail's windows follow, on one actor.
+    """
+    blocks = range(model.config.num_blocks)
+    sent = [4 * sum(map(prod, model.config.state_shapes(b, model.config.num_heads).values())) for b in blocks]
+    sending = [size / _link(link_gbit) for size in sent]
+    alone = stage_seconds(model, device, blocks, tile, chunk)
+    behind = max(stage_seconds(model, device, range(b, b + 1), tile, chunk) + sending[b] for b in blocks) + HOP_S
+    fetched = max(alone, sum(sending))
+    whole, windows = _windows(tokens, tile, chunk)
+    in_turn = [size for size in windows if size >= min(tile, 2 * chunk)]
+    tail = sum(stage_seconds(model, device, blocks, size, chunk) for size in windows[len(in_turn) :])
+    tiles = whole + len(in_turn)
+    if tiles < 2:
+        return tiles * alone + tail
+    rounds, last = divmod(tiles - 1, spans)
+    return rounds * max(fetched, spans * behind) + last * behind + fetched + tail
+
+
+def _link(gbit: float) -> float:
+    """Bytes a second."""
+    return gbit * GB / 8
+
+
+def _windows(tokens: int, tile: int, chunk: int) -> tuple[int, list[int]]:
+    """Whole tiles, which are alike, and the sizes of the windows that follow, at least one: as in the driver."""
+    whole = max(0, tokens // tile - 1)
+    last = plan_windows([0], [tokens - whole * tile], tile_size=tile, chunk_size=chunk)
+    return whole, [window.size for window in last]
