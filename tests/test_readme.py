@@ -46,6 +46,7 @@ RUN = {
     "xlstm-ray score --model DIR --file book.txt --file questions.txt --json": SMALL,
     "xlstm-ray config": "",
     "xlstm-ray plan --model DIR --device m2-ultra --prompt-tokens 65536": "",
+    "xlstm-ray plan --model DIR --device h200 --spans 4 --prompt-tokens 65536": "",
     "xlstm-ray bench --lengths 512,2048,8192": "--lengths 8 --backends native --rounds 1",
     "export XLSTM_RAY_LOCAL_MODE=0": "",
 }
