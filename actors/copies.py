@@ -67,6 +67,6 @@ class Copies:
 
     def _stream(self, name: str) -> torch.cuda.Stream:
         with self._lock:
-            if name not in self._streams:
-                self._streams[name] = torch.cuda.Stream(self._device)
+            if name not in self._streams:  # first in turn: a copy must not wait for the kernels of the next tiles
+                self._streams[name] = torch.cuda.Stream(self._device, priority=-1)
             return self._streams[name]

@@ -9,8 +9,9 @@ and cannot leave an end that has died.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -42,18 +43,32 @@ class Ring:
         self._mapped: tuple[Callable[..., Tensor], tuple[Any, ...]] | None = None
         self._name = (os.getpid(), -1)
         self._next = 0
+        self._lock = Lock()  # a thread of an epoch before may still put its last one
 
     def put(self, x: Tensor) -> Spot:
         """Copy a tensor into the ring, in the current stream: its Spot counts once the stream has come here."""
-        if not self._rings or self._rings[-1].numel() < self._places * x.numel():
-            self._rings.append(torch.empty(self._places * x.numel(), dtype=x.dtype, device=x.device))
-            self._mapped, self._name = reduce_tensor(self._rings[-1]), (os.getpid(), next(_numbers))
-        ring, mapped = self._rings[-1], self._mapped
-        assert mapped is not None
-        first = self._next * (ring.numel() // self._places)
-        self._next = (self._next + 1) % self._places
-        ring[first : first + x.numel()].view(x.shape).copy_(x)
-        return Spot(self._name, mapped, first, x.shape)
+        place, spot = self._place(x, x.numel())
+        place.view(x.shape).copy_(x)
+        return spot._replace(shape=x.shape)
+
+    def join(self, parts: Sequence[Tensor]) -> Spot:
+        """As `put`, the elements of several tensors of one dtype, one after the other, by one kernel."""
+        flat = [part.reshape(-1) for part in parts]
+        place, spot = self._place(flat[0], sum(map(len, flat)))
+        torch.cat(flat, out=place)
+        return spot
+
+    def _place(self, like: Tensor, numel: int) -> tuple[Tensor, Spot]:
+        """The next place, for so many elements of this kind."""
+        with self._lock:
+            if not self._rings or self._rings[-1].numel() < self._places * numel:
+                self._rings.append(torch.empty(self._places * numel, dtype=like.dtype, device=like.device))
+                self._mapped, self._name = reduce_tensor(self._rings[-1]), (os.getpid(), next(_numbers))
+            ring, mapped = self._rings[-1], self._mapped
+            assert mapped is not None
+            first = self._next * (ring.numel() // self._places)
+            self._next = (self._next + 1) % self._places
+            return ring[first : first + numel], Spot(self._name, mapped, first, torch.Size([numel]))
 
 
 class Mapped:

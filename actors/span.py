@@ -96,8 +96,10 @@ class SpanWork(ShardWork):
             for n in range(len(self.shard.blocks)):
                 state, fence = self._wait(epoch, number, n)
                 with self._copies.beside(fence, f"to {to}"):
-                    flat = torch.cat([part.reshape(-1) for part in state])
-                    given = to_wire(flat) if ring is None else ring.put(flat)
+                    if ring is not None:
+                        given: Given = ring.join(state)
+                    else:
+                        given = to_wire(torch.cat([part.reshape(-1) for part in state]))
                 self._copies.settle(f"to {to}")
                 yield given
 

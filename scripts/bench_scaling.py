@@ -10,15 +10,16 @@
 tiles in turn (`--spans`); --stages says how many GPUs, in either.
 
 A contestant is a process that has loaded, compiled and run once: on one GPU it is one process without Ray, on more a
-grid of one actor a GPU. In a round they run one after the other, each length in turn. Each then answers --rows requests
-for every decoding step that it has in flight: one, or on GPUs two a stage; and again with answers of twice the length.
-Tokens a second are the difference: the prompts' time is in neither. With --out, every run is a line of JSON; the same
-command again makes only the runs that are missing. The first line has the settings, and a file of other settings is
-refused.
+grid of one actor a GPU. Loaded at a time are one GPU's and those of one number: in a round they run one after the
+other, each length in turn. Each then answers --rows requests for every decoding step that it has in flight: one, or on
+GPUs two a stage; and again with answers of twice the length. Tokens a second are the difference: the prompts' time is
+in neither. Each run is printed as it ends. With --out, it is a line of JSON, too; the same command again, or one with
+other --stages, --layout, --tokens or --rounds, makes only the runs that are missing. The first line has the other
+settings, and a file that has others there is refused.
 
 The tables have medians over rounds. For a prompt:
 
-    x one        how many times as fast as one
+    x one        how many times as fast as one, in the rounds beside it
     by number    x one, over the number of GPUs
     on paper     what the layout allows at most, by number, where nothing takes time but the blocks (docs/scaling.md)
     rest         the time beyond that: transfers, calls, uneven stages
@@ -32,11 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
+BEGAN = time.perf_counter()
 PROMPT, FEW = 64, 2  # tokens of a request's prompt; tiles of the first run, at least
 Row = dict[str, Any]
 
@@ -47,6 +50,9 @@ class Way(NamedTuple):
     layout: str
     number: int
 
+    def __str__(self) -> str:
+        return f"{self.number} {self.layout}"
+
     def tiles(self, tiles: int, blocks: int) -> float:
         """The time of a prompt on paper, in times of a tile on one."""
         if self.layout == "spans":
@@ -54,9 +60,23 @@ class Way(NamedTuple):
         return (tiles + self.number - 1) / self.number
 
 
-def ways(args: argparse.Namespace) -> list[Way]:
-    """On one, all layouts are the same."""
-    return [Way(name, n) for n in args.stages for name in (args.layout if n > 1 else args.layout[:1])]
+class Run(NamedTuple):
+    """beside: the largest number of GPUs in its rounds. work: tokens of a prompt; 0: answer many requests."""
+
+    beside: int
+    round: int
+    work: int
+    way: Way
+
+
+def fields(args: argparse.Namespace) -> list[list[Way]]:
+    """Who runs in the same rounds: the first, and those of one number. All would need more memory than a GPU has.
+
+    On one, all layouts are the same.
+    """
+    first, *others = [Way(name, n) for n in args.stages for name in (args.layout if n > 1 else args.layout[:1])]
+    numbers = dict.fromkeys(way.number for way in others)
+    return [[first, *(way for way in others if way.number == n)] for n in numbers] or [[first]]
 
 
 # -- a contestant's process: reads what to do, answers with figures ----------------------------------------------------
@@ -118,12 +138,17 @@ class Contestant:
         own = ["--contestant", "--layout", way.layout, "--stages", str(way.number), "--model", str(model)]
         command = [sys.executable, str(SELF), *argv, *own]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ready = False
+
+    def ready(self) -> None:
+        """Wait until it has loaded."""
+        self._ready = self._ready or self.read() == "ready"
 
     def read(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"the contestant with {self.way.number} {self.way.layout} ended early; its error stands above")
+            sys.exit(f"the contestant with {self.way} ended early; its error stands above")
         return json.loads(line)
 
     def run(self, tokens: int) -> Row:
@@ -149,84 +174,107 @@ def measure(args: argparse.Namespace, argv: list[str], settings: Row) -> list[Ro
         rows = [json.loads(line) for line in lines]
     elif args.out is not None:
         args.out.write_text(json.dumps(settings) + "\n")
+    there = {Run(row["beside"], row["round"], row["work"], Way(row["layout"], row["number"])) for row in rows}
     works = [*args.tokens, *([0] if args.answer else [])]
-    all_runs = [(n, tokens, way) for n in range(args.rounds) for tokens in works for way in ways(args)]
-    there = {(row["round"], row["work"], Way(row["layout"], row["number"])) for row in rows}
+    all_runs = [
+        Run(field[-1].number, n, work, way)
+        for field in fields(args)
+        for n in range(args.rounds)
+        for work in works
+        for way in field
+    ]
     missing = [run for run in all_runs if run not in there]
     if not missing:
         return rows
     from bench_prefill import make_model
 
+    loaded: dict[Way, Contestant] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         model = args.model or Path(folder) / "model"
         if not model.exists():
             make_model(model, args)
-        field = {way: Contestant(way, model, argv) for way in dict.fromkeys(run[2] for run in missing)}
-        for one in field.values():
-            one.read()
-        for number, tokens, way in missing:
-            row = {"round": number, "work": tokens, **way._asdict(), **field[way].run(tokens)}
-            rows.append(row)
-            if args.out is not None:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-        for one in field.values():
+            tell("the model is made")
+        for beside, group in groupby(missing, lambda run: run.beside):
+            runs = list(group)
+            needed = dict.fromkeys(run.way for run in runs)
+            for way in [way for way in loaded if way not in needed]:
+                loaded.pop(way).close()
+            loaded |= {way: Contestant(way, model, argv) for way in needed if way not in loaded}
+            for way in needed:
+                loaded[way].ready()
+            tell(f"ready: {', '.join(map(str, needed))}")
+            for run in runs:
+                row = {"beside": beside, "round": run.round, "work": run.work, **run.way._asdict()}
+                row |= loaded[run.way].run(run.work)
+                rows.append(row)
+                tell(f"{run.way}, {f'{run.work:,} tokens' if run.work else 'answers'}: {row['seconds']:.3f} s")
+                if args.out is not None:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+        for one in loaded.values():
             one.close()
     return rows
 
 
+def tell(what: str) -> None:
+    print(f"-- {time.perf_counter() - BEGAN:.0f} s: {what}", flush=True)
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 def table(rows: list[Row], args: argparse.Namespace) -> dict[int, dict[Way, float]]:
-    """Print the tables; returns tokens/s for each work and way."""
-
-    def runs_of(work: int, way: Way) -> list[Row]:
-        return [row for row in rows if (row["work"], row["layout"], row["number"]) == (work, *way)]
-
-    rates: dict[int, dict[Way, float]] = {}
-    every = ways(args)
+    """Print the tables; returns how many times as fast as one, for each work and way."""
+    every = list(dict.fromkeys(way for field in fields(args) for way in field))
     one = every[0]
+
+    def runs_of(work: int, way: Way, beside: Way | None = None) -> list[Row]:
+        """beside: only those of the rounds beside it."""
+        found = [row for row in rows if (row["work"], row["layout"], row["number"]) == (work, *way)]
+        return [row for row in found if beside in (None, one) or row["beside"] == beside.number]
+
+    times: dict[int, dict[Way, float]] = {}
     for tokens in args.tokens:
         tiles = -(-tokens // args.tile_size)
         print(f"\n{tokens:,} tokens, {tiles} tiles of {args.tile_size}")
         print("             tokens/s        seconds   TTFT s   x one   by number   on paper     rest   MiB, most")
-        base = statistics.median(row["seconds"] for row in runs_of(tokens, one)) / one.tiles(tiles, args.blocks)
         for way in every:
             runs = runs_of(tokens, way)
             seconds = [row["seconds"] for row in runs]
             middle, paper = statistics.median(seconds), way.tiles(tiles, args.blocks)
-            rates.setdefault(tokens, {})[way] = tokens / middle
-            times = tokens / middle / rates[tokens][one]
+            base = statistics.median(row["seconds"] for row in runs_of(tokens, one, way))
+            fast = times.setdefault(tokens, {})[way] = base / middle
+            rest = middle - base * paper / one.tiles(tiles, args.blocks)
             print(
                 f"{way.number:3d} {way.layout:7s} {tokens / middle:10,.0f} {min(seconds):7.2f} to {max(seconds):<6.2f}"
-                f"{statistics.median(row['ttft_s'] for row in runs):7.2f} {times:7.2f}"
-                f"{times * one.number / way.number:12.2f} {tiles / paper / way.number:10.2f} "
-                f"{1e3 * (middle - base * paper):6.0f}ms {max(row['memory'] for row in runs) / 2**20:11,.0f}"
+                f"{statistics.median(row['ttft_s'] for row in runs):7.2f} {fast:7.2f}"
+                f"{fast * one.number / way.number:12.2f} {tiles / paper / way.number:10.2f} "
+                f"{1e3 * rest:6.0f}ms {max(row['memory'] for row in runs) / 2**20:11,.0f}"
             )
     if args.answer:
         print(f"\n{args.rows} requests for each step in flight, {PROMPT} + {args.answer} tokens each")
         print("             tokens/s   x one   by number")
         for way in every:
-            rate = statistics.median(row["tokens"] / row["seconds"] for row in runs_of(0, way))
-            rates.setdefault(0, {})[way] = rate
-            times = rate / rates[0][one]
-            print(f"{way.number:3d} {way.layout:7s} {rate:10,.0f} {times:7.2f} {times * one.number / way.number:11.2f}")
+            rate, base = [
+                statistics.median(row["tokens"] / row["seconds"] for row in runs)
+                for runs in (runs_of(0, way), runs_of(0, one, way))
+            ]
+            fast = times.setdefault(0, {})[way] = rate / base
+            print(f"{way.number:3d} {way.layout:7s} {rate:10,.0f} {fast:7.2f} {fast * one.number / way.number:11.2f}")
     digests = {tokens: {row["digest"] for row in rows if row["work"] == tokens} for tokens in args.tokens}
     answers = {json.dumps(row["answers"][: args.rows]) for row in rows if row["work"] == 0}
     print(f"\ndifferent states of a prompt: {[len(found) for found in digests.values()]}, of answers: {len(answers)}")
-    return rates
+    return times
 
 
-def draw(path: Path, rates: dict[int, dict[Way, float]], args: argparse.Namespace) -> None:
+def draw(path: Path, times: dict[int, dict[Way, float]], args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    for work, row in rates.items():
-        one = next(iter(row.values()))
+    for work, row in times.items():
         for layout in args.layout:
-            line = {way.number: rate / one for way, rate in row.items() if way.number == 1 or way.layout == layout}
+            line = {way.number: fast for way, fast in row.items() if way.number == 1 or way.layout == layout}
             name = f"{work:,} tokens" if work else "decoding"
             axes.plot([*line], [*line.values()], "o-", label=f"{name}, {layout}" if len(args.layout) > 1 else name)
     axes.plot(args.stages, [stages / args.stages[0] for stages in args.stages], ":", color="gray", label="all of it")
@@ -278,11 +326,11 @@ def main() -> None:
         import torch
 
         args.stages = [n for n in (1, 2, 4, 8) if n <= max(1, torch.cuda.device_count())]
-    apart = ("out", "png", "model", "contestant", "rounds")
+    apart = ("out", "png", "model", "contestant", "rounds", "stages", "layout", "tokens")
     settings = {name: value for name, value in vars(args).items() if name not in apart}
-    rates = table(measure(args, sys.argv[1:], settings), args)
+    times = table(measure(args, sys.argv[1:], settings), args)
     if args.png is not None:
-        draw(args.png, rates, args)
+        draw(args.png, times, args)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ MARKED = {
     """,
     "metal": "metal mps simulator",
     "compile": """
+        test_bench_scaling
         test_autoscale
         test_parity_command
         test_transformers
