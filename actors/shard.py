@@ -29,7 +29,7 @@ from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError, one_line
 from xlstm_ray.kernels import chunkwise_backend
-from xlstm_ray.kernels.compiled import compile_strict
+from xlstm_ray.kernels.compiled import compile_strict, switched_off
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK, Asked, misfit
 from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
@@ -107,8 +107,8 @@ class ShardWork:
             if why is not None:
                 raise UsageError(f"`chunkwise_backend` is {spec.backend!r}, but on node {os.uname().nodename} {why}")
         checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this shard reads is checked while it is read
-        # Compile in this process: otherwise every actor would start a pool of compiler processes.
-        torch._inductor.config.compile_threads = 1
+        if backend.compiled and not switched_off():  # here: or every actor would start a pool of compiler processes
+            torch._inductor.config.compile_threads = 1
         kernels = Kernels(
             backend,
             t_inner=spec.t_inner,

@@ -16,7 +16,7 @@ import grids
 import psutil
 import pytest
 import torch
-from grids import ANSWERS, CHUNK, PROMPT, TILE, head, home, in_process, model, models, resumed, script
+from grids import ANSWERS, PROMPT, TILE, head, home, in_process, model, models, resumed, script
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
@@ -161,11 +161,12 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
     with ThreadPoolExecutor(2) as pool:
         say(threads=[result.state.digest() for result in pool.map(lm.prefill, [prompt, prompt])])
 
-    from xlstm_ray.memory.sample import peak_process_bytes
-    lm.prefill(prompt * 4)
-    before = peak_process_bytes()
-    lm.prefill(prompt * 8)
-    say(growth=peak_process_bytes() - before)
+    if all_faults:
+        from xlstm_ray.memory.sample import peak_process_bytes
+        lm.prefill(prompt * 4)
+        before = peak_process_bytes()
+        lm.prefill(prompt * 8)
+        say(growth=peak_process_bytes() - before)
     actor = executor.placement.seats[0].process
     beside = [p for p in actor.parent().children() if "NodeWatchdog" in " ".join(p.cmdline())]
     say(watchdogs=[p.memory_info().rss / actor.memory_info().rss for p in beside])
@@ -305,6 +306,7 @@ def test_log_probabilities_of_a_prompt_come_from_the_last_stage(grid, in_process
     assert len(in_process[heads]["scores"]) == 96
 
 
+@pytest.mark.parametrize("grid", [(2, 4)], indirect=True, ids=["2 stages"])
 def test_the_drivers_memory_does_not_grow_with_the_prompt(grid):
     _, found = grid
     assert found["growth"] < 16 << 20  # after 376 tiles instead of 188; Ray's own buffers fill slowly
@@ -384,27 +386,3 @@ def test_actors_are_gone_when_a_run_has_ended(grid, head):
 )
 def test_cpus_are_shared_where_there_are_fewer_than_actors(nodes, actors, share):
     assert share_of_cpus(nodes, actors) == share
-
-
-def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
-    """The actors are over the limit from the start; the watchdog reports it, and the driver halves the tile."""
-    text = (
-        GRID.replace("tile_size=16", "tile_size=32").replace(
-            "journal_every=3)", "journal_every=3, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20)"
-        )
-        + """
-    seen = []
-    lm.on_note = seen.append
-    result = lm.prefill(prompt * 4)
-    say(notes=seen, mixed=result.state.numerics.mixed, tile=result.state.numerics.tile_size, complete=result.complete,
-        logits=result.logits[0].tolist())
-    lm.close()
-    """
-    )
-    (said,) = script(home, text, model, head.address, 1, 4, PROMPT)
-    plain = xlstm_ray.load(model, device="cpu", chunkwise_backend="native", tile_size=32, chunk_size=CHUNK)
-    want = plain.prefill(PROMPT * 4).logits[0]
-    assert any("tiles of 16 tokens" in note for note in said["notes"])
-    assert (said["complete"], said["mixed"]) == (True, True)
-    assert said["tile"] < 32
-    assert torch.tensor(said["logits"]) == pytest.approx(want, abs=1e-4 * want.abs().max().item())

@@ -125,14 +125,14 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
     # The two actors together are over the limit, and this process alone is not.
     done = command(
         home, "prefill", "--model", model, *SIZES, "--ray-address", head.address, "--prompt", PROMPT * 40,
-        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 700,
+        "--chunkwise-backend", "ray_compiled_chunks", "--stages", 2, "--mem-soft-mb", 100, "--mem-hard-mb", 550,
         "--mem-poll-ms", 50, "--no-mem-shrink", "--state-out", tmp_path / "kept.state",
         "--mem-log", tmp_path / "memory.csv", "--stats-log", tmp_path / "tiles.csv",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "memory: all actors of" in error
-    assert "over the hard limit of 700 MiB" in error
+    assert "over the hard limit of 550 MiB" in error
     assert "note: memory: xlstm-ray" in done.stderr  # each actor was over the soft limit first
     (kept,) = RecurrentState.load(tmp_path / "kept.state").tokens
     assert kept % TILE == 0
@@ -149,13 +149,42 @@ def test_a_hard_limit_on_a_node_stops_at_a_tile_boundary_with_a_state(home, head
         "stage 0, blocks 0-0, heads 0-3",
         "stage 1, blocks 1-2, heads 0-3",
     ]
-    assert together > 700 << 20 > max(own, *most.values()) > 100 << 20
+    assert together > 550 << 20 > max(own, *most.values()) > 100 << 20
     assert {row["level"] for row in samples if row["who"].startswith("all actors of ")} >= {"hard"}
     tiles = list(csv.DictReader(open(tmp_path / "tiles.csv", newline="")))
     used = [int(row["process_bytes"]) for row in tiles if row["process_bytes"]]
     assert used
     assert max(used) <= sum(most.values())
     assert max(used) > max(most.values())
+
+
+def test_a_soft_limit_makes_the_tiles_of_a_grid_smaller(home, head, model):
+    """The actors are over the limit from the start; the watchdog reports it, and the driver halves the tile."""
+    (said,) = script(
+        home,
+        """
+        import json, sys
+        import xlstm_ray
+        model, address, prompt = sys.argv[1:]
+        seen = []
+        with xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, device="cpu",
+                threads=1, tile_size=32, chunk_size=16, mem_soft_mb=64, mem_hard_mb=20000, mem_poll_ms=20) as lm:
+            lm.on_note = seen.append
+            result = lm.prefill(prompt)
+            state = result.state.numerics
+            print(json.dumps([seen, result.complete, state.mixed, state.tile_size, result.logits[0].tolist()]))
+        """,
+        model,
+        head.address,
+        PROMPT * 4,
+    )
+    notes, complete, mixed, tile, logits = said
+    with as_in_actors(), xlstm_ray.load(model, device="cpu", tile_size=32, chunk_size=TILE) as lm:
+        want = lm.prefill(PROMPT * 4).logits[0]
+    assert any("tiles of 16 tokens" in note for note in notes)
+    assert (complete, mixed) == (True, True)
+    assert tile < 32
+    assert torch.tensor(logits) == pytest.approx(want, abs=1e-4 * want.abs().max().item())
 
 
 OURS = ("actors", "band", "executor", "engine", "xlstm", "watchdog", "metrics", "state", "settings", "errors", "model")

@@ -27,6 +27,11 @@ TRIES, NOTHING_RAN = 10, "fullgraph=True found no compiled frames"
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
 
 
+def switched_off() -> bool:
+    """Whether torch's own variable tells it to compile nothing. It would import its compiler all the same: a second."""
+    return os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+
+
 @cache
 def require_compile_cache() -> None:
     """Raise KernelError if torch cannot write its compile cache; later this would fail in many ways."""
@@ -74,6 +79,8 @@ def compile_strict(
     saves a third of the time. Raises KernelError with the kernel, the shapes and the device if the compilation fails,
     would break the graph, or would happen a second time.
     """
+    if switched_off():
+        return fn
     require_compile_cache()
     import torch._inductor.config as inductor_config  # here: the compiler comes with it, and an eager run has none
 

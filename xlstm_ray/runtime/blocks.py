@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.kernels import Backend
-from xlstm_ray.kernels.compiled import Compiler, compile_strict
+from xlstm_ray.kernels.compiled import Compiler, compile_strict, switched_off
 from xlstm_ray.kernels.native import SlstmState, State
 from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.model import (
@@ -58,7 +58,7 @@ class Kernels:
 
     def ahead(self, device: torch.device) -> AbstractContextManager[None]:
         """Within it, this thread compiles and does not wait for the C++ compiler: the results mean nothing."""
-        if not self.backend.compiled or device.type != "cpu":
+        if not self.backend.compiled or device.type != "cpu" or switched_off():
             return nullcontext()
         from xlstm_ray.kernels.onefile import ahead  # here: it imports the compiler, which an eager run does without
 
