@@ -73,7 +73,7 @@ def digest(client, name: str, file: Path) -> str:
 
 
 def test_a_killed_command_leaves_no_replica_on_somebodys_head_and_the_next_one_goes_on(head, home, model, tmp_path):
-    text = {"id": "doc", "prompt": "i" * 20_000}
+    text = {"id": "doc", "prompt": "i" * 8_000}
     cache = "--cache-dir", tmp_path / "cache", "--ray-address", head.address
     with serving(*words(model, "--replicas", 1, *cache), HOME=str(home)) as service:
         assert len(replicas(home, service)) == 1
