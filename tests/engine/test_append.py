@@ -176,6 +176,9 @@ def test_text_with_a_space_of_its_own_is_appended_as_it_is(tmp_path):
             state = lm.prefill("Paris is hot"[:cut]).state
             more = lm.encode_more("Paris is hot"[cut:], state.rows[0].end.tokens)
             assert lm.encode("Paris is hot"[:cut]) + more == whole
+        long = "Paris is hot " * 9000  # cut in pieces
+        for cut in (2, 6):
+            assert lm.encode(long[:cut]) + lm.encode_more(long[cut:], lm.encode(long[:cut])) == lm.encode(long)
 
 
 # -- random numbers ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Prompts in files: the answer is that to their text, and nothing of them is in memory."""
 
 import tracemalloc
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny import LONG_WORDS, make_model_of_words
 import xlstm_ray
 from xlstm_ray import Request, Sampling
 from xlstm_ray.cli.input import prompt_in
+from xlstm_ray.text.ondisk import TokenFile
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,47 @@ def test_an_answer_to_a_large_file_holds_nothing_of_it(model, tmp_path):
             assert peak < len(large) / 2
 
 
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.5}])
+def test_what_a_file_appends_is_what_its_text_does(sampling, model, tmp_path):
+    (tmp_path / "text").write_text(text(9000))  # it is cut in several pieces
+    asked = iter([False] * 2 + [True] * 9)
+    with xlstm_ray.load(model, **OPTIONS) as lm:
+        book = lm.prefill(text(50)).state
+        file = prompt_in(str(tmp_path / "text"))
+        whole, of_file = (lm.prefill(append=more, state=book).state for more in (text(9000), file))
+        assert (of_file.digest(), of_file.rows) == (whole.digest(), whole.rows)
+        part = lm.prefill(append=file, state=book, should_stop=lambda: next(asked)).state
+        assert 50 < part.tokens[0] < of_file.tokens[0]
+        assert lm.prefill(append=file, state=part).state.rows == whole.rows
+        (tmp_path / "short").write_text(text(200))
+        givens = text(200), prompt_in(str(tmp_path / "short"))
+        texts = ["".join(lm.generate(append=more, state=book, max_new_tokens=30, sampling=sampling)) for more in givens]
+        assert texts[0] == texts[1]
+        drawing = Sampling(max_new_tokens=30, **sampling)
+        ends = [lm.submit(Request(append=more, state=book, sampling=drawing)).result() for more in givens]
+        assert ends[0].tokens == ends[1].tokens
+
+
+def test_a_large_file_is_appended_without_holding_it(model, tmp_path):
+    large = text(100_000)
+    (tmp_path / "text").write_text(large)
+    with xlstm_ray.load(model, **OPTIONS) as lm:
+        book = lm.prefill(text(50)).state
+        for given in (prompt_in(str(tmp_path / "text")), TokenFile.of([array("i", lm.encode(large))])):
+            tracemalloc.start()
+            result = lm.prefill(append=given, state=book, should_stop=lambda: True)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert (result.state.tokens, result.stats.prompt_tokens) == ([50], 100_050)  # all was cut
+            assert peak < len(large) / 2
+
+
 def test_the_command_says_the_same_of_a_file_and_of_words(model, tmp_path, run: Callable[..., Ran]):
     (tmp_path / "text").write_text(text(90) + "\n")
     words = "generate -m", model, "--device cpu --chunkwise-backend native --tile-size 32 --chunk-size 16 -n 9"
     ask = [*words[0].split(), words[1], *words[2].split(), "--repetition-penalty", 1.5]
     assert run(*ask, "-f", tmp_path / "text").out == run(*ask, "-p", text(90)).out
+    kept = [*ask[:-4], "--state-in", tmp_path / "book"]
+    assert run("prefill", *kept[1:-2], "-p", text(9), "-o", tmp_path / "book").code == 0
+    appended = run(*kept, "--append-file", tmp_path / "text", "-n", 9).out
+    assert appended == run(*kept, "--append", text(90), "-n", 9).out != ""

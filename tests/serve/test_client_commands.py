@@ -92,6 +92,9 @@ def test_documents_are_listed_copied_forked_stopped_and_deleted(client, service,
     assert client("states", "fork", "copy", "forked", "--append-file", tmp_path / "more").out == "forked\n"
     forked = service.ask("/v1/states/forked/file", authorization=f"Bearer {KEY}").body
     assert parts(forked) == parts(saved(service.engine.prefill(append="More of it.", state=state).state))
+    assert "is a state and not a text" in client("states", "fork", "copy", "odd", "--append-file", file).error
+    odd = service.ask("/v1/states/odd?state=copy", file.read_bytes(), "PUT", authorization=f"Bearer {KEY}")
+    assert (odd.status, odd.error["param"]) == (400, "state")
     assert client("prefill", "-p", LONG, "--name", "long", "--no-wait").out == "long\n"
     stopped = client("states", "cancel", "long", "--json").row
     assert stopped["status"] == "cancelled"

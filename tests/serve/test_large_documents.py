@@ -104,6 +104,19 @@ def test_its_state_is_that_of_the_command(model: Path, tmp_path: Path, run: Call
             assert digest(service.ask("/v1/states/book/file").body) == done["state_digest"]
 
 
+def test_a_text_of_any_size_follows_a_document_and_takes_no_memory(model: Path, tmp_path: Path) -> None:
+    with serving("--model", model, *WORDS, start=subprocess.Popen) as service:
+        before = peak_of_a_small_one(service)
+        service.ask("/v1/states/book", b"Once upon a time", "PUT", content_type="text/plain")
+        assert told(service, "book")[-1]["status"] == "ready"
+        known = info(service, "book")["tokens_done"]
+        peak(service)
+        assert send(service, "/v1/states?id=large&state=book", text(LARGE * MIB))[0] == 202
+        until(lambda: info(service, "large")["tokens_done"] > known + 300)
+        assert info(service, "large")["tokens_total"] == known + LARGE * (MIB // 120)
+        assert peak(service) - before < FLAT
+
+
 def digest(file: bytes) -> str:
     header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
     return str(json.loads(header["__metadata__"]["xlstm_ray"])["digest"])
@@ -140,6 +153,9 @@ def test_what_is_too_large_or_is_no_file_is_refused_before_all_of_it_was_sent(mo
         assert (got.status, "curl -T FILE" in got.error["message"]) == (415, True)
         got = service.ask("/v1/states", b"Once upon", content_type="application/x-www-form-urlencoded")
         assert (got.status, "sent as text/plain" in got.error["message"]) == (415, True)
+        for path, status in (("?id=a&state=nobody", 404), ("?id=a&state=", 404)):
+            got = service.ask(f"/v1/states{path}", b"text", content_type="text/plain")
+            assert (got.status, got.error["param"]) == (status, "state")
         for path, param in (("?name=a", "name"), ("?id=../a", "id"), ("?id=a&ttl=-1", "ttl"), ("?ttl=nan", "ttl")):
             got = service.ask(f"/v1/states{path}", b"text", content_type="text/plain")
             assert (got.status, got.error["param"]) == (400, param)

@@ -6,6 +6,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from functools import cache
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import MemoryLimitError
-from xlstm_ray.text.encode import TextEncoder
+from xlstm_ray.text.encode import Led, TextEncoder
+from xlstm_ray.text.ondisk import TextFile
 from xlstm_ray.text.tokenizer import Text
 
 CORPUS = [
@@ -163,6 +165,21 @@ def test_pieces_give_the_tokens_of_the_whole(kind, added, text, piece):
     for special in True, False:
         expected = tokenizer.encode(text, add_special_tokens=special).ids
         assert encoder.encode(text, special=special).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS, lead=st.sampled_from(["\n", ".", "a"]), piece=st.sampled_from([64, 256]))
+@settings(max_examples=15, deadline=None)
+def test_what_follows_a_lead_is_the_same_in_pieces_of_a_file(kind, text, lead, piece):
+    tokenizer = tokenizer_of(kind, added=True)
+    whole = tokenizer.encode(lead + text, add_special_tokens=False)
+    expected = [token for token, (start, _) in zip(whole.ids, whole.offsets, strict=True) if start >= len(lead)]
+    encoder = TextEncoder(tokenizer, piece=piece, overlap=32)
+    assert encoder.encode(lead + text, special=False, skip=len(lead)).tolist() == expected
+    with TemporaryFile() as file:
+        file.write(text.encode())
+        file.flush()
+        assert encoder.encode(Led(lead, TextFile(file)), special=False, skip=len(lead)).tolist() == expected
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "no cuts" not in kind])

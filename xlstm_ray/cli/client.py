@@ -1,11 +1,9 @@
 """The commands that let a service work: client prefill and ask. None of them needs torch."""
 
-import sys
 from functools import partial
-from pathlib import Path
 from secrets import token_hex
 from time import perf_counter
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +14,7 @@ from xlstm_ray.cli.documents import (
     UrlOption,
     WaitOption,
     connected,
+    opened,
     read_document,
 )
 from xlstm_ray.cli.input import piped, read_texts
@@ -26,7 +25,6 @@ from xlstm_ray.cli.sampled import MORE, samples
 from xlstm_ray.cli.states import commands as states
 from xlstm_ray.client.service import Service, state_path
 from xlstm_ray.errors import UsageError
-from xlstm_ray.files import HEAD_BYTES, STATE
 from xlstm_ray.sampling import Sampling
 
 commands = typer.Typer(
@@ -71,7 +69,7 @@ def prefill(
         body = {"id": name, "prompt": prompt, **({} if ttl is None else {"ttl": ttl})}
         send = partial(service.post, "/v1/states", body)
     else:
-        file = _opened(prompt_file)
+        file = opened(prompt_file)
         send = partial(service.put, state_path(name, "" if ttl is None else f"?ttl={ttl}"), file)
     read_document(service, name, send, wait=wait, progress=progress, json_output=json_output)
 
@@ -178,20 +176,3 @@ def _source(prompt: str | None, prompt_file: str | None) -> tuple[str | None, st
         note("the prompt is read from standard input")
         return None, "-"
     return prompt, prompt_file
-
-
-def _opened(name: str) -> IO[bytes]:
-    """A document's file, from its beginning. Raises UsageError where it cannot be read, or is a state."""
-    try:
-        file: IO[bytes] = sys.stdin.buffer if name == "-" else open(name, "rb")
-        if not file.seekable():  # a pipe: its length is not known
-            return file
-        head = file.read(HEAD_BYTES)
-        file.seek(0)
-    except OSError as err:
-        raise UsageError(f"{name}: cannot be read ({err.strerror})") from None
-    if STATE.ours(head):
-        raise UsageError(
-            f"{name}: is a state and not a text; xlstm-ray client states upload {Path(name).name} sends it"
-        )
-    return file

@@ -1,11 +1,12 @@
 """What the client's commands share: which service is asked, and a document that is waited for."""
 
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -15,7 +16,8 @@ from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.client.keys import find_key
 from xlstm_ray.client.service import Service, state_path
-from xlstm_ray.errors import Interrupted, ServiceError
+from xlstm_ray.errors import Interrupted, ServiceError, UsageError
+from xlstm_ray.files import HEAD_BYTES, STATE
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 SERVICE = "Service"  # panel of the options
@@ -49,6 +51,23 @@ def command_for(service: Service, words: str, name: str) -> str:
     """The command line that does this with a document."""
     at = "" if service.url == DEFAULT_URL else f" --url {shlex.quote(service.url)}"
     return f"{program()} client {words} {shlex.quote(name)}{at}"
+
+
+def opened(name: str) -> IO[bytes]:
+    """A document's file, from its beginning. Raises UsageError where it cannot be read, or is a state."""
+    try:
+        file: IO[bytes] = sys.stdin.buffer if name == "-" else open(name, "rb")
+        if not file.seekable():  # a pipe: its length is not known
+            return file
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+    except OSError as err:
+        raise UsageError(f"{name}: cannot be read ({err.strerror})") from None
+    if STATE.ours(head):
+        raise UsageError(
+            f"{name}: is a state and not a text; xlstm-ray client states upload {Path(name).name} sends it"
+        )
+    return file
 
 
 def read_document(

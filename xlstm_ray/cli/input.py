@@ -52,7 +52,9 @@ def given_text(
         raise UsageError("--append is empty; give at least one token")
     if append == "-":
         append, append_file = None, "-"
-    texts, names = (append, []) if append_file is None else read_texts(append_file, jsonl, keys)
+    if append_file is None:
+        return {"append": append}, [], jsonl
+    texts, names = read_texts(append_file, jsonl, keys) if jsonl else (prompt_in(append_file), [])
     return {"append": texts}, names, jsonl
 
 

@@ -5,6 +5,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 
@@ -15,9 +16,9 @@ from xlstm_ray.cli.documents import (
     UrlOption,
     WaitOption,
     connected,
+    opened,
     read_document,
 )
-from xlstm_ray.cli.input import read_texts
 from xlstm_ray.cli.options import JsonOption, ProgressOption, bare, examples, given_path
 from xlstm_ray.cli.output import json_line, show, tell
 from xlstm_ray.client.service import state_path
@@ -123,9 +124,11 @@ def fork(
     service = connected(url, api_key_file)
     if (append is None) == (append_file is None):
         raise UsageError("give --append TEXT or --append-file FILE: what follows the document")
-    text = append if append_file is None else read_texts(append_file, jsonl=False)[0]
-    body = {"id": new, "state": name, "prompt": text, **({} if ttl is None else {"ttl": ttl})}
-    send = partial(service.post, "/v1/states", body)
+    given = {"state": name, **({} if ttl is None else {"ttl": ttl})}
+    if append_file is None:
+        send = partial(service.post, "/v1/states", {"id": new, "prompt": append, **given})
+    else:
+        send = partial(service.put, state_path(new, f"?{urlencode(given)}"), opened(append_file))
     read_document(service, new, send, wait=wait, progress=progress, json_output=json_output)
 
 

@@ -156,13 +156,15 @@ class Core:
             state = state.spread(len(more))
         elif len(more) == 1:
             more *= state.batch
-        return appended(more, state, lambda new, row: self.text.more(new, row.end.tokens)), state
+        return appended(more, state, lambda new, row: self._tokens(new, row.end.tokens)), state
 
-    def _tokens(self, prompt: Given) -> Tensor | Stored:
-        """A prompt's tokens: of a file, in a file."""
-        if isinstance(prompt, TextFile | TokenFile):
-            return Stored(self.text.on_disk(prompt))
-        return self.text.tokens(prompt)
+    def _tokens(self, given: Given, after: Sequence[int] | None = None) -> Tensor | Stored:
+        """The tokens of a prompt, or of a text after others: of a file, in a file."""
+        if isinstance(given, TextFile | TokenFile):
+            return Stored(self.text.on_disk(given, after))
+        if after is not None:
+            return torch.tensor(self.text.more(given, after), dtype=torch.int32)
+        return self.text.tokens(given)
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
         """The rows of a state; without a copy if an earlier call left them with the executor."""

@@ -84,16 +84,16 @@ def prompts(
         if state is not None:
             which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
             _require_beginning(which, ids(tokens), text, known, state)
-        trail = None if text is None else TextTrail()
-        for piece in text.pieces() if isinstance(text, TextFile) else [] if text is None else [text.encode()]:
-            trail = trail and trail.extend(piece)
+        trail = None if text is None else _with_text(TextTrail(), text)
         if state is not None:
             known = Row(tokens=known.tokens, text=known.text, end=known.end, scored=known.scored)
         going.append(Going(tokens, known, ids(tokens), trail))
     return going
 
 
-def appended(more: Sequence[Given], state: RecurrentState, encode: Callable[[Given, Row], list[int]]) -> list[Going]:
+def appended(
+    more: Sequence[Given], state: RecurrentState, encode: Callable[[Given, Row], Tensor | Stored]
+) -> list[Going]:
     """Texts that follow the state's rows. encode: (text, its row) -> tokens."""
     if len(more) != state.batch:
         raise StateError(f"{state.name} has {state.batch} prompts, but {len(more)} texts to append were given")
@@ -105,17 +105,23 @@ def appended(more: Sequence[Given], state: RecurrentState, encode: Callable[[Giv
                 f"{state.name} is of a prefill that was stopped after {sum(state.tokens)} tokens, and nothing can be "
                 "appended to a part of a prompt; give the same prompt to go on"
             )
-        new = new[:] if isinstance(new, TextFile) else new
         tokens = encode(new, row)
         done = row.tokens.length - begun.length
-        if begun.extend(tokens[:done]).hash != row.tokens.hash:
+        if begun.extend(ids(tokens, slice(done))).hash != row.tokens.hash:
             raise StateError(
                 f"{state.name} is of a run that was stopped while it appended another text; append the same text"
             )
-        text = row.text.extend(new.encode()) if isinstance(new, str) and row.text is not None else None
-        tail = Tail(torch.tensor(tokens, dtype=torch.int32), begun.length)
-        going.append(Going(tail, row.model_copy(update={"appended_to": begun}), ids(tail.tokens), text))
+        text = None if row.text is None or not isinstance(new, str | TextFile) else _with_text(row.text, new)
+        tail = Tail(tokens, begun.length)
+        going.append(Going(tail, row.model_copy(update={"appended_to": begun}), ids(tokens), text))
     return going
+
+
+def _with_text(trail: TextTrail, text: str | TextFile) -> TextTrail:
+    """The trail of a text with this one appended."""
+    for piece in text.pieces() if isinstance(text, TextFile) else [text.encode()]:
+        trail = trail.extend(piece)
+    return trail
 
 
 def _require_beginning(

@@ -64,9 +64,7 @@ class Slots:
         assert task.slot is not None
         assert task.answer is not None
         tokens, made = task.going.tokens, task.answer.tokens
-        prompt: Sequence[int] | Tensor = ()
-        if isinstance(tokens, Stored):  # all of them may be many
-            prompt = tokens.file.distinct() if task.answer.sampling.repetition_penalty != 1 else ()
-        else:
-            prompt = tokens.tokens if isinstance(tokens, Tail) else tokens
+        prompt: Sequence[int] | Tensor | Stored = tokens.tokens if isinstance(tokens, Tail) else tokens
+        if isinstance(prompt, Stored):  # all of them may be many
+            prompt = prompt.file.distinct() if task.answer.sampling.repetition_penalty != 1 else ()
         self._sampler.put(task.slot, task.answer.sampling, position=task.total + len(made), prompt=prompt, made=made)

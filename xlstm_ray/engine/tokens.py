@@ -14,7 +14,7 @@ from xlstm_ray.text.ondisk import TokenFile
 class Tail:
     """A row's tokens from position `start` on; the tokens before are already in a state. Indices are positions."""
 
-    def __init__(self, tokens: Tensor, start: int):
+    def __init__(self, tokens: "Tensor | Stored", start: int):
         self.tokens, self._start = tokens, start
 
     def __len__(self) -> int:

@@ -71,14 +71,14 @@ class Samplings:
             texts = as_batch(append) if append is not None else [()] * len(ends)
             many = max(len(texts), len(ends))
             both = zip(*(each * many if len(each) == 1 else each for each in (texts, ends)), strict=True)
-            known = [self._text.more(text, end) if text else [] for text, end in both]
+            known = [self._known(text, end) if text else [] for text, end in both]
         return replace(wanted, prompts=known)
 
-    def _known(self, prompt: Given) -> Sequence[int]:
-        """A prompt's tokens; of a file only which ones there are, since all may be many."""
-        if isinstance(prompt, TextFile | TokenFile):
-            return self._text.on_disk(prompt).distinct()
-        return self._text.tokens(prompt).tolist()
+    def _known(self, given: Given, after: Sequence[int] | None = None) -> Sequence[int]:
+        """Its tokens; of a file only which ones there are, since all may be many. after: as with `Text.on_disk`."""
+        if isinstance(given, TextFile | TokenFile):
+            return self._text.on_disk(given, after).distinct()
+        return self._text.tokens(given).tolist() if after is None else self._text.more(given, after)
 
     def _tell(self, sampling: Sampling, *, asked: bool) -> None:
         """Report once which keys of generation_config.json change an answer, and which are not supported."""

@@ -30,6 +30,7 @@ POLL_S = 0.1
 PIECE = 1 << 20  # bytes of a download at once
 FILES = "text/plain", "application/octet-stream"  # what a document's body may be besides JSON
 FORM = "application/x-www-form-urlencoded"
+ASKED = "state", "ttl"  # what may be in an address, besides an id
 HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
 
 
@@ -55,10 +56,10 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     async def new(request: Request) -> Response:
         """Begin to read a document; answers at once, with its id.
 
-        A body of text/plain or application/octet-stream is a file, as with PUT; `?id=` and `?ttl=` go with it.
+        A body of text/plain or application/octet-stream is a file, as with PUT, and the fields are in the address.
         """
         if _kind(request) in FILES:
-            return await take_file(request, request.query_params.get("id"), "id", "ttl")
+            return await take_file(request, request.query_params.get("id"), "id", *ASKED)
         _ = desk.engine
         desk.account(request.scope["tenant"]).admit()
         if _kind(request) == "multipart/form-data":
@@ -83,18 +84,28 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
 
     @app.put("/v1/states/{name}")
     async def upload(request: Request, name: str) -> Response:
-        """Begin to read a document that is a file of text, or take one that is the state of `--state-out`."""
-        return await take_file(request, name, "ttl")
+        """Begin to read a document that is a file of text, or take one that is the state of `--state-out`.
+
+        `?state=`: the text follows that document.
+        """
+        return await take_file(request, name, *ASKED)
 
     async def take_file(request: Request, name: str | None, *fields: str) -> Response:
         engine = desk.engine
         desk.account(request.scope["tenant"]).admit()
-        record = Record.named(name, tenant=request.scope["tenant"], ttl=_ttl(request, fields))
+        ttl, base = _ttl(request, fields), request.query_params.get("state")
+        record = Record.named(name, tenant=request.scope["tenant"], ttl=ttl, base=base)
+        if base is not None:
+            await documents.state(record.tenant, base)  # it is there
         documents.require_room(record)  # before all of it was sent
         with documents.shelf.room() as path:
             if not await _receive(request, path, desk.options.upload_bytes):
                 await asyncio.to_thread(take_text, path, "the file")
                 return JSONResponse((await documents.add(record.of("text"), path)).info(), 202)
+            if base is not None:
+                raise Refused(
+                    400, "the file is a state, and with `?state=` a text is sent that follows one", param="state"
+                )
             if path.stat().st_size > engine.config.state_file_bytes(1) + HEADER:
                 raise Refused(413, "the state is larger than one of this model")
             try:

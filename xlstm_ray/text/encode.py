@@ -42,6 +42,24 @@ class _Whole(Exception):
     """This text must be cut at once."""
 
 
+class Led:
+    """A text in a file, after a few characters that the file does not have."""
+
+    def __init__(self, lead: str, text: TextFile):
+        self._lead, self._text = lead, text
+
+    def __len__(self) -> int:
+        return len(self._lead) + len(self._text)
+
+    def __getitem__(self, part: slice) -> str:
+        start, stop, _ = part.indices(len(self))
+        before = len(self._lead)
+        return self._lead[start:stop] + self._text[max(0, start - before) : max(0, stop - before)]
+
+
+Given = str | TextFile | Led
+
+
 class TextEncoder:
     """Encodes texts as `tokenizer.encode` does. The sizes of a piece and of an overlap are in characters.
 
@@ -61,29 +79,39 @@ class TextEncoder:
         self._kept = lru_cache(KEPT)(self._encoded)
 
     def encode(
-        self, text: str | TextFile, on_piece: Callable[[int], object] = lambda done: None, *, special: bool = True
+        self,
+        text: Given,
+        on_piece: Callable[[int], object] = lambda done: None,
+        *,
+        special: bool = True,
+        skip: int = 0,
     ) -> "array[int]":
         """The token ids of the text. on_piece is called after every piece with the number of finished characters.
 
-        special: with the tokens that the tokenizer adds around a text. Raises the errors of the tokenizers library.
+        special: with the tokens that the tokenizer adds around a text. skip: without those that begin before so many
+        characters; it is not for special ones. Raises the errors of the tokenizers library.
         """
-        return self.taken_by(joined, text, on_piece, special=special)
+        return self.taken_by(joined, text, on_piece, special=special, skip=skip)
 
     def taken_by(
         self,
         take: "Callable[[Iterable[array[int]]], T]",
-        text: str | TextFile,
+        text: Given,
         on_piece: Callable[[int], object],
         *,
         special: bool = True,
+        skip: int = 0,
     ) -> T:
         """What `take` makes of the ids, which come some at a time. It is called once more if that does not work out."""
+        assert not (special and skip)
         try:
-            return take(self._pieces(text, on_piece, special))
+            return take(self._pieces(text, on_piece, special, skip))
         except _Whole:
-            return take([self._at_once(text, special)])
+            return take([self._at_once(text, special, skip)])
 
-    def _pieces(self, text: str | TextFile, on_piece: Callable[[int], object], special: bool) -> "Iterator[array[int]]":
+    def _pieces(
+        self, text: Given, on_piece: Callable[[int], object], special: bool, skip: int
+    ) -> "Iterator[array[int]]":
         if len(text) <= self._piece:
             raise _Whole
         if self._plain is None:
@@ -99,6 +127,7 @@ class TextEncoder:
         yield array(IDS, before)
         at, size = 0, self._piece
         piece = self._piece_of(text, at, size)
+        piece.first = _after(skip, piece.begin)
         while piece.end < len(text):
             following, join = self._next(text, piece)
             if join is None:  # repeat this piece with twice the length
@@ -117,21 +146,23 @@ class TextEncoder:
         on_piece(len(text))
         yield array(IDS, after)
 
-    def _at_once(self, text: str | TextFile, special: bool) -> "array[int]":
+    def _at_once(self, text: Given, special: bool, skip: int) -> "array[int]":
         with self._calling():
-            return array(IDS, self._whole.encode(text[:], add_special_tokens=special).ids)
+            encoding = self._whole.encode(text[:], add_special_tokens=special)
+            first = _after(skip, (start for start, _ in encoding.offsets)) if skip else 0
+            return array(IDS, encoding.ids[first:])
 
-    def _piece_of(self, text: str | TextFile, start: int, size: int) -> "_Piece":
+    def _piece_of(self, text: Given, start: int, size: int) -> "_Piece":
         """text[start:start + size], encoded. A file's are not kept: it takes no memory, and comes once."""
         part = text[start : start + size]
-        return self._encoded(part, start) if isinstance(text, TextFile) else copy(self._kept(part, start))
+        return copy(self._kept(part, start)) if isinstance(text, str) else self._encoded(part, start)
 
     def _encoded(self, part: str, start: int) -> "_Piece":
         assert self._plain is not None
         with self._calling():
             return _Piece(self._plain.encode(part, add_special_tokens=False), start, start + len(part))
 
-    def _next(self, text: str | TextFile, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
+    def _next(self, text: Given, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
         """The next piece, and the place of their join: the index of the same token in both."""
         within = [False, True] if self._joins_within_words else [False]
         for anywhere in within:
@@ -151,6 +182,15 @@ class TextEncoder:
         if not own:
             return [], []
         return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
+def _after(skip: int, begins: Iterable[int]) -> int:
+    """The index of the first token that begins at this character or later; the number of all if there is none."""
+    n = -1
+    for n, begin in enumerate(begins):
+        if begin >= skip:
+            return n
+    return n + 1
 
 
 def joined(pieces: "Iterable[array[int]]") -> "array[int]":

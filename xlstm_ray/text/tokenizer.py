@@ -11,17 +11,18 @@ from threading import RLock
 from typing import NamedTuple, TypeVar
 
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
 from xlstm_ray.config import ModelConfig, read_json
 from xlstm_ray.errors import CheckpointError, OutputError, UsageError, one_line
 from xlstm_ray.text.detokenize import Detokenizer, TextEnd, TextStream
-from xlstm_ray.text.encode import TextEncoder, joined
+from xlstm_ray.text.encode import Led, TextEncoder, joined
 from xlstm_ray.text.ondisk import TextFile, TokenFile
-from xlstm_ray.text.prompt import Given, require_text, token_ids
+from xlstm_ray.text.prompt import Given, Prompt, require_text, token_ids
 
+HEAD = 1 << 10  # characters of a text, by which it is decided what comes before it
 _STDERR = RLock()
 T = TypeVar("T")
 
@@ -60,10 +61,10 @@ class Text:
         ids = self._taken(prompt, joined) if isinstance(prompt, str | TextFile) else token_ids(prompt)
         return self._checked(prompt, ids)
 
-    def on_disk(self, prompt: TextFile | TokenFile) -> TokenFile:
+    def on_disk(self, prompt: TextFile | TokenFile, after: Sequence[int] | None = None) -> TokenFile:
         """The same of a prompt that is a file, in a file: only some of the tokens are in memory at once.
 
-        Raises OutputError where the file cannot be written.
+        after: of a text that follows these tokens, as with `more`. Raises OutputError where the file cannot be written.
         """
         if isinstance(prompt, TokenFile):
             for ids in prompt.pieces():
@@ -74,34 +75,18 @@ class Text:
             return TokenFile.of((ids for ids in pieces if len(self._checked(prompt, ids))), prompt.folder)
 
         try:
-            return self._taken(prompt, write)
+            return self._taken(prompt, write, None if after is None else self._lead(prompt, after))
         except OSError as err:
             where = prompt.folder or gettempdir()
             raise OutputError(f"{where}: the prompt's tokens cannot be kept there ({err.strerror})") from None
 
-    def more(self, more: Given, after: Sequence[int] = ()) -> list[int]:
+    def more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
         """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
 
         Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
-        if isinstance(more, TextFile):
-            more = more[:]
-        if not isinstance(more, str):
-            return self._checked(more, token_ids(more)).tolist()
-        require_text(more)
-        tokens = list(self._encoder.encode(more, special=False))
-        before = self._detokenizer.decode(after)
-
-        def shows(ids: list[int]) -> bool:
-            return self._detokenizer.decode([*after, *ids]) == before + more
-
-        for lead in ("\n", ".", "a") if after and not shows(tokens) else ():
-            whole = self._plain(lead + more)
-            cut = next((n for n, (start, _) in enumerate(whole.offsets) if start >= len(lead)), len(whole.ids))
-            if shows(whole.ids[cut:]):
-                tokens = list(whole.ids[cut:])
-                break
-        return self._checked(more, tokens).tolist()
+        ids = self._taken(more, joined, self._lead(more, after)) if isinstance(more, str) else token_ids(more)
+        return self._checked(more, ids).tolist()
 
     def conversation(self, rendered: str) -> list[int]:
         """The tokens of what a chat template made, which writes special tokens itself."""
@@ -130,22 +115,35 @@ class Text:
         """As Detokenizer.end_of."""
         return self._detokenizer.end_of(tokens, before)
 
-    def _plain(self, text: str) -> Encoding:
-        with tokenizing(self._file):
-            return self.tokenizer.encode(text, add_special_tokens=False)
+    def _lead(self, more: str | TextFile, after: Sequence[int]) -> str:
+        """What is to come before a text that follows these tokens, so that no space does, if that can be. Only the
+        text's beginning is looked at."""
+        if not after:
+            return ""
+        head = more[:HEAD]
+        head = head.rstrip() or head if len(more) > HEAD else head  # some tokenizers drop a space at an end
+        before = self._detokenizer.decode(after)
+        for lead in "", "\n", ".", "a":
+            ids = self._encoder.encode(lead + head, special=False, skip=len(lead))
+            if self._detokenizer.decode([*after, *ids]) == before + head:
+                return lead
+        return ""
 
-    def _taken(self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]") -> T:
-        """What `take` makes of a text's tokens, which come some at a time."""
+    def _taken(self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]", lead: str | None = None) -> T:
+        """What `take` makes of a text's tokens, which come some at a time. lead: as `_lead` has it; None: a prompt."""
         if isinstance(prompt, str):
             require_text(prompt)
 
+        whole, before = lead is None, lead or ""
+
         def between(done: int) -> None:
-            self._between(done, len(prompt))
+            self._between(done - len(before), len(prompt))
             if isinstance(prompt, TextFile):
-                prompt.on_piece(done, len(prompt))
+                prompt.on_piece(done - len(before), len(prompt))
 
         def begun(pieces: "Iterable[array[int]]") -> "Iterator[array[int]]":
-            bos, began = self._config.bos_token_id if self._config.force_bos_token_insert else None, False
+            forced = whole and self._config.force_bos_token_insert
+            bos, began = self._config.bos_token_id if forced else None, False
             for ids in pieces:
                 if ids:
                     if not began and bos not in (None, ids[0]):
@@ -155,7 +153,9 @@ class Text:
             if len(prompt) and not began:
                 raise CheckpointError(f"{self._file}: makes no tokens of the prompt")
 
-        return self._encoder.taken_by(lambda pieces: take(begun(pieces)), prompt, between)
+        text = before + prompt if isinstance(prompt, str) else Led(before, prompt) if before else prompt
+        skip = len(before)
+        return self._encoder.taken_by(lambda pieces: take(begun(pieces)), text, between, special=whole, skip=skip)
 
     def _checked(self, prompt: Given, ids: "Sequence[int] | array[int]") -> Tensor:
         """The prompt's tokens, int32, if all are in the vocabulary."""
