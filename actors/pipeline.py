@@ -163,8 +163,9 @@ class Pipeline:
             token = step.chunk_size == 1 and step.tokens.shape[1] == 1 and step.following is None
             through = self._token_through if token else self._through_stage
         states = []
+        others = call._replace(rows=None)  # only the last stage chooses
         for s, seats in enumerate(way):
-            x = through(seats, s, call, x)
+            x = through(seats, s, call if seats is way[-1] else others, x)
             if step.keep:
                 for seat in seats:
                     kept = self._placement.call(seat, "kept", f"state after {_tile(made.order)}", "snapshot")

@@ -377,6 +377,8 @@ def main() -> None:
             goals.run()
         except OutOfTime:
             print(f"-- {args.most_s} s have passed", flush=True)
+        except ServiceError as err:
+            print(f"error: {err}", file=sys.stderr)
         finally:
             for process in args.running:
                 with suppress(ProcessLookupError):

@@ -7,8 +7,9 @@ in a CUDA graph. float64 is not used: mps lacks it.
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,11 +47,14 @@ def needs_of(sampling: Sampling, vocabulary: int) -> Needs:
 
 
 class Rows(NamedTuple):
-    """What chooses tokens of n rows elsewhere, as a Sampler has it at their positions: all but counts and biases."""
+    """What chooses tokens of n rows elsewhere, as a Sampler has it at their positions: all but counts and biases.
+
+    Arrays: with every token they go to another process, and to pickle tensors takes five times as long.
+    """
 
     needs: Needs
-    numbers: Tensor  # (n, 5) float32
-    wholes: Tensor  # (n, 6) int64
+    numbers: np.ndarray[Any, Any]  # (n, 5) float32
+    wholes: np.ndarray[Any, Any]  # (n, 6) int64
     ends: tuple[int, ...]
 
 
@@ -129,13 +133,13 @@ class Sampler:
         needs = Needs(*map(max, zip(Needs(), *taken, strict=True)))
         if needs.counts or needs.bias:
             return None
-        return Rows(needs, self._numbers[slots].cpu(), self._wholes[slots].cpu(), self.ends)
+        return Rows(needs, self._numbers[slots].cpu().numpy(), self._wholes[slots].cpu().numpy(), self.ends)
 
     def set_rows(self, rows: Rows) -> None:
         """Put these rows of another sampler into the first slots; its end tokens must be the same."""
         n = len(rows.numbers)
-        self._numbers[:n].copy_(rows.numbers, non_blocking=True)
-        self._wholes[:n].copy_(rows.wholes, non_blocking=True)
+        self._numbers[:n].copy_(torch.from_numpy(rows.numbers), non_blocking=True)
+        self._wholes[:n].copy_(torch.from_numpy(rows.wholes), non_blocking=True)
         self.needs = rows.needs
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
