@@ -30,6 +30,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def _is_there(module: str) -> bool:
 
 
 def make_model(directory: Path, args: argparse.Namespace) -> None:
-    """A random model in the Hugging Face layout, with a shard for each block; drawn on the GPU if there is one."""
+    """A random model in the Hugging Face layout, with a shard for each block; drawn on the GPU if there is one. The
+    directory is there when all of it is."""
     import torch
     from safetensors.torch import save_file
 
@@ -73,10 +75,12 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     files: dict[str, list[str]] = {}
     for name in shapes:
-        part = name.split(".")[2] if ".blocks." in name else "ends"
-        files.setdefault(f"model-{part}.safetensors", []).append(name)
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config))
+        where = name.split(".")[2] if ".blocks." in name else "ends"
+        files.setdefault(f"model-{where}.safetensors", []).append(name)
+    part = directory.with_name(f"{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    (part / "config.json").write_text(json.dumps(config))
     for file, names in files.items():  # one after the other: at most one of them is in memory
         tensors = {}
         for name in names:
@@ -87,10 +91,11 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
             elif name.endswith("fgate_preact.bias"):
                 tensor.add_(torch.linspace(3, 6, len(tensor), device=device))
             tensors[name] = tensor.to("cpu", getattr(torch, args.store))
-        save_file(tensors, directory / file, {"format": "pt"})
+        save_file(tensors, part / file, {"format": "pt"})
     index = {name: file for file, names in files.items() for name in names}
-    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer(args.vocab)))
+    (part / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (part / "tokenizer.json").write_text(json.dumps(tokenizer(args.vocab)))
+    part.rename(directory)
 
 
 def tokenizer(vocabulary: int) -> dict[str, Any]:
