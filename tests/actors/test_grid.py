@@ -173,8 +173,9 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
 
     # Actors are killed at random moments, each time after some progress.
     stop, progress, killed, rounds = threading.Event(), threading.Event(), [], []
+    kills = 2 if all_faults else 1
     def killer():
-        while len(killed) < 2 and not stop.is_set():
+        while len(killed) < kills and not stop.is_set():
             if progress.wait(0.05):
                 time.sleep(random.uniform(0, 0.3))
                 process = random.choice([s.process for s in executor.placement.seats])
@@ -184,7 +185,7 @@ def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[in
                     progress.clear()
     threading.Thread(target=killer, daemon=True).start()
     digests = set()
-    while len(killed) < 2 and len(rounds) < 20:  # the prompt again and again: as long as it takes
+    while len(killed) < kills and len(rounds) < 20:  # the prompt again and again: as long as it takes
         rounds.append(1)
         digests.add(lm.prefill(prompt, on_progress=lambda p: progress.set()).state.digest())
     digests.add(lm.prefill(prompt).state.digest())  # the last kill may have come between two prefills
@@ -314,7 +315,7 @@ def test_the_drivers_memory_does_not_grow_with_the_prompt(grid):
 
 def test_actors_killed_at_random_moments_change_no_bit(grid, in_process):
     heads, found = grid
-    assert found["killed"] == 2
+    assert found["killed"] == (2 if heads == 4 else 1)
     assert found["chaos_restarts"] >= found["killed"]
     assert found["chaos"] == [in_process[heads]["digest"]]
 

@@ -45,6 +45,7 @@ LOSS = """
     # Ray reads these when it is imported, for the nodes that are started here as for the run that attaches to them.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": sys.argv[2]}
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_health_check_period_ms"] = "1000"  # of a node that is gone each look fails at once
     from ray.cluster_utils import Cluster
     import xlstm_ray
 

@@ -26,10 +26,10 @@ pytestmark = [
 MAIN = [sys.executable, "-c", "from xlstm_ray.cli.app import main; main()"]
 
 
-def run(prefix: list[str], home: Path, *words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HOME": str(home), "XLSTM_RAY_LOCAL_MODE": "0"}
+def run(prefix: list[str], home: Path, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HOME": str(home), "XLSTM_RAY_LOCAL_MODE": "0", **variables}
     return subprocess.run(
-        [*prefix, *MAIN, *map(str, words)], env=env, capture_output=True, text=True, timeout=timeout, check=False
+        [*prefix, *MAIN, *map(str, words)], env=env, capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -122,7 +122,7 @@ def test_a_container_that_fills_up_ends_the_run_with_a_state(model, tmp_path):
             [*prefix, sys.executable, "-c", textwrap.dedent(EATER), str(journal / "prefill.state"), "1400"]
         )
         try:
-            done = run(prefix, tmp_path, *words)
+            done = run(prefix, tmp_path, *words, TORCHDYNAMO_DISABLE="1")
         finally:
             eater.kill()
             eater.wait()

@@ -853,14 +853,14 @@ DRIVER = """
         with connect(head) as ray:
             @ray.remote(num_cpus=0)
             class Stage:
-                def spin(self):
+                def work(self):
                     while True:
-                        pass
+                        time.sleep(1)
                 def pid(self):
                     return os.getpid()
             stage = Stage.remote()
             print(ray.get(stage.pid.remote()), flush=True)
-            stage.spin.remote()
+            stage.work.remote()
             while True:
                 time.sleep(1)
 """
