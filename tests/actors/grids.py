@@ -194,7 +194,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def head(home: Path) -> Iterator[Head]:
     """A head with room for eight actors of one thread, however few cores there are."""
     state_dir = home / ".local" / "state" / "xlstm-ray"
-    options = HeadOptions(state_dir=state_dir, stays=True, num_cpus=8, object_store_bytes=100 << 20)
+    options = HeadOptions(state_dir=state_dir, num_cpus=8, object_store_bytes=100 << 20)
     with pytest.MonkeyPatch.context() as patch:  # actors have the head's environment
         for name, value in EAGER.items():
             patch.setenv(name, value)

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.skipif(
 BLOCKS = 16
 
 UNEVEN = """
-    import json, sys, threading
+    import json, os, sys, threading
     model, token, prompt, root = sys.argv[1:]
+    os.environ["RAY_health_check_period_ms"] = "1000"  # of a node that is gone each look fails at once
     sys.path[:0] = [root, root + "/scripts"]
     from bench_uneven import nodes, raylet_of, slowed
     cluster, slow = nodes(token)
