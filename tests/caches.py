@@ -10,6 +10,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+# The modules of this checkout, too, also where the environment says that Python keeps none: three seconds a worker.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xlstm-ray" / "tests"
 COMPILER = Path(__file__).parent / "compiler" / "g++"
 

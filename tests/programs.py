@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import shlex
 import socket
 import subprocess
 import sys
@@ -28,8 +29,8 @@ CHECKOUT = "PYTHONPATH", str(Path(__file__).parents[1])  # a fork imports from t
 ZYGOTES: list[subprocess.Popen] = []  # kept, or Python would say that they still run
 # Variables that nothing reads that is imported before the fork.
 FREE = re.compile(
-    r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_CACHE_DIR|TORCHDYNAMO_DISABLE|PYTORCH_ENABLE_MPS_FALLBACK|"
-    r"(XLSTM|XDG|HF|RAY|PYTEST)_\w+"
+    r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS)|TORCHDYNAMO_DISABLE|"
+    r"PYTORCH_ENABLE_MPS_FALLBACK|(XLSTM|XDG|HF|RAY|PYTEST)_\w+"
 )
 
 
@@ -162,3 +163,13 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def run_line(line: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A line that our program has printed, as a shell runs it: variables, and a command of ours."""
+    words = shlex.split(line)
+    while not words[0].startswith(PROGRAM.name):
+        name, given, value = words.pop(0).partition("=")
+        assert given, line
+        env = {**env, name: value}
+    return run([PROGRAM, *words[1:]], env=env, capture_output=True, text=True, timeout=120)

@@ -1059,7 +1059,7 @@ def test_a_damaged_compile_cache_is_one_line(tmp_path):
 
     def run_it() -> str:
         words = [sys.executable, "-c", textwrap.dedent(code)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
+        done = programs.run(words, capture_output=True, text=True, timeout=120, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -74,7 +74,7 @@ def tiles_of(process: subprocess.Popen[str], count: int) -> list[dict[str, Any]]
 def go_on(said: str, env: dict[str, str]) -> Ran:
     """Run the command that a run has printed."""
     (command,) = re.findall(r"^to go on: (.*)$", said, re.MULTILINE)
-    again = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=120)
+    again = programs.run_line(command, env)
     return Ran(again.returncode, again.stdout, again.stderr)
 
 
@@ -166,9 +166,7 @@ def test_an_interrupted_generation_is_kept_too(words, home, tmp_path):
     assert f"stopped after {made} new tokens; the state (" in err
     (command,) = re.findall(r"; to go on: (.*)$", err, re.MULTILINE)
     assert "It was" not in command
-    more = subprocess.run(
-        ["bash", "-c", f"{command} --max-new-tokens 3 --json"], env=home, capture_output=True, text=True, timeout=120
-    )
+    more = programs.run_line(f"{command} --max-new-tokens 3 --json", home)
     assert json.loads(more.stdout)["resumed_tokens"] == made + len("It was")
 
 

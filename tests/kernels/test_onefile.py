@@ -2,10 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import programs
 
 PROGRAM = """
     import os
@@ -39,7 +40,7 @@ PROGRAM = """
     tried(24, [] if "ahead" in sys.argv else None)
     print("right")
     if "broken" in sys.argv:
-        os.environ["BROKEN"] = "yes"
+        os.environ["PYTEST_BROKEN"] = "yes"
         pending = []
         try:  # the compiler may have failed before the first kernel is called, or after it
             with ahead(pending):
@@ -49,7 +50,7 @@ PROGRAM = """
             print(err)
 """
 COMPILER = """#!/bin/sh
-case "$BROKEN $*" in
+case "$PYTEST_BROKEN $*" in
   yes*main.cpp*) echo "kernel.cpp:1:1: error: no such luck" >&2; exit 1 ;;
 esac
 exec {compiler} "$@"
@@ -57,14 +58,17 @@ exec {compiler} "$@"
 
 
 def test_a_graph_is_one_file_that_is_found_again_and_may_come_later(tmp_path):
-    compiler, cache = tmp_path / "g++", tmp_path / "cache"
-    compiler.write_text(COMPILER.format(compiler=shutil.which(os.environ.get("CXX", "g++"))))
+    compiler, cache = tmp_path / "bin" / "g++", tmp_path / "cache"
+    compiler.parent.mkdir()
+    compiler.write_text(COMPILER.format(compiler=shutil.which("g++")))
     compiler.chmod(0o755)
 
     def run(*words: str, broken: str = "", cache: Path = cache, **more: str) -> list[str]:
         command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *words]
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "CXX": str(compiler), "BROKEN": broken, **more}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        path = f"{compiler.parent}:{os.environ['PATH']}"
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PATH": path, "PYTEST_BROKEN": broken, **more}
+        env.pop("CXX", None)
+        done = programs.run(command, capture_output=True, text=True, timeout=300, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 

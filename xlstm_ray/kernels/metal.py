@@ -124,6 +124,7 @@ def fit_t_inner(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    @cache  # the length that `first` has is often the longest one
     def steps(T: int, fusion_limit: int | None = None) -> Generated:
         with torch.no_grad(), FakeTensorMode():
             empty = partial(torch.empty, device=device)
