@@ -161,6 +161,7 @@ def serve(
     with leave_at_once():
         from xlstm_ray.memory.room import require_documents
         from xlstm_ray.serve.server import Server
+        from xlstm_ray.serve.warm import settle
         from xlstm_ray.text.template import find_template
     template = find_template(choose_model(settings), chat_template)
     if wanted and not settings.force:  # otherwise the model's need has them
@@ -182,7 +183,9 @@ def serve(
         )
         with opened as (engine, room, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                server.open(engine, places := room(), _documents(settings, engine, places))
+                places = room()
+                settle()
+                server.open(engine, places, _documents(settings, engine, places))
                 report.close()
                 show(_welcome(replace(options, port=server.port), server.desk.slots, api_key_file))
                 while not stop.wait(LOOK_S) and engine.failed is None:

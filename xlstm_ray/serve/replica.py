@@ -26,7 +26,7 @@ from xlstm_ray.engine.figures import Figures
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Request, Usage
 from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.serve.options import Slots
-from xlstm_ray.serve.warm import begin
+from xlstm_ray.serve.warm import begin, settle
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.ray_inside import job_has_ended
 from xlstm_ray.text.answer import Finish
@@ -118,6 +118,7 @@ class Replica:
         self._job = job
         self._engine = Engine(setup)
         self._slots = begin(self._engine, slots)
+        settle()
         self._name = serve.get_replica_context().replica_id.unique_id
         self._handles: dict[str, list[Handle]] = {}
         self._early: deque[Call] = deque(maxlen=CANCELS)
