@@ -192,6 +192,17 @@ def test_a_long_text_is_not_encoded_at_once(kind):
     assert done[-1] == len(text)
 
 
+@pytest.mark.parametrize("length", [600, 2500, 20_000])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "no cuts" not in kind])
+def test_long_words_are_not_encoded_at_once(kind, length):
+    """Of which a tokenizer may make a token each: then few of them are in an overlap."""
+    words, done = ["".join("abcdef"[n * n * k % 17 % 6] for n in range(length)) for k in range(1, 17)], []
+    text = " ".join(words * (400_000 // 16 // length + 1))
+    tokenizer = tokenizer_of(kind, added=False)
+    assert TextEncoder(tokenizer).encode(text, done.append).tolist() == tokenizer.encode(text).ids
+    assert len(done) > 1
+
+
 @pytest.mark.parametrize("text", ["a" * 200_000, "0" * 200_000, " " * 200_000, "ab" * 100_000])
 @pytest.mark.parametrize("kind", ["gpt2", "bytes of a whole text", "llama2", "metaspace, no cuts"])
 def test_one_endless_word_is_not_encoded_at_once(kind, text):

@@ -31,7 +31,7 @@ from xlstm_ray.text.ondisk import TextFile
 PIECE = 1 << 16  # characters
 KEPT = 32  # pieces that are kept, some 300 KB each, for texts that begin as one before
 OVERLAP = 1 << 12  # characters; a tokenizer is assumed to look at fewer to cut a word
-AGREE = 8  # tokens, at least
+AGREE = 8  # tokens, at least, or half of an overlap
 IDS = "I"  # unsigned, as in the library: an id may be outside the vocabulary, which the caller reports
 
 
@@ -169,7 +169,8 @@ class TextEncoder:
             cut = piece.last_cut(piece.end - self._overlap, anywhere)
             if cut is not None:
                 following = self._piece_of(text, cut, self._piece)
-                join = _join(piece, following, piece.end - self._overlap // 4, anywhere)
+                upto = piece.end - self._overlap // 4
+                join = _join(piece, following, upto, upto - self._overlap // 2, anywhere)
                 if join is not None:
                     return following, join
         return piece, None
@@ -234,8 +235,11 @@ class _Piece:
         return None if n is None or self.begin[n] <= self.start else self.begin[n]
 
 
-def _join(one: _Piece, two: _Piece, upto: int, anywhere: bool) -> tuple[int, int] | None:
-    """The index, in each piece, of the first token from which both agree up to `upto`; None if there is none."""
+def _join(one: _Piece, two: _Piece, upto: int, enough: int, anywhere: bool) -> tuple[int, int] | None:
+    """The index, in each piece, of the first token from which both agree up to `upto`; None if there is none.
+
+    They agree in AGREE tokens or from the character `enough` on: there may be fewer tokens, of long words.
+    """
     a = next((n for n in range(len(one.ids) - 1, -1, -1) if one.begin[n] < upto), None)
     b = next((n for n in range(len(two.ids) - 1, -1, -1) if two.begin[n] < upto), None)
     if a is None or b is None:
@@ -246,7 +250,7 @@ def _join(one: _Piece, two: _Piece, upto: int, anywhere: bool) -> tuple[int, int
             break
         same += 1
         good = one.cuts[a] and two.cuts[b] if anywhere else one.word_begins[a] and two.word_begins[b]
-        if good and same >= AGREE:
+        if good and (same >= AGREE or one.begin[a] <= enough):
             found = a, b
         a, b = a - 1, b - 1
     return found
