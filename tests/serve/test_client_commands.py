@@ -214,6 +214,7 @@ def test_an_interrupt_leaves_the_service_reading(service, client):
     end = time.monotonic() + 60
     while (info := client("states", "show", "left", "--json").row)["status"] != "ready":
         assert (info["status"], time.monotonic() < end) == ("reading", True)
+        time.sleep(0.1)
     assert info["tokens_total"] == 16 * len(BOOK)
 
 
