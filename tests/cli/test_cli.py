@@ -532,12 +532,12 @@ def test_prefill_for_programs(run, options, model, tmp_path):
 
 
 def test_the_first_token_from_the_prompt_and_from_the_command(options):
-    began = time.time()
+    began = time.monotonic()
     with start("prefill", *options, "--prompt", PROMPT, "--json") as process:
         row = finish(process).row
-    whole = time.time() - began
+    whole = time.monotonic() - began
     # A process's start is known to a hundredth of a second.
-    assert row["prefill_s"] < row["ttft_s"] < row["ttft_command_s"] < row["total_s"] < whole + 0.1
+    assert row["prefill_s"] < row["ttft_s"] < row["ttft_command_s"] < row["total_s"] < whole + 0.02
     assert row["ttft_command_s"] > row["load_s"] + row["ttft_s"]  # and torch was imported before
 
 
