@@ -138,8 +138,9 @@ class Sampler:
     def set_rows(self, rows: Rows) -> None:
         """Put these rows of another sampler into the first slots; its end tokens must be the same."""
         n = len(rows.numbers)
-        self._numbers[:n].copy_(torch.from_numpy(rows.numbers), non_blocking=True)
-        self._wholes[:n].copy_(torch.from_numpy(rows.wholes), non_blocking=True)
+        # Copies: an array that Ray brings may not be written, and from_numpy warns of that.
+        self._numbers[:n].copy_(torch.tensor(rows.numbers), non_blocking=True)
+        self._wholes[:n].copy_(torch.tensor(rows.wholes), non_blocking=True)
         self.needs = rows.needs
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
