@@ -99,14 +99,15 @@ def test_what_others_use_is_named_where_it_is_what_is_missing(tmp_path):
 
 EATER = """
     import os, sys, time
-    journal, megabytes = sys.argv[1:]
-    while not os.path.exists(journal):
+    from xlstm_ray.container import machine_bytes
+    while not os.path.exists(sys.argv[1]):
         time.sleep(0.05)
     eaten = []
-    for _ in range(int(megabytes) // 50):
-        eaten.append(bytearray(b"1") * (50 << 20))
-        time.sleep(0.05)
-    time.sleep(600)
+    while True:
+        available, total = machine_bytes()
+        if available > 0.075 * total:  # the hard limit leaves 8 %; Ray itself ends actors where 5 % are left
+            eaten.append(bytearray(b"1") * (10 << 20))
+        time.sleep(0.02)
 """
 
 
@@ -119,7 +120,7 @@ def test_a_container_that_fills_up_ends_the_run_with_a_state(model, tmp_path):
     with container(memory_mb=2600) as prefix:
         # Another process fills the container: the actors themselves stay far below any limit.
         eater = subprocess.Popen(
-            [*prefix, sys.executable, "-c", textwrap.dedent(EATER), str(journal / "prefill.state"), "1400"]
+            [*prefix, sys.executable, "-c", textwrap.dedent(EATER), str(journal / "prefill.state")]
         )
         try:
             done = run(prefix, tmp_path, *words, TORCHDYNAMO_DISABLE="1")

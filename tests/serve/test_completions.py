@@ -1,5 +1,6 @@
 """/v1/completions: what the engine says, in OpenAI's form; every field is honoured or refused by its name."""
 
+import re
 import threading
 import time
 from typing import Any
@@ -301,6 +302,11 @@ def test_other_addresses_and_methods_are_told(service):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("at", ["prompt", "answer"])
 def test_who_leaves_is_not_worked_for_any_longer(service, stream, at):
+    def given_up() -> int:
+        found = service.ask("/metrics").body.decode()
+        return sum(int(float(n)) for n in re.findall(r"^xlstm:cancelled_total\{.*\} (\S+)$", found, re.MULTILINE))
+
+    before = given_up()
     body = {"prompt": LONG if at == "prompt" else "a", "max_tokens": 4096, "stream": stream, "temperature": 0}
     connection = service.send("/v1/completions", body)
     until(lambda: service.desk.under_way == 1)
@@ -308,7 +314,8 @@ def test_who_leaves_is_not_worked_for_any_longer(service, stream, at):
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
     time.sleep(0.1)
     connection.close()
-    until(lambda: service.desk.under_way == 0, 2)
+    until(lambda: service.desk.under_way == 0)
+    until(lambda: given_up() == before + 1)  # it did not come to its end
     assert service.complete("a").status == 200
 
 
