@@ -38,6 +38,10 @@ def add(service: Client, **fields: Any) -> dict[str, Any]:
     return ready(service, got.json["id"])
 
 
+def names(service: Client) -> list[str]:
+    return [info["id"] for info in service.ask("/v1/states").json["data"]]
+
+
 def ready(service: Client, name: str) -> dict[str, Any]:
     info = told(service, name)[-1]
     assert info["status"] == "ready", info
@@ -187,9 +191,9 @@ def test_documents_are_listed_and_deleted_even_while_they_are_read(service):
     reading(service, "gone")
     got = service.complete("a", state="gone")
     assert (got.status, got.error["code"], got.headers["retry-after"]) == (409, "state_not_ready", "2")
-    assert "gone" in [info["id"] for info in service.ask("/v1/states").json["data"]]
+    assert "gone" in names(service)
     assert service.ask("/v1/states/gone", method="DELETE").json == {"id": "gone", "object": "state", "deleted": True}
-    assert "gone" not in [info["id"] for info in service.ask("/v1/states").json["data"]]
+    assert "gone" not in names(service)
     until(lambda: service.desk.under_way == 0)
     for path, method in (("", "GET"), ("", "DELETE"), ("/events", "GET"), ("/file", "GET"), ("/cancel", "POST")):
         got = service.ask(f"/v1/states/gone{path}", method=method)
@@ -208,9 +212,13 @@ def test_a_document_goes_after_its_time_without_use(service):
         before = goes_at("used")
         assert service.ask(path, body).status == 200
         assert goes_at("used") > before
+    service.ask("/v1/states", {"id": "long", "prompt": LONG, "ttl": 0.1})
     service.ask("/v1/states", {"id": "short", "prompt": "a", "ttl": 0.1})
-    until(lambda: "short" not in [info["id"] for info in service.ask("/v1/states").json["data"]])  # which is no use
+    until(lambda: "short" not in names(service))  # a list is no use
     assert service.ask("/v1/states/short").status == 404
+    assert service.ask("/v1/states/long").json["status"] == "reading"  # and this is one
+    assert service.ask("/v1/states/long/cancel", {}).json["status"] == "cancelled"
+    until(lambda: "long" not in names(service))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +306,9 @@ def test_a_new_service_goes_on_where_the_last_one_was_ended(model, tmp_path):
         add(service, id="whole", prompt=BOOK)
         before = service.complete(QUESTION, state="whole").json["choices"]
         service.ask("/v1/states", {"id": "begun", "prompt": text})
+        add(service, id="first", prompt="a")
+        service.ask("/v1/states", {"id": "second", "prompt": QUESTION, "state": "first"})
+        assert service.ask("/v1/states/first", method="DELETE").status == 200  # the second one needs it no more
         until(lambda: service.ask("/v1/states/begun").json["tokens_done"] > 600)
         assert service.end(signal.SIGKILL) == -signal.SIGKILL
     with serving(*words) as service:
@@ -310,12 +321,16 @@ def test_a_new_service_goes_on_where_the_last_one_was_ended(model, tmp_path):
         events = told(service, "begun")
         assert events[-1]["status"] == "ready"
         assert all(event["tokens_done"] > 1000 for event in events)  # from its own state
-        file = service.ask("/v1/states/begun/file").body
-        assert service.ask("/v1/states/whole", method="DELETE").status == 200
+        ready(service, "second")
+        file, second = (service.ask(f"/v1/states/{name}/file").body for name in ("begun", "second"))
+        for name in ("whole", "second"):
+            assert service.ask(f"/v1/states/{name}", method="DELETE").status == 200
     with serving_here(model) as here:
         assert parts(file) == parts(saved(here.engine.prefill(text).state))
-    names = [name for name in os.listdir(tmp_path / "cache" / "documents") if name != "documents.lock"]
-    assert sorted(Path(name).suffix for name in names) == [".json", ".state"]
+        first = here.engine.prefill("a").state
+        assert parts(second) == parts(saved(here.engine.prefill(append=QUESTION, state=first).state))
+    files = [name for name in os.listdir(tmp_path / "cache" / "documents") if name != "documents.lock"]
+    assert sorted(Path(name).suffix for name in files) == [".json", ".state"]
 
 
 def test_a_folder_has_one_service_at_a_time_and_names_do_not_leave_it(tmp_path, run, model):

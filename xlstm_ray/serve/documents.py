@@ -153,9 +153,9 @@ class Documents:
         document = Document(record, state)
         self._all[record.tenant, record.name] = document  # the name is taken from now on
         try:
-            base = None
             if isinstance(given, Path):
-                base = await self._base(document)
+                if record.base is not None:  # its own from now on: another one may have that name later
+                    state = document.state = await self.state(record.tenant, record.base)
                 document.prompt = await asyncio.to_thread(self.shelf.take, record, given)
             else:
                 assert state is not None
@@ -169,8 +169,8 @@ class Documents:
             await asyncio.to_thread(self.shelf.remove, record)
             raise
         self._touch(document)
-        if state is None:
-            self._begin(document, base)
+        if document.open:
+            self._begin(document, state)
         else:
             self._desk.release(1)
         return document
@@ -232,16 +232,16 @@ class Documents:
             raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
 
     async def _base(self, document: Document) -> RecurrentState | None:
-        """The state that it goes on from: its own, as far as it came, or another document's."""
+        """Its state, as far as it came; at first that of the document before it. Raises Refused."""
         record = document.record
-        if document.state is not None:
+        if document.state is not None or (record.base is None and not self.shelf.has_state(record)):
             return document.state
-        if self.shelf.has_state(record):
-            try:
-                return await asyncio.to_thread(self.shelf.load, record)
-            except StateError:  # it begins again
-                return None
-        return None if record.base is None else await self.state(record.tenant, record.base)
+        try:
+            return await asyncio.to_thread(self.shelf.load, record)
+        except StateError as err:
+            if record.base is not None:
+                raise Refused.of(err) from None
+            return None  # it begins again
 
     async def _start(self, document: Document, before: Record) -> None:
         """Go on from where it is. before: what it stays where that cannot be. Raises Refused."""
@@ -251,8 +251,10 @@ class Documents:
             self._desk.admit(1)
         except Refused:
             document.record = before
+            self._touch(document)
             document.ended.set()
             raise
+        self._touch(document)
         self._begin(document, base)
 
     def _begin(self, document: Document, base: RecurrentState | None) -> None:
@@ -283,6 +285,7 @@ class Documents:
             document.record = document.record.now("failed", str(err))
         finally:
             document.handle = document.cut = None
+            self._touch(document)
             self._desk.release(1)
             document.ended.set()
 
@@ -325,9 +328,8 @@ class Documents:
         if reason == "error":
             document.record = document.record.now("failed", str(end.error))
             return
-        document.state = end.state
         if end.state is not None:
-            document.tokens_done = end.state.tokens[0]
+            document.state, document.tokens_done = end.state, end.state.tokens[0]
         status: Status = "ready" if reason == "stop" else document.stop_as or "parked"
         document.record = document.record.now(status, tokens=document.tokens_done)
         if status == "ready":
@@ -353,10 +355,10 @@ class Documents:
         return state.tokens[0]
 
     def _touch(self, document: Document) -> None:
-        """It was of use now: its time to live begins again."""
+        """It was of use now: its time to live begins again; while it is read it is of use."""
         if document.timer is not None:
             document.timer.cancel()
-        if document.record.ttl is not None:
+        if document.record.ttl is not None and not document.open:
             loop, ttl = asyncio.get_running_loop(), document.record.ttl
             document.timer = loop.call_later(ttl, lambda: self._spawn(self.remove(document)))
 
