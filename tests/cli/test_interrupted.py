@@ -120,11 +120,9 @@ def test_a_second_interrupt_leaves_the_last_whole_tile(words, home, tmp_path):
         while "stopping after this tile" not in (line := process.stderr.readline()):  # said while the tile is worked on
             done = json.loads(line)["tiles_done"]  # on a busy machine that tile had ended before
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
         out, err = process.communicate(timeout=120)
-        waited = time.monotonic() - began
     assert (process.returncode, out) == (130, "")
-    assert waited < 2 * first["tile_s"]
+    assert "tiles_done" not in err  # it did not wait for the tile
     (kept,) = (tmp_path / "cache" / "xlstm-ray" / "states").iterdir()
     state = RecurrentState.load(kept)
     assert (state.tokens, state.complete) == ([4096 * done], False)
