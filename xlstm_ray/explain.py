@@ -76,6 +76,8 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         used["t_inner"] = plan.steps.t_inner, plan.steps.note or "Metal's limits"
     if plan.misfit is not None and known:
         used["chunkwise_backend"] = plan.backend.name, plan.misfit
+    if plan.eager_note is not None:
+        used["chunkwise_backend"] = plan.backend.name, plan.eager_note
     if plan.uncaptured is not None and settings.cuda_graphs:
         used["cuda_graphs"] = False, plan.uncaptured
     if settings.journal_every is None and plan.journal_every is not None and known:

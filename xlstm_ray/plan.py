@@ -30,6 +30,7 @@ from xlstm_ray.declare import Source
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
+from xlstm_ray.kernels.compiled import switched_off
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
 from xlstm_ray.kernels.metal import Fit
 from xlstm_ray.kernels.quantized import rows_at_once
@@ -152,6 +153,12 @@ class RunPlan:
     measures: bool = False  # the nodes come before the stages: `divide` is to be called with what they are like
     split: list[Stage] | None = None  # the stages that it made, and why
     spans: int = 1  # actors of each shard, to which a prompt's tiles go in turn
+
+    @property
+    def eager_note(self) -> str | None:
+        """That compiled kernels are not compiled, for people; on somebody's head their own variables decide."""
+        off = self.backend.compiled and self.mode is not Mode.ATTACHED and switched_off()
+        return f"TORCHDYNAMO_DISABLE=1: {self.backend.name} is not compiled: slower, and other bits" if off else None
 
     @property
     def split_note(self) -> str | None:

@@ -142,3 +142,17 @@ def test_mistakes(model, tmp_path, words, said):
     done = Machine(tmp_path / "m").run("warm-up", "-m", model, "--device", "cpu", *words, ok=False)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_nothing_is_compiled_where_torch_is_told_so(model, tmp_path):
+    """By torch's own variable; runs go on, and tell it."""
+    machine = Machine(tmp_path / "m")
+    machine.env["TORCHDYNAMO_DISABLE"] = "1"
+    words = "-m", model, *OPTIONS
+    assert "TORCHDYNAMO_DISABLE" in machine.run("warm-up", *words, ok=False).stderr
+    assert "TORCHDYNAMO_DISABLE" in machine.run("parity", ok=False).stderr
+    assert "queued_compiled_chunks is not compiled" in machine.run("prefill", *words, "--prompt", "a").stderr
+    assert "queued_compiled_chunks is not compiled" in machine.run("config", *words).stdout
+    native = machine.run("prefill", *words, "--prompt", "a", "--chunkwise-backend", "native")
+    assert "not compiled" not in native.stderr
+    assert machine.compiled == 0

@@ -96,8 +96,11 @@ def parity(
     if only_kernels and asked["model"]:
         raise UsageError(f"--model is for parity's part 'model', and {part!r} compares only kernels; leave it out")
     from xlstm_ray.choose import DEMO_MODEL, choose_device, choose_model
+    from xlstm_ray.kernels.compiled import switched_off
     from xlstm_ray.measure.parity import HEADER, compare
 
+    if switched_off():
+        raise UsageError("TORCHDYNAMO_DISABLE is 1, and what is compared here are compiled kernels; unset it")
     rows: list[Any] = []
     fetch_weights(settings)
     directory = DEMO_MODEL if only_kernels else choose_model(settings)

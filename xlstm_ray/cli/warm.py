@@ -91,6 +91,10 @@ def warm_up(
     check_outputs(
         [] if cache_out is None else [Output("--cache-out", cache_out, CODE)], inputs, overwrite=settings.overwrite
     )
+    from xlstm_ray.kernels.compiled import switched_off
+
+    if switched_off():
+        raise UsageError("TORCHDYNAMO_DISABLE is 1, and torch compiles nothing then; unset it")
     with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
         if not engine.backend.compiled:
             raise UsageError(f"{engine.backend.name} is not compiled: nothing is to warm up; name another one")

@@ -103,7 +103,7 @@ class Engine:
             picked, note = autoscale(plan, plan.search, checkpoint)
             plan = choose(picked=picked, dtype=Dtype(plan.dtype, plan.dtype_reason))
         plan = running.divided(plan, checkpoint)
-        self.note = "; ".join(filter(None, [note, plan.steps.note, plan.split_note])) or None
+        self.note = "; ".join(filter(None, [plan.eager_note, note, plan.steps.note, plan.split_note])) or None
         plan.room.require_start()
         self.plan, self._core = plan, Core(plan, running, kept, text, self._turn, on_phase=on_phase)
         self._core.on_note = lambda text: self.on_note(text)
