@@ -117,6 +117,8 @@ def test_what_is_wrong_is_one_line(client, run, service, tmp_path, monkeypatch):
     assert "there is no state 'none'" in client("ask", "--state", "none", "-p", "a").error
     assert "'temperature'" not in client("ask", "-p", "a", "--temperature", 200).error  # it is a flag of ours
     assert "letters and digits" in client("prefill", "-p", "a", "--name", "-a").error
+    for name in ("", "a/b"):  # in an address it would be another one
+        assert "letters and digits" in client("states", "show", name).error
     assert "there is no document" in client("prefill").error
     assert "there is no question" in client("ask").error
     assert "--logprobs is in the output of --json" in client("ask", "-p", "a", "--logprobs", 1).error

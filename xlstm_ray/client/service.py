@@ -206,7 +206,9 @@ class Reply:
 
 
 def state_path(name: str, more: str = "") -> str:
-    """The path of a document."""
+    """The path of a document. Raises UsageError for what is no name: it would be another address."""
+    if not name or "/" in name:
+        raise UsageError(f"a document's name is {name!r}; allowed: letters and digits, and . _ - after the first")
     return f"/v1/states/{quote(name, safe='')}{more}"
 
 
