@@ -84,6 +84,7 @@ def autoscale(plan: RunPlan, search: Search, checkpoint: Checkpoint) -> tuple[Pi
             f"xlstm-ray {__version__}",
             f"{backend.kernel} {numerics.dtype} chunks of {numerics.chunk_size}",
             json.dumps(fixed),
+            *filter(None, [plan.eager_note]),
         ]
     )
     path = cache_dir() / "autoscale.json"

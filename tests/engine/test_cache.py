@@ -178,6 +178,19 @@ def test_other_numerics_are_told_and_not_used(plain, tmp_path):
         assert result.state.digest() == cold.prefill(BOOK[:150]).state.digest()
 
 
+def test_states_of_kernels_that_were_not_compiled_are_told_and_not_used(plain, tmp_path, monkeypatch):
+    """They have other bits. The fixture's own way to compile nothing is not known to the engine."""
+    compiled = {"chunkwise_backend": "queued_compiled_chunks", "cache_dir": tmp_path}
+    with monkeypatch.context() as context:
+        context.setenv("TORCHDYNAMO_DISABLE", "1")
+        with plain(**compiled) as lm:
+            lm.prefill(BOOK[:150])
+        with plain(**compiled) as lm:
+            assert hits(lm.prefill(BOOK[:150])) == [(150, "disk")]
+    with plain(**compiled) as lm:
+        assert lm.prefill(BOOK[:150]).stats.row_cache[0] == (0, None, "other numerics")
+
+
 def test_nearest_goes_on_from_any_state(plain):
     with plain() as cold, plain(cache_memory_mb=64, cache_match="nearest") as lm:
         lm.prefill(BOOK[:150])

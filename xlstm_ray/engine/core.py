@@ -181,9 +181,10 @@ class Core:
 
 
 def _machine(plan: RunPlan) -> str:
-    """What decides the bits of a state beside the numerics: torch, the kind of device, and how many threads add up."""
+    """What decides the bits of a state beside the numerics: torch, if it compiles, kind of device, adding threads."""
     device = plan.device
     there = device.type == "cuda" and plan.own_device is not None
     kind = torch.cuda.get_device_name(device) if there else torch.backends.cpu.get_cpu_capability()
     threads = plan.threads or torch.get_num_threads()
-    return f"torch {torch.__version__}, {device.type}, {kind}, {plan.workers} x {threads} threads"
+    eager = "" if plan.eager_note is None else ", not compiled"
+    return f"torch {torch.__version__}, {device.type}, {kind}, {plan.workers} x {threads} threads{eager}"
