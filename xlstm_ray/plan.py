@@ -157,8 +157,8 @@ class RunPlan:
     @property
     def eager_note(self) -> str | None:
         """That compiled kernels are not compiled, for people; on somebody's head their own variables decide."""
-        off = self.backend.compiled and self.mode is not Mode.ATTACHED and switched_off()
-        return f"TORCHDYNAMO_DISABLE=1: {self.backend.name} is not compiled: slower, and other bits" if off else None
+        switch = switched_off() if self.backend.compiled and self.mode is not Mode.ATTACHED else None
+        return None if switch is None else f"{switch}=1: {self.backend.name} is not compiled: slower, and other bits"
 
     @property
     def split_note(self) -> str | None:

@@ -144,13 +144,14 @@ def test_mistakes(model, tmp_path, words, said):
     assert done.stderr.count("\n") == 1
 
 
-def test_nothing_is_compiled_where_torch_is_told_so(model, tmp_path):
-    """By torch's own variable; runs go on, and tell it."""
+@pytest.mark.parametrize("switch", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_nothing_is_compiled_where_torch_is_told_so(model, tmp_path, switch):
+    """By a variable of torch's own; runs go on, and tell it."""
     machine = Machine(tmp_path / "m")
-    machine.env["TORCHDYNAMO_DISABLE"] = "1"
+    machine.env[switch] = "1"
     words = "-m", model, *OPTIONS
-    assert "TORCHDYNAMO_DISABLE" in machine.run("warm-up", *words, ok=False).stderr
-    assert "TORCHDYNAMO_DISABLE" in machine.run("parity", ok=False).stderr
+    assert switch in machine.run("warm-up", *words, ok=False).stderr
+    assert switch in machine.run("parity", ok=False).stderr
     assert "queued_compiled_chunks is not compiled" in machine.run("prefill", *words, "--prompt", "a").stderr
     assert "queued_compiled_chunks is not compiled" in machine.run("config", *words).stdout
     native = machine.run("prefill", *words, "--prompt", "a", "--chunkwise-backend", "native")

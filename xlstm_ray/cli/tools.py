@@ -99,8 +99,8 @@ def parity(
     from xlstm_ray.kernels.compiled import switched_off
     from xlstm_ray.measure.parity import HEADER, compare
 
-    if switched_off():
-        raise UsageError("TORCHDYNAMO_DISABLE is 1, and what is compared here are compiled kernels; unset it")
+    if (switch := switched_off()) is not None:
+        raise UsageError(f"{switch} is 1, and what is compared here are compiled kernels; unset it")
     rows: list[Any] = []
     fetch_weights(settings)
     directory = DEMO_MODEL if only_kernels else choose_model(settings)

@@ -93,8 +93,8 @@ def warm_up(
     )
     from xlstm_ray.kernels.compiled import switched_off
 
-    if switched_off():
-        raise UsageError("TORCHDYNAMO_DISABLE is 1, and torch compiles nothing then; unset it")
+    if (switch := switched_off()) is not None:
+        raise UsageError(f"{switch} is 1, and torch compiles nothing then; unset it")
     with open_engine(settings, None, None, asked, progress, 1) as (_, engine, report):
         if not engine.backend.compiled:
             raise UsageError(f"{engine.backend.name} is not compiled: nothing is to warm up; name another one")
