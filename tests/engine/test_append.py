@@ -158,6 +158,8 @@ def test_python_refuses_the_same(lm):
     for given in ({"append": "a"}, {"append": "a", "prompt": "b", "state": lm.prefill("b").state}):
         with pytest.raises(UsageError, match="append"):
             lm.prefill(**given)
+    with pytest.raises(UsageError, match="not Unicode text"):
+        lm.prefill(append="\ud800", state=lm.prefill("b").state)
 
 
 def test_text_with_a_space_of_its_own_is_appended_as_it_is(tmp_path):

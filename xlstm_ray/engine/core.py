@@ -162,9 +162,7 @@ class Core:
         """The tokens of a prompt, or of a text after others: of a file, in a file."""
         if isinstance(given, TextFile | TokenFile):
             return Stored(self.text.on_disk(given, after))
-        if after is not None:
-            return torch.tensor(self.text.more(given, after), dtype=torch.int32)
-        return self.text.tokens(given)
+        return self.text.tokens(given, after)
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
         """The rows of a state; without a copy if an earlier call left them with the executor."""

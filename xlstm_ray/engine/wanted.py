@@ -78,7 +78,7 @@ class Samplings:
         """Its tokens; of a file only which ones there are, since all may be many. after: as with `Text.on_disk`."""
         if isinstance(given, TextFile | TokenFile):
             return self._text.on_disk(given, after).distinct()
-        return self._text.tokens(given).tolist() if after is None else self._text.more(given, after)
+        return self._text.tokens(given, after).tolist()
 
     def _tell(self, sampling: Sampling, *, asked: bool) -> None:
         """Report once which keys of generation_config.json change an answer, and which are not supported."""

@@ -53,12 +53,13 @@ class Text:
         """How many tokens the model knows."""
         return self._config.vocab_size
 
-    def tokens(self, prompt: Given) -> Tensor:
+    def tokens(self, prompt: Given, after: Sequence[int] | None = None) -> Tensor:
         """A prompt's tokens (T,) int32, with the begin token if the model's configuration asks for it.
 
-        Raises UsageError for an empty prompt or a token outside the vocabulary.
+        after: of a text that follows these tokens, as with `more`. Raises UsageError for an empty prompt or a token
+        outside the vocabulary.
         """
-        ids = self._taken(prompt, joined) if isinstance(prompt, str | TextFile) else token_ids(prompt)
+        ids = self._taken(prompt, joined, after) if isinstance(prompt, str | TextFile) else token_ids(prompt)
         return self._checked(prompt, ids)
 
     def on_disk(self, prompt: TextFile | TokenFile, after: Sequence[int] | None = None) -> TokenFile:
@@ -75,7 +76,7 @@ class Text:
             return TokenFile.of((ids for ids in pieces if len(self._checked(prompt, ids))), prompt.folder)
 
         try:
-            return self._taken(prompt, write, None if after is None else self._lead(prompt, after))
+            return self._taken(prompt, write, after)
         except OSError as err:
             where = prompt.folder or gettempdir()
             raise OutputError(f"{where}: the prompt's tokens cannot be kept there ({err.strerror})") from None
@@ -85,8 +86,7 @@ class Text:
 
         Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
-        ids = self._taken(more, joined, self._lead(more, after)) if isinstance(more, str) else token_ids(more)
-        return self._checked(more, ids).tolist()
+        return self.tokens(more, after).tolist()
 
     def conversation(self, rendered: str) -> list[int]:
         """The tokens of what a chat template made, which writes special tokens itself."""
@@ -129,12 +129,14 @@ class Text:
                 return lead
         return ""
 
-    def _taken(self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]", lead: str | None = None) -> T:
-        """What `take` makes of a text's tokens, which come some at a time. lead: as `_lead` has it; None: a prompt."""
+    def _taken(
+        self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]", after: Sequence[int] | None
+    ) -> T:
+        """What `take` makes of a text's tokens, which come some at a time. after: what it follows; None: a prompt."""
         if isinstance(prompt, str):
             require_text(prompt)
 
-        whole, before = lead is None, lead or ""
+        whole, before = after is None, "" if after is None else self._lead(prompt, after)
 
         def between(done: int) -> None:
             self._between(done - len(before), len(prompt))
