@@ -14,8 +14,8 @@ from xlstm_ray.cli.documents import (
     UrlOption,
     WaitOption,
     connected,
-    opened,
     read_document,
+    sender,
 )
 from xlstm_ray.cli.input import piped, read_texts
 from xlstm_ray.cli.options import JsonOption, ProgressOption, PromptFileOption, PromptOption, bare, examples
@@ -23,7 +23,7 @@ from xlstm_ray.cli.output import json_line, note, show, tell
 from xlstm_ray.cli.reporter import Reporter
 from xlstm_ray.cli.sampled import MORE, samples
 from xlstm_ray.cli.states import commands as states
-from xlstm_ray.client.service import Service, state_path
+from xlstm_ray.client.service import Service
 from xlstm_ray.errors import UsageError
 from xlstm_ray.sampling import Sampling
 
@@ -65,12 +65,7 @@ def prefill(
     name = name or f"document-{token_hex(4)}"
     if prompt is None and prompt_file is None:
         raise UsageError("there is no document; give --prompt-file FILE ('-' for standard input) or --prompt TEXT")
-    if prompt_file is None:
-        body = {"id": name, "prompt": prompt, **({} if ttl is None else {"ttl": ttl})}
-        send = partial(service.post, "/v1/states", body)
-    else:
-        file = opened(prompt_file)
-        send = partial(service.put, state_path(name, "" if ttl is None else f"?ttl={ttl}"), file)
+    send = sender(service, name, prompt, prompt_file, ttl=ttl)
     read_document(service, name, send, wait=wait, progress=progress, json_output=json_output)
 
 

@@ -4,9 +4,11 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import IO, Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 
@@ -53,7 +55,18 @@ def command_for(service: Service, words: str, name: str) -> str:
     return f"{program()} client {words} {shlex.quote(name)}{at}"
 
 
-def opened(name: str) -> IO[bytes]:
+def sender(service: Service, name: str, text: str | None, file: str | None, **given: object) -> Callable[[], Any]:
+    """What sends a document: a text, or a file as it is read. given: fields beside it, but for None.
+
+    Raises UsageError where the file cannot be read, or is a state.
+    """
+    there = {field: value for field, value in given.items() if value is not None}
+    if file is None:
+        return partial(service.post, "/v1/states", {"id": name, "prompt": text, **there})
+    return partial(service.put, state_path(name, f"?{urlencode(there)}" if there else ""), _opened(file))
+
+
+def _opened(name: str) -> IO[bytes]:
     """A document's file, from its beginning. Raises UsageError where it cannot be read, or is a state."""
     try:
         file: IO[bytes] = sys.stdin.buffer if name == "-" else open(name, "rb")

@@ -5,7 +5,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlencode
 
 import typer
 
@@ -16,8 +15,8 @@ from xlstm_ray.cli.documents import (
     UrlOption,
     WaitOption,
     connected,
-    opened,
     read_document,
+    sender,
 )
 from xlstm_ray.cli.options import JsonOption, ProgressOption, bare, examples, given_path
 from xlstm_ray.cli.output import json_line, show, tell
@@ -124,11 +123,7 @@ def fork(
     service = connected(url, api_key_file)
     if (append is None) == (append_file is None):
         raise UsageError("give --append TEXT or --append-file FILE: what follows the document")
-    given = {"state": name, **({} if ttl is None else {"ttl": ttl})}
-    if append_file is None:
-        send = partial(service.post, "/v1/states", {"id": new, "prompt": append, **given})
-    else:
-        send = partial(service.put, state_path(new, f"?{urlencode(given)}"), opened(append_file))
+    send = sender(service, new, append, append_file, state=name, ttl=ttl)
     read_document(service, new, send, wait=wait, progress=progress, json_output=json_output)
 
 
