@@ -142,16 +142,16 @@ def test_an_upload_of_any_size_goes_to_the_disk_piece_by_piece(service):
 
 
 def test_a_state_is_forked(service):
-    add(service, id="root", prompt=BOOK)
-    add(service, id="one", state="root", prompt=" First.")
-    add(service, id="two", state="root", prompt=" Second.")
-    root = service.engine.prefill(BOOK).state
+    add(service, id="base", prompt=BOOK)
+    add(service, id="one", state="base", prompt=" First.")
+    add(service, id="two", state="base", prompt=" Second.")
+    base = service.engine.prefill(BOOK).state
     for name, text in (("one", " First."), ("two", " Second.")):
-        state = service.engine.prefill(append=text, state=root).state
+        state = service.engine.prefill(append=text, state=base).state
         assert parts(service.ask(f"/v1/states/{name}/file").body) == parts(saved(state))
         (choice,) = service.complete(QUESTION, state=name, max_tokens=12).json["choices"]
         assert choice["text"] == answer(service, QUESTION, state)
-    assert parts(service.ask("/v1/states/root/file").body) == parts(saved(root))
+    assert parts(service.ask("/v1/states/base/file").body) == parts(saved(base))
 
 
 def saved(state: RecurrentState) -> bytes:
@@ -210,6 +210,7 @@ def test_a_document_goes_after_its_time_without_use(service):
     add(service, id="used", prompt="a", ttl=600)
     for path, body in (("/v1/states/used", None), ("/v1/completions", {"state": "used", "max_tokens": 1})):
         before = goes_at("used")
+        time.sleep(0.01)  # uvloop's clock has milliseconds
         assert service.ask(path, body).status == 200
         assert goes_at("used") > before
     service.ask("/v1/states", {"id": "long", "prompt": LONG, "ttl": 0.1})

@@ -232,10 +232,8 @@ def _since_start(moment: float) -> float:
     """Seconds from this process's start to that time of the clock, to a hundredth."""
     if sys.platform != "linux":
         return moment - psutil.Process().create_time()
-    # psutil adds the time of the machine's start, which Linux tells in whole seconds.
-    ticks = int(
-        Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    )  # field 22, after a name in brackets
+    # psutil adds the time of the machine's start, which Linux tells in whole seconds. Field 22; a name is in brackets.
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return age - (time.time() - moment)
 
