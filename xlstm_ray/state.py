@@ -18,7 +18,7 @@ from xlstm_ray.directories import cache_dir
 from xlstm_ray.errors import OutputError, StateError, one_line
 from xlstm_ray.files import STATE, require_replaceable, write_whole
 from xlstm_ray.sampling import Sampling
-from xlstm_ray.text.history import EMPTY_PROMPT, Place, Row, TokenTrail, extend_prompt_hash
+from xlstm_ray.text.history import EMPTY_PROMPT, Count, Place, Row, TokenTrail, extend_prompt_hash
 
 __all__ = ["EMPTY_PROMPT", "FORMAT", "Numerics", "RecurrentState", "extend_prompt_hash"]
 
@@ -59,12 +59,12 @@ class _Metadata(BaseModel):
     format: str
     model: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     numerics: Numerics
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1 << 16)]
+    tokens: Annotated[list[Count], Field(min_length=1, max_length=1 << 16)]
     prompt_hash: list[Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
     rows: list[Row]
     sampling: Sampling | None
     complete: bool
-    begun: list[Annotated[int, Field(ge=0)]] | None = None
+    begun: list[Count] | None = None
     place: Place | None = None
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # or else `sum`
     sum: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
@@ -273,7 +273,7 @@ class RecurrentState:
         for key, tensor in tensors.items():
             if tensor.dtype != torch.float32 or not tensor.shape:
                 wrong = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-                raise StateError(f"{name}: tensor {key!r} is {wrong}; tensors of a state are float32")
+                raise StateError(f"{name}: tensor {key[:80]!r} is {wrong}; tensors of a state are float32")
         text = header.get("xlstm_ray", "")
         if hashlib.sha256(text.encode()).hexdigest() != header.get("check"):
             raise StateError(f"{name}: is not a state of this program, or its header is damaged")
@@ -337,7 +337,7 @@ class RecurrentState:
                 expected[f"blocks.{n}.{name}"] = (self.batch, *shape)
         if set(expected) != set(self.tensors):
             odd = sorted(set(expected) ^ set(self.tensors))
-            raise StateError(f"{self.name} does not have the model's tensors: {odd[0]!r} is missing or too many")
+            raise StateError(f"{self.name} does not have the model's tensors: {odd[0][:80]!r} is missing or too many")
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from engines import OPTIONS, lm, model
 
 import xlstm_ray
-from xlstm_ray import Engine
+from xlstm_ray import Engine, RecurrentState
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Queued, Reading, Request
 from xlstm_ray.engine.rows import Batch
 from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.work import Work
-from xlstm_ray.errors import GridLost, StateError, UsageError
+from xlstm_ray.errors import CheckpointError, GridLost, StateError, UsageError
 from xlstm_ray.sampling import Sampling
 from xlstm_ray.serve.warm import first_answers
 
@@ -326,6 +327,33 @@ def test_a_state_of_another_prompt_is_refused(lm):
     state = lm.prefill(TEXTS[0]).state
     with pytest.raises(StateError, match="another prompt"):
         lm.submit(Request(TEXTS[1], state=state))
+
+
+@pytest.mark.parametrize("asks", [{"append": "a"}, {}])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_state_with_wild_numbers_ends_who_sent_it_alone(lm, asks, n):
+    lm.serve(slots=8, buckets=(8,))
+    good = [what(ask(lm, k, keep=True).result(60)) for k in range(3)]
+    wild = RecurrentState.from_bytes(lm.prefill(TEXTS[0]).state.to_bytes(), "wild")
+    for name, tensor in wild.tensors.items():
+        if name.endswith(".C"):
+            tensor.fill_(3e38)  # finite, and so taken; what is computed from it is not
+    others = [ask(lm, k, keep=True) for k in range(3)]
+    sampling = Sampling(max_new_tokens=4, temperature=1.0, n=n, logprobs=1)
+    for handle in lm.submit_n(Request(state=wild, sampling=sampling, **asks)):
+        with pytest.raises(StateError, match="not finite"):
+            handle.result(60)
+    assert [what(handle.result(60)) for handle in others] == good
+    assert what(ask(lm, 0, keep=True).result(60)) == good[0]
+
+
+def test_a_prompt_whose_logits_are_no_numbers_ends_alone(lm, monkeypatch):
+    good, plain = what(ask(lm, 1, keep=True).result(60)), lm.executor.result
+    monkeypatch.setattr(lm.executor, "result", lambda: plain()._replace(logits=torch.full((1, 259), torch.nan)))
+    with pytest.raises(CheckpointError, match=r"^the model's logits are not finite"):
+        ask(lm, 0).result(60)
+    monkeypatch.undo()
+    assert what(ask(lm, 1, keep=True).result(60)) == good
 
 
 def test_a_fault_under_the_engine_ends_every_request_with_its_reason(lm, monkeypatch):

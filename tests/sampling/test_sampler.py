@@ -80,6 +80,15 @@ def test_presence_and_frequency_are_openais_formula_over_the_answer():
         assert found[token].item() == pytest.approx(logits[0, token].item() - c * -0.3 - (c > 0) * 0.7, abs=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-308, 1e-38, 1e-20])
+@pytest.mark.parametrize("drawn_by", [{}, {"temperature": 1.0}, {"temperature": 5e-324, "top_p": 5e-324, "min_p": 1.0}])
+def test_a_penalty_near_0_makes_the_likeliest_seen_token_certain(penalty, drawn_by):
+    logits = logits_of(1)
+    logits[0, 9] = 4.0  # of the tokens that were seen, the only one so likely
+    row = one(Sampling(repetition_penalty=penalty, presence_penalty=2.0, **drawn_by), prompt=PROMPT, made=[3])
+    assert choose(row, logits) == [9]
+
+
 def test_tokens_that_are_chosen_are_counted():
     sampling = Sampling(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4, min_tokens=3)
     logits = logits_of(1)

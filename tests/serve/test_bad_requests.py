@@ -1,16 +1,21 @@
 """Whatever is sent: an answer, or a 4xx with a reason; never a 5xx, a hang or a traceback."""
 
+import hashlib
 import json
 import socket
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from services import Here, model, serving_here
+from xxhash import xxh3_128
 
 from xlstm_ray.serve.fields import NEUTRAL, Chat, Completion, Detokenize, Tokenize
 from xlstm_ray.serve.states import NewState
+from xlstm_ray.state import RecurrentState, pieces
 from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
@@ -76,6 +81,7 @@ LIKELY = {  # values that are often right
     "seed": st.one_of(st.integers(), JSON),
     "temperature": st.one_of(st.floats(-1, 3), JSON),
     "top_p": st.one_of(st.floats(-0.5, 1.5), JSON),
+    "repetition_penalty": st.one_of(st.floats(-1, 101), st.floats(0, 1e-37), JSON),
     "stream": st.one_of(st.booleans(), JSON),
     "chat_template_kwargs": st.one_of(st.dictionaries(TEXTS, JSON, max_size=2), JSON),
 }
@@ -139,6 +145,52 @@ def test_bytes_are_refused_with_a_reason(service):
         require_calm(service, got.status, got.body)
 
     ask()
+
+
+def _rows(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header["rows"][0].update(fields)
+
+
+def _tokens(count: int) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        header["tokens"] = [count]
+        header["rows"][0]["tokens"]["length"] = count
+
+    return change
+
+
+HEADERS = {
+    "more tokens than int64 has": _tokens((1 << 63) - 1),
+    "more than any number has": _tokens(10**40),
+    "a token below 0": _rows(end={"tokens": [-1], "printed": ""}),
+    "a token of 64 bits": _rows(end={"tokens": [1 << 63], "printed": ""}),
+    "a text without an end": _rows(text={"length": 10**40, "hash": "0" * 32, "step": 1, "places": ""}),
+    "more before than there is": lambda header: header.update(complete=False, begun=[10**40]),
+    "a place beyond all": lambda header: header.update(
+        place={"root": "0" * 32, "key": "0" * 32, "rows": 10**40, "tiles": 10**40}
+    ),
+}
+
+
+def upload(state: RecurrentState, change: Callable[[dict[str, Any]], None]) -> bytes:
+    """A state's file with another header, and checksums that are right: who sends a file can compute them."""
+    data = state.to_bytes()
+    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["xlstm_ray"])
+    change(header)
+    shown = SimpleNamespace(tensors=state.tensors, tokens=header["tokens"], prompt_hash=header["prompt_hash"])
+    text = json.dumps({**header, "sum": RecurrentState._hashed(shown, xxh3_128())}, separators=(",", ":"))
+    return b"".join(pieces(state.tensors, {"xlstm_ray": text, "check": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+def test_states_that_nobody_made_are_refused_or_answered(service):
+    state = service.engine.prefill("a book").state
+    assert service.ask("/v1/states/same", upload(state, lambda header: None), method="PUT").status == 201
+    service.ask("/v1/states/same", method="DELETE")
+    for what, change in HEADERS.items():
+        got = service.ask("/v1/states/odd", upload(state, change), method="PUT")
+        assert got.status == 400, what
+        assert "the header's" in got.error["message"], what
+    assert service.complete("a").status == 200
 
 
 HEADER = st.tuples(

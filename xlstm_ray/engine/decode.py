@@ -17,15 +17,20 @@ from xlstm_ray.sampling.sampler import Sampler
 from xlstm_ray.text.answer import Answer
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Logits (..., vocabulary) -> whether a token can be chosen from them (...): NaN or infinity is not among them."""
+    return logits.sum(-1).isfinite()  # a sum keeps them, and needs no copy of all logits
+
+
 def require_finite(logits: Tensor, model: Path) -> None:
-    """Raise CheckpointError if logits are NaN or infinite: no token can be chosen from them."""
-    if not logits.sum(-1).isfinite().all():  # a sum keeps NaN and infinity, and needs no copy of all logits
-        raise not_finite(model)
+    """Raise CheckpointError if logits are not finite."""
+    if not finite(logits).all():
+        raise not_finite(f"{model}: ")
 
 
-def not_finite(model: Path) -> CheckpointError:
+def not_finite(where: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{model}: the model's logits are not finite; its weights are damaged, or too large for the dtype"
+        f"{where}the model's logits are not finite; its weights are damaged, or too large for the dtype"
     )
 
 

@@ -1,9 +1,20 @@
 """Rows of several requests that decode together, in states that are stepped in place."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from xlstm_ray.engine.decode import finite
+from xlstm_ray.engine.figures import StepKind
 from xlstm_ray.engine.task import Task
-from xlstm_ray.runtime.executor import Choice, Executor, RowRef, StateRef, decoding_step
+from xlstm_ray.runtime.executor import Choice, Executor, RowRef, StateRef, StepResult, decoding_step
+
+
+class Flight(NamedTuple):
+    """A step under way. since: perf_counter time when it was submitted. take: what takes its result."""
+
+    kind: StepKind
+    since: float
+    take: Callable[[StepResult], None]
 
 
 class Batch:
@@ -53,6 +64,15 @@ class Batch:
         last = [None if answer is None else answer.tokens[-1] for answer in answers]
         self._executor.submit(self.state, decoding_step(last, in_place=True, choice=choice))
         self.under_way = True
+
+    def unfit(self, result: StepResult) -> list[Task]:
+        """The tasks for which a step made logits that are not finite: no token can be chosen from them."""
+        if result.tokens is not None:
+            fits = result.tokens >= 0
+        else:
+            assert result.logits is not None
+            fits = finite(result.logits)
+        return [task for task, fit in zip(self.places, fits.tolist(), strict=False) if task is not None and not fit]
 
     def remove(self, task: Task, *, keep: bool) -> None:
         """Remove the task's row; keep: give the task its own state."""

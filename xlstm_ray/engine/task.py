@@ -8,6 +8,7 @@ from time import perf_counter
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
+from xlstm_ray.engine.decode import not_finite
 from xlstm_ray.engine.driver import Each, Reader, Sizes, Snapshot
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Request, Usage
@@ -16,7 +17,7 @@ from xlstm_ray.engine.resume import Going, unchanged
 from xlstm_ray.engine.reuse import Reuse
 from xlstm_ray.engine.scores import Scores
 from xlstm_ray.engine.windows import Group, Window
-from xlstm_ray.errors import XlstmRayError
+from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.runtime.executor import StateRef
 from xlstm_ray.state import Numerics, RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
@@ -134,6 +135,13 @@ class Task:
         """Send the last event."""
         tokens, text = (self.answer.tokens, self.answer.text) if self.answer else ([], "")
         self.handle.tell(End(finish, text, tokens, self.usage(), logits, state, error, self.scores))
+
+    def not_finite(self) -> XlstmRayError:
+        """Why no token can be chosen from its logits: a caller's state may have numbers that no prompt gives."""
+        state = self.request.state
+        if state is None:
+            return not_finite()
+        return StateError(f"{state.name}: the logits after it are not finite; make the state again")
 
     def look_up(self, core: Core) -> None:
         """Go on from the longest kept state, if it is longer than the given one.

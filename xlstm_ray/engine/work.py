@@ -1,23 +1,22 @@
 """The work of the service's thread: it reads the prompts of many requests and decodes their rows together."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xlstm_ray.engine.core import Core
-from xlstm_ray.engine.decode import Made, not_finite, require_finite
+from xlstm_ray.engine.decode import Made, finite
 from xlstm_ray.engine.driver import Sizes, Snapshot
-from xlstm_ray.engine.figures import StepKind, Steps
+from xlstm_ray.engine.figures import Steps
 from xlstm_ray.engine.guard import MemoryGuard, Stop
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.engine.logs import RunLogs
 from xlstm_ray.engine.request import Piece, Reading
-from xlstm_ray.engine.rows import Batch, must_wait
+from xlstm_ray.engine.rows import Batch, Flight, must_wait
 from xlstm_ray.engine.scheduler import Decode, Fill, Park, Resume, Scheduler
 from xlstm_ray.engine.slots import Slots
 from xlstm_ray.engine.task import Task
@@ -26,14 +25,6 @@ from xlstm_ray.runtime.executor import StepResult, decoding_step
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.text.answer import Answer, Finish
 from xlstm_ray.text.history import Row
-
-
-class _Flight(NamedTuple):
-    """A step under way. since: perf_counter time when it was submitted. take: what takes its result."""
-
-    kind: StepKind
-    since: float
-    take: Callable[[StepResult], None]
 
 
 class Work:
@@ -47,7 +38,7 @@ class Work:
         self._parallel = executor.parallel
         batches = max(self._parallel, -(-slots // max(buckets)))
         self._batches = [Batch(executor, buckets) for _ in range(batches)]
-        self._under_way: deque[_Flight] = deque()  # in order
+        self._under_way: deque[Flight] = deque()  # in order
         self._taken = 0.0  # perf_counter time of the last result
         self._decoded_at: float | None = None  # of the last decoding step, if its rows go on
         self.steps = Steps()
@@ -216,12 +207,13 @@ class Work:
                 self._scheduler.filled(task.number)
                 self._prompt_read(task)
 
-        self._under_way.append(_Flight("prefill", began, take))
+        self._under_way.append(Flight("prefill", began, take))
 
     def _prompt_read(self, task: Task) -> None:
         """Go on after the whole prompt was read: choose the first token, or end a task that only reads."""
         assert task.logits is not None
-        require_finite(task.logits, self._core.plan.model)
+        if not finite(task.logits):
+            return self._unfit(task)
         for answer in task.answers:
             answer.follow(task, self._rows_of(task))
             self._scheduler.follow(answer.number)
@@ -253,17 +245,17 @@ class Work:
                 choice = None if chooses == "no" else self._slots.choice(batch.places, there=chooses == "there")
                 began = perf_counter()
                 batch.step(choice)
-                self._under_way.append(_Flight("decode", began, partial(self._decoded, batch)))
+                self._under_way.append(Flight("decode", began, partial(self._decoded, batch)))
 
     def _decoded(self, batch: Batch, result: StepResult) -> None:
         batch.under_way = False
+        for task in batch.unfit(result):
+            self._unfit(task)
         active = [(n, task) for n, task in enumerate(batch.places) if task is not None]
         if not active:
             return
         logits, tasks, there = result.logits, [task for _, task in active], [n for n, _ in active]
         chosen = None if result.tokens is None else result.tokens[there]
-        if chosen is not None and (chosen < 0).any():
-            raise not_finite(self._core.plan.model)
         if chosen is not None and result.logits_of is not None:
             for n, task in active:
                 task.logits, task.fetch = None, partial(result.logits_of, n)
@@ -278,7 +270,6 @@ class Work:
             return
         if len(active) < len(batch.places):
             logits = logits[torch.tensor(there, device=logits.device)]
-        require_finite(logits, self._core.plan.model)
         for task, row in zip(tasks, logits, strict=True):
             task.logits = row
         self._choose(logits, tasks)
@@ -348,6 +339,17 @@ class Work:
                 task.handle.tell(Piece(text, None))
         task.end(finish, logits=None if task.logits is None else task.logits.cpu(), state=state)
 
+    def _unfit(self, task: Task) -> None:
+        """End a task from whose logits no token can be chosen. Others go on: it may be of what this caller has sent."""
+        for one in (*task.answers, task):
+            self._drop(one, Finish("error"), task.not_finite())
+
+    def _drop(self, task: Task, finish: Finish, error: XlstmRayError | None) -> None:
+        """End a task, and keep nothing of it."""
+        self._forget(task)
+        self._take_out(task, keep=False)
+        task.end(finish, error=error)
+
     def _forget(self, task: Task) -> None:
         del self._tasks[task.number]
         self._scheduler.leave(task.number)
@@ -388,9 +390,7 @@ class Work:
         """End all requests: as cancelled, or with this error."""
         finish = Finish("error" if error else "cancelled")
         for task in list(self._tasks.values()):
-            self._forget(task)
-            self._take_out(task, keep=False)
-            task.end(finish, error=error)
+            self._drop(task, finish, error)
         self._under_way.clear()
         self._held = None
         for batch in self._batches:

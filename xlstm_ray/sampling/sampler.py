@@ -20,7 +20,7 @@ ONE = 40  # the likeliest token's weight is 2^40; a vocabulary of 2^22 tokens su
 HALF, HALF_MASK = 31, (1 << 31) - 1  # products of 62 bits are computed in two halves
 GOLDEN = 0x9E3779B97F4A7C15
 MIXED = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-LEAST_TEMPERATURE = 1e-30  # any temperature below is greedy, and underflows in float32
+LEAST_DIVISOR = 1e-30  # what logits are divided by: smaller numbers underflow in float32, and leave no number
 
 
 class Needs(NamedTuple):
@@ -97,10 +97,9 @@ class Sampler:
         least = s.min_tokens if needs.forbids else 0
         top_p = max(1, round(s.top_p * (1 << HALF)))
         top_k = min(s.top_k, self.vocabulary) or self.vocabulary
-        temperature = max(s.temperature, LEAST_TEMPERATURE) if needs.draws else 0.0
-        self._numbers[slot] = torch.tensor(
-            [temperature, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty]
-        )
+        temperature = max(s.temperature, LEAST_DIVISOR) if needs.draws else 0.0
+        repetition = max(s.repetition_penalty, LEAST_DIVISOR)
+        self._numbers[slot] = torch.tensor([temperature, s.min_p, repetition, s.presence_penalty, s.frequency_penalty])
         self._wholes[slot] = torch.tensor([key_of(s.seed), position, len(made), top_k, top_p, least])
         if needs.counts and (self._made is None or self._seen is None):
             shape = self.slots + 1, self.vocabulary

@@ -17,6 +17,7 @@ PLACES = 64
 _PRIME = (1 << 128) - 159
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]  # of tokens or bytes: sums of them fit int64
 
 
 def extend_prompt_hash(prompt_hash: str, tokens: Iterable[int]) -> str:
@@ -42,9 +43,9 @@ class Trail(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    length: Annotated[int, Field(ge=0)] = 0
+    length: Count = 0
     hash: Hash = ""
-    step: Annotated[int, Field(gt=0)] = 1
+    step: Annotated[Count, Field(gt=0)] = 1
     places: Annotated[str, Field(pattern="^([0-9a-f]{8}){0,64}$")] = ""
 
     @staticmethod
@@ -161,8 +162,8 @@ class Scored(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    seen: Annotated[int, Field(ge=0)]
-    tokens: Annotated[int, Field(ge=0)] = 0
+    seen: Count
+    tokens: Count = 0
     logprob: float = 0.0
     following: tuple[int, float] | None = None
 
@@ -199,6 +200,6 @@ class Place(BaseModel):
     root: Hash
     key: Hash
     after: Annotated[str, Field(pattern="^([0-9a-f]{32})?$")] = ""
-    rows: Annotated[int, Field(ge=1)] = 1
-    tiles: Annotated[int, Field(ge=-1)] = 0
+    rows: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    tiles: Annotated[int, Field(ge=-1, le=1 << 48)] = 0
     machine: Annotated[str, Field(max_length=300)] = ""
