@@ -29,8 +29,9 @@ from xlstm_ray.checkpoint import Checkpoint, Stored
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import CheckpointError, UsageError, one_line
 from xlstm_ray.kernels import chunkwise_backend
-from xlstm_ray.kernels.compiled import compile_strict, switched_off
+from xlstm_ray.kernels.compiled import compile_strict
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK, Asked, misfit
+from xlstm_ray.kernels.inductor import require_same_switch
 from xlstm_ray.layout import Shard
 from xlstm_ray.memory.sample import device_total_bytes, empty_cache, peak_device_bytes, take_sample
 from xlstm_ray.runtime.blocks import Kernels
@@ -54,6 +55,7 @@ class WorkerSpec:
     t_inner: int
     fusion_limit: int | None
     threads: int
+    eager: bool = False  # torch compiles nothing
     float8: bool = False  # of the large matrices
     graphs: bool = False  # decoding in place is captured
 
@@ -81,33 +83,35 @@ class ShardWork:
     # -- compute -------------------------------------------------------------------------------------------------------
     def load(self) -> None:
         """Read this shard's slice of the checkpoint. CheckpointError if this node's model is not the driver's."""
-        spec = self.spec
+        spec, node = self.spec, os.uname().nodename
         self._threads()
         self.device = torch.device(spec.device)
         self._copies = Copies(self.device, spec.dtype)
         self._chooser = Chooser(spec.config.vocab_size, self.device)
         there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not there[self.device.type]:
-            raise UsageError(f"`device` is {spec.device!r}, but node {os.uname().nodename} has none")
+            raise UsageError(f"`device` is {spec.device!r}, but node {node} has none")
         require_sound(self.device, spec.config)
         if not spec.model.is_dir():
             command = hub.fetched_by(spec.model)
             how = f"`{command}` with the same HF_HOME" if command else "a copy, or a mount of the same files,"
             raise CheckpointError(
-                f"{spec.model}: node {os.uname().nodename} has no such directory; every node reads the model at the "
-                f"driver's path, so {how} is needed there"
+                f"{spec.model}: node {node} has no such directory; every node reads the model at the driver's path, "
+                f"so {how} is needed there"
             )
         config = ModelConfig.from_file(spec.model / "config.json")
         if config != spec.config:
-            raise CheckpointError(f"{spec.model}: node {os.uname().nodename} has another model there than the driver")
+            raise CheckpointError(f"{spec.model}: node {node} has another model there than the driver")
         backend = chunkwise_backend(spec.backend)
         if backend.kernel == KERNEL:
             columns, capability = [len(self.shard.ffn)], torch.cuda.get_device_capability()
             why = misfit(Asked(config, columns, LEAST_CHUNK, "bfloat16", capability))
             if why is not None:
-                raise UsageError(f"`chunkwise_backend` is {spec.backend!r}, but on node {os.uname().nodename} {why}")
+                raise UsageError(f"`chunkwise_backend` is {spec.backend!r}, but on node {node} {why}")
+        if backend.compiled:
+            require_same_switch(eager=spec.eager, node=node)
         checkpoint = Checkpoint(spec.model, config, spec.stored)  # what this shard reads is checked while it is read
-        if backend.compiled and not switched_off():  # here: or every actor would start a pool of compiler processes
+        if backend.compiled and not spec.eager:  # here: or every actor would start a pool of compiler processes
             torch._inductor.config.compile_threads = 1
         kernels = Kernels(
             backend,
@@ -330,12 +334,8 @@ class ShardWork:
 
     def _run_mixer(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
         self._drop(call.drop, n)
-        if n == 0:
-            (x,) = parts
-            self._x[call.number] = self._enter(x)
-        else:
-            self._x[call.number] = self._add(self._x[call.number], parts)
-        part = self.worker.run_mixer(n, self._x[call.number], self._move(call))
+        x = self._x[call.number] = self._enter(*parts) if n == 0 else self._add(self._x[call.number], parts)
+        part = self.worker.run_mixer(n, x, self._move(call))
         if call.keep:
             self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.states[call.dst][n])
         return to_wire(part)

@@ -42,6 +42,7 @@ MAY_READ_ENVIRONMENT = {  # and why; all else is given what it needs
     "client.keys": "a key is not an argument: other users of a machine can read those",
     "threads": "OpenMP's variables must be set before torch is loaded",
     "directories": "torch's own variable says where its cache is",
+    "kernels.inductor": "torch's own variables say whether it compiles",
     "kernels.compiled": "Inductor's own variable says which compiler it takes",
     "supervisor.connect": "Ray reads its variables as it is imported; the token is looked for where Ray would",
     "supervisor.start": "the environment of a head's processes",

@@ -202,6 +202,7 @@ class Running:
             t_inner=plan.steps.t_inner,
             fusion_limit=plan.steps.fusion_limit,
             threads=plan.actors.threads,
+            eager=plan.numerics.eager,
         )
 
     def _options(self, plan: RunPlan) -> "GridOptions":

@@ -30,8 +30,8 @@ from xlstm_ray.declare import Source
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB
 from xlstm_ray.kernels import Backend
-from xlstm_ray.kernels.compiled import switched_off
 from xlstm_ray.kernels.fit import KERNEL, LEAST_CHUNK
+from xlstm_ray.kernels.inductor import switched_off
 from xlstm_ray.kernels.metal import Fit
 from xlstm_ray.kernels.quantized import rows_at_once
 from xlstm_ray.layout import Shard, make_layout
@@ -156,9 +156,9 @@ class RunPlan:
 
     @property
     def eager_note(self) -> str | None:
-        """That compiled kernels are not compiled, for people; on somebody's head their own variables decide."""
-        switch = switched_off() if self.backend.compiled and self.mode is not Mode.ATTACHED else None
-        return None if switch is None else f"{switch}=1: {self.backend.name} is not compiled: slower, and other bits"
+        """That compiled kernels are not compiled, for people."""
+        note = f"{switched_off()}=1: {self.backend.name} is not compiled: slower, and other bits"
+        return note if self.numerics.eager else None
 
     @property
     def split_note(self) -> str | None:
@@ -297,6 +297,7 @@ def choose_plan(
             chunk_size=sizes.chunk,
             heads_per_band=sizes.heads,
             dtype=found.name,
+            eager=backend.compiled and switched_off() is not None,
         ),
         layout=layout,
         workers=workers,

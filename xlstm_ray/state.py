@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -40,6 +41,8 @@ class Numerics(BaseModel):
     heads_per_band: Annotated[int, Field(gt=0)]
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float8)$")]
     mixed: bool = False  # part of the prompt was computed with other sizes or numerics: the bits are this run's own
+    # Torch was told to compile nothing: the kernel's functions ran as they are. False is not written, as before.
+    eager: Annotated[bool, Field(exclude_if=not_)] = False
 
     def goes_on_as(self, other: "Numerics") -> bool:
         """Whether a state of these numerics can go on with `other`: they are equal, or its sizes are mixed already."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,14 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **EAGER, "HOME": str(home), "PYTHONPATH": str(ROOT), "XLSTM_RAY_LOCAL_MODE": "0"}
 
 
-def as_in_actors() -> AbstractContextManager[object]:
-    """For what is computed in this process: kernels as plain torch, if they are so in actors."""
-    return torch.compiler.set_stance("force_eager") if EAGER else nullcontext()
+@contextmanager
+def as_in_actors() -> Iterator[None]:
+    """For what is computed or started in this process: kernels as plain torch, if they are so in actors."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in EAGER.items():
+            patch.setenv(name, value)
+        yield
 
 
 def script(home: Path, text: str, *arguments: object) -> list[Any]:
@@ -195,9 +200,7 @@ def head(home: Path) -> Iterator[Head]:
     """A head with room for eight actors of one thread, however few cores there are."""
     state_dir = home / ".local" / "state" / "xlstm-ray"
     options = HeadOptions(state_dir=state_dir, num_cpus=8, object_store_bytes=100 << 20)
-    with pytest.MonkeyPatch.context() as patch:  # actors have the head's environment
-        for name, value in EAGER.items():
-            patch.setenv(name, value)
+    with as_in_actors():  # they have the head's environment
         started = start_head(options)
     yield started
     stop_head(started, state_dir)

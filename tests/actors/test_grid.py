@@ -121,6 +121,18 @@ def test_an_actor_refuses_another_model_than_the_drivers(model):
         ShardWork(spec, Shard(range(3), range(4), range(10)), "a", one_band=True).load()
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_actor_whose_torch_compiles_other_than_the_drivers_is_refused(model, monkeypatch, eager):
+    """On somebody's head, whose variables are not those of the driver: the bits would be other than the state says."""
+    config = ModelConfig.from_file(model / "config.json")
+    spec = WorkerSpec(model, config, {}, "ray_compiled_chunks", "cpu", torch.float32, 8, None, 1, eager=eager)
+    if not eager:
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    who = "the driver, but not for node " if eager else f"node {os.uname().nodename}, but not for the driver"
+    with pytest.raises(UsageError, match=rf"TORCHDYNAMO_DISABLE=1\) for {who}.*, which gives other bits"):
+        ShardWork(spec, Shard(range(3), range(4), range(10)), "a", one_band=True).load()
+
+
 # -- on a head ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module", params=[(2, 4), (2, 3)], ids=["2 stages", "hybrid, 2 stages x 2 bands"])
 def grid(request: pytest.FixtureRequest, home: Path, head: Head, models: dict[int, Path]) -> tuple[int, dict[str, Any]]:

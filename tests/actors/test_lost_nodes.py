@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 from grids import (
-    EAGER,
     PROMPT,
     SIZES,
     TILE,
     after_tiles,
+    as_in_actors,
     command,
     environment,
     in_process,
@@ -297,8 +297,7 @@ def test_a_full_disk_under_rays_folder_is_named(model, tmp_path):
     state_dir = home / ".local" / "state" / "xlstm-ray"
     options = HeadOptions(state_dir=state_dir, temp_dir=disk / "t", stays=True, num_cpus=2, object_store_bytes=75 << 20)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(*next(iter(EAGER.items())))
+        with as_in_actors():
             head = start_head(options)
         subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=1M"], capture_output=True)
         done = command(

@@ -1041,6 +1041,7 @@ NUMERICS: dict[str, Any] = {
     "chunk_size": [0, 1 << 40, "16"],
     "heads_per_band": [0, -1, None],
     "dtype": ["float16", "f32", None],
+    "eager": [1, "true", None],
     "extra": [1],
 }
 

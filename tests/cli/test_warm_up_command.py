@@ -157,3 +157,18 @@ def test_nothing_is_compiled_where_torch_is_told_so(model, tmp_path, switch):
     native = machine.run("prefill", *words, "--prompt", "a", "--chunkwise-backend", "native")
     assert "not compiled" not in native.stderr
     assert machine.compiled == 0
+
+
+def test_a_state_of_kernels_that_were_not_compiled_is_not_taken_for_one_of_compiled_ones(model, tmp_path):
+    """Their bits differ: it goes on where torch is told the same, and nowhere else."""
+    machine, state = Machine(tmp_path / "m"), tmp_path / "a.state"
+    words = "prefill", "-m", model, *OPTIONS
+    machine.env["TORCHDYNAMO_DISABLE"] = "1"
+    machine.run(*words, "--prompt", "a prompt", "--state-out", state)
+    more = *words, "--state-in", state, "--append", " and more", "--json"
+    assert not json.loads(machine.run(*more).stdout)["mixed_numerics"]
+    del machine.env["TORCHDYNAMO_DISABLE"]
+    refused = machine.run(*more, ok=False)
+    assert "other numerics (eager True, not False)" in refused.stderr
+    assert "set TORCHDYNAMO_DISABLE=1, as there" in refused.stderr
+    assert machine.compiled == 0

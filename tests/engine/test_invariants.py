@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import make_model, write_byte_tokenizer
 from torch import Tensor
@@ -309,6 +310,33 @@ def test_a_state_of_other_numerics_model_or_prompt_is_refused(model, eager):
         load(model).prefill(IDS[:39], state=state)
     with pytest.raises(StateError, match="has 1 prompts, but 2 were given"):
         load(model).prefill([IDS[:50], IDS[:50]], state=state)
+
+
+@pytest.mark.parametrize("switch", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_states_of_compiled_kernels_and_of_others_are_told_apart(model, tmp_path, monkeypatch, switch):
+    """Also in files; one of compiled kernels is what it was before there was the difference, to the byte."""
+    path = tmp_path / "a.state"
+
+    def other(**more: Any) -> Engine:
+        return xlstm_ray.load(model, device="cpu", tile_size=TILE, chunk_size=CHUNK, **more)
+
+    with torch.compiler.set_stance("force_eager"):
+        other().prefill(IDS[:40]).state.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["xlstm_ray"])
+    assert [*header["numerics"]] == ["kernel", "tile_size", "chunk_size", "heads_per_band", "dtype", "mixed"]
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(StateError, match=rf"eager False, not True.* unset {switch}, as there"):
+        other().prefill(IDS[:50], state=RecurrentState.load(path))
+    result = other().prefill(IDS[:50], state=RecurrentState.load(path), any_numerics=True)
+    assert result.state.numerics.mixed
+    assert result.state.numerics.eager
+    other().prefill(IDS[:40]).state.save(path)
+    assert other().prefill(IDS[:50], state=RecurrentState.load(path)).complete
+    native = {"chunkwise_backend": "native"}  # is the same, whatever torch is told
+    other(**native).prefill(IDS[:40]).state.save(path)
+    monkeypatch.delenv(switch)
+    assert other(**native).prefill(IDS[:50], state=RecurrentState.load(path)).complete
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------

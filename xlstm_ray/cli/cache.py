@@ -37,7 +37,8 @@ def list_(directory: DirectoryArgument, json_output: JsonOption = False) -> None
     show(f"{'tokens':>10}  {'size':>10}  {'last used':<16}  {'model':<12}  numerics")
     for kept in states:
         n = kept.numerics
-        sizes = f"{n.get('kernel')}, tiles of {n.get('tile_size')}, chunks of {n.get('chunk_size')}, {n.get('dtype')}"
+        kernel = f"{n.get('kernel')}{' (eager)' if n.get('eager') else ''}"
+        sizes = f"{kernel}, tiles of {n.get('tile_size')}, chunks of {n.get('chunk_size')}, {n.get('dtype')}"
         used = datetime.fromtimestamp(kept.used).strftime("%Y-%m-%d %H:%M")
         show(f"{kept.tokens.length:>10,}  {shown_bytes(kept.size):>10}  {used:<16}  {kept.model[:12]:<12}  {sizes}")
     show(f"{len(states)} state(s), {shown_bytes(total)} in all")

@@ -14,6 +14,7 @@ from xlstm_ray.cli.output import tell
 from xlstm_ray.cli.signals import Stop, stopped_by
 from xlstm_ray.errors import GridLost, OutputError, StateError, XlstmRayError
 from xlstm_ray.files import shown_bytes
+from xlstm_ray.kernels.inductor import switched_off
 from xlstm_ray.settings import Settings, given_variables
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def resume_command(start: list[str], without: Sequence[str] = ()) -> str:
             skip = word in replaced and word not in ("--jsonl", "--chat") and not skip
             continue
         words.append(word)
-    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in given_variables().items())
+    needed = given_variables() if (switch := switched_off()) is None else {**given_variables(), switch: "1"}
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in needed.items())
     words = [*words[:1], *start, *words[1:]] if without else [*words, *start]
     return f"{variables}{program()} {shlex.join(words)}"
 

@@ -162,7 +162,8 @@ def open_engine(
                 if state_in is not None:
                     state = start["state"] = RecurrentState.load(state_in)
                     numerics = {**state.numerics.model_dump(), "chunkwise_backend": _backend_of(state.numerics.kernel)}
-                    del numerics["kernel"], numerics["mixed"]
+                    for no_setting in ("kernel", "mixed", "eager"):
+                        numerics.pop(no_setting, None)
                     setup = setup_of(**asked, state=(str(state_in), numerics))
             # In this process nothing is lost by leaving at once, but a head that is started must be stopped again.
             leaving: Any = leave_at_once if settings.ray_local_mode and not settings.ray_address else stop_on_signals

@@ -96,7 +96,7 @@ def parity(
     if only_kernels and asked["model"]:
         raise UsageError(f"--model is for parity's part 'model', and {part!r} compares only kernels; leave it out")
     from xlstm_ray.choose import DEMO_MODEL, choose_device, choose_model
-    from xlstm_ray.kernels.compiled import switched_off
+    from xlstm_ray.kernels.inductor import switched_off
     from xlstm_ray.measure.parity import HEADER, compare
 
     if (switch := switched_off()) is not None:

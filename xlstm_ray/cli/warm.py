@@ -91,7 +91,7 @@ def warm_up(
     check_outputs(
         [] if cache_out is None else [Output("--cache-out", cache_out, CODE)], inputs, overwrite=settings.overwrite
     )
-    from xlstm_ray.kernels.compiled import switched_off
+    from xlstm_ray.kernels.inductor import switched_off
 
     if (switch := switched_off()) is not None:
         raise UsageError(f"{switch} is 1, and torch compiles nothing then; unset it")

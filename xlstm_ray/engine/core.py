@@ -15,6 +15,7 @@ from xlstm_ray.engine.resume import Going, appended, prompts
 from xlstm_ray.engine.tokens import Stored
 from xlstm_ray.engine.turn import Turn
 from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.kernels.inductor import SWITCHES, switched_off
 from xlstm_ray.launch import Running
 from xlstm_ray.memory.sample import take_sample
 from xlstm_ray.plan import RunPlan
@@ -112,11 +113,12 @@ class Core:
     def check(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
         """Raise StateError unless this model can go on from a state; any_numerics: also with other numerics."""
         state.check(self.plan.config, self.fingerprint)
-        if not state.numerics.goes_on_as(self.plan.numerics) and not any_numerics:
-            raise StateError(
-                f"{state.name} was made with other numerics ({state.numerics.differences(self.plan.numerics)}); "
-                "use the same settings, or leave them out to take the state's"
-            )
+        its, here = state.numerics, self.plan.numerics
+        if not its.goes_on_as(here) and not any_numerics:
+            how = "use the same settings, or leave them out to take the state's"
+            if its.kernel == here.kernel and its.eager != here.eager:
+                how += f"; set {SWITCHES[0]}=1, as there" if its.eager else f"; unset {switched_off()}, as there"
+            raise StateError(f"{state.name} was made with other numerics ({its.differences(here)}); {how}")
 
     def require_whole(self, state: RecurrentState, *, any_numerics: bool = False) -> None:
         """As `check`, for a state without new text: its own prompt must have been read to its end, too."""
@@ -179,10 +181,9 @@ class Core:
 
 
 def _machine(plan: RunPlan) -> str:
-    """What decides the bits of a state beside the numerics: torch, if it compiles, kind of device, adding threads."""
+    """What decides the bits of a state beside the numerics: torch, the kind of device, and how many threads add up."""
     device = plan.device
     there = device.type == "cuda" and plan.own_device is not None
     kind = torch.cuda.get_device_name(device) if there else torch.backends.cpu.get_cpu_capability()
     threads = plan.threads or torch.get_num_threads()
-    eager = "" if plan.eager_note is None else ", not compiled"
-    return f"torch {torch.__version__}, {device.type}, {kind}, {plan.workers} x {threads} threads{eager}"
+    return f"torch {torch.__version__}, {device.type}, {kind}, {plan.workers} x {threads} threads"

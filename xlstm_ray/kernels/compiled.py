@@ -20,17 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.directories import compile_cache_dir
 from xlstm_ray.errors import KernelError
-from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code, unguarded
+from xlstm_ray.kernels.inductor import LaunchCounter, launches_of, loaded_modules, own_code, switched_off, unguarded
 from xlstm_ray.kernels.native import SlstmState, State, mlstm_sequence, mlstm_step, slstm_sequence
 
-SWITCHES = "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"  # torch's own
 TRIES, NOTHING_RAN = 10, "fullgraph=True found no compiled frames"
 Compiler = Callable[[Callable, str], Callable]  # (function, name) -> the function compiled: compile_strict's signature
-
-
-def switched_off() -> str | None:
-    """The variable, if one is set, that tells torch to compile nothing: it would import its compiler all the same."""
-    return next((name for name in SWITCHES if os.environ.get(name) == "1"), None)
 
 
 @cache

@@ -1,5 +1,6 @@
-"""Internals of torch's compiler that we use: code objects, compiled code without guards, modules, launches."""
+"""What we use inside torch's compiler: switches, code objects, compiled code without guards, modules, launches."""
 
+import os
 import re
 import types
 from collections import Counter
@@ -7,8 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
+from xlstm_ray.errors import UsageError
+
+SWITCHES = "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"  # torch's own
 _LAUNCH = re.compile(r"^\s*(generated_kernel_\d+)\(", re.MULTILINE)
 _LIBRARY_CALL = re.compile(r"^\s*(?:\w+ = )?(?:extern_kernels|torch\.ops\.aten)\.(\w+)", re.MULTILINE)
+
+
+def switched_off() -> str | None:
+    """The variable, if one is set, that tells torch to compile nothing: it would import its compiler all the same."""
+    return next((name for name in SWITCHES if os.environ.get(name) == "1"), None)
+
+
+def require_same_switch(*, eager: bool, node: str) -> None:
+    """Raise UsageError unless torch is told the same on this node as the driver was, whose `eager` this is."""
+    if eager != (switched_off() is not None):
+        told, other = ("the driver", f"node {node}") if eager else (f"node {node}", "the driver")
+        raise UsageError(
+            f"torch is told to compile nothing ({SWITCHES[0]}=1) for {told}, but not for {other}, which gives other "
+            "bits; set it for both, or for neither"
+        )
 
 
 class LaunchCounter:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xlstm_ray.kernels import Backend
-from xlstm_ray.kernels.compiled import Compiler, compile_strict, switched_off
+from xlstm_ray.kernels.compiled import Compiler, compile_strict
+from xlstm_ray.kernels.inductor import switched_off
 from xlstm_ray.kernels.native import SlstmState, State
 from xlstm_ray.kernels.quantized import Quantized
 from xlstm_ray.model import (
