@@ -201,6 +201,21 @@ HEADER = st.tuples(
 )
 
 
+def test_a_field_that_is_twice_in_an_address_is_refused_everywhere(service):
+    """Else the last one would count, in silence; the same goes for a key of an object."""
+    paths = service.ask("/openapi.json").json["paths"]
+    places = [(path, method.upper()) for path, methods in paths.items() for method in methods]
+    assert {("/v1/states/{name}", "PUT"), ("/v1/completions", "POST"), ("/metrics", "GET")} <= {*places}
+    for path, method in [*places, ("/", "GET")]:
+        body = None if method == "GET" else b"A text."
+        for query in ("state=a&ttl=60&state=b", "ttl=60&state=a&st%61te=a"):
+            got = service.ask(f"{path.format(name='a')}?{query}", body, method, content_type="text/plain")
+            assert (got.status, got.error["param"]) == (400, "state"), (path, method)
+    assert service.ask("/v1/states").json["data"] == []
+    assert service.ask("/v1/states/a?ttl=60", b"A text.", "PUT").status == 202
+    assert service.ask("/v1/states/a", method="DELETE").status == 200
+
+
 def test_headers_and_addresses_are_refused_without_harm(service):
     @settings(max_examples=100)
     @given(

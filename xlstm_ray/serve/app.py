@@ -7,7 +7,7 @@ from functools import partial
 from time import time
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,7 +16,7 @@ from xlstm_ray import __version__
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.serve.access import Access
 from xlstm_ray.serve.answering import reply_to
-from xlstm_ray.serve.body import read_body, takes
+from xlstm_ray.serve.body import fields_once, read_body, takes
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Documents
 from xlstm_ray.serve.fields import Body, Chat, Completion, Detokenize, Tokenize, read
@@ -34,7 +34,8 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
     """The app of a service. It has the engine when the desk opens. documents: None: it has none. template: of chats."""
     options, began = desk.options, int(time())
     # FastAPI's own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None)
+    once = [Depends(fields_once)]
+    app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None, dependencies=once)
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, error: Refused) -> Response:

@@ -1,4 +1,4 @@
-"""A request's body: its bytes, and its schema."""
+"""What a request gives: its body's bytes and their schema, and the fields in its address."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -34,6 +34,15 @@ async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes
     if max(size, told) > most:
         raise Refused(413, f"the body has more than {most:,} bytes, which is the most that this service takes")
     yield bytes(piece)
+
+
+async def fields_once(request: Request) -> None:
+    """Raise Refused where a field in the address is given twice: one of the two would have no effect."""
+    seen = set()
+    for name, _ in request.query_params.multi_items():
+        if name in seen:
+            raise Refused(400, f"`{name[:80]}` is given more than once in the address; give it once", param=name[:80])
+        seen.add(name)
 
 
 def takes(body: type[BaseModel]) -> dict[str, Any]:
