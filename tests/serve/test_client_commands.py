@@ -81,7 +81,7 @@ def test_a_question_alone_from_a_pipe_and_answers_as_json(client, service, tmp_p
     assert [json.loads(line)["text"] for line in several.out.splitlines()] == [answer(service, QUESTION)] * 2
 
 
-def test_documents_are_listed_copied_forked_stopped_and_deleted(client, service, tmp_path):
+def test_documents_are_listed_copied_forked_stopped_and_deleted(client, service, tmp_path, monkeypatch):
     assert client("prefill", "-p", BOOK, "--name", "root").code == 0
     state = service.engine.prefill(BOOK).state
     file = tmp_path / "root.state"
@@ -90,6 +90,11 @@ def test_documents_are_listed_copied_forked_stopped_and_deleted(client, service,
     assert client("states", "upload", file, "--name", "copy").out == "copy\n"
     (tmp_path / "more").write_text("More of it.\n")
     assert client("states", "fork", "copy", "forked", "--append-file", tmp_path / "more").out == "forked\n"
+    with open(tmp_path / "more", "rb") as more, monkeypatch.context() as context:
+        context.setattr(sys, "stdin", io.TextIOWrapper(more))
+        assert client("states", "fork", "copy", "piped", "--append", "-").out == "piped\n"
+    forks = [service.ask(f"/v1/states/{name}/file", authorization=f"Bearer {KEY}").body for name in ("forked", "piped")]
+    assert parts(forks[0]) == parts(forks[1])
     forked = service.ask("/v1/states/forked/file", authorization=f"Bearer {KEY}").body
     assert parts(forked) == parts(saved(service.engine.prefill(append="More of it.", state=state).state))
     assert "is a state and not a text" in client("states", "fork", "copy", "odd", "--append-file", file).error
@@ -103,7 +108,7 @@ def test_documents_are_listed_copied_forked_stopped_and_deleted(client, service,
     assert {info["id"] for info in client("states", "list", "--json").row["states"]} >= {"root", "copy", "forked"}
     assert client("states", "resume", "long", "--no-wait").out == "long\n"
     assert "tokens     " in client("states", "show", "long").out
-    for name in ("root", "copy", "forked", "long"):
+    for name in ("root", "copy", "forked", "piped", "long"):
         assert client("states", "delete", name).err == f"{name} is deleted\n"
     assert client("states", "show", "root").error.endswith("there is no state 'root' here")
 
@@ -135,6 +140,16 @@ def test_what_is_wrong_is_one_line(client, run, service, tmp_path, monkeypatch):
     assert "cannot be read" in client("prefill", "-f", tmp_path / "none").error
     assert "is not UTF-8" in client("prefill", "-f", _odd(tmp_path)).error
     assert "--append" in client("states", "fork", "a", "b").error
+    before = {info["id"] for info in client("states", "list", "--json").row["states"]}
+    assert client("prefill", "-p", "a", "--name", "root").code == 0
+    assert "--append is empty" in client("states", "fork", "root", "none", "--append", "").error
+    assert "is empty" in client("states", "fork", "root", "none", "--append-file", tmp_path / "empty").error
+    assert "letters and digits" in client("prefill", "-p", "a", "--name", "").error
+    assert "letters and digits" in client("states", "upload", state, "--name", "").error
+    got = service.ask("/v1/states", {"id": "none", "prompt": "", "state": "root"}, authorization=f"Bearer {KEY}")
+    assert (got.status, got.error["param"]) == (400, "prompt")
+    assert {info["id"] for info in client("states", "list", "--json").row["states"]} - before == {"root"}
+    assert client("states", "delete", "root").code == 0
 
 
 def _odd(folder: Path) -> Path:

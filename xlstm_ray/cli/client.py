@@ -62,7 +62,7 @@ def prefill(
     """Let a service read a document, and print its name. Ctrl-C leaves the service reading."""
     service = connected(url, api_key_file)
     prompt, prompt_file = _source(prompt, prompt_file)
-    name = name or f"document-{token_hex(4)}"
+    name = f"document-{token_hex(4)}" if name is None else name
     if prompt is None and prompt_file is None:
         raise UsageError("there is no document; give --prompt-file FILE ('-' for standard input) or --prompt TEXT")
     send = sender(service, name, prompt, prompt_file, ttl=ttl)

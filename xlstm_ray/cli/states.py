@@ -97,7 +97,7 @@ def upload(
             if not STATE.ours(data.read(HEAD_BYTES)):
                 raise UsageError(f"{file}: is not {STATE.name}; xlstm-ray client prefill --prompt-file sends a text")
             data.seek(0)
-            name = name or file.stem
+            name = file.stem if name is None else name
             send = partial(service.put, state_path(name, "" if ttl is None else f"?ttl={ttl}"), data)
             read_document(service, name, send, wait=True, progress=progress, json_output=json_output)
     except OSError as err:
@@ -123,6 +123,10 @@ def fork(
     service = connected(url, api_key_file)
     if (append is None) == (append_file is None):
         raise UsageError("give --append TEXT or --append-file FILE: what follows the document")
+    if append == "":
+        raise UsageError("--append is empty; give at least one token")
+    if append == "-":
+        append, append_file = None, "-"
     send = sender(service, new, append, append_file, state=name, ttl=ttl)
     read_document(service, new, send, wait=wait, progress=progress, json_output=json_output)
 

@@ -275,7 +275,7 @@ def _are_tokens(given: Any) -> bool:
 
 def one_prompt(given: Any) -> str | list[int]:
     """A text or token ids. Raises Refused."""
-    if isinstance(given, str) or _are_tokens(given):
+    if (isinstance(given, str) and given) or _are_tokens(given):
         return given
     raise Refused(400, "`prompt` is a text or token ids, not empty", param="prompt")
 
