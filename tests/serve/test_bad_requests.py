@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,3 +237,61 @@ def test_headers_and_addresses_are_refused_without_harm(service):
     ask()
     assert service.ask("/health").status == 200
     assert service.desk.under_way == 0
+
+
+HEAD = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\n"
+CLOSE = b"connection: close\r\n"
+CHUNKED = HEAD + CLOSE + b"transfer-encoding: chunked\r\n\r\n"
+LONG = b"y" * (4 << 20)
+
+
+def replied(service: Here, *parts: bytes) -> bytes:
+    """What comes back until the service closes the connection."""
+    said = b""
+    with service.connect() as connection, suppress(ConnectionError):
+        with suppress(ConnectionError):  # it may refuse before all was sent
+            for part in parts:
+                connection.sendall(part)
+        while part := connection.recv(1 << 16):
+            said += part
+    return said
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (HEAD, b"x: ", LONG),
+        (HEAD, *(b"x-%d: %s\r\n" % (n, LONG[:1000]) for n in range(4000))),
+        (CHUNKED, b"2\r\n{}\r\n0\r\nx: ", LONG),
+        (CHUNKED, b"2\r\n{}\r\n0\r\n", *(b"x-%d: %s\r\n" % (n, LONG[:1000]) for n in range(4000))),
+    ],
+    ids=["a header", "headers", "a trailer", "trailers"],
+)
+def test_a_head_without_an_end_is_refused_and_takes_no_memory(service, parts, caplog):
+    said = replied(service, *parts)
+    assert not said or (said.startswith(b"HTTP/1.1 400") and b"65,536 bytes besides its body" in said)
+    assert service.ask("/health").status == 200
+    assert not caplog.records
+
+
+def test_a_body_may_be_larger_than_a_head_in_one_part_or_in_many(service):
+    body = json.dumps({"prompt": "a" * 60_000}).encode()
+    length = b"content-length: %d\r\n\r\n" % len(body)
+    last = HEAD + CLOSE + length + body
+    many = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    for parts in (
+        [last],
+        [(HEAD + length + body) * 4 + last],
+        [CHUNKED, many, b"0\r\n\r\n"],
+        [CHUNKED + many + b"0\r\n\r\n"],
+    ):
+        said = replied(service, *parts)
+        assert said.startswith(b"HTTP/1.1 200")
+        assert said.count(b'"count":60') == max(1, parts[0].count(HEAD))
+
+
+def test_a_method_that_no_server_of_ours_has_leaves_no_traceback(service, caplog):
+    for lines in (b"CONNECT a:1 HTTP/1.1", b"CONNECT localhost:80 HTTP/1.1", b"PRI * HTTP/2.0"):
+        assert replied(service, lines + b"\r\nhost: localhost\r\n\r\n").startswith(b"HTTP/1.1 4")
+    assert service.ask("/health").status == 200
+    assert not caplog.records

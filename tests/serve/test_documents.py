@@ -3,7 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from errno import ENOSPC
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -235,6 +240,7 @@ def test_a_document_goes_after_its_time_without_use(service):
         ({"prompt": "a", "ttl": 0}, "greater than 0"),
         ({"prompt": "a", "name": "b"}, "not a field"),
         ({"prompt": "a", "state": "none"}, "no state 'none'"),
+        ({"prompt": "a", "id": "own", "state": "own"}, "no state 'own'"),
         ({"prompt": "a", "model": "other"}, "no model"),
     ],
 )
@@ -342,6 +348,94 @@ def test_a_folder_has_one_service_at_a_time_and_names_do_not_leave_it(tmp_path, 
     shelf.close()
     (tmp_path / "cache" / "documents" / "note.json").write_text("not ours")
     assert Shelf(tmp_path / "cache" / "documents").read() == []
+
+
+class Held:
+    """Calls of a function wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str):
+        plain, self._begun, self._go = getattr(owner, name), threading.Semaphore(0), threading.Event()
+
+        def call(*args: Any) -> Any:
+            self._begun.release()
+            assert self._go.wait(60)
+            return plain(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def until_begun(self) -> None:
+        assert self._begun.acquire(timeout=60)
+
+    def let_go(self) -> None:
+        self._go.set()
+
+
+def test_a_name_is_free_when_its_files_have_gone(model, tmp_path, monkeypatch):
+    with serving_here(model, folder=tmp_path) as service, ThreadPoolExecutor(4) as at_once:
+        ask, paths = service.ask, lambda: [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"]
+        add(service, id="book", prompt=BOOK)
+        removal = Held(monkeypatch, Shelf, "remove")
+        deleted = at_once.submit(ask, "/v1/states/book", method="DELETE")
+        removal.until_begun()
+        assert ask("/v1/states/book", method="DELETE").status == 404  # of two at once, one deletes it
+        assert ask("/v1/states/book").status == 404
+        assert names(service) == []
+        assert ask("/v1/states", {"id": "book", "prompt": "b"}).error["code"] == "state_exists"
+        removal.let_go()
+        assert deleted.result().status == 200
+        assert paths() == []
+        add(service, id="book", prompt="b")
+        assert sorted(paths()) == [".json", ".state"]
+        state = ask("/v1/states/book/file").body
+        writing = Held(monkeypatch, Shelf, "write")
+        sent = at_once.submit(ask, "/v1/states/up", state, "PUT")
+        writing.until_begun()
+        deleted = at_once.submit(ask, "/v1/states/up", method="DELETE")
+        until(lambda: ask("/v1/states/up").status == 404)
+        writing.let_go()
+        assert (sent.result().status, deleted.result().status) == (201, 200)
+        assert sorted(paths()) == [".json", ".state"]  # those of `book`
+        assert service.desk.under_way == 0
+
+
+def test_a_full_disk_is_told_and_ends_nothing(model, tmp_path, monkeypatch):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        with serving_here(model, folder=tmp_path / "documents") as service:
+            add(service, id="book", prompt=BOOK)
+            service.ask("/v1/states", {"id": "long", "prompt": LONG * 4})
+            reading(service, "long")
+            with open(tmp_path / "fill", "wb", buffering=0) as fill, suppress(OSError):
+                while True:
+                    fill.write(bytes(1 << 12))
+            state = service.ask("/v1/states/book/file")
+            assert (state.status, len(state.body)) == (200, int(state.headers["content-length"]))  # needs no disk
+            for path, body, method in (
+                ("/v1/states/text", BOOK.encode() * 9, "PUT"),
+                ("/v1/states/state", state.body, "PUT"),
+                ("/v1/states", {"id": "json", "prompt": BOOK * 9}, "POST"),
+                ("/v1/states", {"id": "fork", "state": "book"}, "POST"),
+                ("/v1/states", {"id": "next", "state": "book", "prompt": BOOK * 9}, "POST"),
+            ):
+                got = service.ask(path, body, method)
+                assert (got.status, str(tmp_path) in got.error["message"]) == (507, False), path
+                assert "No space left" in got.error["message"]
+            assert names(service) == ["book", "long"]
+            write, full = Shelf.write, OSError(ENOSPC, "No space left on device")
+            monkeypatch.setattr(Shelf, "write", lambda *_: (_ for _ in ()).throw(Shelf._unkept(full)))  # its tokens go
+            stopped = service.ask("/v1/states/long/cancel", {}).json  # in memory it is what it should be
+            assert (stopped["status"], stopped["tokens_done"] > 100) == ("cancelled", True)
+            assert stopped["error"] == "a document cannot be kept (No space left on device)"
+            monkeypatch.setattr(Shelf, "write", write)
+            assert service.complete(QUESTION, state="book").status == 200
+            (tmp_path / "fill").unlink()
+            assert service.ask("/v1/states/long/resume", {}).status == 202
+            reading(service, "long")
+            assert service.ask("/v1/states/long", method="DELETE").status == 200
+            assert service.desk.under_way == 0
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 def test_a_short_document_does_not_wait_for_the_end_of_a_long_one(model):

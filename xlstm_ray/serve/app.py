@@ -47,11 +47,11 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
 
     @app.exception_handler(404)
     async def unknown(request: Request, _error: Exception) -> Response:
-        return Refused(404, f"there is nothing at {request.url.path[:200]!r} here").response()
+        return Refused(404, f"there is nothing at {request.scope['path'][:200]!r} here").response()
 
     @app.exception_handler(405)
     async def method(request: Request, _error: Exception) -> Response:
-        return Refused(405, f"{request.url.path!r} takes no {request.method}").response()
+        return Refused(405, f"{request.scope['path'][:200]!r} takes no {request.method}").response()
 
     @app.exception_handler(500)
     async def fault(_request: Request, _error: Exception) -> Response:

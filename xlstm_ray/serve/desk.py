@@ -15,7 +15,7 @@ from xlstm_ray.generation_config import GenerationConfig
 from xlstm_ray.serve.limits import Account
 from xlstm_ray.serve.metrics import Gauge, Metrics
 from xlstm_ray.serve.options import Options
-from xlstm_ray.serve.refusals import Refused
+from xlstm_ray.serve.refusals import Refused, without_paths
 from xlstm_ray.text.prompt import Prompt
 
 LOADING_S, FULL_S, DRAINING_S = 5, 1, 5  # after so many seconds a caller may try again
@@ -67,7 +67,8 @@ class Desk:
         if self._engine is None:
             raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
         if self._engine.failed is not None:
-            raise Refused(503, f"this service has failed: {self._engine.failed}", code="failed", retry_s=DRAINING_S)
+            why = without_paths(str(self._engine.failed))
+            raise Refused(503, f"this service has failed: {why}", code="failed", retry_s=DRAINING_S)
         return self._engine
 
     def load(self) -> dict[str, object]:

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import IO, Any, Literal
 
 from xlstm_ray.engine.request import End, Event, Handle, Queued, Reading, Request
-from xlstm_ray.errors import StateError, XlstmRayError
+from xlstm_ray.errors import OutputError, StateError, XlstmRayError
 from xlstm_ray.files import shown_bytes
 from xlstm_ray.serve.desk import LOADING_S, Desk
 from xlstm_ray.serve.metrics import Track, both
@@ -45,6 +45,7 @@ class Document:
     rate: float | None = None  # tokens a second
     handle: Handle | None = None
     stop_as: Status | None = None  # what it is to be when it has stopped; None: it is not to stop
+    leaving: bool = False  # nobody may ask for it any more
     timer: asyncio.TimerHandle | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,7 +88,7 @@ class Documents:
     def of(self, tenant: str) -> list[Document]:
         """The documents of a tenant, the oldest first. Raises Refused until they are known."""
         self._require_restored()
-        return [document for (owner, _), document in self._all.items() if owner == tenant]
+        return [one for (owner, _), one in self._all.items() if owner == tenant and not one.leaving]
 
     def room(self, tenant: str) -> dict[str, int]:
         """How many documents a tenant has, and the bytes that all states take and may take."""
@@ -98,7 +99,7 @@ class Documents:
         """Raises Refused where there is none of that name, and until they are known."""
         self._require_restored()
         document = self._all.get((tenant, name))
-        if document is None:
+        if document is None or document.leaving:
             raise Refused(404, f"there is no state {name[:100]!r} here", param="state", code="state_not_found")
         self._touch(document)
         return document
@@ -148,31 +149,31 @@ class Documents:
         given: that state, or the prompt, a file of the shelf's `room` as the record says.
         """
         state = given if isinstance(given, RecurrentState) else None
+        if record.base is not None:  # its own from now on: another one may have that name later
+            state = await self.state(record.tenant, record.base)
         self.require_room(record)
         self._desk.admit(1)
         document = Document(record, state)
         self._all[record.tenant, record.name] = document  # the name is taken from now on
         try:
             if isinstance(given, Path):
-                if record.base is not None:  # its own from now on: another one may have that name later
-                    state = document.state = await self.state(record.tenant, record.base)
                 document.prompt = await asyncio.to_thread(self.shelf.take, record, given)
             else:
                 assert state is not None
                 length = document.tokens_done = document.tokens_total = await self._checked(record.tenant, state)
-                document.record = record.now("ready", tokens=length)
-            await self._keep(document, state)
+                record = record.now("ready", tokens=length)
+            await asyncio.to_thread(self.shelf.write, record, state)
         except (Refused, XlstmRayError):
-            self._forget(document)
             self._desk.release(1)
-            document.ended.set()
-            await asyncio.to_thread(self.shelf.remove, record)
+            await self._forget(document)
             raise
+        document.record = record
         self._touch(document)
         if document.open:
             self._begin(document, state)
         else:
             self._desk.release(1)
+            document.ended.set()
         return document
 
     def cancel(self, document: Document, status: Status = "cancelled") -> None:
@@ -195,11 +196,12 @@ class Documents:
 
     async def remove(self, document: Document) -> None:
         """It goes, whatever is done with it."""
+        document.leaving = True
+        self._touch(document)
         self.cancel(document)
         if document.open:
             await document.ended.wait()
-        self._forget(document)
-        await asyncio.to_thread(self.shelf.remove, document.record)
+        await self._forget(document)
 
     # -- what the service does -----------------------------------------------------------------------------------------
     async def restore(self) -> None:
@@ -279,10 +281,11 @@ class Documents:
                 _progress(document, event)
             await self._ended(document, event)
         except _Stopped:
-            document.record = document.record.now(document.stop_as or "parked")
-            await self._keep(document, None)
-        except (Refused, XlstmRayError) as err:
-            document.record = document.record.now("failed", str(err))
+            await self._became(document, document.stop_as or "parked", None)
+        except XlstmRayError as err:
+            document.record = document.record.now("failed", Refused.of(err).message)
+        except Refused as err:
+            document.record = document.record.now("failed", err.message)
         finally:
             document.handle = document.cut = None
             self._touch(document)
@@ -325,21 +328,22 @@ class Documents:
 
     async def _ended(self, document: Document, end: End) -> None:
         reason = end.finish.reason
-        if reason == "error":
-            document.record = document.record.now("failed", str(end.error))
-            return
+        if end.error is not None:
+            raise end.error
         if end.state is not None:
             document.state, document.tokens_done = end.state, end.state.tokens[0]
         status: Status = "ready" if reason == "stop" else document.stop_as or "parked"
-        document.record = document.record.now(status, tokens=document.tokens_done)
         if status == "ready":
             document.prompt = None
-        await self._keep(document, end.state)
+        await self._became(document, status, end.state)
 
-    async def _keep(self, document: Document, state: RecurrentState | None) -> None:
-        """On disk, where it is to outlive this process."""
-        if (document.record.tenant, document.record.name) in self._all:
+    async def _became(self, document: Document, status: Status, state: RecurrentState | None) -> None:
+        """It has stopped. Where the disk cannot take that, it is so all the same, and a next service reads it again."""
+        document.record = document.record.now(status, tokens=document.tokens_done)
+        try:
             await asyncio.to_thread(self.shelf.write, document.record, state)
+        except OutputError as err:
+            document.record = document.record.now(status, Refused.of(err).message)
 
     async def _checked(self, tenant: str, state: RecurrentState) -> int:
         """The tokens of a state that a caller has sent, if this model can go on from it. Raises Refused."""
@@ -358,14 +362,20 @@ class Documents:
         """It was of use now: its time to live begins again; while it is read it is of use."""
         if document.timer is not None:
             document.timer.cancel()
-        if document.record.ttl is not None and not document.open:
+        if document.record.ttl is not None and not (document.open or document.leaving):
             loop, ttl = asyncio.get_running_loop(), document.record.ttl
             document.timer = loop.call_later(ttl, lambda: self._spawn(self.remove(document)))
 
-    def _forget(self, document: Document) -> None:
-        self._all.pop((document.record.tenant, document.record.name), None)
-        if document.timer is not None:
-            document.timer.cancel()
+    async def _forget(self, document: Document) -> None:
+        """Its name is free when its files have gone: another one of this name has files of the same names."""
+        name = document.record.tenant, document.record.name
+        if self._all.get(name) is not document:  # it went while somebody waited to delete it
+            return
+        document.leaving = True
+        self._touch(document)
+        await asyncio.to_thread(self.shelf.remove, document.record)
+        del self._all[name]
+        document.ended.set()
 
 
 def _progress(document: Document, event: Event) -> None:

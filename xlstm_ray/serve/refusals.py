@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
-from xlstm_ray.errors import FIELD, ReplicaLost, StateError, UsageError, XlstmRayError
+from xlstm_ray.errors import FIELD, OutputError, ReplicaLost, StateError, UsageError, XlstmRayError
 
 _TYPES = {
     401: "authentication_error",
@@ -13,9 +13,11 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "overloaded_error",
+    507: "server_error",
 }
 LOST_S = 1  # a lost replica's requests may be sent again after so many seconds
 _CALLERS = UsageError, StateError  # what a caller can mend
+_PATH = re.compile(r"^/.*?: |(?<![\w./])/[^\s:;,()]+")
 
 
 class Refused(Exception):
@@ -45,7 +47,9 @@ class Refused(Exception):
             return cls(503, str(error), code="replica_lost", retry_s=LOST_S)
         text = FIELD.sub(lambda field: f"`{(names or {}).get(field[1], field[1])}`" + _value(field), str(error))
         field = FIELD.search(text)
-        return cls(400 if isinstance(error, _CALLERS) else 500, text, param=field[1] if field else None)
+        if isinstance(error, _CALLERS):
+            return cls(400, text, param=field[1] if field else None)
+        return cls(507 if isinstance(error, OutputError) else 500, without_paths(text))
 
     def body(self) -> dict[str, object]:
         """The error as a reply's JSON."""
@@ -57,6 +61,11 @@ class Refused(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
+
+
+def without_paths(text: str) -> str:
+    """An error of the service itself, as a caller is told it: where its files lie is the operator's business."""
+    return _PATH.sub(lambda found: "" if found[0].endswith(": ") else "...", text)
 
 
 def _value(field: re.Match[str]) -> str:

@@ -5,7 +5,9 @@ import socket
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
+from importlib.util import find_spec
 from time import monotonic, sleep
+from typing import Literal
 
 import uvicorn
 
@@ -19,6 +21,7 @@ from xlstm_ray.text.template import Template
 
 POLL_S = 0.05
 LAST_S = 5  # seconds that replies have to reach their readers
+HEAD_BYTES = 1 << 16  # of a request besides its body
 
 
 class Server:
@@ -35,7 +38,9 @@ class Server:
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             make_app(self.desk, self.documents, template),
+            http=_protocol(),
             log_config=None,
+            log_level="error",  # not a line for each stranger's nonsense
             access_log=False,  # it has what callers ask
             lifespan="off",
             ws="none",
@@ -91,6 +96,37 @@ class Server:
     async def _serve(self) -> None:
         self._loop.set_result(asyncio.get_running_loop())
         await self._server.serve(sockets=[self._socket])
+
+
+def _protocol() -> type[asyncio.Protocol] | Literal["auto"]:
+    """What reads requests: uvicorn's own, but a head without an end would take all memory. h11 has such a bound."""
+    if find_spec("httptools") is None:
+        return "auto"
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Bounded(HttpToolsProtocol):
+        head = 0  # bytes since the last part of a body, or the last request's end
+
+        def data_received(self, data: bytes) -> None:
+            self.head += len(data)
+            super().data_received(data)
+            if self.head > HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"a request has more than {HEAD_BYTES:,} bytes besides its body")
+
+        def send_400_response(self, msg: str) -> None:
+            super().send_400_response(msg)
+            if self.cycle is not None:  # of a request whose head was whole: its reply has nowhere to go
+                self.cycle.disconnected = True
+
+        def on_body(self, body: bytes) -> None:
+            self.head = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self.head = 0
+            super().on_message_complete()
+
+    return Bounded
 
 
 def _listen(host: str, port: int) -> socket.socket:

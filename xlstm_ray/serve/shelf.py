@@ -19,7 +19,7 @@ from typing import IO, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from xlstm_ray.errors import OutputError, UsageError
+from xlstm_ray.errors import OutputError, StateError, UsageError
 from xlstm_ray.files import TEMPORARY, sweep, write_whole
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.state import RecurrentState
@@ -81,7 +81,7 @@ class Shelf:
     """
 
     def __init__(self, folder: Path | None):
-        self.lasting, self._folder = folder is not None, folder or Path(gettempdir())
+        self.lasting, self._folder = folder is not None, (folder or Path(gettempdir())).absolute()
         if folder is None:
             sweep(self._folder)
             return
@@ -121,11 +121,15 @@ class Shelf:
         return sorted(found.values(), key=lambda record: record.created)
 
     def write(self, record: Record, state: RecurrentState | None) -> None:
-        """Both, each whole or not at all; the state first. Raises StateError and OutputError."""
+        """Both, each whole or not at all; the state first. Raises OutputError."""
         if not self.lasting:
             return
-        if state is not None:
-            state.save(self._path(record, "state"))
+        path = self._path(record, "state")
+        try:
+            if state is not None:
+                state.save(path)
+        except StateError as err:
+            raise OutputError(str(err).replace(str(path), f"the document {record.name!r}")) from None
         try:
             write_whole(self._path(record, "json"), record.model_dump_json().encode())
         except OSError as err:
@@ -177,7 +181,7 @@ class Shelf:
         try:
             return open(self._path(record, record.source), "rb")
         except OSError as err:
-            raise OutputError(f"{self._folder}: the prompt of {record.name!r} is gone ({err.strerror})") from None
+            raise OutputError(f"the prompt of {record.name!r} is gone ({err.strerror})") from None
 
     def prompt(self, record: Record, file: IO[bytes], on_piece: Callable[[int, int], object]) -> TextFile | TokenFile:
         """A document's prompt, to be read from its file."""
@@ -185,8 +189,9 @@ class Shelf:
             return TokenFile(file)
         return TextFile(file, on_piece, folder=self._folder if self.lasting else None)
 
-    def _unkept(self, err: OSError) -> OutputError:
-        return OutputError(f"{self._folder}: a document cannot be kept there ({err.strerror})")
+    @staticmethod
+    def _unkept(err: OSError) -> OutputError:
+        return OutputError(f"a document cannot be kept ({err.strerror})")  # callers hear it: no path
 
     # -- states --------------------------------------------------------------------------------------------------------
     def has_state(self, record: Record) -> bool:
@@ -194,7 +199,11 @@ class Shelf:
 
     def load(self, record: Record) -> RecurrentState:
         """Its state, checked. Raises StateError."""
-        return named(RecurrentState.load(self._path(record, "state")), record)
+        path = self._path(record, "state")
+        try:
+            return named(RecurrentState.load(path), record)
+        except StateError as err:
+            raise StateError(str(err).replace(str(path), f"the state {record.name!r}")) from None
 
     def remove(self, record: Record) -> None:
         for kind in ("json", "state", "text", "tokens") if self.lasting else ():

@@ -1,13 +1,12 @@
 """The addresses below /v1/states."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from errno import ENOSPC
 from os import strerror
 from pathlib import Path
 from shutil import disk_usage
-from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.requests import Request
@@ -23,7 +22,7 @@ from xlstm_ray.serve.fields import one_prompt, read
 from xlstm_ray.serve.refusals import Refused
 from xlstm_ray.serve.shelf import Record, named
 from xlstm_ray.serve.stream import EventStream, comment, data
-from xlstm_ray.state import RecurrentState
+from xlstm_ray.state import Piece, RecurrentState
 from xlstm_ray.text.ondisk import take_text
 
 POLL_S = 0.1
@@ -134,12 +133,10 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     async def file(request: Request, name: str) -> Response:
         """Its state, as the file of `--state-out`."""
         found = await documents.state(request.scope["tenant"], name)
-        with TemporaryDirectory(prefix="xlstm-ray-") as folder:
-            path = Path(folder) / "state"
-            await asyncio.to_thread(found.save, path)
-            opened, size = open(path, "rb"), path.stat().st_size  # it stays readable without its name
+        whole = await asyncio.to_thread(found.to_pieces)
+        size = sum(map(len, whole))
         headers = {"content-length": str(size), "content-disposition": f'attachment; filename="{name}.state"'}
-        return StreamingResponse(_pieces(opened), media_type="application/octet-stream", headers=headers)
+        return StreamingResponse(_parts(whole), media_type="application/octet-stream", headers=headers)
 
     @app.post("/v1/states/{name}/cancel")
     async def cancel(request: Request, name: str) -> Response:
@@ -224,7 +221,8 @@ async def _events(document: Document, ping_s: float) -> AsyncIterator[str]:
         quiet += POLL_S
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    with file:
-        while piece := file.read(PIECE):
-            yield piece
+async def _parts(whole: Sequence[Piece]) -> AsyncIterator[bytes]:
+    """A file's pieces in smaller ones, of which each is a copy: nobody waits for a disk or a slow reader."""
+    for piece in whole:
+        for start in range(0, len(piece), PIECE):
+            yield bytes(piece[start : start + PIECE])
