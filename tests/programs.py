@@ -1,10 +1,10 @@
 """Programs of ours in processes of their own, quickly: `Popen` and `run` as those of `subprocess`.
 
-An import of torch takes two seconds of a core, and hundreds of tests start a program. So one process does the imports
-(tests/zygote.py), and programs are forks of it. Everything else is a process's own: pid, signals, files, folder,
-environment, exit code. Tests of what forks share (imports, start-up, resident memory) use `subprocess`. A program with
-other variables that libraries read when they are imported is started as usual, and so are all of them where the
-environment has TESTS_WARM=0.
+An import of torch takes two seconds of a core, one of its compiler two more, and hundreds of tests start a program. So
+one process does the imports (tests/zygote.py), and programs are forks of it. Everything else is a process's own: pid,
+signals, files, folder, environment, exit code. Tests of what forks share (imports, start-up, resident memory) use
+`subprocess`. A program with other variables that libraries read when they are imported is started as usual, and so are
+all of them where the environment has TESTS_WARM=0.
 """
 
 import inspect
@@ -27,9 +27,9 @@ AT_START = dict(os.environ)
 STARTS = [AT_START]  # the environments of the processes that programs are forked from
 CHECKOUT = "PYTHONPATH", str(Path(__file__).parents[1])  # a fork imports from there too
 ZYGOTES: list[subprocess.Popen] = []  # kept, or Python would say that they still run
-# Variables that nothing reads that is imported before the fork.
+# Variables that nothing reads before the fork.
 FREE = re.compile(
-    r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_(CACHE_DIR|COMPILE_THREADS)|TORCHDYNAMO_DISABLE|"
+    r"HOME|PATH|COLUMNS|PYTHONUNBUFFERED|TORCHINDUCTOR_CACHE_DIR|TORCHDYNAMO_DISABLE|"
     r"PYTORCH_ENABLE_MPS_FALLBACK|(XLSTM|XDG|HF|RAY|PYTEST)_\w+"
 )
 

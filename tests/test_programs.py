@@ -87,10 +87,26 @@ def test_signals_arrive_and_what_is_told_of_the_process_is_right() -> None:
 
 
 def test_a_fork_comes_with_torch_and_with_nothing_that_reads_its_own_variables() -> None:
-    code = "import sys; print(*sorted({'torch', 'numpy', %r} & set(sys.modules)))"
-    for name in ("huggingface_hub", "grpc", "ray", "rich", "transformers", "torch._dynamo", "torch._inductor"):
+    code = "import sys; print(*sorted({'torch', 'numpy', 'torch._inductor.graph', %r} & set(sys.modules)))"
+    for name in ("huggingface_hub", "grpc", "ray", "rich", "transformers"):
         done = programs.run([sys.executable, "-c", code % name], capture_output=True, text=True, check=True)
-        assert done.stdout == "numpy torch\n"
+        assert done.stdout == "numpy torch torch._inductor.graph\n"
+
+
+def test_torch_reads_its_variables_in_the_fork(tmp_path: Path) -> None:
+    code = "import torch, torch._inductor.runtime.cache_dir_utils as c; print(c.cache_dir()); f = lambda x: x; "
+    code += "print(torch.compile(f, fullgraph=True)(torch.ones(2)).sum().item(), torch._dynamo.utils.counters['stats'])"
+    for switch, graphs in (("", "'unique_graphs': 1"), ("1", "Counter()")):
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHDYNAMO_DISABLE": switch}
+        done = programs.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.startswith(f"{tmp_path}\n2.0 Counter(")
+        assert graphs in done.stdout
+
+
+def test_what_a_program_made_is_taken_apart_at_its_end() -> None:
+    code = "import atexit\nclass A:\n  def __del__(self): print('freed')\na = A(); atexit.register(print, 'at exit')"
+    done = programs.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "at exit\nfreed\n"
 
 
 def test_what_a_library_sets_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A process that has imported torch and the command line, and forks a program for each request (tests/programs.py).
+"""A process that has imported torch, its compiler and the command line, and forks programs (tests/programs.py).
 
     python zygote.py FD
 
@@ -7,6 +7,8 @@ FD as five files: where to tell the program's pid and exit status, the request i
 this process and the program is a fork that waits for it and tells.
 """
 
+import atexit
+import ctypes
 import gc
 import io
 import json
@@ -82,15 +84,33 @@ def run(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+def set_apart(shared: dict[str, ModuleType]) -> None:
+    """At its end a program takes apart only the modules of its own: of those that it shares, that makes a copy."""
+    for name in shared.keys() - {"sys", "builtins", "__main__"}:
+        sys.modules.pop(name, None)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the tests' terminal ends them, and then this
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks that tell
     del sys.path[0]  # this folder
+    shared: dict[str, ModuleType] = {}
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(shared))
+    atexit.register(set_apart, shared)  # what is registered first is called last
+    gc.disable()  # collections took a quarter of the imports
     import xlstm_ray.cli.app  # before torch, as everywhere
     import xlstm_ray.engine.engine
     import xlstm_ray.launch  # noqa: F401
 
+    if os.environ.get("CXX") != "false":  # the fast tests compile nothing
+        import torch._inductor.compile_fx  # noqa: F401
+        from torch._inductor.codecache import CacheBase, torch_key
+
+        torch_key(), CacheBase.get_system()  # torch keeps these, hashes of its files and Triton's: half a second
+
+    shared.update(sys.modules)
     gc.freeze()  # or collections in the forks copy what they share
+    gc.enable()
     request, standard = serve(socket.socket(fileno=int(sys.argv[1])))
     become(request, standard)
     run(request["words"])
