@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from xlstm_ray.actors.watchdog import ActorSample
+from xlstm_ray.threads import collect_seldom
 
 GROUPS = {"compute": 1, "transfer": 1, "snapshot": 1, "control": 1, "token": 2}
 
@@ -25,6 +26,7 @@ class ShardActor:
     """Has the ShardWork of these arguments, or with `spans` the SpanWork."""
 
     def __init__(self, *args: Any, spans: bool, **kwargs: Any):
+        collect_seldom()
         from xlstm_ray.actors.shard import ShardWork
         from xlstm_ray.actors.span import SpanWork
 

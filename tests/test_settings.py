@@ -436,6 +436,13 @@ def test_threads_that_wait_for_each_other_sleep_soon(given, first, said):
     assert said in done.stderr
 
 
+def test_a_command_looks_for_garbage_seldom():
+    code = "import atexit, gc; from xlstm_ray.cli.app import main; "
+    code += "atexit.register(lambda: print(gc.get_threshold()[0] > 10_000)); main()"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("\nTrue\n"), done
+
+
 def test_torchs_own_variables_are_passed_on():
     code = (
         "import xlstm_ray; xlstm_ray.load(device='cpu', chunkwise_backend='native'); import torch._dynamo.config as c; "

@@ -1,5 +1,6 @@
-"""What is said to libraries before torch is loaded."""
+"""What a process sets before torch is loaded."""
 
+import gc
 import os
 import sys
 
@@ -12,3 +13,11 @@ def calm_threads() -> None:
     """
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def collect_seldom() -> None:
+    """Let Python look for garbage less often, in a process of ours: a command that compiles starts 0.6 s earlier.
+
+    By default it looks at each 700 new objects, and torch with its compiler makes half a million, which stay.
+    """
+    gc.set_threshold(50_000, 20, 20)

@@ -10,6 +10,7 @@ from xlstm_ray.cli import bench, cache, chat, client, models, ray, run, score, s
 from xlstm_ray.cli.options import MACHINE, RUN
 from xlstm_ray.cli.output import drop_stdout, open_standard_files, tell
 from xlstm_ray.errors import Interrupted, XlstmRayError
+from xlstm_ray.threads import collect_seldom
 
 app = typer.Typer(
     name="xlstm-ray",
@@ -53,6 +54,7 @@ def command_words() -> list[str]:
 def main() -> None:
     """Entry point. The project's own errors become one line and an exit code; anything else is a bug and shows."""
     open_standard_files()
+    collect_seldom()
     try:
         code = app(args=command_words() or ["--help"], prog_name="xlstm-ray", standalone_mode=False)
         if code == 130:  # typer's exit code for a Ctrl-C that nothing else handled

@@ -9,6 +9,7 @@ from typing import Any
 
 from xlstm_ray import errors
 from xlstm_ray.errors import XlstmRayError, one_line
+from xlstm_ray.threads import collect_seldom
 
 
 class Child:
@@ -64,6 +65,7 @@ def _plain(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _serve() -> None:
     """The child: reads its settings from standard input, then a line for each prefill; answers with lines of JSON."""
+    collect_seldom()
     order = json.loads(sys.stdin.readline())
     asked = order["asked"]
     if "config" in asked:

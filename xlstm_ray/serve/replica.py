@@ -31,6 +31,7 @@ from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.ray_inside import job_has_ended
 from xlstm_ray.text.answer import Finish
 from xlstm_ray.text.ondisk import TextFile, TokenFile
+from xlstm_ray.threads import collect_seldom
 
 TOGETHER_S = 0.02  # pieces of one answer within this time travel together: each message costs the asker a millisecond
 STATES = 8  # given states that a replica keeps, so that the next question finds them
@@ -115,6 +116,7 @@ class Replica:
     """The model, for many requests at once. Serve calls plain methods in threads; these are all of the loop's."""
 
     def __init__(self, setup: Setup, slots: Slots, job: str | None):
+        collect_seldom()
         self._job = job
         self._engine = Engine(setup)
         self._slots = begin(self._engine, slots)
