@@ -231,14 +231,12 @@ class Placement:
         ring = [*self.seats, self.seats[0]] if self._spans else self.seats
         pairs = [(a, b) for a, b in pairwise(ring) if a in seats or b in seats]
         for sender, reader in pairs:
-            if sender.node != reader.node:
-                self.over_host[sender.index] = "the next one is on another machine"
-                continue
-            offer = self.call(sender, "offer", "offer memory")()
-            (why,) = self._link.get([self.call(reader, "read", "read another GPU")(offer)], timeout_s)
-            if not why:
-                # One more than may be in flight, and one that is being written.
-                self._link.get(self.each([sender], "hand_over", self.depth + 2), timeout_s)
+            why = "the next one is on another machine"
+            if sender.node == reader.node:
+                offer = self.call(sender, "offer", "offer memory")()
+                (why,) = self._link.get([self.call(reader, "read", "read another GPU")(offer)], timeout_s)
+            # One more than may be in flight, and one that is being written. The reader before this one could perhaps.
+            self._link.get(self.each([sender], "hand_over", 0 if why else self.depth + 2), timeout_s)
             self.over_host[sender.index] = why
 
     def _load(self, seats: list[Seat]) -> None:

@@ -75,8 +75,8 @@ class ShardWork:
         self._own = local()  # what each thread has set up
         self._calls: dict[int, float] = {}  # by thread: when its call began
         self._x: dict[int, Tensor] = {}  # a tile's residual stream between two of its calls
-        self._done: dict[int, Done] = {}
-        self._kept: dict[int, Kept] = {}
+        self._done: dict[tuple[int, int], Done] = {}  # by epoch: the same tile may be under way twice
+        self._kept: dict[tuple[int, int], Kept] = {}
         self._ring: Ring | None = None  # to the next stage's GPU
         self._launch = Lock()  # a token's step is launched by one thread at a time
 
@@ -162,8 +162,8 @@ class ShardWork:
         return "" if right else "another GPU's memory is read wrongly"
 
     def hand_over(self, places: int) -> None:
-        """Leave results in this GPU's memory for the next stage, which reads them there. places: steps in flight."""
-        self._ring = Ring(places)
+        """Leave results in this GPU's memory, where the next stage reads them. places: steps in flight; 0: no more."""
+        self._ring = (self._ring or Ring(places)) if places else None  # what a dead reader has mapped is never free
 
     def load_state(
         self, epoch: int, number: int, tensors: dict[str, Wire] | None, batch: int, drop: tuple[int, ...], *_after: None
@@ -227,7 +227,7 @@ class ShardWork:
     def output(self, call: Call, _after: None) -> Any:
         """The result of `run` for a tile: the residual stream (B, T, D). After the last stage: (each row's last hidden
         (B, D),), and logits and log-probabilities if they were requested."""
-        done = self._done.pop(call.number, None)
+        done = self._done.pop((call.epoch, call.number), None)
         if call.epoch != self.epoch or done is None:
             return None
         with self._copies.beside(done.fence, "out"):
@@ -250,7 +250,7 @@ class ShardWork:
 
     def kept(self, call: Call, *_after: None) -> dict[str, Wire] | None:
         """The state after this tile."""
-        kept = self._kept.pop(call.number, None)
+        kept = self._kept.pop((call.epoch, call.number), None)
         if call.epoch != self.epoch or kept is None:
             return None
         with self._copies.beside(kept.fence, "state"):
@@ -281,9 +281,9 @@ class ShardWork:
         self._drop(call.drop)
         hidden = self._through(call, x)
         if call.keep:  # blocks never write into an old state, so a reference keeps it
-            self._kept[call.number] = Kept(list(self.worker.states[call.dst]), self._copies.fence())
+            self._kept[call.epoch, call.number] = Kept(list(self.worker.states[call.dst]), self._copies.fence())
         result = self._result(call, hidden)
-        self._done[call.number] = Done(self._left(result), self._copies.fence())
+        self._done[call.epoch, call.number] = Done(self._left(result), self._copies.fence())
 
     def _through(self, call: Call, x: Wire | Spot) -> Tensor:
         """Through all blocks of the stage."""
@@ -306,7 +306,7 @@ class ShardWork:
             states = list(self.worker.states[call.dst])
             if self.tokens is not None:  # the next step writes over it
                 states = [state and tuple(part.clone() for part in state) for state in states]  # type: ignore[misc]
-            self._kept[call.number] = Kept(states, self._copies.fence())
+            self._kept[call.epoch, call.number] = Kept(states, self._copies.fence())
             if choice is not None:  # nobody makes this state again from the one before
                 result = (*result, self._chooser.logits[call.dst])
         return Done(self._left(result), self._copies.fence())
@@ -337,7 +337,8 @@ class ShardWork:
         x = self._x[call.number] = self._enter(*parts) if n == 0 else self._add(self._x[call.number], parts)
         part = self.worker.run_mixer(n, x, self._move(call))
         if call.keep:
-            self._kept.setdefault(call.number, Kept([], None)).blocks.append(self.worker.states[call.dst][n])
+            kept = self._kept.setdefault((call.epoch, call.number), Kept([], None))
+            kept.blocks.append(self.worker.states[call.dst][n])
         return to_wire(part)
 
     def _run_ffn(self, call: Call, n: int, parts: tuple[Wire, ...]) -> Wire:
@@ -382,8 +383,7 @@ class ShardWork:
     def _hand_on(self, result: tuple[Tensor, ...] | Spot) -> Any:
         if isinstance(result, Spot):
             return result
-        wires = tuple(to_wire(x) for x in result)
-        return wires if self.is_last else wires[0]
+        return tuple(map(to_wire, result)) if self.is_last else to_wire(result[0])
 
     def _compute(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._threads()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xlstm_ray.actors.call import Call, Done
 from xlstm_ray.actors.copies import Fence
-from xlstm_ray.actors.ring import Ring, Spot
+from xlstm_ray.actors.ring import Spot
 from xlstm_ray.actors.shard import ShardWork
 from xlstm_ray.actors.wire import Wire, to_wire
 from xlstm_ray.model import AnyState
@@ -35,8 +35,9 @@ class SpanWork(ShardWork):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._news = Condition()
-        self._made: dict[int, dict[int, Fence]] = {}  # by state and block: it is there when this has passed
-        self._failed: set[int] = set()  # states that will never be whole
+        # By epoch and state, since a call of an epoch before may still be under way.
+        self._made: dict[tuple[int, int], dict[int, Fence]] = {}  # a block is there when its fence has passed
+        self._failed: set[tuple[int, int]] = set()  # they will never be whole
         self._me = 0
         self._others: list[Any] = []
         self._halted = False
@@ -59,8 +60,8 @@ class SpanWork(ShardWork):
             self._news.notify_all()
 
     def hand_over(self, places: int) -> None:
-        """Leave states in this GPU's memory for the next actor, which reads them there. places: steps in flight."""
-        self._ring = Ring(len(self.shard.blocks) + 1)  # it reads one state at a time; one more of an epoch before
+        """Leave states in this GPU's memory for the next actor, which reads them there. places: as in ShardWork."""
+        super().hand_over(places and len(self.shard.blocks) + 1)  # one state at a time; one more of an epoch before
 
     def load_state(self, epoch: int, number: int, *more: Any) -> None:
         super().load_state(epoch, number, *more)
@@ -76,7 +77,7 @@ class SpanWork(ShardWork):
         """As `take`, of states of which others have some. homes: by state, who has it."""
         if epoch != self.epoch:
             return
-        with suppress(_Void), self._whole(number):
+        with suppress(_Void), self._whole(epoch, number):
             for state, home in homes.items():
                 self.worker.states[state] = list(self._compute(self._all_of, state, home))
             self.take(epoch, number, rows, ())
@@ -116,7 +117,7 @@ class SpanWork(ShardWork):
     def _through(self, call: Call, x: Wire | Spot) -> Tensor:
         hidden, move = self._enter(x), self._move(call)
         blocks = None if call.home is None else self._fetch(call.src, call.home)
-        with self._whole(call.dst):
+        with self._whole(call.epoch, call.dst):
             for n in range(len(self.shard.blocks)):
                 if blocks is None:
                     hidden = self.worker.run_block(n, hidden, move)
@@ -125,12 +126,12 @@ class SpanWork(ShardWork):
                     hidden = self.worker.run_block(n, hidden, move)
                     self.worker.free(call.src, n)
                 with self._news:
-                    self._made.setdefault(call.dst, {})[n] = self._copies.fence()
+                    self._made.setdefault((call.epoch, call.dst), {})[n] = self._copies.fence()
                     self._news.notify_all()
         return hidden
 
     @contextmanager
-    def _whole(self, number: int) -> Iterator[None]:
+    def _whole(self, epoch: int, number: int) -> Iterator[None]:
         """Whoever waits for this state hears of it if the work within does not come to its end."""
         done = False
         try:
@@ -139,29 +140,29 @@ class SpanWork(ShardWork):
         finally:
             if not done:
                 with self._news:
-                    self._failed.add(number)
+                    self._failed.add((epoch, number))
                     self._news.notify_all()
 
     def _tell(self, epoch: int, number: int) -> None:
         """This state has all blocks."""
         if epoch == self.epoch:
             with self._news:
-                self._made[number] = dict.fromkeys(range(len(self.shard.blocks)), self._copies.fence())
+                self._made[epoch, number] = dict.fromkeys(range(len(self.shard.blocks)), self._copies.fence())
                 self._news.notify_all()
 
     def _wait(self, epoch: int, number: int, n: int) -> tuple[AnyState, Fence]:
         """The state of the n-th block, and when it is there."""
 
         def void() -> bool:
-            return self._halted or epoch != self.epoch or number in self._failed
+            return self._halted or epoch != self.epoch or (epoch, number) in self._failed
 
         with self._news:
-            self._news.wait_for(lambda: void() or n in self._made.get(number, ()))
+            self._news.wait_for(lambda: void() or n in self._made.get((epoch, number), ()))
             if void():
                 raise _Void
             state = self.worker.states[number][n]
             assert state is not None
-            return state, self._made[number][n]
+            return state, self._made[epoch, number][n]
 
     def _all_of(self, number: int, home: int) -> list[AnyState]:
         return [state for state, _ in zip(self._fetch(number, home), self.shard.blocks, strict=False)]
@@ -194,4 +195,4 @@ class SpanWork(ShardWork):
     def _drop(self, states: tuple[int, ...], n: int | None = None) -> None:
         super()._drop(states, n)
         for number in states:
-            self._made.pop(number, None)
+            self._made.pop((self.epoch, number), None)

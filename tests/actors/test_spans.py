@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from grids import CHUNK, PROMPT, as_in_actors, head, home, model, models, script
 
 import xlstm_ray
 from xlstm_ray.actors.call import Call
+from xlstm_ray.actors.placement import Placement, Seat
+from xlstm_ray.actors.ring import Spot
 from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.span import SpanWork
 from xlstm_ray.checkpoint import Checkpoint
 from xlstm_ray.choose import choose_sizes, setup_of
 from xlstm_ray.errors import UsageError
-from xlstm_ray.layout import make_layout
+from xlstm_ray.layout import Shard, make_layout
 from xlstm_ray.plan import choose_plan
 from xlstm_ray.supervisor.records import Head
 
@@ -247,6 +250,70 @@ def test_nobody_waits_for_a_state_that_will_not_come(end: Callable[[SpanWork], N
         with suppress(KeyError):  # there is no state 77
             end(work)
         assert given.result() == []
+
+
+def interrupted(work: SpanWork, monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
+    """Tile 0 of epoch 0, in whose last block another epoch begins, as from another thread."""
+    plain, last = work.worker.run_block, len(work.shard.blocks) - 1
+
+    def run_block(n: int, *args: Any) -> Any:
+        made = plain(n, *args)
+        if n == last:
+            work.reset(1)
+            if fails:
+                raise KeyError(n)
+        return made
+
+    monkeypatch.setattr(work.worker, "run_block", run_block)
+    with suppress(KeyError):
+        work.run(tile(0, 0, 1), torch.arange(CHUNK)[None].numpy())
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_call_of_an_epoch_before_leaves_is_nothing_to_the_next_one(
+    fails: bool, work: SpanWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(work, monkeypatch, fails=fails)
+    work.load_state(1, 0, None, 1, ())
+    work.run(tile(1, 0, 1), torch.arange(CHUNK)[None].numpy())  # the same tile and state again
+    assert len([*work.give(1, 1, 1)]) == len(work.shard.blocks)
+    assert work.output(tile(0, 0, 1), None) is None  # it comes late
+    (hidden,) = work.output(tile(1, 0, 1), None)
+    assert hidden.shape[0] == 1
+    assert not work._done
+
+
+def test_a_new_reader_gets_the_same_memory_and_one_elsewhere_none(work: SpanWork) -> None:
+    work.hand_over(4)
+    ring = work._ring
+    work.hand_over(4)
+    assert work._ring is ring
+    work.hand_over(0)
+    work.run(tile(0, 0, 1), torch.arange(CHUNK)[None].numpy())
+    assert not any(isinstance(block, Spot) for block in work.give(0, 1, 1))
+
+
+@pytest.mark.parametrize(("nodes", "why", "places"), [("ab", "", 0), ("aa", "no peer access", 0), ("aa", "", 6)])
+def test_a_replaced_reader_is_handed_tensors_only_where_it_can_read_them(nodes: str, why: str, places: int) -> None:
+    """The sender was there before, and may still leave them for the reader before this one."""
+    seats = [Seat(n, f"seat {n}", Shard(range(n, n + 1), range(1), range(1))) for n in range(2)]
+    for seat, node in zip(seats, nodes, strict=True):
+        seat.node = node
+    told: list[tuple[Any, ...]] = []
+    here = SimpleNamespace(
+        options=SimpleNamespace(start_timeout_s=1.0),
+        seats=seats,
+        depth=4,
+        over_host={},
+        _spans=False,
+        _link=SimpleNamespace(get=lambda refs, timeout_s: refs),
+        call=lambda seat, method, name: lambda *args: why,
+        each=lambda some, method, *args: told.extend((seat.index, method, *args) for seat in some),
+    )
+    Placement._hand_over(cast(Placement, here), [seats[1]])
+    assert told == [(0, "hand_over", places)]
+    assert bool(here.over_host[0]) == (places == 0)
 
 
 # -- on a head ---------------------------------------------------------------------------------------------------------

@@ -214,7 +214,10 @@ class InProcessExecutor:
                 if self._bands == 1:
                     x = workers[0].run_block(n, x, move)
                 else:
+                    # Held until all bands have read it: its memory is the main stream's, which would use it again.
+                    old = [worker.states[src.number][n] for worker in workers]
                     x = self._add(x, [partial(worker.run_mixer, n, x, move) for worker in workers])
+                    del old
                     x = self._add(x, [partial(worker.run_ffn, n, x, move) for worker in workers])
         return x
 

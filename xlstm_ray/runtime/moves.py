@@ -60,10 +60,12 @@ class Moves:
             take(tensors)
             return
         buffer, views = self._buffer(tensors.values()), {}
-        for (name, tensor), place in zip(tensors.items(), _places(tensors.values()), strict=True):
-            views[name] = _view(buffer, place, tensor).copy_(tensor)
-        take(views)
-        self._buffers.put(_Buffer(buffer, torch.cuda.current_stream(self._device).record_event()))
+        try:
+            for (name, tensor), place in zip(tensors.items(), _places(tensors.values()), strict=True):
+                views[name] = _view(buffer, place, tensor).copy_(tensor)
+            take(views)
+        finally:  # where the GPU has no memory for them, too: without it, others would wait for ever
+            self._buffers.put(_Buffer(buffer, torch.cuda.current_stream(self._device).record_event()))
 
     def _buffer(self, tensors: Iterable[Tensor]) -> Tensor:
         """A free buffer for these; waits for one."""

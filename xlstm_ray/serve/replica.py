@@ -245,7 +245,8 @@ class Replica:
         key = given[0].hex()
         if key not in self._states:
             data = await given[0]
-            self._states[key] = await asyncio.to_thread(RecurrentState.from_bytes, data, "the given state")
+            state = self._states[key] = await asyncio.to_thread(RecurrentState.from_bytes, data, "the given state")
+            state.name = "the given state"
             while len(self._states) > STATES:
                 self._states.popitem(last=False)
         self._states.move_to_end(key)
