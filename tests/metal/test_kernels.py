@@ -301,7 +301,7 @@ def test_slstm_block(simulator: Simulator, T: int, batch: int, head: int | None,
 
 # ---- the forget gate at its cap, where a token forgets 3e-7
 
-TOKENS = 102_400
+TOKENS = 24_576  # a factor that is off by 3e-8 each time makes 7e-4 of them
 
 
 def state_after(kernel: str, f: Tensor) -> tuple[list[Tensor], State]:
@@ -333,14 +333,14 @@ def state_after(kernel: str, f: Tensor) -> tuple[list[Tensor], State]:
 
 # The limit of float32: a factor exp(-3e-7) a token, rounded next to 1, would be off by up to 3e-8 each time.
 # m itself is rounded at every step; the decay is taken from the rounded one, so that C exp(m) does not see it.
-@pytest.mark.parametrize(("kernel", "of_m"), [("chunks", 3e-5), ("steps", 4e-3)])
-def test_a_hundred_thousand_tokens_at_the_cap(simulator: Simulator, kernel: str, of_m: float) -> None:
+@pytest.mark.parametrize(("kernel", "of_m"), [("chunks", 1e-5), ("steps", 2e-3)])
+def test_many_tokens_at_the_cap(simulator: Simulator, kernel: str, of_m: float) -> None:
     f = torch.full((1, 1, TOKENS), 15.0)
     (C, n, m), (C_got, n_got, m_got) = state_after(kernel, f)
     scale = torch.exp(m_got.cpu().double() - m)  # m may differ: C exp(m) and n exp(m) are what is stored
     assert (m_got.cpu() - m).abs().max() < of_m
-    assert error(C_got.cpu() * scale.unsqueeze(-1), C) < 3e-5
-    assert error(n_got.cpu() * scale, n) < 3e-5
+    assert error(C_got.cpu() * scale.unsqueeze(-1), C) < 1e-5
+    assert error(n_got.cpu() * scale, n) < 1e-5
 
 
 def test_log_sigmoid_is_accurate_up_to_the_cap(simulator: Simulator) -> None:
