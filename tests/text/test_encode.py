@@ -196,8 +196,8 @@ def test_a_long_text_is_not_encoded_at_once(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "no cuts" not in kind])
 def test_long_words_are_not_encoded_at_once(kind, length):
     """Of which a tokenizer may make a token each: then few of them are in an overlap."""
-    words, done = ["".join("abcdef"[n * n * k % 17 % 6] for n in range(length)) for k in range(1, 17)], []
-    text = " ".join(words * (400_000 // 16 // length + 1))
+    words, done = ["".join("abcdef"[n * n * k % 17 % 6] for n in range(length)) for k in range(1, 9)], []
+    text = " ".join(words * (200_000 // 8 // length + 1))
     tokenizer = tokenizer_of(kind, added=False)
     assert TextEncoder(tokenizer).encode(text, done.append).tolist() == tokenizer.encode(text).ids
     assert len(done) > 1
