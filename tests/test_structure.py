@@ -7,6 +7,7 @@ shown to catch a planted violation.
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,17 +78,23 @@ def trees(root: Path) -> dict[str, ast.Module]:
             parts = path.relative_to(root / ("xlstm_ray" if folder == "xlstm_ray" else "")).with_suffix("").parts
             if folder == "actors" or parts[0] != "actors":  # xlstm_ray/actors is a link
                 name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "xlstm_ray"
-                found[name] = ast.parse(path.read_text())
+                found[name] = parsed(path.read_text())
     return found
 
 
-def imports(tree: ast.Module) -> Iterator[str]:
+parsed = cache(ast.parse)  # each rule reads all modules
+
+
+@cache
+def imports(tree: ast.Module) -> list[str]:
     """What a module imports, wherever in it: `a.b.name` for `from a.b import name`. No import may be relative."""
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+            found += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+    return found
 
 
 def arrows(root: Path) -> set[tuple[str, str]]:
