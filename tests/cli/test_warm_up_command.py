@@ -8,11 +8,13 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import programs
 import pytest
 from programs import PROGRAM, run
 from tiny import make_model
 
-OPTIONS = "--device", "cpu", "--dtype", "float32", "--tile-size", "32", "--chunk-size", "16", "--threads", "1"
+# The sizes of the grids' tests: what a usual run here compiles is found where they have compiled it.
+OPTIONS = "--device", "cpu", "--dtype", "float32", "--tile-size", "16", "--chunk-size", "16", "--threads", "1"
 COMPILER = """#!/bin/sh
 case "$*" in
   *.cpp*) echo "called" >> "$PYTEST_COMPILED"; [ -z "$PYTEST_BROKEN" ] || exit 1 ;;
@@ -47,7 +49,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    make_model(directory)
+    make_model(directory, hidden_size=64, ffn_proj_factor=2.0, ffn_round_up_to_multiple_of=8)
     return directory
 
 
@@ -65,12 +67,12 @@ def made(model, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_a_file_of_code_leaves_nothing_to_compile(made, model, tmp_path):
     file, said = made
-    assert [(call["rows"], call["sizes"]) for call in said["calls"]] == [(1, [32, 16]), (1, [1])]
+    assert [(call["rows"], call["sizes"]) for call in said["calls"]] == [(1, [16, 16]), (1, [1])]
     assert said["compiled"] > 0
     other = Machine(tmp_path / "other")
     taken = json.loads(other.run("warm-up", "-m", model, *OPTIONS, "--slots", 1, "--cache-in", file, "--json").stdout)
     assert (taken["compiled"], taken["found"]) == (0, said["compiled"] + said["found"])
-    prompt = "word " * 40  # a tile and a tail
+    prompt = "word " * 10  # some tiles and a tail
     answer = ["generate", "-m", model, *OPTIONS, "-p", prompt, "-n", 3, "--json"]
     found = json.loads(other.run(*answer).stdout)
     assert other.compiled == 0
@@ -149,6 +151,7 @@ def test_nothing_is_compiled_where_torch_is_told_so(model, tmp_path, switch):
     """By a variable of torch's own; runs go on, and tell it."""
     machine = Machine(tmp_path / "m")
     machine.env[switch] = "1"
+    programs.keep_warm(machine.env)
     words = "-m", model, *OPTIONS
     assert switch in machine.run("warm-up", *words, ok=False).stderr
     assert switch in machine.run("parity", ok=False).stderr
