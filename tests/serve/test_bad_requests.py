@@ -3,6 +3,7 @@
 import hashlib
 import json
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -294,4 +295,25 @@ def test_a_method_that_no_server_of_ours_has_leaves_no_traceback(service, caplog
     for lines in (b"CONNECT a:1 HTTP/1.1", b"CONNECT localhost:80 HTTP/1.1", b"PRI * HTTP/2.0"):
         assert replied(service, lines + b"\r\nhost: localhost\r\n\r\n").startswith(b"HTTP/1.1 4")
     assert service.ask("/health").status == 200
+    assert not caplog.records
+
+
+def test_half_a_body_does_not_hold_up_the_end(model, caplog):
+    with serving_here(model, drain_s=30) as here:
+        starts = (
+            HEAD + b"content-length: 50\r\n\r\n{",
+            HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+            b"PUT /v1/states/a HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5000000\r\n\r\n" + b"a" * 3_000_000,
+        )
+        halves = [here.connect() for _ in starts]
+        for half, start in zip(halves, starts, strict=True):
+            half.sendall(start)
+        assert here.ask("/health").status == 200  # after those
+        here.server.drain(threading.Event())
+        here.server.close()
+        for half in halves:
+            with half:
+                said = half.makefile("rb").read()
+            assert said.startswith(b"HTTP/1.1 503")
+            assert b"this service is stopping" in said
     assert not caplog.records

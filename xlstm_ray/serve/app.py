@@ -36,6 +36,7 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
     # FastAPI's own pages of documentation load scripts from elsewhere.
     once = [Depends(fields_once)]
     app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None, dependencies=once)
+    app.state.desk = desk
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, error: Refused) -> Response:

@@ -17,7 +17,10 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes]:
-    """A request's body in pieces of at least so many bytes, but for the last. Raises as `read_body`."""
+    """A request's body in pieces of at least so many bytes, but for the last. Raises as `read_body`.
+
+    The app's `state.desk` says whether the service goes on.
+    """
     told = int(request.headers.get("content-length") or 0)
     piece, size, more = bytearray(), 0, told <= most + PATIENCE
     while more and size <= most + PATIENCE:
@@ -25,6 +28,8 @@ async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes
         if message["type"] != "http.request":
             raise Refused(400, "the client has left before the body's end")
         part = message.get("body", b"")
+        if not part:  # the server ends, and has woken those that wait for the rest of a body
+            _ = request.app.state.desk.engine
         more, size = message.get("more_body", False), size + len(part)
         if size <= most:
             piece += part

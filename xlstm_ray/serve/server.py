@@ -118,6 +118,11 @@ def _protocol() -> type[asyncio.Protocol] | Literal["auto"]:
             if self.cycle is not None:  # of a request whose head was whole: its reply has nowhere to go
                 self.cycle.disconnected = True
 
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.cycle is not None and self.cycle.more_body:
+                self.cycle.message_event.set()  # nobody waits for the rest of a body: body.py
+
         def on_body(self, body: bytes) -> None:
             self.head = 0
             super().on_body(body)
