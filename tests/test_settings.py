@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from xlstm_ray.choose import DEMO_MODEL, setup_of
 from xlstm_ray.declare import Setting, Source
 from xlstm_ray.errors import UsageError
 from xlstm_ray.explain import explain
+from xlstm_ray.plan import RunPlan, choose_plan
 from xlstm_ray.settings import Settings, table
 
 # The Apple guide's variables: name -> setting, default, another value as text, that value.
@@ -171,6 +173,19 @@ def test_config_shows_the_plan_that_a_run_uses_and_why(tmp_path, monkeypatch):
         "journal_every": 16,
         "shrink_on_soft": True,
     }
+
+
+def test_config_shows_why_kernels_are_not_the_fast_ones_and_that_they_are_not_compiled(monkeypatch):
+    """On a GPU both may be so; here a plan of one stands in."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    misfit = "the chunk size is 32; the Triton kernels take 64, 128 or 256"
+
+    def on_gpu(*args: Any, **more: Any) -> RunPlan:
+        return replace(choose_plan(*args, **more), misfit=misfit)
+
+    monkeypatch.setattr("xlstm_ray.explain.choose_plan", on_gpu)
+    _, source = explain(setup_of(device="cpu", chunkwise_backend="queued_compiled_chunks"))["chunkwise_backend"]
+    assert f"{misfit}; TORCHDYNAMO_DISABLE=1: queued_compiled_chunks is not compiled" in source.where
 
 
 def test_a_switch_of_a_file_can_be_undone_by_a_flag(tmp_path):

@@ -74,10 +74,8 @@ def _used(settings: Settings, plan: RunPlan, *, known: bool) -> dict[str, tuple[
         used["t_inner"] = None, f"{plan.backend.name} unrolls no steps of this model"
     elif plan.steps.t_inner != settings.t_inner:
         used["t_inner"] = plan.steps.t_inner, plan.steps.note or "Metal's limits"
-    if plan.misfit is not None and known:
-        used["chunkwise_backend"] = plan.backend.name, plan.misfit
-    if plan.eager_note is not None:
-        used["chunkwise_backend"] = plan.backend.name, plan.eager_note
+    if reasons := [why for why in (plan.misfit if known else None, plan.eager_note) if why is not None]:
+        used["chunkwise_backend"] = plan.backend.name, "; ".join(reasons)
     if plan.uncaptured is not None and settings.cuda_graphs:
         used["cuda_graphs"] = False, plan.uncaptured
     if settings.journal_every is None and plan.journal_every is not None and known:
