@@ -1,6 +1,7 @@
 """The service as a program: what it prints, who may come in, how it starts and ends."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import programs
 import pytest
 from services import WORDS, model, serving, serving_here
+from test_documents import until
 
 from xlstm_ray.errors import GridLost, UsageError
 from xlstm_ray.serve.desk import Desk
@@ -45,6 +47,26 @@ def test_what_it_prints_can_be_pasted_and_sigterm_lets_requests_end(model):
         assert service.process.wait(60) == 0
         assert service.process.stdout is not None
         assert "secret" not in "".join([*service.said, service.process.stdout.read(), *service.errors])
+
+
+def test_garbage_collections_pass_over_what_was_there_before_it_serves(model, tmp_path):
+    """Else a full one looks at all objects of torch while all answers wait. A signal asks the process itself."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import gc, signal, sys\n"
+        "def tell(*_):\n"
+        "    print('frozen', gc.get_freeze_count(), 'others', len(gc.get_objects()), file=sys.stderr, flush=True)\n"
+        "signal.signal(signal.SIGUSR1, tell)\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    with serving("--model", model, *WORDS, start=subprocess.Popen, PYTHONPATH=path) as service:
+        for _ in range(5):
+            assert service.complete("a", max_tokens=20).status == 200
+        service.process.send_signal(signal.SIGUSR1)
+        until(lambda: any(line.startswith("frozen ") for line in service.errors))
+        (line,) = [line.split() for line in service.errors if line.startswith("frozen ")]
+    frozen, others = int(line[1]), int(line[3])
+    assert frozen > 100_000
+    assert others < frozen / 10
 
 
 def test_a_second_signal_ends_requests_with_an_error_that_says_why(model):
