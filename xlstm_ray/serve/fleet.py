@@ -16,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.serve.schema import LoggingConfig
 
 from xlstm_ray.choose import Setup
@@ -24,7 +25,7 @@ from xlstm_ray.engine.pace import tile_of
 from xlstm_ray.errors import RayError, XlstmRayError, one_line
 from xlstm_ray.serve.options import Slots
 from xlstm_ray.serve.remote import Remote
-from xlstm_ray.serve.replica import Replica, Router
+from xlstm_ray.serve.replica import Call, Replica
 from xlstm_ray.supervisor.presence import Presence
 
 AT_ONCE = 1 << 14  # calls that a replica takes: its engine has a queue, and the desk knows how long it may be
@@ -32,6 +33,30 @@ SLOTS = 16  # that autoscaling counts on where their number is not given
 UP_S, CALM_S = 10.0, 120.0  # seconds of load until a replica is added, and of calm until one goes
 TOLD_S = 2.0  # between two counts of the load
 SCALED_DRAIN_S = 3600.0  # that a replica which is not needed any more has for its answers, however long they are
+
+
+class Router(RequestRouter):
+    """Sends each call where it says. Serve asks the replicas that are left where one is full or gone.
+
+    Not in the module of Call: in another process Serve makes this class anew, with all that its module defines.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        there = {one.replica_id.unique_id: one for one in candidate_replicas}
+        call = _call(pending_request)
+        order = list(there) if call is None or call.order is None else call.order(list(there))
+        return [[there[name]] for name in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        call = _call(pending_request)
+        if call is not None and call.sent is not None:
+            call.sent(replica_id.unique_id)
+
+
+def _call(request: PendingRequest | None) -> Call | None:
+    return next((one for one in request.args if isinstance(one, Call)), None) if request is not None else None
 
 
 @dataclass(frozen=True)

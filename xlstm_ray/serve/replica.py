@@ -1,4 +1,4 @@
-"""What runs on Ray Serve: a replica with the model in its process, and the router in the process that asks.
+"""What runs on Ray Serve: a replica with the model in its process, and the calls that it takes.
 
 Import it only where Ray may be imported.
 """
@@ -18,7 +18,6 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from xlstm_ray.choose import Setup
 from xlstm_ray.engine.engine import Engine
@@ -88,27 +87,6 @@ class About(NamedTuple):
     slots: int
     tile_size: int
     chunk_size: int
-
-
-class Router(RequestRouter):
-    """Sends each call where it says. Serve asks the replicas that are left where one is full or gone."""
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        there = {one.replica_id.unique_id: one for one in candidate_replicas}
-        call = _call(pending_request)
-        order = list(there) if call is None or call.order is None else call.order(list(there))
-        return [[there[name]] for name in order]
-
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        call = _call(pending_request)
-        if call is not None and call.sent is not None:
-            call.sent(replica_id.unique_id)
-
-
-def _call(request: PendingRequest | None) -> Call | None:
-    return next((one for one in request.args if isinstance(one, Call)), None) if request is not None else None
 
 
 @serve.deployment
@@ -201,7 +179,10 @@ class Replica:
         """Get the state that another replica has of this prompt; where that fails, it is computed here."""
         began, here = monotonic(), serve.get_replica_context()
         others = serve.get_deployment_handle(here.deployment, here.app_name)
-        order = partial(sorted, key=lambda name: name != call.source)
+
+        def order(there: list[str]) -> list[str]:  # if it is slow to say whether it has room, no other is of use
+            return [call.source] if call.source in there else there
+
         try:
             data = await others.lend.remote(Call(call.number, order, request=call.request))
             if data is None:
