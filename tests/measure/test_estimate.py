@@ -18,6 +18,7 @@ from tiny import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import xlstm_ray
+from xlstm_ray.actors.ring import Ring
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import EstimateError
@@ -179,7 +180,7 @@ def test_stages_and_spans_are_as_the_page_says(of_7b: Path, monkeypatch: pytest.
 def test_spans_have_all_weights_each_and_stages_a_part(of_7b: Path) -> None:
     one, four = planned(of_7b, "h200"), planned(of_7b, "h200", spans=4)
     assert four.need.weights == one.need.weights
-    assert four.need.state - one.need.state == 2 * 4 * 32 * 8 * (256 * 512 + 256 + 1)
+    assert four.need.state - one.need.state == 4 * (33 + 2) * 8 * (256 * 512 + 256 + 1)
     assert {"chunkwise_backend": "ray_compiled_chunks", "spans": 4}.items() <= four.asked.items()
     assert "stages" not in four.asked
     stages = planned(of_7b, "h200", machines=4)
@@ -194,6 +195,25 @@ def test_spans_have_all_weights_each_and_stages_a_part(of_7b: Path) -> None:
     assert "4 spans, which do not fit" in "\n".join(small.lines)
     assert "for `spans` instead, give `heads_per_band=8`" in "\n".join(planned(of_7b, "m4-max", machines=4).lines)
     assert [layout.name for layout in planned(of_7b, "h200", spans=33).layouts] == ["spans"]
+
+
+@pytest.mark.parametrize("slstm_at", [[], [0], [0, 1], [1, 2]])
+def test_what_gpus_leave_for_the_next_one_is_part_of_the_need(tmp_path: Path, slstm_at: list[int]) -> None:
+    """By rings as actors have them, through which all of it goes."""
+    write_model(tmp_path, slstm_at=slstm_at, num_blocks=3)
+    config = ModelConfig.from_file(tmp_path / "config.json")
+    one, spans, stages = (planned(tmp_path, "h200", **more) for more in ({}, {"spans": 2}, {"machines": 3}))
+    blocks = [[torch.zeros(shape) for shape in config.state_shapes(n, config.num_heads).values()] for n in range(3)]
+    ring = Ring(len(blocks) + 1)
+    for block in blocks * 3:
+        ring.join(block)
+    arriving = 2 * max(sum(part.nbytes for part in block) for block in blocks)
+    left, made = spans.need.state - one.need.state - arriving, sum(places.nbytes for places in ring._rings)
+    assert left > made if slstm_at == [1, 2] else left == made  # the larger ones come first, and nothing smaller stays
+    assert (spans.tile_size, stages.tile_size) == (one.tile_size, one.tile_size)
+    ring = Ring(2 * 3 + 2)  # `Placement.depth` is two a stage
+    ring.put(torch.zeros(1, one.tile_size, config.hidden_size, dtype=torch.bfloat16))
+    assert stages.need.tile - one.need.tile == ring._rings[0].nbytes
 
 
 def test_a_slow_network_holds_both_layouts_up(of_7b: Path) -> None:

@@ -23,7 +23,7 @@ from xlstm_ray.config import ModelConfig
 from xlstm_ray.engine.windows import plan_windows
 from xlstm_ray.layout import partition
 from xlstm_ray.measure.devices import GB, SHARES, Device
-from xlstm_ray.memory.need import BlockTensors, Call, Loaded, Need, computed_need, state_bytes
+from xlstm_ray.memory.need import BlockTensors, Call, Loaded, Need, computed_need
 from xlstm_ray.plan import OnPaper
 from xlstm_ray.tensors import HEAD, OUT_NORM, Sizes, expected_tensors, sizes_of, stored_tensors
 
@@ -92,8 +92,12 @@ def need(loaded: Loaded, model: Model, machines: int) -> Need:
 
 
 def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]:
-    """The memory need of the machine of each stage."""
+    """The memory need of the machine of each stage. On GPUs it leaves results where the next stage reads them, in a
+    place for each step in flight (two a stage), and two more."""
     whole = computed_need(loaded, Call(1, 1, loaded.tile))
+    if loaded.device == "cuda" and len(stages) > 1:
+        result = loaded.tile * loaded.config.hidden_size * loaded.itemsize
+        whole = replace(whole, tile=whole.tile + (2 * len(stages) + 2) * result)
     weights = [sum(model.sizes.blocks[b] for b in stage) for stage in stages]
     weights[0] += model.sizes.first
     weights[-1] += model.sizes.of_last if len(stages) > 1 else model.sizes.last
@@ -102,9 +106,14 @@ def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]
 
 
 def need_of_span(loaded: Loaded) -> Need:
-    """The memory need of an actor with all blocks: that of a process, and states on their way to it and from it."""
-    alone = computed_need(loaded, Call(1, 1, loaded.tile))
-    return replace(alone, state=alone.state + 2 * state_bytes(loaded.config))
+    """The memory need of an actor with all blocks: that of a process, and states on their way to it and from it.
+
+    It leaves a state where the next actor reads it, in places (one a block, and one more) of the largest block's size.
+    Smaller places stay, if a smaller block came first. A block's state that arrives is there twice.
+    """
+    c, alone = loaded.config, computed_need(loaded, Call(1, 1, loaded.tile))
+    kinds = {sum(map(prod, c.state_shapes(n, c.num_heads).values())) * 4 for n in range(c.num_blocks)}
+    return replace(alone, state=alone.state + (c.num_blocks + 1) * sum(kinds) + 2 * max(kinds))
 
 
 def stage_seconds(model: Model, device: Device, stage: range, T: int, chunk: int) -> float:
