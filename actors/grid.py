@@ -24,9 +24,8 @@ from xlstm_ray.actors.watch import Watch
 from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, one_line
 from xlstm_ray.layout import Shard
+from xlstm_ray.memory.need import state_bytes
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult
-
-KEEP = 256  # steps until the state is brought here at the latest: a fault repeats at most these
 
 
 class RayExecutor:
@@ -50,7 +49,7 @@ class RayExecutor:
         self.parallel = len(layout) * (2 if cuda else 1)
         one_band = len(layout[0]) == 1
         self.chooses: Literal["no", "here", "there"] = "there" if one_band and (spec.graphs or not cuda) else "no"
-        self._names = Names(self.recovery.free)
+        self._names, self._row = Names(self.recovery.free), state_bytes(spec.config)
         try:
             self.placement.open()
             self.watch.place()
@@ -84,7 +83,7 @@ class RayExecutor:
 
     def submit(self, state: StateRef, step: Step) -> StateRef:
         src, state = state, state if step.in_place else self._names.new(state.batch)
-        keep = step.keep or self.recovery.depth(src.number) + 1 >= KEEP
+        keep = step.keep or self.recovery.is_due(src.number, src.batch * self._row)
         self.recovery.make(Made(state.number, state.batch, step=step._replace(keep=keep), src=src.number))
         return state
 

@@ -3,6 +3,7 @@
 It has only numbers, and tensors that are also held elsewhere. Nothing here computes or waits.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,16 @@ from torch import Tensor
 from xlstm_ray.runtime.executor import Step
 
 Row = tuple[int, int] | None  # of a state, by its number; None: a fresh one
+KEEP = 256  # steps, at least, until a state is brought to the host
+RATE, SHARE = 750e6, 0.05  # bytes a second of a state on its way, as measured; how much of the time it may take
+
+
+def steps_until_kept(size: int, step_s: float) -> int:
+    """After how many steps of `step_s` seconds a state of `size` bytes is brought to the host; a fault repeats them.
+
+    16 rows of 7B are 2 GiB: 3 s, where a step of a stage takes a GPU 3 ms.
+    """
+    return max(KEEP, math.ceil(size / RATE / SHARE / max(step_s, 1e-6)))
 
 
 @dataclass(frozen=True)

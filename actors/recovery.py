@@ -8,13 +8,14 @@ import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlstm_ray.actors.lineage import Lineage, Made
+from xlstm_ray.actors.lineage import Lineage, Made, steps_until_kept
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.pipeline import Pending, Pipeline
@@ -24,7 +25,7 @@ from xlstm_ray.actors.wire import from_wire
 from xlstm_ray.errors import GridLost, GridOutOfMemory, one_line
 from xlstm_ray.runtime.executor import Step, StepResult
 
-PRUNE_EVERY = 64  # states made between two prunings of the lineage
+PRUNED = 64  # states made since the lineage was pruned, before it is again: these, and as many as it had then
 
 
 class Recovery:
@@ -37,7 +38,7 @@ class Recovery:
         self._link, self._placement, self._pipeline, self._watch = link, placement, pipeline, watch
         self.options = options
         self._warm: list[tuple[int, int, int]] = []  # (batch, size, chunk) of the windows that actors have compiled
-        self._lineage = Lineage()
+        self._lineage, self._prune_at = Lineage(), PRUNED
         self._states: set[int] = set()  # states that somebody has
         self._freed: deque[int] = deque()  # states that nobody has any more; filled from any thread
         self._untold: set[int] = set()  # freed states that actors were not told to drop yet
@@ -58,9 +59,10 @@ class Recovery:
         self._orders += 1
         self._states.add(made.state)
         self._lineage.add(made)
-        if self._orders % PRUNE_EVERY == 0:
+        if len(self._lineage) >= self._prune_at:
             self._take_freed()
             self._lineage.prune(self._states, self._next_result)
+            self._prune_at = 2 * len(self._lineage) + PRUNED
         self._waiting.append(made)
         self._ask_for_waiting()
 
@@ -68,9 +70,10 @@ class Recovery:
         """Note that nobody has this state any more. Any thread may call this at any time."""
         self._freed.append(state)
 
-    def depth(self, state: int) -> int:
-        """The number of steps that a fault would repeat for this state."""
-        return self._lineage.depth(state)
+    def is_due(self, state: int, size: int) -> bool:
+        """Whether the state after the next step of this one, of `size` bytes, should be brought here."""
+        steps = self._lineage.depth(state) + 1
+        return bool(self._times) and steps >= steps_until_kept(size, median(self._times))
 
     @property
     def has_room(self) -> bool:

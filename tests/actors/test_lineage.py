@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_ray.actors.lineage import Lineage, Made
+from xlstm_ray.actors.lineage import Lineage, Made, steps_until_kept
 from xlstm_ray.runtime.executor import Step
 
 Value = tuple[Any, ...]  # what a state is: all that it was made of, a value a row
@@ -94,3 +94,11 @@ def test_a_fault_costs_the_steps_since_the_host_had_the_state():
     lineage.kept(10, {})
     assert [made.order for made in lineage.needed({7}, 12)] == [10, 11]
     assert lineage.depth(7) == 1
+
+
+@given(st.integers(1, 1 << 36), st.floats(1e-4, 100))
+def test_states_are_brought_seldom_enough_for_their_size_and_as_often_as_that_allows(size, step_s):
+    """At 750 MB a second, as measured between two GPUs' actors and the driver."""
+    steps = steps_until_kept(size, step_s)
+    assert size / 750e6 <= 0.0501 * steps * step_s
+    assert steps == 256 or size / 750e6 >= 0.0499 * (steps - 1) * step_s
