@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from engines import SIZES, model
 import xlstm_ray
 from xlstm_ray import Engine, Request, Sampling
 from xlstm_ray.engine.tree import DISK, MEMORY
+from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import StateError, UsageError
+from xlstm_ray.memory.need import MOVERS
 from xlstm_ray.state import RecurrentState
 
 __all__ = ["model"]
@@ -445,6 +448,42 @@ def test_requests_that_come_at_once_compute_once_what_they_share(plain):
         assert not any(e.leases for e in cached(lm)._tree.entries)
         counts = cached(lm).counts
         assert (counts.queries, sum(counts.hit_tokens.values())) == (9, 300 * 5 + 256)
+
+
+def test_no_prompt_waits_until_a_state_that_is_hardly_of_use_has_left_the_device(plain):
+    with plain(cache_memory_mb=64) as lm:
+        lm.executor.on_host = False  # as on a GPU
+        others: list[Future[Any]] = [Future() for _ in range(MOVERS)]
+        lm._core.states._under_way += others
+        lm.prefill(BOOK[:150])
+        for other in others:
+            other.set_result({})
+        assert hits(lm.prefill([*BOOK[:70], *OTHER[70:150]])) == [(0, None)]
+        assert hits(lm.prefill(BOOK[:150]))[0][0] == 150
+        assert hits(lm.prefill([*BOOK[:70], *OTHER[70:150]]))[0][0] == 150
+        lm.prefill(OTHER[:150])
+        assert hits(lm.prefill([*OTHER[:70], *BOOK[70:150]]))[0][0] == 64
+
+
+def test_a_reader_who_leaves_is_gone_while_windows_are_under_way_and_their_states_are_kept(plain, monkeypatch):
+    with plain() as cold, plain(cache_memory_mb=64) as lm:
+        lm.executor._depth = 2  # as on a GPU
+        seen, step = [], Work.step
+
+        def and_leave(work: Work) -> None:
+            step(work)
+            for number in [n for n, task in work._tasks.items() if work._reads(task) and task.read >= 64]:
+                work.cancel(number)
+                seen.append((work.under_way, number in work._tasks))
+
+        monkeypatch.setattr(Work, "step", and_leave)
+        end = lm.submit(Request(BOOK[:300], sampling=Sampling(max_new_tokens=5))).result(60)
+        monkeypatch.undo()
+        assert (end.finish.reason, end.tokens, seen) == ("cancelled", [], [(True, False)])
+        again = lm.prefill(BOOK[:300])
+        assert hits(again)[0][0] >= 64
+        assert again.state.digest() == cold.prefill(BOOK[:300]).state.digest()
+        assert not any(entry.leases for entry in cached(lm)._tree.entries)
 
 
 def test_what_one_engine_lends_another_goes_on_from_to_the_same_bits(plain):

@@ -163,7 +163,8 @@ class Cache:
 
     def keep(self, hit: Hit, length: int, start: Start, *, cold: bool = True) -> None:
         """Keep the state after `length` tokens of a prompt. cold: whether a cold run has the same windows."""
-        if not cold and self.plan.exact:
+        likely = length in hit.likely or not cold
+        if (not cold and self.plan.exact) or (not likely and self._states.crowded):  # no prompt waits for such a state
             return
         self._settle()
         tiles = None if cold else -1
@@ -171,7 +172,7 @@ class Cache:
         if entry.tiers or entry.leases:
             return
         self.kept += 1
-        entry.what, entry.likely = _What(), entry.likely or length in hit.likely or tiles == -1
+        entry.what, entry.likely = _What(), entry.likely or likely
         on_host = self._states.executor().on_host
         held = start.rows[0].held if start.rows[0] is not None else None
         rows = start.rows

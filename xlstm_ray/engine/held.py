@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from xlstm_ray.errors import GridLost
-from xlstm_ray.memory.need import HELD_ROWS
+from xlstm_ray.memory.need import HELD_ROWS, MOVERS
 from xlstm_ray.runtime.executor import Executor, RowRef, StateRef, rows_of
 
-MOVERS = 4  # threads: to write a state into new memory takes one of them longer than a GPU takes for a tile
 Tensors = dict[str, Tensor]
 
 
@@ -53,7 +52,7 @@ class Held:
                 raise self._lost
             if self._coming is None:
                 assert self.ref is not None
-                self._coming = self._states.mover.submit(self._states.executor().save(self.ref))
+                self._coming = self._states.move(self.ref)
             return self._coming
 
     def evict(self) -> None:
@@ -102,7 +101,9 @@ class States:
         self.executor, self.turn = executor, turn
         self._all: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by id, the oldest first
         self._lock = Lock()  # of these: any thread adds some
-        self.mover = ThreadPoolExecutor(MOVERS, "states")  # wait for states on their way to the host
+        # Each waits for a state on its way to the host: to write it into new memory takes longer than a tile.
+        self.mover = ThreadPoolExecutor(MOVERS, "states")
+        self._under_way: list[Future[Tensors]] = []
 
     def rows(self, ref: StateRef | None, batch: int, tensors: Tensors | None = None) -> HeldRows:
         """The rows of a state that the executor has (`ref`), or of one with these tensors."""
@@ -110,6 +111,17 @@ class States:
         with self._lock:
             self._all[id(held)] = held
         return HeldRows(HeldRow(held, b) for b in range(batch))
+
+    def move(self, ref: StateRef) -> "Future[Tensors]":
+        """Begin to copy a state to the host."""
+        self._under_way = [one for one in self._under_way if not one.done()]
+        self._under_way.append(self.mover.submit(self.executor().save(ref)))
+        return self._under_way[-1]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many states are on their way to the host that another one would hold up the executor."""
+        return not self.executor().on_host and sum(not one.done() for one in self._under_way) >= MOVERS
 
     def has(self, rows: HeldRows) -> bool:
         """Whether these rows are of states of this engine."""

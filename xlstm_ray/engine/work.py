@@ -153,7 +153,8 @@ class Work:
             task.reader.answers.remove(task)
             if not task.reader.answers:  # nobody waits for it any more
                 self.cancel(task.reader.number)
-        if not self._reads(task) and not any(batch.under_way and batch.has(task) for batch in self._batches):
+        reads = self._reads(task) and task.request.keep  # else what is under way ends as nobody's
+        if not reads and not any(batch.under_way and batch.has(task) for batch in self._batches):
             self._finish(task, Finish("cancelled"))
 
     @staticmethod
@@ -186,13 +187,11 @@ class Work:
         step = windows.step()
         assert step is not None
         core.warm_up(1, [step.tokens.shape[1]])
-        read, last = windows.read, windows.last
-        began = perf_counter()  # an executor in this process may compute within `submit`
+        read, last, began = windows.read, windows.last, perf_counter()  # `submit` may compute, in this process
         state = task.state = self._executor.submit(task.state, step._replace(logits="last" if last else "none"))
 
         def take(result: StepResult) -> None:
             wanted = windows.take(result).wanted
-            task.tell(Reading(read, task.total, task.scores if last else None))
             if result.logits is not None:
                 task.logits = result.logits[0]
             if wanted:
@@ -201,6 +200,9 @@ class Work:
                 began = perf_counter()
                 task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
                 self.steps.add("snapshot", perf_counter() - began)
+            if task.number not in self._tasks:  # cancelled: only what is kept counts
+                return
+            task.tell(Reading(read, task.total, task.scores if last else None))
             if task.cancelled and not windows.under_way:
                 self._finish(task, Finish("cancelled"))
             elif last and not task.cancelled:

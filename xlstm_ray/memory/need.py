@@ -15,6 +15,9 @@ WIDENED_HEAD = 2 * MIB  # the part of a bfloat16 head that is in float32 while i
 SCORING = 160 * MIB  # what log-probabilities of a piece of logits take (sampling/logprobs.py)
 PROGRAM = 400 * MIB  # interpreter, torch and compiler, measured on Linux; for runs that are only planned
 HELD_ROWS = 4  # rows of states that an engine keeps on a device for later calls, besides the current call's
+MOVERS = 4  # states on their way from a device to the host at once, where states are kept
+READING = 3  # rows of a prompt that is read beside rows that decode: before two windows, and after them
+CUBLAS = 3 * 32 * MIB  # torch's workspaces on Hopper, for each stream and thread: of prefills, graphs and logits
 COMPILED_CODE = 60 * MIB  # memory that stays after compiling, besides the compiler's own modules
 FIRST_CALLS = 30 * MIB  # what torch's own kernels take when they are first called, where nothing is compiled
 
@@ -129,14 +132,15 @@ def activation_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
 
 
 def _triton_bytes(loaded: Loaded, parts: BlockTensors) -> float:
-    """As activation_bytes, of a token, by the Triton kernels: they write bfloat16, and into the residual stream.
+    """As activation_bytes, of a token, by the Triton kernels: they write bfloat16, and into the residual stream; a
+    graph has its own, beside what it gets and what it returns.
 
     The larger of two: q, k, v, o with weighted keys, the states before the chunks, scores and gated heads, and some
     numbers of each head; or the activated columns, with their float8 operands.
     """
     c, bf16 = loaded.config, 2
     at_once = min(loaded.workers, loaded.bands) / loaded.bands
-    residual = parts.residual * (2 + loaded.bands if loaded.bands > 1 else 1)
+    residual = parts.residual * (2 + loaded.bands if loaded.bands > 1 else 3)
     states = c.num_heads * c.dhqk * c.dhhv * bf16 / loaded.chunk
     mixer = (2 * (c.qk_dim + c.v_dim) + c.qk_dim + c.v_dim + c.num_heads * loaded.chunk) * bf16 + states
     gates = 4 * (4 * (max(16, 4 * c.num_heads) + 1) + 6 * c.num_heads)
@@ -155,7 +159,7 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
     row = state_bytes(loaded.config) + loaded.config.vocab_size * 4  # with its logits
     state = 2 * call.rows * row  # before a window and after it
     if loaded.device != "cpu":  # a device works on a window while the host handles the one before
-        state += (call.rows + HELD_ROWS) * row
+        state += (call.rows + HELD_ROWS + (call.rows > 1) * READING + (loaded.cache > 0) * MOVERS) * row
     if on_host:
         state += loaded.cache
     if call.batch > call.rows and on_host:  # otherwise the other rows' states are on the host
@@ -167,7 +171,7 @@ def computed_need(loaded: Loaded, call: Call) -> Need:
         tile_bytes = max(tile_bytes, scoring_bytes(loaded, rows=call.rows, tokens=call.tokens))
     if loaded.device == "cpu" and loaded.workers > 1:
         tile_bytes = int(tile_bytes * KEPT_BY_THREADS)
-    base = loaded.base + (COMPILED_CODE if loaded.compiled else FIRST_CALLS * on_host)
+    base = loaded.base + (COMPILED_CODE if loaded.compiled else FIRST_CALLS * on_host) + CUBLAS * (not on_host)
     # A tensor is read from a mapping of its file, which counts until it is copied. No tile is alive at that time.
     tile_bytes = max(tile_bytes, loaded.largest_tensor if on_host else 0)
     return Need(base, loaded.weights, state, tile_bytes, loaded.documents * on_host)
