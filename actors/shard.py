@@ -69,6 +69,8 @@ class ShardWork:
     the result on.
     """
 
+    whole = True  # a tile goes through all blocks before anybody waits for one of them
+
     def __init__(self, spec: WorkerSpec, shard: Shard, name: str, *, one_band: bool):
         self.spec, self.shard, self.name, self.one_band = spec, shard, name, one_band
         self.epoch = 0
@@ -78,6 +80,7 @@ class ShardWork:
         self._done: dict[tuple[int, int], Done] = {}  # by epoch: the same tile may be under way twice
         self._kept: dict[tuple[int, int], Kept] = {}
         self._ring: Ring | None = None  # to the next stage's GPU
+        self.tokens: Graphs | None = None
         self._launch = Lock()  # a token's step is launched by one thread at a time
 
     # -- compute -------------------------------------------------------------------------------------------------------
@@ -122,16 +125,14 @@ class ShardWork:
             checkpoint, kernels, self.shard, dtype=spec.dtype, device=self.device, float8=spec.float8
         )
         own = backend.kernel == KERNEL and self.one_band
-        self.tokens = Graphs(self.worker, capture=spec.graphs) if spec.graphs or own else None
+        self.tokens = Graphs(self.worker, capture=spec.graphs, tiles=self.whole) if spec.graphs or own else None
         self.is_last = self.shard.blocks.stop == config.num_blocks
 
     def warm_up(self, batch: int, sizes: list[int], chunk_size: int) -> None:
         """Compile for windows of these sizes."""
+        alone = partial(self.worker.warm_up, one_band=self.one_band)
         for size in sizes:
-            if size == 1 and self.tokens is not None:
-                self._compute(self.tokens.warm_up, batch)
-                continue
-            self._compute(self.worker.warm_up, batch, size, chunk_size, one_band=self.one_band)
+            self._compute(alone if self.tokens is None else self.tokens.warm_up, batch, size, chunk_size)
         self._compute(self.worker.warm_up_logits, batch)
         self.worker.kernels.wait()
         gc.collect()  # frees the compiler's graphs, which are cycles; later work makes no cycles
@@ -267,7 +268,7 @@ class ShardWork:
             this_machine(),
             ray.get_runtime_context().get_node_id(),
             None if since is None else monotonic() - since,
-            peak_device_bytes(device),
+            peak_device_bytes(device) + (self.tokens.bytes if self.tokens is not None else 0),
             take_sample(device),
             device_total_bytes(device),
         )
@@ -288,9 +289,7 @@ class ShardWork:
     def _through(self, call: Call, x: Wire | Spot) -> Tensor:
         """Through all blocks of the stage."""
         hidden, move = self._enter(x), self._move(call)
-        for n in range(len(self.shard.blocks)):
-            hidden = self.worker.run_block(n, hidden, move)
-        return hidden
+        return self.worker.run_blocks(hidden, move) if self.tokens is None else self.tokens.tile(hidden, move)
 
     def _stepped(self, call: Call, x: Wire | Spot) -> Done:
         self._drop(call.drop)

@@ -32,6 +32,8 @@ class _Void(Exception):
 class SpanWork(ShardWork):
     """As ShardWork, of all blocks; states come from other actors of its kind."""
 
+    whole = False
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._news = Condition()

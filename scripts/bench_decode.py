@@ -158,13 +158,15 @@ def tiles(c: ModelConfig, kind: str, tokens: int, args: argparse.Namespace, made
     executor = made.get(kind) or made.setdefault(kind, random_executor(c, kind))
     ids, start = torch.randint(0, c.vocab_size, (1, tokens)), torch.zeros(1, dtype=torch.long)
     size, chunk = args.tile_size, min(256, args.tile_size)
+    executor.warm_up(1, [size], chunk)
 
     def run() -> None:
         *before, last = ids.split(size, 1)
         step = Step(last, start, start + size, chunk)
         steps = [*(step._replace(tokens=tile) for tile in before), step._replace(logits="last")]
-        *_, (_, _, result) = run_steps(executor, executor.load(None, 1), steps)
-        result.logits.cpu()
+        for _, _, result in run_steps(executor, executor.load(None, 1), steps):
+            last = result.logits
+        last.cpu()
 
     return run
 
@@ -213,7 +215,8 @@ def compare_prefill(c: ModelConfig, args: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             field[kind, "tiles"]()
-            memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+            graphs = sum(tokens.bytes for tokens in made[kind]._tokens)
+            memory = (torch.cuda.max_memory_allocated() - before + graphs) / 2**30
             print(f"  {tokens} tokens  {kind:9s} {tokens / ours:9,.0f} tokens/s  products {tokens / bare:9,.0f}"
                   f"  {bare / ours:.3f} of them  {memory:.2f} GiB", flush=True)  # fmt: skip
 

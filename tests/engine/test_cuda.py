@@ -86,7 +86,9 @@ def test_rows_that_come_and_go_and_buckets_that_grow_leave_answers_as_they_are()
 
 def test_rows_that_end_while_the_next_step_runs_ahead_keep_their_states():
     """Each row ends at another time, by its number of tokens or a stop text."""
-    given = [{"max_new_tokens": 6 + 5 * n, "ignore_eos": True, "seed": n, "temperature": 0.9} for n in range(5)]
+    given: list[dict[str, Any]] = [
+        {"max_new_tokens": 6 + 5 * n, "ignore_eos": True, "seed": n, "temperature": 0.9} for n in range(5)
+    ]
     given.append({"max_new_tokens": 60, "stop": ("e",)})
     found = []
     for graphs in (True, False):
@@ -109,10 +111,24 @@ def test_a_prefill_has_the_same_bits_again_and_resumed(lm):
     assert torch.equal(whole.logits, resumed.logits)
 
 
+def test_captured_windows_have_the_bits_of_blocks_launched_one_by_one(lm):
+    """Of all lengths that a prompt is cut into, one after the other and in turns with tokens of another row."""
+    tokens = lm.encode(TEXT * 40)[: 2 * 512 + 3 * 64 + 7]
+    with xlstm_ray.load(**DEMO, cuda_graphs=False) as plain:
+        want = plain.prefill(tokens)
+    assert {*lm.executor._tokens[0]._tiles._graphs} >= {(512, 64), (64, 64)}
+    beside = lm.submit(Request(TEXT, sampling=Sampling(max_new_tokens=64, ignore_eos=True)))
+    for _ in range(20):
+        got = lm.prefill(tokens)
+        assert torch.equal(got.logits, want.logits)
+        assert got.state.digest() == want.state.digest()
+    assert len(beside.result(120).tokens) == 64
+
+
 def test_the_need_of_memory_covers_what_is_allocated(lm):
     torch.cuda.reset_peak_memory_stats()
     lm.prefill([1] * 5000)
-    used, need = torch.cuda.max_memory_allocated(), lm.need(1)
+    used, need = lm.executor.peak_memory_bytes, lm.need(1)
     assert 0.3 * need.total < used < need.total + (64 << 20)  # of other engines in this process
 
 
@@ -135,11 +151,10 @@ def test_an_actors_work_is_the_same_graph(lm):
     executor = lm.executor
     state = executor.submit(executor.load(None, 2), Step(ids, torch.zeros(2).long(), torch.full((2,), 64), 64))
     executor.result()
-    work.run(Call(0, 0, 0, 1, [0, 0], [64, 64], 64, False, "none", (), None), ids.numpy(), None)
+    work.run(Call(0, 0, 0, 1, [0, 0], [64, 64], 64, False, "none", (), None, None), ids.numpy(), None)
     for number, (dst, in_place) in enumerate(((1, True), (1, True), (2, False)), 1):
-        call = Call(0, number, 1, dst, [0, 0], [1, 1], 1, False, "last", (), None)
-        work.run(call, torch.full((2, 1), number).numpy(), None)
-        hidden, logits = work.output(call, None)
+        call = Call(0, number, 1, dst, [0, 0], [1, 1], 1, False, "last", (), None, None)
+        (hidden, logits), _ = work.token(call, torch.full((2, 1), number).numpy(), None)
         state = executor.submit(state, decoding_step([number] * 2, in_place=in_place))
         result = executor.result()
         assert result.logits is not None

@@ -149,6 +149,17 @@ def test_a_step_equals_float64_and_a_row_without_a_token_keeps_its_state_to_the_
     assert all(torch.equal(new[~on], old[~on]) for new, old in zip(double(made), double(state), strict=True))
 
 
+def test_a_tile_finds_states_by_their_addresses_too():
+    x, state, start, end = inputs(2, L)
+    out, made = TileBlock(S, L).block(x.clone(), folded(False), state, start, end)
+    written = [torch.full_like(part, torch.nan) for part in made]
+    places = torch.tensor([part.data_ptr() for part in (*state, *written)]).to(DEVICE)
+    rows = x.clone().flatten(0, 1)
+    TileBlock(S, L).tile_block(rows, folded(False), places, (start, end))
+    assert torch.equal(rows.view_as(out), out)
+    assert all(map(torch.equal, written, made))
+
+
 @pytest.mark.parametrize("T", [L, 1])
 def test_bands_add_up_to_the_whole(T):
     x, state, start, end = inputs(2, T)

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xlstm_ray.kernels.native import State
+
 PAD_I = tl.constexpr(-1e4)  # as in native.py; a padded token's log forget gate is 0
 NEAR_1 = tl.constexpr(-1 / 128)  # as in native.py
 # A layer-normed head times a sigmoid is at most sqrt(V), 22.6 for V = 512: its float8 scale needs no row's maximum.
@@ -143,16 +145,25 @@ def _scan_gates(
 
 
 @triton.jit
+def _place(places, n: tl.constexpr):
+    return tl.multiple_of(tl.load(places + n).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
 def _chunk_states(
-    keys, qkvo, dn, g, top, C_old, n_old, m_old, C_new, n_new, m_new, Cs, ns, ms, T, NC,
+    keys, qkvo, dn, g, top, places, C_old, n_old, m_old, C_new, n_new, m_new, Cs, ns, ms, T, NC,
     NH: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A (BK, BV) piece of a head's state through all chunks of the tile, in float32 registers.
 
     Cs (B NH, NC, K, V) bf16, ns (B NH, NC, K), ms (B NH, NC): the state before every chunk. One loop over all steps of
-    all chunks, so that the loads run on across a chunk's end.
+    all chunks, so that the loads run on across a chunk's end. places, unless None: the addresses of the six tensors of
+    the old and the new state, in place of these.
     """
+    if places is not None:
+        C_old, n_old, m_old = _place(places, 0), _place(places, 1), _place(places, 2)
+        C_new, n_new, m_new = _place(places, 3), _place(places, 4), _place(places, 5)
     kb, vb, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head, row0 = bh % NH, (bh // NH) * T
     STEPS: tl.constexpr = L // BT
@@ -299,21 +310,23 @@ def cell(
     gates: tuple[Tensor, Tensor],
     bias: Tensor,
     qkvo: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    states: tuple[State, State] | Tensor,
     tokens: tuple[Tensor, Tensor],
     s: CellShape,
     *,
     normed: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> Tensor:
     """The cell, head norm and output gate of a tile of T tokens, a multiple of the chunk.
 
-    gates: of gate_parts   bias (2 NH,) float32   qkvo (M, 2 NH (K + V)) bf16   state C (B, NH, K, V), n (B, NH, K),
-    m (B, NH, 1) float32   tokens: start and end (B,) int64, as in Step
+    gates: of gate_parts   bias (2 NH,) float32   qkvo (M, 2 NH (K + V)) bf16   tokens: start and end (B,) int64, as in
+    Step
+    states: the old one, C (B, NH, K, V), n (B, NH, K), m (B, NH, 1) float32, and where the new one is written; or the
+    addresses of these six tensors, (6,) int64 on the device
     normed: qkvo is of normed rows, and the result is float8 for HEAD_SCALE; else it lacks the norm's factor
-    -> y (M, NH V) bf16 or float8, without the head norm's weight, and the new state, beside the old one.
+    -> y (M, NH V) bf16 or float8, without the head norm's weight.
     """
-    (parts, squares), (start, end), (C, n, m) = gates, tokens, state
-    B, NH, K, V, L, M = C.shape[0], s.heads, s.K, s.V, s.chunk, qkvo.shape[0]
+    (parts, squares), (start, end) = gates, tokens
+    B, NH, K, V, L, M = start.shape[0], s.heads, s.K, s.V, s.chunk, qkvo.shape[0]
     T, BH = M // B, B * NH
     NC = T // L
 
@@ -328,11 +341,11 @@ def cell(
         s.hidden, parts.shape[1], NH, K, V, parts.shape[0], L, not normed, min(64, K), num_warps=4,
     )  # fmt: skip
     Cs, ns, ms = empty(BH, NC, K, V, dtype=bf16), empty(BH, NC, K), empty(BH, NC)
-    new = torch.empty_like(C), torch.empty_like(n), torch.empty_like(m)
+    places = (states, *(None,) * 6) if isinstance(states, Tensor) else (None, *states[0], *states[1])
     BK, BV, BT = min(64, K), min(128, V), min(64, L)
     _chunk_states[(K // BK, V // BV, BH)](
         TensorDescriptor.from_tensor(keys, [BT, BK]), TensorDescriptor.from_tensor(qkvo, [BT, BV]), dn, g, top,
-        C, n, m, *new, Cs, ns, ms, T, NC, NH, K, V, L, BK, BV, BT, 6, num_warps=4,
+        *places, Cs, ns, ms, T, NC, NH, K, V, L, BK, BV, BT, 6, num_warps=4,
     )  # fmt: skip
     P, BM, BN = empty(BH * T, L, dtype=bf16), min(128, L), min(64, L)
     _chunk_scores[(T // BM, BH)](
@@ -347,4 +360,4 @@ def cell(
         TensorDescriptor.from_tensor(P, [BM, BN]), old, factor, TensorDescriptor.from_tensor(Cs.view(-1, V), [BN, V]),
         y, T, NC, s.norm_eps, NH, K, V, L, not normed, normed, BM, BN, 3, num_warps=8,
     )  # fmt: skip
-    return y, new
+    return y

@@ -17,7 +17,8 @@ from xlstm_ray.errors import KernelError
 from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Step
 from xlstm_ray.runtime.folded import FoldedWeights
-from xlstm_ray.runtime.worker import Worker
+from xlstm_ray.runtime.tile_graphs import TileGraphs
+from xlstm_ray.runtime.worker import Move, Worker
 from xlstm_ray.sampling.sampler import Needs, Sampler
 
 NOT_FINITE = -1  # in place of a token whose logits are not finite
@@ -90,19 +91,40 @@ class Graphs:
     """A token of each row through a stage, in place, by a worker that has all heads.
 
     capture: as graphs, on seats; else the same kernels are launched one by one, on the states as they lie, to the same
-    bits. One thread at a time uses it, in one stream.
+    bits. tiles: windows of prompts are captured too, where the kernels can be. One thread at a time uses it, in one
+    stream.
     """
 
-    def __init__(self, worker: Worker, *, capture: bool):
+    def __init__(self, worker: Worker, *, capture: bool, tiles: bool = True):
         self._worker, self.captures = worker, capture
+        folded = all(isinstance(w, FoldedWeights) for w in worker.blocks)
+        self._tiles = TileGraphs(worker) if capture and tiles and folded else None
         self._seats: list[Seat] = []
         self._pool = torch.cuda.graph_pool_handle() if capture else None  # one: graphs never run at once
         self._ahead: Ahead | None = None
         self._in_turn = 0  # steps of one state, one after the other
 
-    def warm_up(self, batch: int) -> None:
-        """Compile, and capture, a step of `batch` rows, on a state of its own."""
-        worker, start = self._worker, torch.zeros(batch, dtype=torch.long)
+    @property
+    def bytes(self) -> int:
+        """Memory of the device that the allocator's peak does not have."""
+        return self._tiles.bytes if self._tiles is not None else 0
+
+    def tile(self, x: Tensor, move: Move) -> Tensor:
+        """A window of prompts, x (B, T, D), through all blocks; makes the state `move.dst`."""
+        done = self._tiles.run(x, move) if self._tiles is not None else None
+        return done if done is not None else self._worker.run_blocks(x, move)
+
+    def warm_up(self, batch: int, tokens: int, chunk_size: int) -> None:
+        """Compile windows of so many tokens for `batch` rows. Captured are those of one token, on a state of its own,
+        and of one row."""
+        worker = self._worker
+        if tokens > 1:
+            if self._tiles is not None and batch == 1:
+                self._tiles.capture(tokens, chunk_size)
+            else:
+                worker.warm_up(batch, tokens, chunk_size, one_band=True)
+            return
+        start = torch.zeros(batch, dtype=torch.long)
         worker.load(WARMING, None, batch)
         x = start.unsqueeze(-1)
         if worker.shard.blocks.start > 0:

@@ -34,7 +34,7 @@ class InProcessExecutor:
 
     stages: [stage][band] workers on one device. band_threads: how many bands work at once. streams: on cuda, how many
     streams the bands share (None: one a thread). torch_threads: torch's own threads for each band (None: an equal share
-    of what torch has). graphs: on cuda with one band, decoding in place is captured.
+    of what torch has). graphs: on cuda with one band, decoding in place is captured, and windows of one prompt are.
     """
 
     local = True
@@ -76,9 +76,9 @@ class InProcessExecutor:
 
     def warm_up(self, batch: int, sizes: Iterable[int], chunk_size: int) -> None:
         for size in sizes:
-            if size == 1 and self._tokens:
+            if self._tokens:
                 for graphs in self._tokens:
-                    self._call(graphs.warm_up, batch)
+                    self._call(graphs.warm_up, batch, size, chunk_size)
                 continue
             # One at a time, but on the pool's threads: torch's thread count is compiled in.
             for worker in self._workers:
@@ -166,7 +166,7 @@ class InProcessExecutor:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return peak_device_bytes(self.device)
+        return peak_device_bytes(self.device) + sum(graphs.bytes for graphs in self._tokens)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -209,11 +209,13 @@ class InProcessExecutor:
         x = self.stages[0][0].embed(step.tokens)
         start, end = step.start.to(self.device), step.end.to(self.device)
         move = Move(src.number, dst.number, start, end, step.chunk_size)
-        for workers in self.stages:
-            for n in range(len(workers[0].blocks)):
-                if self._bands == 1:
-                    x = workers[0].run_block(n, x, move)
-                else:
+        for stage, workers in enumerate(self.stages):
+            if self._tokens:
+                x = self._tokens[stage].tile(x, move)
+            elif self._bands == 1:
+                x = workers[0].run_blocks(x, move)
+            else:
+                for n in range(len(workers[0].blocks)):
                     # Held until all bands have read it: its memory is the main stream's, which would use it again.
                     old = [worker.states[src.number][n] for worker in workers]
                     x = self._add(x, [partial(worker.run_mixer, n, x, move) for worker in workers])

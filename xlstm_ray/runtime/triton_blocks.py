@@ -31,19 +31,15 @@ class TileBlock(NamedTuple):
 
     def block(self, x: Tensor, w: FoldedWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
         """Overwrites x (B, T, D) with the new residual stream, and returns it and the new state."""
-        flat = x.flatten(0, 1)
-        y, state = self._cell(flat, w, state, start, end)
-        if w.out_scale is None:
-            flat.addmm_(y, w.out.t())
-            flat.addmm_(self._activated(flat, w), w.down.t())
-        else:
-            self._added(flat, self._mixed(y, w), w)
-        return x, state
+        made = _beside(state)
+        self.tile_block(x.flatten(0, 1), w, (state, made), (start, end))
+        return x, made
 
     def mixer(self, x: Tensor, w: FoldedWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
         """This band's share of the mixer's output (B, T, D), and the new state."""
-        y, state = self._cell(x.flatten(0, 1), w, state, start, end)
-        return self._mixed(y, w).view_as(x), state
+        made = _beside(state)
+        y = self._cell(x.flatten(0, 1), w, (state, made), (start, end))
+        return self._mixed(y, w).view_as(x), made
 
     def ffn(self, x: Tensor, w: FoldedWeights) -> Tensor:
         """This band's share of the feed-forward's output (B, T, D)."""
@@ -54,15 +50,29 @@ class TileBlock(NamedTuple):
         act = self._activated8(quantized(flat, norm_eps=self.shape.norm_eps), w)
         return product8(act, (w.down, w.down_scale)).view_as(x)
 
-    def _cell(self, x: Tensor, w: FoldedWeights, state: State, start: Tensor, end: Tensor) -> tuple[Tensor, State]:
-        """x (B T, D) -> gated heads (B T, nh V), and the new state."""
+    def tile_block(
+        self, x: Tensor, w: FoldedWeights, states: tuple[State, State] | Tensor, tokens: tuple[Tensor, Tensor]
+    ) -> None:
+        """A tile of x (B T, D), which is overwritten. states: the old one, and where the new one is written; or the
+        addresses of their six tensors, as in `cell`."""
+        y = self._cell(x, w, states, tokens)
+        if w.out_scale is None:
+            x.addmm_(y, w.out.t())
+            x.addmm_(self._activated(x, w), w.down.t())
+        else:
+            self._added(x, self._mixed(y, w), w)
+
+    def _cell(
+        self, x: Tensor, w: FoldedWeights, states: tuple[State, State] | Tensor, tokens: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x (B T, D) -> gated heads (B T, nh V)."""
         gates, shape = gate_parts(x, w.gates), cell_shape(self.shape, x.shape[1], self.chunk)
         if w.qkvo_scale is None:
             qkvo = torch.mm(x, w.qkvo.t())
         else:
             qkvo = product8(quantized(x, norm_eps=self.shape.norm_eps), (w.qkvo, w.qkvo_scale))
         normed = w.qkvo_scale is not None
-        return cell(gates, w.gates_bias, qkvo, state, (start, end), shape, normed=normed)
+        return cell(gates, w.gates_bias, qkvo, states, tokens, shape, normed=normed)
 
     def _mixed(self, y: Tensor, w: FoldedWeights) -> Tensor:
         if w.out_scale is None:

@@ -71,11 +71,15 @@ class Worker:
 
         The tensors are copied: the kernels are compiled for fixed strides.
         """
-        state: list[AnyState | None] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
-        if tensors is not None:
-            heads = slice(self.shard.heads.start, self.shard.heads.stop)
-            for name, part in self._named(state):
-                part.copy_(tensors[name][:, heads], non_blocking=True)
+        if tensors is None:
+            self.states[number] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
+            return
+        heads = slice(self.shard.heads.start, self.shard.heads.stop)
+        state: list[AnyState | None] = []
+        for n, block in enumerate(self.shard.blocks):
+            parts = [tensors[f"blocks.{block}.{name}"][:, heads] for name in self.shapes(n)]
+            room = [torch.empty(part.shape, device=self.device) for part in parts]
+            state.append(tuple(to.copy_(part, non_blocking=True) for to, part in zip(room, parts, strict=True)))  # type: ignore[arg-type]
         self.states[number] = state
 
     def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:
@@ -171,6 +175,12 @@ class Worker:
         state = self._block(move.src, n)
         x, state = self.functions(n, x, move.chunk_size).block(x, self.blocks[n], state, move.start, move.end)
         self.put(move.dst, n, state)
+        return x
+
+    def run_blocks(self, x: Tensor, move: Move) -> Tensor:
+        """Run all blocks of this stage, if this band has all heads."""
+        for n in range(len(self.blocks)):
+            x = self.run_block(n, x, move)
         return x
 
     def run_mixer(self, n: int, x: Tensor, move: Move) -> Tensor:
