@@ -19,13 +19,14 @@ class Copies:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self._device, self._dtype, self.mapped = device, dtype, Mapped()
-        self._moves = Moves(device) if device.type == "cuda" else None
+        self._cuda = device.type == "cuda"
+        self._moves = Moves(device) if self._cuda else None
         self._streams: dict[str, Any] = {}
         self._lock = Lock()
 
     def enter(self, x: Wire | Spot) -> Tensor:
         """Tokens, or a residual stream of the host or of another GPU, on this device."""
-        if self._device.type != "cuda":
+        if not self._cuda:
             assert not isinstance(x, Spot)
             return self.upload(from_wire(x, self._dtype))
         stream = self._stream("in")  # another stream: does not wait for the tile that is being computed
@@ -38,12 +39,12 @@ class Copies:
 
     def settle(self, name: str = "in") -> None:
         """Wait for another stream's copies. in: then what entered may be written over where it came from."""
-        if self._device.type == "cuda":
+        if self._cuda:
             self._stream(name).synchronize()
 
     def upload(self, host: Tensor) -> Tensor:
         """Copy to the device; on cuda through pinned memory and without waiting."""
-        if self._device.type != "cuda":
+        if not self._cuda:
             return host.to(self._device)
         return (
             torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self._device, non_blocking=True)
@@ -56,7 +57,7 @@ class Copies:
 
     def fence(self) -> Fence:
         """An event after all work that was submitted to the device so far."""
-        return torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+        return torch.cuda.current_stream().record_event() if self._cuda else None
 
     def beside(self, fence: Fence, name: str) -> Any:
         """On cuda: another stream for copies to the host, so that they wait for this tile and not for the next."""

@@ -44,7 +44,7 @@ class RayExecutor:
         self.watch = Watch(link, self.placement.seats, options)
         self.recovery = Recovery(link, self.placement, self._pipeline, self.watch, options)
         self.metrics = self.watch.metrics
-        cuda = torch.device(spec.device).type == "cuda"
+        cuda = spec.device == "cuda"
         # A stage each; on cuda two, since there a step computes for less than 2 ms, about as long as it travels.
         self.parallel = len(layout) * (2 if cuda else 1)
         one_band = len(layout[0]) == 1

@@ -40,8 +40,7 @@ class Pipeline:
     def __init__(self, link: Link, placement: Placement):
         self._link, self._placement, self._stages = link, placement, placement.stages
         self._one_band = len(self._stages[0]) == 1
-        self.depth = placement.depth
-        self._token_group = "token" if torch.device(placement.spec.device).type == "cuda" else "compute"
+        self._token_group = "token" if placement.spec.device == "cuda" else "compute"
         self._epoch = 0
         self._last: dict[tuple[int, int], Any] = {}  # (seat, block): its last call; the next one waits for it
         self._tokens: dict[int, dict[int, Any]] = {}  # by seat and state: calls of tokens since then

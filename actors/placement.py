@@ -10,7 +10,6 @@ from time import monotonic, sleep
 from typing import Any
 
 import psutil
-import torch
 
 from xlstm_ray.actors.actor import ShardActor, groups
 from xlstm_ray.actors.link import Link
@@ -152,7 +151,7 @@ class Placement:
     # -- places --------------------------------------------------------------------------------------------------------
     def _reserve(self) -> None:
         """Reserve a place for every actor, all or none. Raises UsageError within seconds if they do not fit."""
-        device = torch.device(self.spec.device).type
+        device = self.spec.device
         bundle: dict[str, float] = {"CPU": self.options.cpus or (self.spec.threads if device == "cpu" else 1)}
         if device != "cpu":
             bundle[{"cuda": "GPU", "mps": "mps"}[device]] = 1 / self.options.actors_per_device
@@ -222,7 +221,7 @@ class Placement:
             handles, timeout_s = [seat.handle for seat in self.seats], self.options.start_timeout_s
             meet = [self.call(seat, "meet", "meet", "control")(seat.index, handles) for seat in self.seats]
             self._link.get(meet, timeout_s)
-        if self._one_band and self.options.gpu_direct and torch.device(self.spec.device).type == "cuda":
+        if self._one_band and self.options.gpu_direct and self.spec.device == "cuda":
             self._hand_over(seats)
 
     def _hand_over(self, seats: list[Seat]) -> None:

@@ -79,7 +79,7 @@ class Recovery:
     def has_room(self) -> bool:
         """Whether another step would keep the actors busy."""
         # Fetching a state is slower than a result: keep one more step in flight.
-        depth = self._pipeline.depth + bool(self._under_way and self._under_way[0].states)
+        depth = self._placement.depth + bool(self._under_way and self._under_way[0].states)
         return len(self._under_way) + len(self._waiting) + len(self._ready) < depth
 
     def result(self) -> tuple[tuple[int, Step], StepResult]:
@@ -129,14 +129,14 @@ class Recovery:
             try:
                 if timeout_s is not None:
                     return self._link.get(calls(), timeout_s)
-                return self._get_patiently(calls(), self._deadline(self._pipeline.depth + 1))
+                return self._get_patiently(calls(), self._deadline(self._placement.depth + 1))
             except self._link.failure as error:
                 self._recover(error)
 
     def _ask_for_waiting(self) -> None:
         """Submit waiting requests until the actors are busy."""
         self._require()
-        while self._waiting and (self._waiting[0].step is None or len(self._under_way) <= self._pipeline.depth):
+        while self._waiting and (self._waiting[0].step is None or len(self._under_way) <= self._placement.depth):
             made, *later = self._waiting
             drop = set() if later else self._take_freed() - made.uses  # later requests may still need them
             if not self._under_way:

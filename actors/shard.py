@@ -50,7 +50,7 @@ class WorkerSpec:
     config: ModelConfig
     stored: Mapping[str, Stored]  # the digests of the driver's weights
     backend: str
-    device: str
+    device: str  # its type
     dtype: torch.dtype  # of the residual stream
     t_inner: int
     fusion_limit: int | None
