@@ -374,6 +374,21 @@ def test_a_fault_under_the_engine_ends_every_request_with_its_reason(lm, monkeyp
         lm.submit(Request("a"))
 
 
+def test_a_fault_while_a_request_arrives_ends_every_request_with_its_reason(lm, monkeypatch):
+    handles = [lm.submit(Request(t * 3, sampling=Sampling(max_new_tokens=500))) for t in TEXTS[:3]]
+    for handle in handles:
+        assert isinstance(next(iter(handle)), Queued)
+
+    def lost(self: Task, core: Any) -> None:
+        raise GridLost("the grid is gone")
+
+    monkeypatch.setattr(Task, "look_up", lost)
+    handles += lm.submit_n(Request(TEXTS[4], sampling=Sampling(temperature=1.0, n=3)))
+    for handle in handles:
+        with pytest.raises(GridLost, match="the grid is gone"):
+            handle.result(60)
+
+
 def test_closing_ends_what_there_is(model):
     lm = xlstm_ray.load(model, **OPTIONS)
     handles = [lm.submit(Request(t, sampling=Sampling(max_new_tokens=5000))) for t in TEXTS]

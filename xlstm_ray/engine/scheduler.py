@@ -85,8 +85,8 @@ class Scheduler:
         self._entries[request].phase, self._entries[request].since = "parked", self._decisions
 
     def leave(self, request: int) -> None:
-        """Remove a request that has ended or was cancelled."""
-        del self._entries[request]
+        """Remove a request that has ended or was cancelled, perhaps before it had arrived."""
+        self._entries.pop(request, None)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -133,12 +133,12 @@ class Work:
 
     # -- arrivals ------------------------------------------------------------------------------------------------------
     def arrive(self, task: Task) -> None:
-        self._tasks[task.number] = task
+        for one in (task, *task.answers):  # from now on they are ended with the others, whatever happens
+            self._tasks[one.number] = one
         task.look_up(self._core)
         filled = task.read == task.total
         self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
         for answer in task.answers:
-            self._tasks[answer.number] = answer
             self._scheduler.arrive(answer.number, priority=task.request.priority, behind=True)
         task.tell(task.queued(self._scheduler.place(task.number)))
         if filled and task.request.sampling is None:  # it only wants its given state back
