@@ -214,21 +214,23 @@ def cast(weights: Weights, to: torch.dtype | str) -> Weights:
     return type(weights)._make(parts)
 
 
-def run_block(
-    backend: str, weights: Weights, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, one_band: bool,
-    head: int | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """The residual stream after a block and the state, on the CPU in float64; rows[b]: row b's tokens without padding.
-
-    head: where the weights are of a band of this head only; then all of the feed-forward is this band's.
-    """
-    slstm = isinstance(weights, SlstmWeights)
-    config = CONFIG.model_copy(update={"slstm_at": (0,)}) if slstm else CONFIG
-    kernels = Kernels(CHUNKWISE_BACKENDS[backend], t_inner=4)
+def worker_of(backend: str, weights: Weights, head: int | None = None) -> Worker:
+    """head: where the weights are of a band of this head only; then all of the feed-forward is this band's."""
+    config = CONFIG.model_copy(update={"slstm_at": (0,)}) if isinstance(weights, SlstmWeights) else CONFIG
     heads = range(NH) if head is None else range(head, head + 1)
     shard = Shard(range(1), heads, range(CONFIG.ffn_dim))
-    worker = Worker(config, shard, [weights], EndWeights(None, None, None), kernels)
-    names = "hcnm" if slstm else "Cnm"
+    kernels = Kernels(CHUNKWISE_BACKENDS[backend], t_inner=4)
+    return Worker(config, shard, [weights], EndWeights(None, None, None), kernels)
+
+
+def run_block(
+    worker: Worker, x: Tensor, state: tuple[Tensor, ...], rows: list[slice], *, one_band: bool
+) -> list[Tensor]:
+    """The residual stream after a block and the state, on the CPU in float64; rows[b]: row b's tokens without padding.
+
+    A worker compiles each shape once.
+    """
+    names = "hcnm" if isinstance(worker.blocks[0], SlstmWeights) else "Cnm"
     worker.load(0, {f"blocks.0.{name}": part for name, part in zip(names, state, strict=True)}, x.shape[0])
     parts = [torch.tensor(ends, device=x.device) for ends in ([r.start for r in rows], [r.stop for r in rows])]
     move = Move(0, 1, *parts, CONFIG.chunk_size)
@@ -252,11 +254,11 @@ def test_block(simulator: Simulator, backend: str, T: int, batch: int, dtype: to
     _, state = draw(dtype, batch, 1)
     rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
     # The reference in float32: what is left is float32's own error, and that of the dtype under test.
-    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, one_band=True)
-    on_mps = cast(weights, "mps")
+    want = run_block(worker_of("native", cast(weights, torch.float32)), x.float(), state, rows, one_band=True)
+    worker = worker_of(backend, cast(weights, "mps"))
     for order in shaders.ORDERS:
         with simulator.order(order):
-            got = run_block(backend, on_mps, x.to("mps"), state, rows, one_band=batch == 1)
+            got = run_block(worker, x.to("mps"), state, rows, one_band=batch == 1)
         for b, row in enumerate(rows):
             if row.start < row.stop:
                 assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
@@ -285,12 +287,12 @@ def test_slstm_block(simulator: Simulator, T: int, batch: int, head: int | None,
     h, c, n, m = torch.randn(4, batch, NH, CONFIG.dh, generator=g)
     state = torch.tanh(h), c, 1 + n.abs(), m
     rows = [slice(0, T), slice(2, T - 1)][:batch] if T > 1 else [slice(0, 1), slice(0, 0)][:batch]
-    want = run_block("native", cast(weights, torch.float32), x.float(), state, rows, one_band=head is None, head=head)
-    on_mps = cast(weights, "mps")
+    reference = worker_of("native", cast(weights, torch.float32), head)
+    want = run_block(reference, x.float(), state, rows, one_band=head is None)
+    worker = worker_of("queued_compiled_chunks", cast(weights, "mps"), head)
     for order in shaders.ORDERS:
         with simulator.order(order):
-            whole = head is None
-            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, one_band=whole, head=head)
+            got = run_block(worker, x.to("mps"), state, rows, one_band=head is None)
         for b, row in enumerate(rows):
             if row.start < row.stop:
                 assert error(got[0][b, row], want[0][b, row]) < (2e-6 if dtype == torch.float32 else 2e-2)
@@ -378,11 +380,11 @@ def test_block_of_integers(simulator: Simulator, bits: int, T: int, dtype: torch
     x = torch.randn(1, T, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2)).to(dtype)
     _, state = draw(dtype, 1, 1)
     rows = [slice(0, T)]
-    want = run_block("native", quantized(torch.float32), x.float(), state, rows, one_band=True)
-    on_mps = cast(quantized(dtype), "mps")
+    want = run_block(worker_of("native", quantized(torch.float32)), x.float(), state, rows, one_band=True)
+    worker = worker_of("queued_compiled_chunks", cast(quantized(dtype), "mps"))
     for order in shaders.ORDERS:
         with simulator.order(order):
-            got = run_block("queued_compiled_chunks", on_mps, x.to("mps"), state, rows, one_band=True)
+            got = run_block(worker, x.to("mps"), state, rows, one_band=True)
         for mine, theirs in zip(got, want, strict=True):
             assert error(mine, theirs) < (3e-6 if dtype == torch.float32 else 2e-2)
     assert max(len(kernel.parameters) for kernel in simulator.launches()) <= shaders.MAX_BUFFERS
