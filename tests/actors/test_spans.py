@@ -235,6 +235,17 @@ def test_a_state_is_given_block_by_block_with_the_bits_that_it_has(near: bool, w
         assert all(torch.equal(a, b) and a.shape == b.shape for a, b in zip(got, made, strict=True))
 
 
+def test_the_object_store_has_room_for_a_state_on_its_way_to_each_actor(model: Path, work: SpanWork) -> None:
+    """All of it at once, also of a batch: a give goes on though nobody takes what it has given."""
+    asked = {"model": model, "device": "cpu", "chunkwise_backend": "ray_compiled_chunks", "ray_local_mode": False}
+    for rows in (1, 4):
+        work.load_state(0, rows, None, rows, ())
+        given = sum(block.nbytes for block in work.give(0, rows, 1))
+        rooms = [choose_plan(setup_of(**asked, spans=n), None).room for n in (1, 3)]
+        one, three = (room.grid_need(rows).store for room in rooms)
+        assert three - one == 3 * given
+
+
 @pytest.mark.parametrize(
     "end",
     [

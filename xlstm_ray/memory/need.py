@@ -232,10 +232,12 @@ def store_bytes(loaded: Loaded, *, rows: int, tokens: int) -> int:
     """The bytes that a grid has in the object store at once: states on their way, and tiles in flight.
 
     A tile has a residual stream for each stage; with several bands also every band's partial sums of both block halves.
+    With spans each actor may have a state on its way to it, and all of it at once: who gives it does not wait.
     """
     stream = rows * tokens * loaded.config.hidden_size * loaded.itemsize
     each = 2 if loaded.bands == 1 else 1 + 4 * loaded.bands
-    return 2 * rows * state_bytes(loaded.config) + 2 * (loaded.stages + 1) * each * stream
+    states = 2 + (loaded.spans if loaded.spans > 1 else 0)
+    return states * rows * state_bytes(loaded.config) + 2 * (loaded.stages + 1) * each * stream
 
 
 def state_bytes(config: ModelConfig) -> int:
