@@ -63,6 +63,7 @@ class InProcessExecutor:
         # A device works while the host prepares the next window: two steps in flight.
         self._depth = 1 if self.device.type == "cpu" else 2
         self._moves = Moves(self.device) if self.device.type == "cuda" else None
+        self._made: dict[int, torch.cuda.Event] = {}  # by state that a window has made: when it is there
         self._pending: deque[_Pending] = deque()
         self._before = 0.0  # time of the last result, or when the first pending step was submitted
         if self._bands == 1 and torch_threads is not None:
@@ -108,7 +109,11 @@ class InProcessExecutor:
         return state
 
     def save(self, state: StateRef) -> Callable[[], dict[str, Tensor]]:
-        joined = self._joined(self._blocks(state))
+        blocks, made = self._blocks(state), self._made.get(state.number)
+        if self._moves is not None and made is not None:
+            parts = zip(self._workers, blocks, strict=True)
+            return self._moves.to_host({k: v for worker, each in parts for k, v in worker.named(each).items()}, made)
+        joined = self._joined(blocks)
         if self._moves is not None:
             return self._moves.to_host(joined)
         self._synchronize()
@@ -124,6 +129,8 @@ class InProcessExecutor:
             self._before = perf_counter()
         if self._tokens and step.chunk_size == 1:
             state = state if step.in_place else self.take(rows_of(state))
+            if self._made.pop(state.number, None) is not None and self._moves is not None and step.in_place:
+                self._moves.settle()  # it may be on its way to the host, and tokens are written over it
             outcome = self._token(state, step)
             result = StepResult(outcome.x[:, 0], outcome.logits, 0.0, tokens=outcome.tokens, owner=step.owner)
             self._pending.append(_Pending(result, None, self._fence()))
@@ -133,6 +140,8 @@ class InProcessExecutor:
         assert step.choice is None, "only a captured step chooses"
         src, state = state, state if step.in_place else self._names.new(state.batch)
         x = self._forward(src, state, step)
+        if self._moves is not None and self._bands == 1:  # several are joined by a copy
+            self._made[state.number] = torch.cuda.current_stream(self.device).record_event()
         rows = torch.arange(x.shape[0], device=x.device)
         hidden = x[rows, (step.end - 1).clamp(min=0).to(x.device)]
         logits = None
@@ -192,6 +201,7 @@ class InProcessExecutor:
         return tensors
 
     def _free(self, number: int) -> None:
+        self._made.pop(number, None)
         for worker in self._workers:
             worker.free(number)
 

@@ -34,14 +34,18 @@ class Moves:
         for _ in range(BUFFERS):
             self._buffers.put(_Buffer(torch.empty(0, dtype=torch.uint8), None))
 
-    def to_host(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Begin to copy these tensors of the GPU, as they are after all work so far. Call the result once, from any
-        thread: it waits for the copies, and returns them in ordinary memory."""
+    def to_host(
+        self, tensors: Mapping[str, Tensor], made: torch.cuda.Event | None = None
+    ) -> Callable[[], dict[str, Tensor]]:
+        """Begin to copy these tensors of the GPU, as they are after `made`, or after all work so far. Call the result
+        once, from any thread: it waits for the copies, and returns them in ordinary memory."""
         if _size(tensors.values()) > LARGEST:
             copies = {name: tensor.cpu() for name, tensor in tensors.items()}
             return lambda: copies
         buffer, places = self._buffer(tensors.values()), dict(zip(tensors, _places(tensors.values()), strict=True))
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if made is None:
+            made = torch.cuda.current_stream(self._device).record_event()
+        self._stream.wait_event(made)
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
                 _view(buffer, places[name], tensor).copy_(tensor, non_blocking=True)
@@ -56,6 +60,10 @@ class Moves:
             return {name: _view(own, places[name], tensor) for name, tensor in tensors.items()}
 
         return wait
+
+    def settle(self) -> None:
+        """Have the current stream wait for all copies to the host."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def to_device(self, tensors: Mapping[str, Tensor], take: Callable[[Mapping[str, Tensor]], None]) -> None:
         """Give `take` these tensors in pinned memory. It copies them to the GPU in the current stream, not waiting."""
