@@ -31,7 +31,7 @@ def do(made: Made, store: dict[int, Value]) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_is_needed_makes_every_state_again_that_somebody_has(data):
     lineage, store, results, batches = Lineage(), {}, {}, {}
     orders, numbers, unseen = 0, 0, 0

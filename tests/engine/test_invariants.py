@@ -99,14 +99,14 @@ def engine_of(directory: Path, backend: str, numerics: dict[str, int]) -> Engine
 
 
 @given(length=LENGTHS, backend=BACKENDS, numerics=NUMERICS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_tiles_and_bands_give_the_same(model, length, backend, numerics):
     with torch.compiler.set_stance("force_eager"):
         assert_same(engine_of(model, backend, numerics).prefill(IDS[:length]), reference(model, length))
 
 
 @given(cuts=st.lists(LENGTHS, min_size=1, max_size=4), backend=BACKENDS, numerics=NUMERICS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, numerics):
     """A prompt grows from state to state; the cuts are anywhere, also within tiles and chunks."""
     with torch.compiler.set_stance("force_eager"):
@@ -119,7 +119,7 @@ def test_any_resumes_on_the_way_give_the_same(model, cuts, backend, numerics):
 
 
 @given(lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=4), backend=BACKENDS, numerics=NUMERICS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=14, deadline=None)
 def test_rows_of_any_lengths_equal_one_by_one_also_when_they_grow(model, lengths, backend, numerics):
     with torch.compiler.set_stance("force_eager"):
         lm = engine_of(model, backend, numerics)
