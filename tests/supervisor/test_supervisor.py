@@ -898,7 +898,7 @@ def driver(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str],
 
 
 @needs_ray
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGABRT", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left_when_the_driver_ends(
     how: str, driver: Callable[[], tuple[subprocess.Popen[str], Head]], other: Other, tmp_path: Path
 ) -> None:
