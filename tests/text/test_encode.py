@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -155,9 +155,13 @@ TEXTS = st.lists(
 ).map("".join)
 
 
+SPACES = "fox" * 13 + " " * 85 + "ZZ "  # an added token takes more white space before it than pieces overlap
+
+
 @pytest.mark.parametrize("added", [False, True], ids=["", "added tokens"])
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, piece=st.sampled_from([64, 100, 256]))
+@example(text=SPACES, piece=64)
 @settings(max_examples=20, deadline=None)
 def test_pieces_give_the_tokens_of_the_whole(kind, added, text, piece):
     tokenizer = tokenizer_of(kind, added)
@@ -169,6 +173,7 @@ def test_pieces_give_the_tokens_of_the_whole(kind, added, text, piece):
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, lead=st.sampled_from(["\n", ".", "a"]), piece=st.sampled_from([64, 256]))
+@example(text=SPACES, lead="\n", piece=64)
 @settings(max_examples=15, deadline=None)
 def test_what_follows_a_lead_is_the_same_in_pieces_of_a_file(kind, text, lead, piece):
     tokenizer = tokenizer_of(kind, added=True)

@@ -119,6 +119,7 @@ class TextEncoder:
                 parts = json.loads(self._whole.to_str())
                 # Off: it changes offsets and adds tokens at the ends of a text, but pieces are inside of one.
                 self._plain = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
+            self._strips = any(token["lstrip"] for token in parts["added_tokens"])
             self._joins_within_words = _joins_within_words(parts)
             self._knows_places = _knows_places(parts)
         if not self._knows_places:
@@ -159,17 +160,19 @@ class TextEncoder:
 
     def _encoded(self, part: str, start: int) -> "_Piece":
         assert self._plain is not None
+        sure = part.rstrip() if self._strips else part
         with self._calling():
-            return _Piece(self._plain.encode(part, add_special_tokens=False), start, start + len(part))
+            encoding = self._plain.encode(part, add_special_tokens=False)
+        return _Piece(encoding, start, start + len(part), start + len(sure))
 
     def _next(self, text: Given, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
         """The next piece, and the place of their join: the index of the same token in both."""
         within = [False, True] if self._joins_within_words else [False]
         for anywhere in within:
-            cut = piece.last_cut(piece.end - self._overlap, anywhere)
+            cut = piece.last_cut(piece.sure - self._overlap, anywhere)
             if cut is not None:
                 following = self._piece_of(text, cut, self._piece)
-                upto = piece.end - self._overlap // 4
+                upto = piece.sure - self._overlap // 4
                 join = _join(piece, following, upto, upto - self._overlap // 2, anywhere)
                 if join is not None:
                     return following, join
@@ -203,10 +206,13 @@ def joined(pieces: "Iterable[array[int]]") -> "array[int]":
 
 
 class _Piece:
-    """The encoding of text[start:end], with places in the whole text."""
+    """The encoding of text[start:end], with places in the whole text.
 
-    def __init__(self, encoding: Encoding, start: int, end: int):
-        self.start, self.end = start, end
+    sure: what comes after may change tokens near it; of white space at the end, an added token may take all.
+    """
+
+    def __init__(self, encoding: Encoding, start: int, end: int, sure: int):
+        self.start, self.end, self.sure = start, end, sure
         self.first = 0  # tokens before it belong to the piece before
         self.ids = array(IDS, encoding.ids)
         self.begin = array("q", (start + b for b, _ in encoding.offsets))
