@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xlstm_ray.actors.ring import Mapped, Spot
 from xlstm_ray.actors.wire import Wire, from_wire, to_wire
-from xlstm_ray.runtime.moves import Moves
+from xlstm_ray.runtime.moves import Moves, upload
 
 Fence = torch.cuda.Event | None  # on cuda: recorded after the work that made a tensor
 
@@ -43,12 +43,8 @@ class Copies:
             self._stream(name).synchronize()
 
     def upload(self, host: Tensor) -> Tensor:
-        """Copy to the device; on cuda through pinned memory and without waiting."""
-        if not self._cuda:
-            return host.to(self._device)
-        return (
-            torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(self._device, non_blocking=True)
-        )
+        """Copy to the device, not waiting."""
+        return upload(host, self._device)
 
     def state(self, tensors: dict[str, Tensor]) -> dict[str, Wire]:
         """A state's tensors on the host, after the current stream's work."""

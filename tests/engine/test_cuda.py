@@ -125,6 +125,21 @@ def test_captured_windows_have_the_bits_of_blocks_launched_one_by_one(lm):
     assert len(beside.result(120).tokens) == 64
 
 
+def test_nothing_waits_for_the_device_while_a_window_is_submitted(lm):
+    executor, ids = lm.executor, torch.arange(512).unsqueeze(0)
+    step = Step(ids, torch.zeros(1).long(), torch.full((1,), 512), 64, logits="last")
+    state = executor.submit(executor.load(None, 1), step)  # what is made once is there
+    executor.result()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state = executor.submit(state, step)
+        executor.submit(state, step._replace(logits="none"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    executor.result()
+    executor.result()
+
+
 def test_the_need_of_memory_covers_what_is_allocated(lm):
     torch.cuda.reset_peak_memory_stats()
     lm.prefill([1] * 5000)

@@ -16,7 +16,7 @@ from xlstm_ray.model import AnyState
 from xlstm_ray.runtime.executor import Names, RowRef, StateRef, Step, StepResult, rows_of
 from xlstm_ray.runtime.folded import FoldedWeights
 from xlstm_ray.runtime.graphs import Graphs, Outcome
-from xlstm_ray.runtime.moves import Moves
+from xlstm_ray.runtime.moves import Moves, upload
 from xlstm_ray.runtime.worker import Move, Worker
 from xlstm_ray.sampling.logprobs import Logprobs
 
@@ -139,11 +139,12 @@ class InProcessExecutor:
             return state
         assert step.choice is None, "only a captured step chooses"
         src, state = state, state if step.in_place else self._names.new(state.batch)
-        x = self._forward(src, state, step)
+        start, end = upload(step.start, self.device), upload(step.end, self.device)
+        x = self._forward(step.tokens, Move(src.number, state.number, start, end, step.chunk_size))
         if self._moves is not None and self._bands == 1:  # several are joined by a copy
             self._made[state.number] = torch.cuda.current_stream(self.device).record_event()
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (step.end - 1).clamp(min=0).to(x.device)]
+        hidden = x[rows, (end - 1).clamp(min=0)]
         logits = None
         if step.logits != "none":
             logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
@@ -214,11 +215,9 @@ class InProcessExecutor:
         assert outcome is not None
         return outcome
 
-    def _forward(self, src: StateRef, dst: StateRef, step: Step) -> Tensor:
-        """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `dst`."""
-        x = self.stages[0][0].embed(step.tokens)
-        start, end = step.start.to(self.device), step.end.to(self.device)
-        move = Move(src.number, dst.number, start, end, step.chunk_size)
+    def _forward(self, tokens: Tensor, move: Move) -> Tensor:
+        """Tokens (B, T) -> residual stream (B, T, D) after the last block, and the state `move.dst`."""
+        x = self.stages[0][0].embed(tokens)
         for stage, workers in enumerate(self.stages):
             if self._tokens:
                 x = self._tokens[stage].tile(x, move)
@@ -227,7 +226,7 @@ class InProcessExecutor:
             else:
                 for n in range(len(workers[0].blocks)):
                     # Held until all bands have read it: its memory is the main stream's, which would use it again.
-                    old = [worker.states[src.number][n] for worker in workers]
+                    old = [worker.states[move.src][n] for worker in workers]
                     x = self._add(x, [partial(worker.run_mixer, n, x, move) for worker in workers])
                     del old
                     x = self._add(x, [partial(worker.run_ffn, n, x, move) for worker in workers])

@@ -24,6 +24,13 @@ class _Buffer(NamedTuple):
     free: torch.cuda.Event | None  # when the GPU has read what was in it
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. On cuda through pinned memory: else it would wait for all work before."""
+    if device.type != "cuda" or host.device.type != "cpu":
+        return host.to(device)
+    return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(device, non_blocking=True)
+
+
 class Moves:
     """Moves of states from and to one GPU. Buffers are as large as the largest state so far."""
 

@@ -83,5 +83,6 @@ class TileGraphs:
 
 
 def _addresses(old: list[AnyState], new: list[AnyState]) -> Tensor:
-    """(blocks, 6) int64."""
-    return torch.tensor([[part.data_ptr() for part in (*a, *b)] for a, b in zip(old, new, strict=True)])
+    """(blocks, 6) int64, in pinned memory."""
+    rows = [[part.data_ptr() for part in (*a, *b)] for a, b in zip(old, new, strict=True)]
+    return torch.tensor(rows, pin_memory=True)

@@ -18,6 +18,7 @@ from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 from xlstm_ray.runtime.executor import Following
 from xlstm_ray.runtime.folded import FoldedWeights, fold, fold_ends
+from xlstm_ray.runtime.moves import upload
 from xlstm_ray.sampling.logprobs import Logprobs, score
 
 
@@ -152,7 +153,7 @@ class Worker:
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 -> residual stream (B, T, D) on this worker's device."""
         assert self.ends.embedding is not None
-        tokens = tokens.to(self.device)
+        tokens = upload(tokens, self.device)
         if isinstance(self.ends.embedding, Quantized):
             return self.ends.embedding.embed(tokens)
         return F.embedding(tokens, self.ends.embedding)
@@ -168,6 +169,7 @@ class Worker:
             return logits(rows, self.ends, self.config)
 
         tokens, likeliest = following
+        tokens = upload(tokens, self.device)
         return score(x.to(self.device), tokens, likeliest, head=head, vocabulary=self.config.vocab_size)
 
     def run_block(self, n: int, x: Tensor, move: Move) -> Tensor:
