@@ -144,7 +144,8 @@ def test_the_need_of_memory_covers_what_is_allocated(lm):
     torch.cuda.reset_peak_memory_stats()
     lm.prefill([1] * 5000)
     used, need = lm.executor.peak_memory_bytes, lm.need(1)
-    assert 0.3 * need.total < used < need.total + (64 << 20)  # of other engines in this process
+    assert need.weights < used, (used, need)
+    assert used < need.total + (64 << 20), (used, need)  # of other engines in this process
 
 
 def test_stages_of_one_process_are_a_graph_each_with_the_same_bits(lm):
