@@ -128,7 +128,13 @@ class Routes:
 
     def _worth_moving(self, tokens: int) -> bool:
         """Whether to fetch a state takes less time than to compute so many tokens again."""
-        return self._token_s is not None and tokens * self._token_s > MOVE_S + self._bytes * self._byte_s
+        if self._token_s is None:
+            return False
+        computed_s = tokens * self._token_s
+        worth = computed_s > MOVE_S + self._bytes * self._byte_s
+        if not worth and computed_s > MOVE_S + self._bytes * BYTE_S:  # in time it is tried again: it was slow by chance
+            self._byte_s += NEWEST * (BYTE_S - self._byte_s)
+        return worth
 
 
 class Goes(Protocol):
