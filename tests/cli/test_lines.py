@@ -198,7 +198,7 @@ def test_over_the_hard_limit_what_is_in_work_ends_with_the_reason(words, tmp_pat
     reasons = [row["finish_reason"] for row in rows_of(done.stdout)]
     assert reasons[:4] == ["length"] * 4
     assert 0 < len(reasons[4:]) < 200
-    assert set(reasons[4:]) == {"error"}
+    assert {"error"} <= set(reasons[4:]) <= {"error", "cancelled"}  # a line may begin before the first end is heard of
     said = done.stderr.splitlines()[-1]
     assert re.match(r"error: memory: this process uses [\d,]+ MiB, over the hard limit of [\d,]+ MiB", said)
     with open(tmp_path / "memory.csv") as file:

@@ -297,17 +297,17 @@ def test_documents_are_asked_at_any_replica(here, two, tmp_path):
 def test_a_state_moves_to_another_replica_where_its_own_is_much_busier(here, two):
     """From each of the two: a replica may not take any other for the one that it is to ask."""
     letters = iter(ascii_letters)
-    document = next(letters) * 10_000
+    document = f"{next(letters)}~" * 5_000
     names = [two.complete(document, max_tokens=1).headers["x-xlstm-replica"]]
     while len(names) < 2:  # new ones take turns, but for what is still under way
-        document = next(letters) * 10_000
+        document = f"{next(letters)}~" * 5_000
         names += {two.complete(document, max_tokens=1).headers["x-xlstm-replica"]} - {*names}
     for first in names:
         for _ in range(6):  # where a fetch was slow, states are computed again for a time: on a busy machine
             while two.complete(document, max_tokens=1).headers["x-xlstm-replica"] != first:
-                document = next(letters) * 10_000
+                document = f"{next(letters)}~" * 5_000
             known = crowded_out(here, two, first, document)
-            document = next(letters) * 10_000
+            document = f"{next(letters)}~" * 5_000
             if known.startswith("hit tokens=10000 of=10003 tier=replica"):
                 break
             assert known.startswith("miss ")

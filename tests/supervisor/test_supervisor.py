@@ -59,6 +59,7 @@ needs_ray = pytest.mark.skipif(
 ROOT = str(Path(xlstm_ray.__file__).parents[1])
 RAY = next(r.partition(";")[0] for r in requires("xlstm-ray") or [] if r.startswith("ray[default]"))
 STORE = 80 << 20  # bytes: the least that Ray takes is 75 MiB
+ALIVE = psutil.STATUS_SLEEPING, psutil.STATUS_RUNNING  # a program that has just begun to sleep may still run
 HANG_S = 120  # what takes longer hangs: each wait here has an end of a few seconds, and the machine may be busy
 
 
@@ -293,7 +294,7 @@ def test_a_reused_pid_is_not_killed(tmp_path: Path, bystander: psutil.Process) -
     head = made_up(tmp_path, guard=stale, members=(stale,))
     assert [item.state for item in status(tmp_path).heads] == ["dead"]
     assert down(tmp_path) == [head]
-    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert bystander.status() in ALIVE
     assert status(tmp_path).heads == ()
 
 
@@ -302,7 +303,7 @@ def test_a_recorded_process_in_another_session_proves_nothing(tmp_path: Path, by
     stale = Process(pid=bystander.pid, started=1.0)
     made_up(tmp_path, guard=stale, members=(identify(psutil.Process()),))
     down(tmp_path)
-    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert bystander.status() in ALIVE
 
 
 def test_a_head_on_another_machine_is_listed_and_left_alone(tmp_path: Path, bystander: psutil.Process) -> None:
@@ -311,7 +312,7 @@ def test_a_head_on_another_machine_is_listed_and_left_alone(tmp_path: Path, byst
     (item,) = status(tmp_path).heads
     assert (item.state, item.processes) == ("elsewhere", 0)
     assert down(tmp_path) == []
-    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert bystander.status() in ALIVE
     with pytest.raises(RayError, match="this machine has no head abc123 of this project"):
         down(tmp_path, "abc123")
 
@@ -323,7 +324,7 @@ def test_what_was_here_before_the_machine_was_booted_is_dead(tmp_path: Path, bys
     in_container = this_machine().processes not in ("", HOSTS_OWN)
     assert [i.state for i in status(tmp_path).heads] == ["elsewhere" if in_container else "dead"]
     assert down(tmp_path) == ([] if in_container else [head])
-    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert bystander.status() in ALIVE
 
 
 def test_identity_survives_a_corrected_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ class InProcessExecutor:
         if self._moves is not None and self._bands == 1:  # several are joined by a copy
             self._made[state.number] = torch.cuda.current_stream(self.device).record_event()
         rows = torch.arange(x.shape[0], device=x.device)
-        hidden = x[rows, (end - 1).clamp(min=0)]
+        hidden = x[rows, upload((step.end - 1).clamp(min=0), self.device)]  # on the host: on mps each is a launch
         logits = None
         if step.logits != "none":
             logits = self.stages[-1][0].logits(hidden if step.logits == "last" else x)
