@@ -36,6 +36,7 @@ import programs  # it remembers the environment of now
 from metal.plugin import mps, simulator
 
 from xlstm_ray.cli.app import main
+from xlstm_ray.threads import collect_seldom
 
 __all__ = ["mps", "simulator"]
 
@@ -243,7 +244,7 @@ def pytest_collectstart() -> None:
 def pytest_collection_finish() -> None:
     """Keep imported objects out of garbage collection: otherwise it takes a tenth of each compilation."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    collect_seldom()
     gc.enable()
 
 

@@ -4,10 +4,12 @@ import gc
 import runpy
 import sys
 
+from xlstm_ray.threads import collect_seldom
+
 from .simulator import simulator
 
 gc.freeze()  # as in tests/conftest.py
-gc.set_threshold(50_000, 20, 20)
+collect_seldom()
 
 sys.argv = sys.argv[1:]
 with simulator().installed():

@@ -6,6 +6,8 @@ reads and writes, and a state must not move while somebody holds it: so the addr
 are data, which the cell's kernel reads.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ class TileGraphs:
         places = _addresses([states[0]], [states[1]]).to(worker.device).repeat(len(worker.blocks), 1)
         rows, start, end = x.flatten(0, 1), *active
         weights = [w for w in worker.blocks if isinstance(w, FoldedWeights)]
-        try:
+        with capturing(f"a window of {tokens} tokens"):
             block.tile_block(rows, weights[0], places[0], (start, end))  # compiles
             torch.cuda.synchronize(worker.device)
             graph = torch.cuda.CUDAGraph()
@@ -57,12 +59,6 @@ class TileGraphs:
                 for n, w in enumerate(weights):
                     block.tile_block(rows, w, places[n], (start, end))
                 self.bytes += torch.cuda.memory_reserved(worker.device) - before
-        except RuntimeError as err:
-            line = str(err).strip().splitlines()[0] if str(err).strip() else "no message"
-            raise KernelError(
-                f"a window of {tokens} tokens cannot be captured as a CUDA graph: {line}; `cuda_graphs=False` does "
-                "without"
-            ) from err
         self._graphs[tokens, chunk_size] = _Captured(graph, x, active, places)
 
     def run(self, x: Tensor, move: Move) -> Tensor | None:
@@ -80,6 +76,18 @@ class TileGraphs:
         captured.graph.replay()
         self._worker.states[move.dst] = list(new)
         return captured.x.clone()
+
+
+@contextmanager
+def capturing(what: str) -> Iterator[None]:
+    """What is captured within it. Raises KernelError, with the library's reason, where that cannot be."""
+    try:
+        yield
+    except RuntimeError as err:
+        line = str(err).strip().splitlines()[0] if str(err).strip() else "no message"
+        raise KernelError(
+            f"{what} cannot be captured as a CUDA graph: {line}; `cuda_graphs=False` does without"
+        ) from err
 
 
 def _addresses(old: list[AnyState], new: list[AnyState]) -> Tensor:

@@ -1,6 +1,6 @@
 """The worker of one shard: its weights and states, and the functions that run its blocks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -60,8 +60,11 @@ class Worker:
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
         """The state of this stage's n-th block before the first token: all zeros, in the order of its names."""
-        shapes = self.shapes(n).values()
-        return tuple(torch.zeros(batch, *shape, device=self.device) for shape in shapes)  # type: ignore[return-value]
+        return self._room(n, batch, torch.zeros)
+
+    def _room(self, n: int, batch: int, made: Callable[..., Tensor]) -> AnyState:
+        """Tensors of the n-th block's state. made: torch.zeros or torch.empty."""
+        return tuple(made(batch, *shape, device=self.device) for shape in self.shapes(n).values())  # type: ignore[return-value]
 
     def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the n-th block's state, by their names, without the rows."""
@@ -72,15 +75,12 @@ class Worker:
 
         The tensors are copied: the kernels are compiled for fixed strides.
         """
-        if tensors is None:
-            self.states[number] = [self.fresh_state(n, batch) for n in range(len(self.blocks))]
-            return
-        heads = slice(self.shard.heads.start, self.shard.heads.stop)
-        state: list[AnyState | None] = []
-        for n, block in enumerate(self.shard.blocks):
-            parts = [tensors[f"blocks.{block}.{name}"][:, heads] for name in self.shapes(n)]
-            room = [torch.empty(part.shape, device=self.device) for part in parts]
-            state.append(tuple(to.copy_(part, non_blocking=True) for to, part in zip(room, parts, strict=True)))  # type: ignore[arg-type]
+        made = torch.zeros if tensors is None else torch.empty
+        state: list[AnyState | None] = [self._room(n, batch, made) for n in range(len(self.blocks))]
+        if tensors is not None:
+            heads = slice(self.shard.heads.start, self.shard.heads.stop)
+            for name, part in self._named(state):
+                part.copy_(tensors[name][:, heads], non_blocking=True)
         self.states[number] = state
 
     def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:
