@@ -4,6 +4,7 @@ import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from time import sleep
 from typing import Any
 
 import pytest
@@ -387,6 +388,26 @@ def test_a_fault_while_a_request_arrives_ends_every_request_with_its_reason(lm, 
     for handle in handles:
         with pytest.raises(GridLost, match="the grid is gone"):
             handle.result(60)
+
+
+def test_what_arrives_after_a_fault_is_ended_by_it_too(lm, monkeypatch):
+    """Nothing of it is looked up any more: that could fail again, and all others would wait for ever."""
+    calls = []
+
+    def lost(self: Task, core: Any) -> None:
+        calls.append(self)
+        while len(handles) < 4:  # the others are in the inbox by then
+            sleep(0.01)
+        raise GridLost("the grid is gone")
+
+    handles: list[Any] = []
+    monkeypatch.setattr(Task, "look_up", lost)
+    handles += [lm.submit(Request(t)) for t in TEXTS[:3]]
+    handles += lm.submit_n(Request(TEXTS[4], sampling=Sampling(temperature=1.0, n=3)))
+    for handle in handles:
+        with pytest.raises(GridLost, match="the grid is gone"):
+            handle.result(60)
+    assert len(calls) == 1
 
 
 def test_closing_ends_what_there_is(model):

@@ -2,15 +2,18 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import SIZES, model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xlstm_ray
 from xlstm_ray import Engine
 from xlstm_ray.engine.held import HeldRows
 from xlstm_ray.memory.need import HELD_ROWS
+from xlstm_ray.runtime.moves import ALIGNED, copy_all, side_by_side
 
 __all__ = ["model"]
 
@@ -151,3 +154,40 @@ def test_a_batch_is_taken_apart_and_put_together_where_it_is(lm):
     ends = [lm.prefill(append="and so on", state=batch.state.row(b)).logits for b in range(3)]
     all_ends = lm.prefill(append=["and so on"] * 3, state=batch.state).logits
     assert torch.allclose(torch.cat(ends), all_ends, atol=1e-4, rtol=1e-4)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **kwargs or {})
+
+
+def test_tensors_side_by_side_are_copied_at_once_and_any_others_one_by_one():
+    """A state of a large model has a hundred tensors: on a GPU each copy takes the host 10 us."""
+    shapes = [(1, 3, 5, 7), (1, 3), (2, 1), (1, 40)]
+
+    def beside() -> list[torch.Tensor]:
+        return side_by_side(shapes, torch.zeros, torch.device("cpu"))
+
+    def drawn(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.normal_() for tensor in tensors]
+
+    apart = [torch.zeros(shape) for shape in shapes]
+    whole = torch.zeros(1, 3, 5, 8)
+    strided = [whole[..., :7], *beside()[1:]]  # of the same shapes, but not without gaps
+    order = [1, 0, 2, 3]
+    other = side_by_side([shapes[n] for n in order], torch.zeros, torch.device("cpu"))
+    swapped = [other[n] for n in order]
+    for given, count in ((beside(), 1), (apart, 4), (strided, 4), (swapped, 4), (beside()[1:], 1)):
+        to = beside()[4 - len(given) :]
+        with _Copies() as copies:
+            copy_all(to, drawn(given))
+        assert copies.count == count
+        assert all(torch.equal(a, b) for a, b in zip(to, given, strict=True))
+        assert all(tensor.data_ptr() % ALIGNED == 0 for tensor in to)

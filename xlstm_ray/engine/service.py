@@ -111,7 +111,7 @@ class Service:
     def _put(self, task: Task) -> None:
         with self._gate:  # nothing may be put in after `_end` has emptied it
             self._require_open()
-            self._inbox.put(lambda: self._work.arrive(task))
+            self._inbox.put(lambda: self._work.arrive(task, closed=self._closed))
 
     @property
     def failed(self) -> XlstmRayError | None:

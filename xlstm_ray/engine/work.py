@@ -132,9 +132,11 @@ class Work:
             self._take_result()
 
     # -- arrivals ------------------------------------------------------------------------------------------------------
-    def arrive(self, task: Task) -> None:
-        for one in (task, *task.answers):  # from now on they are ended with the others, whatever happens
-            self._tasks[one.number] = one
+    def arrive(self, task: Task, *, closed: bool = False) -> None:
+        """Take a task in. closed: only so that it is ended with the others."""
+        self._tasks |= {one.number: one for one in (task, *task.answers)}  # ended with the others, whatever happens
+        if closed:
+            return
         task.look_up(self._core)
         filled = task.read == task.total
         self._scheduler.arrive(task.number, priority=task.request.priority, filled=filled)
@@ -162,10 +164,6 @@ class Work:
         """Whether windows of its prompt are under way."""
         return task.windows is not None and task.windows.under_way
 
-    def _began(self, task: Task) -> None:
-        if task.began is None:
-            task.began = perf_counter()
-
     # -- prompts -------------------------------------------------------------------------------------------------------
     def _fill(self, task: Task) -> None:
         """Submit the next window of the task's prompt."""
@@ -181,7 +179,7 @@ class Work:
         if windows.last or task.cancelled:  # only results are left to take
             self._take_result()
             return
-        self._began(task)
+        task.began = task.began or perf_counter()
         if task.state is None:
             task.state = core.states.state_of(task.rows)
         step = windows.step()
@@ -192,22 +190,22 @@ class Work:
 
         def take(result: StepResult) -> None:
             wanted = windows.take(result).wanted
-            if result.logits is not None:
-                task.logits = result.logits[0]
+            logits, here = result.logits, None
+            task.logits = task.logits if logits is None else logits[0]
             if wanted:
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
                 here = windows.snapshot(core.states.rows(ref, 1, tensors))
+            if task.number in self._tasks:  # not cancelled: else only what is kept counts
+                task.tell(Reading(read, task.total, task.scores if last else None))
+                if task.cancelled and not windows.under_way:
+                    self._finish(task, Finish("cancelled"))
+                elif last and not task.cancelled:
+                    self._scheduler.filled(task.number)
+                    self._prompt_read(task)
+            if here is not None:  # after the first token was told: on a GPU this takes milliseconds
                 began = perf_counter()
-                task.keep(here if task.logits is None else Snapshot([read], task.logits[None].cpu(), here.rows))
+                task.keep(here if logits is None else Snapshot([read], logits.cpu(), here.rows))
                 self.steps.add("snapshot", perf_counter() - began)
-            if task.number not in self._tasks:  # cancelled: only what is kept counts
-                return
-            task.tell(Reading(read, task.total, task.scores if last else None))
-            if task.cancelled and not windows.under_way:
-                self._finish(task, Finish("cancelled"))
-            elif last and not task.cancelled:
-                self._scheduler.filled(task.number)
-                self._prompt_read(task)
 
         self._under_way.append(Flight("prefill", began, take))
 
@@ -312,7 +310,7 @@ class Work:
         self.steps.add("park", perf_counter() - began)
 
     def _resume(self, task: Task) -> None:
-        self._began(task)
+        task.began = task.began or perf_counter()
         task.state = self._core.states.copy_of(task.rows)
         if task.answer is None:  # it began with a whole state, whose logits choose the first token
             self._prompt_read(task)

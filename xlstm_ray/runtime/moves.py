@@ -4,8 +4,9 @@ A copy between a GPU and ordinary memory waits for all work before it and is slo
 pinned memory, in a stream of their own: the GPU goes on, and another thread takes them from there.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -31,6 +32,23 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty(host.shape, dtype=host.dtype, pin_memory=True).copy_(host).to(device, non_blocking=True)
 
 
+def side_by_side(shapes: Sequence[tuple[int, ...]], made: Callable[..., Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of float32 in one piece of memory: they move by one copy. made: torch.zeros or torch.empty."""
+    sizes = [-(-4 * prod(shape) // ALIGNED) * ALIGNED // 4 for shape in shapes]
+    parts = made(sum(sizes), device=device).split(sizes)
+    return [part[: prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def copy_all(to: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    """Copy each of the second ones to one of the first, not waiting; all at once, where both are side by side."""
+    joined = _joined(to), _joined(given)
+    if joined[0] is not None and joined[1] is not None and len(joined[0]) == len(joined[1]):
+        joined[0].copy_(joined[1], non_blocking=True)
+        return
+    for here, there in zip(to, given, strict=True):
+        here.copy_(there, non_blocking=True)
+
+
 class Moves:
     """Moves of states from and to one GPU. Buffers are as large as the largest state so far."""
 
@@ -54,8 +72,11 @@ class Moves:
             made = torch.cuda.current_stream(self._device).record_event()
         self._stream.wait_event(made)
         with torch.cuda.stream(self._stream):
-            for name, tensor in tensors.items():
-                _view(buffer, places[name], tensor).copy_(tensor, non_blocking=True)
+            if (joined := _joined(list(tensors.values()))) is not None:
+                buffer[: len(joined)].copy_(joined, non_blocking=True)
+            else:
+                for name, tensor in tensors.items():
+                    _view(buffer, places[name], tensor).copy_(tensor, non_blocking=True)
             there = self._stream.record_event()
 
         def wait() -> dict[str, Tensor]:
@@ -83,7 +104,11 @@ class Moves:
                 name: _view(buffer, place, tensor)
                 for (name, tensor), place in zip(tensors.items(), places, strict=True)
             }
-            pairs = [(views[name].numpy(), tensor.numpy()) for name, tensor in tensors.items()]
+            if (joined := _joined(list(tensors.values()))) is not None:
+                halves = buffer[: len(joined)].numpy(), joined.numpy()
+                pairs = list(zip(*(np.array_split(half, COPIERS) for half in halves), strict=True))
+            else:
+                pairs = [(views[name].numpy(), tensor.numpy()) for name, tensor in tensors.items()]
             list(self._copiers.map(_copy, [pairs[n::COPIERS] for n in range(COPIERS)]))
             take(views)
         finally:  # where the GPU has no memory for them, too: without it, others would wait for ever
@@ -102,6 +127,19 @@ def _copy(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Copy to the first of each pair; other threads of Python run meanwhile."""
     for to, given in pairs:
         np.copyto(to, given)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The memory (bytes,) uint8 of tensors that are side by side, as _places has them; None if they are not."""
+    first = tensors[0]
+    begin, memory, size = first.data_ptr(), first.untyped_storage(), _size(tensors)
+    offset = begin - memory.data_ptr()
+    if offset + size > memory.nbytes():
+        return None
+    each = zip(tensors, _places(tensors), strict=True)
+    if any(tensor.data_ptr() != begin + place or not tensor.is_contiguous() for tensor, place in each):
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=first.device).set_(memory, offset, (size,), (1,))
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -6,7 +6,7 @@ reads and writes, and a state must not move while somebody holds it: so the addr
 are data, which the cell's kernel reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -67,14 +67,13 @@ class TileGraphs:
         captured = self._graphs.get((x.shape[1], move.chunk_size)) if len(x) == 1 else None
         if captured is None:
             return None
-        old = [state for state in self._worker.states[move.src] if state is not None]
-        new: list[AnyState] = [tuple(map(torch.empty_like, state)) for state in old]  # type: ignore[misc]
-        captured.places.copy_(_addresses(old, new), non_blocking=True)
+        new = self._worker.room(1)
+        captured.places.copy_(_addresses(self._worker.states[move.src], new), non_blocking=True)
         captured.x.copy_(x)
         captured.tokens[0].copy_(move.start)
         captured.tokens[1].copy_(move.end)
         captured.graph.replay()
-        self._worker.states[move.dst] = list(new)
+        self._worker.states[move.dst] = new
         return captured.x.clone()
 
 
@@ -90,7 +89,7 @@ def capturing(what: str) -> Iterator[None]:
         ) from err
 
 
-def _addresses(old: list[AnyState], new: list[AnyState]) -> Tensor:
+def _addresses(old: Sequence[AnyState | None], new: Sequence[AnyState | None]) -> Tensor:
     """(blocks, 6) int64, in pinned memory."""
-    rows = [[part.data_ptr() for part in (*a, *b)] for a, b in zip(old, new, strict=True)]
+    rows = [[part.data_ptr() for part in (*(a or ()), *(b or ()))] for a, b in zip(old, new, strict=True)]
     return torch.tensor(rows, pin_memory=True)

@@ -1,7 +1,8 @@
 """The worker of one shard: its weights and states, and the functions that run its blocks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from xlstm_ray.model import AnyState, BandShape, EndWeights, Weights, logits
 from xlstm_ray.runtime.blocks import BlockFunctions, Kernels
 from xlstm_ray.runtime.executor import Following
 from xlstm_ray.runtime.folded import FoldedWeights, fold, fold_ends
-from xlstm_ray.runtime.moves import upload
+from xlstm_ray.runtime.moves import copy_all, side_by_side, upload
 from xlstm_ray.sampling.logprobs import Logprobs, score
 
 
@@ -60,11 +61,13 @@ class Worker:
 
     def fresh_state(self, n: int, batch: int) -> AnyState:
         """The state of this stage's n-th block before the first token: all zeros, in the order of its names."""
-        return self._room(n, batch, torch.zeros)
+        return tuple(torch.zeros(batch, *shape, device=self.device) for shape in self.shapes(n).values())  # type: ignore[return-value]
 
-    def _room(self, n: int, batch: int, made: Callable[..., Tensor]) -> AnyState:
-        """Tensors of the n-th block's state. made: torch.zeros or torch.empty."""
-        return tuple(made(batch, *shape, device=self.device) for shape in self.shapes(n).values())  # type: ignore[return-value]
+    def room(self, batch: int, made: Callable[..., Tensor] = torch.empty) -> list[AnyState | None]:
+        """Tensors for a state of all blocks, side by side. made: torch.zeros or torch.empty."""
+        each = [[(batch, *shape) for shape in self.shapes(n).values()] for n in range(len(self.blocks))]
+        parts = iter(side_by_side([shape for shapes in each for shape in shapes], made, self.device))
+        return [tuple(islice(parts, len(shapes))) for shapes in each]  # type: ignore[misc]
 
     def shapes(self, n: int) -> dict[str, tuple[int, ...]]:
         """The shapes of the n-th block's state, by their names, without the rows."""
@@ -75,12 +78,11 @@ class Worker:
 
         The tensors are copied: the kernels are compiled for fixed strides.
         """
-        made = torch.zeros if tensors is None else torch.empty
-        state: list[AnyState | None] = [self._room(n, batch, made) for n in range(len(self.blocks))]
+        state = self.room(batch, torch.zeros if tensors is None else torch.empty)
         if tensors is not None:
             heads = slice(self.shard.heads.start, self.shard.heads.stop)
-            for name, part in self._named(state):
-                part.copy_(tensors[name][:, heads], non_blocking=True)
+            here = self.named(state)
+            copy_all([*here.values()], [tensors[name][:, heads] for name in here])
         self.states[number] = state
 
     def take(self, number: int, rows: Sequence[tuple[int, int] | None]) -> None:
@@ -101,7 +103,11 @@ class Worker:
 
     def named(self, state: Sequence[AnyState | None]) -> dict[str, Tensor]:
         """The tensors of a state (one entry for each block), by their names in RecurrentState."""
-        return dict(self._named(state))
+        return {
+            f"blocks.{self.shard.blocks[n]}.{name}": part
+            for n, parts in enumerate(state)
+            for name, part in zip(self.shapes(n), parts or (), strict=True)
+        }
 
     def free(self, number: int, n: int | None = None) -> None:
         """Free a state, if it exists; with n, only the state of the n-th block."""
@@ -111,12 +117,6 @@ class Worker:
             self.states[number][n] = None
             if not any(self.states[number]):
                 del self.states[number]
-
-    def _named(self, state: Sequence[AnyState | None]) -> Iterator[tuple[str, Tensor]]:
-        for n, parts in enumerate(state):
-            assert parts is not None
-            for name, part in zip(self.shapes(n), parts, strict=True):
-                yield f"blocks.{self.shard.blocks[n]}.{name}", part
 
     def _block(self, number: int, n: int) -> AnyState:
         state = self.states[number][n]
