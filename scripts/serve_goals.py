@@ -43,6 +43,7 @@ from xlstm_ray.measure.workloads import HEADER, Callers, Row, Sizes  # noqa: E40
 PATH = "/v1/completions"
 SHAPE = {"hidden": 4096, "blocks": 32, "heads": 8, "vocab": 50304, "store": "bfloat16"}  # xLSTM 7B
 SUFFIX, KEPT, MANY = 64, 8, 32  # tokens of a question; states of a prompt, at most; callers at once over HTTP
+LEAVERS = 5  # where in its window a reader leaves is chance
 
 
 class OutOfTime(Exception):
@@ -225,23 +226,24 @@ class Goals:
         return self._one.ask(prompt, f"cold {self._rng.random()}")[2]
 
     def disconnect(self) -> None:
-        """Goal 8: leave in the middle of a long prompt."""
-        prompt, window = self._tokens(self.args.document), self._window_s()
-        data = json.dumps({"prompt": prompt, "max_tokens": 4, "stream": True}).encode()
-        head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", self._one.port)) as connection:
-            connection.sendall(head.encode() + data)
-            while not self._one.service.get("/load")["running"]:
+        """Goal 8: leave in the middle of a long prompt, some times."""
+        window, seconds = self._window_s(), []
+        for _ in range(LEAVERS):
+            prompt = self._tokens(self.args.document)
+            data = json.dumps({"prompt": prompt, "max_tokens": 4, "stream": True}).encode()
+            head = f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", self._one.port)) as connection:
+                connection.sendall(head.encode() + data)
+                while not self._one.service.get("/load")["running"]:
+                    pass
+                time.sleep(window * self.args.document / self.args.tile_size / 2)
+            began = time.perf_counter()
+            while self._one.service.get("/load")["running"]:
                 pass
-            time.sleep(window * self.args.document / self.args.tile_size / 2)
-        began = time.perf_counter()
-        while self._one.service.get("/load")["running"]:
-            pass
-        seconds = time.perf_counter() - began
+            seconds.append(time.perf_counter() - began)
         known = self._one.ask(prompt, tokens=1)[1]
-        self.found(
-            8, "a reader has left: free again", f"<= {ms(window)} (a window)", ms(seconds), met=seconds <= window
-        )
+        what, asked = f"{LEAVERS} readers have left: free again, median", f"<= {ms(window)} (a window)"
+        self.found(8, what, asked, ms(median(seconds)), met=median(seconds) <= window)
         self.found(8, "known of its prompt afterwards", "> 0", f"{known:,} of {len(prompt):,}", met=known > 0)
 
     def restart(self) -> None:

@@ -33,8 +33,8 @@ def bench(
         str, typer.Option("--lengths", help="Prompt lengths in tokens, with commas between.")
     ] = "512,2048,8192",
     backends: Annotated[
-        str, typer.Option("--backends", help="Backends, with commas between; native is slow.")
-    ] = "queued_compiled_chunks,queued_compiled_steps",
+        str, typer.Option("--backends", help="Backends, with commas between; auto: the one that a run takes.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option("--rounds", help="Runs of each pair; the median counts.")] = 3,
     png: Annotated[
         GivenPath | None, path_option("--png", help="Draw speed and memory to this file; needs matplotlib.")

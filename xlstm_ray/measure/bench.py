@@ -19,7 +19,7 @@ import psutil
 from xlstm_ray.errors import UsageError
 from xlstm_ray.files import MIB, PICTURE, Output, check_outputs
 from xlstm_ray.kernels import CHUNKWISE_BACKENDS
-from xlstm_ray.measure.child import Child
+from xlstm_ray.measure.child import AUTO, Child
 from xlstm_ray.measure.picture import pyplot, save
 
 HEADER = f"{'tokens':>9}  {'backend':<24} {'tokens/s':>10}  {'range of seconds':>19}  {'memory, MiB':>11}"
@@ -65,8 +65,8 @@ def parse(
         raise UsageError(f"`lengths` is {lengths!r}; allowed: whole numbers from 1 to {1 << 24}, with commas between")
     names = [word.strip() for word in backends.split(",")]
     for name in names:
-        if name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
-            raise UsageError(f"`backends` names {name!r}; there are: {', '.join(CHUNKWISE_BACKENDS)}")
+        if name != AUTO and name.removeprefix("chunkwise--") not in CHUNKWISE_BACKENDS:
+            raise UsageError(f"`backends` names {name!r}; there are: {', '.join((AUTO, *CHUNKWISE_BACKENDS))}")
     if rounds < 1:
         raise UsageError(f"`rounds` is {rounds}; allowed: 1 or more")
     if png is not None:
@@ -92,12 +92,11 @@ def measure(
             for pair in pairs:
                 pair.figures()  # warm-up, also of caches; one pair at a time
             runs = [[pair.figures() for pair in pairs] for _ in range(rounds)]
-            for n, name in enumerate(backends):
-                last = runs[-1][n]
+            for n, last in enumerate(runs[-1]):
                 about = {"model": last["model"], "threads": last["threads"], "machine": _machine()}
                 peaks = (last[key] for key in ("peak_memory_bytes", "peak_process_bytes", "peak_device_bytes"))
                 seconds = [turn[n]["prefill_s"] for turn in runs]
-                yield Row(tokens, name, last["device"], last["dtype"], seconds, *peaks, **about)
+                yield Row(tokens, last["backend"], last["device"], last["dtype"], seconds, *peaks, **about)
 
 
 def _machine() -> str:

@@ -11,16 +11,19 @@ from xlstm_ray import errors
 from xlstm_ray.errors import XlstmRayError, one_line
 from xlstm_ray.threads import collect_seldom
 
+AUTO = "auto"  # the backend that a run takes
+
 
 class Child:
-    """A child process that has loaded the model for one backend and length, and prefills on request.
+    """A child process that has loaded the model for one backend (or AUTO) and length, and prefills on request.
 
     on_note: called with the engine's remarks while it runs.
     """
 
     def __init__(self, tokens: int, backend: str, asked: dict[str, Any], on_note: Callable[[str], object]):
         self.name, self._on_note = f"{backend} at {tokens} tokens", on_note
-        self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": backend})}
+        own = None if backend == AUTO else backend
+        self._order = {"tokens": tokens, "asked": _plain({**asked, "chunkwise_backend": own})}
 
     def __enter__(self) -> "Child":
         self._process = subprocess.Popen(
@@ -81,6 +84,7 @@ def _serve() -> None:
             for _ in sys.stdin:
                 stats = engine.prefill(prompt).stats
                 figures = {
+                    "backend": engine.backend.name,
                     "device": str(engine.device),
                     "dtype": engine.numerics.dtype,
                     "model": engine.model_path.resolve().name,
