@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from tempfile import TemporaryFile
 
@@ -18,6 +18,7 @@ import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.errors import MemoryLimitError
+from xlstm_ray.text import encode, pieces
 from xlstm_ray.text.encode import Led, TextEncoder
 from xlstm_ray.text.ondisk import TextFile
 from xlstm_ray.text.tokenizer import Text
@@ -264,29 +265,92 @@ def test_no_request_touches_what_other_threads_write_to():
     assert seen == {(os.fstat(2).st_dev, os.fstat(2).st_ino)}
 
 
-def test_a_text_that_begins_as_one_before_is_cut_from_where_they_part():
-    tokenizer, calls = KINDS["gpt2"](), []
-
-    @contextmanager
-    def calling():
-        calls.append(1)
-        yield
-
-    encoder = TextEncoder(tokenizer, calling=calling, piece=400, overlap=100)
-    text, counts = " ".join(CORPUS) * 3, []
-    for end in ("", "one more", "2 others\n\n"):
-        calls.clear()
-        assert encoder.encode(text + end).tolist() == tokenizer.encode(text + end).ids
-        counts.append(len(calls))
-    assert counts[0] > 10
-    assert max(counts[1:]) <= 5
+@st.composite
+def related(draw) -> list[str]:
+    """Texts of which each begins as one before, up to some place."""
+    texts = [draw(TEXTS)]
+    for _ in range(draw(st.integers(1, 5))):
+        before, kept, rest = draw(st.sampled_from(texts)), draw(st.floats(0.3, 1)), draw(st.integers(0, 9))
+        place = round(kept * len(before))
+        texts.append(before[:place] + draw(TEXTS) + before[place + rest :] * draw(st.booleans()))
+    return texts
 
 
-def test_a_conversation_is_cut_from_where_its_last_turn_begins():
+ENDS = ["fox dog" * 20 + end for end in (" " * 60, " " * 60 + "ZZ", " " * 90 + "fox", "e", "e\u0301te" * 9, "fox" * 9)]
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["", "added tokens"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(texts=related(), piece=st.sampled_from([100, 256, 600]), characters=st.sampled_from([0, 700, 1 << 20]))
+@example(texts=ENDS, piece=100, characters=1 << 20)
+@example(texts=ENDS[::-1], piece=256, characters=1 << 20)
+@settings(max_examples=20, deadline=None)
+def test_texts_that_begin_as_others_have_the_tokens_of_their_own(kind, added, texts, piece, characters):
+    tokenizer = tokenizer_of(kind, added)
+    encoder = TextEncoder(tokenizer, piece=piece, overlap=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "MOST", characters)
+        for text in [*texts, texts[0]]:
+            assert encoder.encode(text).tolist() == tokenizer.encode(text).ids
+
+
+def test_threads_that_encode_at_once_share_what_is_kept(monkeypatch):
+    monkeypatch.setattr(pieces, "MOST", 3000)
+    tokenizer, texts = tokenizer_of("llama3", True), [" ".join(CORPUS)[: 600 + 37 * n] + f" end {n}" for n in range(24)]
+    encoder = TextEncoder(tokenizer, piece=400, overlap=32)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(encoder.encode, texts * 8))
+    assert [ids.tolist() for ids in made] == [tokenizer.encode(text).ids for text in texts] * 8
+
+
+@pytest.fixture
+def lengths(monkeypatch) -> list[int]:
+    """How many characters each call of the tokenizers library gets."""
+    made = []
+
+    class Counted:
+        from_str = classmethod(lambda cls, text: cls(Tokenizer.from_str(text)))
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def encode(self, text, **how):
+            made.append(len(text))
+            return self.tokenizer.encode(text, **how)
+
+    monkeypatch.setattr(encode, "Tokenizer", Counted)
+    return made
+
+
+def test_of_a_text_that_begins_as_one_before_little_is_encoded(lengths):
+    words = "The quick brown fox jumps over the lazy dog 's 1234 tails\n".split(" ")
+    text = " ".join(words[n * n * n % 97 % len(words)] for n in range(60_000))
+    tokenizer = tokenizer_of("gpt2", False)
+    encoder = TextEncoder(tokenizer)
+
+    def encoded(text: str, *, compared: bool = True) -> int:
+        lengths.clear()
+        ids = encoder.encode(text)
+        assert not compared or ids.tolist() == tokenizer.encode(text).ids
+        return sum(lengths)
+
+    assert encoded(text) > len(text) > 3 * encode.PIECE
+    assert encoded(text) == 0
+    for end in (" one more", " 2 others\n\n", "", "e" * 100):
+        assert encoded(text + end) < 2 * encode.OVERLAP
+    assert encoded(text[:-5000]) < 2 * encode.OVERLAP
+    place = len(text) * 4 // 5
+    assert encoded(f"{text[:place]}!{text[place + 1 :]}") < encode.PIECE + 2 * encode.OVERLAP  # to that piece's end
+    for turn in range(1, 101):  # of a conversation, which may fill a piece
+        text += " And the brown dog?" * 40
+        assert encoded(text, compared=turn % 50 == 0) < 3 * encode.OVERLAP
+
+
+def test_a_conversation_is_cut_from_where_its_last_turn_begins(lengths):
     text = Text(DEMO_MODEL, ModelConfig.from_file(DEMO_MODEL / "config.json"))
     said = "To talk of many things: of shoes and ships and sealing-wax. " * 4000
     for turn in range(3):
         said += f"And {turn}? "
+        lengths.clear()
         assert text.conversation(said) == text.tokenizer.encode(said, add_special_tokens=False).ids
-    kept = text._encoder._kept.cache_info()
-    assert (kept.hits, kept.misses) == (6, 6)  # four pieces; of each next turn the last one alone
+        assert not turn or sum(lengths) < 2 * encode.OVERLAP

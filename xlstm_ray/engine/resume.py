@@ -25,7 +25,7 @@ class Going:
     tokens: Tokens  # (T,) int32, on the CPU
     begun: Row
     given: memoryview | TokenFile  # the new tokens that the caller gave
-    text: TextTrail | None  # of the whole text, valid when all tokens were seen
+    text: Callable[[], TextTrail | None]  # the trail of the whole text, valid when all tokens were seen
     trail: LaterTrail = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Going:
 
     def known(self, text: Text, *, complete: bool) -> Row:
         """The row's entry in a state. complete: all rows of that state were seen to their ends."""
-        return Row(tokens=self.trail.made(), text=self.text, end=self.end(text)) if complete else self.row
+        return Row(tokens=self.trail.made(), text=self.text(), end=self.end(text)) if complete else self.row
 
     def end(self, text: Text) -> TextEnd:
         """Where the text ends when all tokens were seen."""
@@ -66,7 +66,7 @@ class Going:
 def unchanged(state: RecurrentState) -> Going:
     """The row of a one-row state to which nothing is added."""
     (row,) = state.rows
-    return Going(Tail(torch.empty(0, dtype=torch.int32), row.tokens.length), row, memoryview(b""), row.text)
+    return Going(Tail(torch.empty(0, dtype=torch.int32), row.tokens.length), row, memoryview(b""), lambda: row.text)
 
 
 def prompts(
@@ -84,7 +84,7 @@ def prompts(
         if state is not None:
             which = f"prompt {b + 1}" if len(rows) > 1 else "the prompt"
             _require_beginning(which, ids(tokens), text, known, state)
-        trail = None if text is None else _with_text(TextTrail(), text)
+        trail = _with_text(TextTrail(), text)
         if state is not None:
             known = Row(tokens=known.tokens, text=known.text, end=known.end, scored=known.scored)
         going.append(Going(tokens, known, ids(tokens), trail))
@@ -111,17 +111,22 @@ def appended(
             raise StateError(
                 f"{state.name} is of a run that was stopped while it appended another text; append the same text"
             )
-        text = None if row.text is None or not isinstance(new, str | TextFile) else _with_text(row.text, new)
+        text = _with_text(row.text, new if isinstance(new, str | TextFile) else None)
         tail = Tail(tokens, begun.length)
         going.append(Going(tail, row.model_copy(update={"appended_to": begun}), ids(tokens), text))
     return going
 
 
-def _with_text(trail: TextTrail, text: str | TextFile) -> TextTrail:
-    """The trail of a text with this one appended."""
-    for piece in text.pieces() if isinstance(text, TextFile) else [text.encode()]:
-        trail = trail.extend(piece)
-    return trail
+def _with_text(trail: TextTrail | None, text: str | TextFile | None) -> Callable[[], TextTrail | None]:
+    """What makes the trail of a text with this one appended; None: token ids. Most are asked for by nobody."""
+    if trail is None or text is None:
+        return lambda: None
+    made = trail
+    if isinstance(text, str):
+        return lambda: made.extend(text.encode())
+    for piece in text.pieces():  # now, while it is there
+        made = made.extend(piece)
+    return lambda: made
 
 
 def _require_beginning(

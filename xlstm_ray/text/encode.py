@@ -13,26 +13,25 @@ joined tokens are those of the whole text, because
 
 If no such place is found, the piece is doubled, in the end to the whole text. A tokenizer that drops unknown characters
 also gets the whole text at once: it does not report the places of its tokens.
+
+Pieces are kept for texts to come. What follows a text changes its tokens only near its end, be it nothing or another
+text. So where a piece begins as a kept one, the rest and an overlap are encoded, and joined with that one's tokens.
 """
 
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
-from functools import lru_cache
-from itertools import accumulate
+from dataclasses import replace
 from typing import TypeVar
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from xlstm_ray.text.ondisk import TextFile
+from xlstm_ray.text.pieces import IDS, Kept, Piece, join
 
 PIECE = 1 << 16  # characters
-KEPT = 32  # pieces that are kept, some 300 KB each, for texts that begin as one before
 OVERLAP = 1 << 12  # characters; a tokenizer is assumed to look at fewer to cut a word
-AGREE = 8  # tokens, at least, or half of an overlap
-IDS = "I"  # unsigned, as in the library: an id may be outside the vocabulary, which the caller reports
 
 
 T = TypeVar("T")
@@ -76,7 +75,7 @@ class TextEncoder:
     ):
         self._whole, self._calling, self._piece, self._overlap = tokenizer, calling, piece, overlap
         self._plain: Tokenizer | None = None
-        self._kept = lru_cache(KEPT)(self._encoded)
+        self._kept = Kept()
 
     def encode(
         self,
@@ -118,27 +117,29 @@ class TextEncoder:
             with self._calling():
                 parts = json.loads(self._whole.to_str())
                 # Off: it changes offsets and adds tokens at the ends of a text, but pieces are inside of one.
-                self._plain = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
+                plain = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
+                self._added = _added(self._whole)
             self._strips = any(token["lstrip"] for token in parts["added_tokens"])
             self._joins_within_words = _joins_within_words(parts)
             self._knows_places = _knows_places(parts)
+            self._plain = plain  # at last: other threads look whether it is there
         if not self._knows_places:
             raise _Whole
-        before, after = self._added() if special else ([], [])
+        before, after = self._added if special else ([], [])
         yield array(IDS, before)
         at, size = 0, self._piece
         piece = self._piece_of(text, at, size)
         piece.first = _after(skip, piece.begin)
         while piece.end < len(text):
-            following, join = self._next(text, piece)
-            if join is None:  # repeat this piece with twice the length
+            following, place = self._next(piece, lambda cut: self._piece_of(text, cut, self._piece))
+            if place is None:  # repeat this piece with twice the length
                 size *= 2
                 longer = self._piece_of(text, at, size)
                 if not longer.begins_as(piece):
                     raise _Whole
                 piece = longer
                 continue
-            first, second = join
+            first, second = place
             yield piece.ids[piece.first : first]
             following.first = second
             piece, at, size = following, following.start, self._piece
@@ -153,39 +154,61 @@ class TextEncoder:
             first = _after(skip, (start for start, _ in encoding.offsets)) if skip else 0
             return array(IDS, encoding.ids[first:])
 
-    def _piece_of(self, text: Given, start: int, size: int) -> "_Piece":
+    def _piece_of(self, text: Given, start: int, size: int) -> Piece:
         """text[start:start + size], encoded. A file's are not kept: it takes no memory, and comes once."""
         part = text[start : start + size]
-        return copy(self._kept(part, start)) if isinstance(text, str) else self._encoded(part, start)
+        if not isinstance(text, str):
+            return self._encoded(part, start)
+        like, alike = self._kept.like(part, start)
+        piece = None
+        if like is not None and like.text == part:
+            piece = like
+        # A longer piece is made where a join was not found, and would not be found here.
+        elif like is not None and alike > 2 * self._overlap and size == self._piece:
+            piece = self._continued(like, alike, part)
+        if piece is None:
+            piece = self._encoded(part, start)
+        # It takes the place of one that has little else: many questions to one text keep it once.
+        self._kept.keep(piece, like if like is not None and len(like.text) <= alike + self._overlap else None)
+        return replace(piece)  # `first` is its user's
 
-    def _encoded(self, part: str, start: int) -> "_Piece":
+    def _continued(self, like: Piece, alike: int, part: str) -> Piece | None:
+        """The piece of a text whose first `alike` characters are those of another piece; None if they do not join."""
+        begun = replace(like, sure=like.start + self._sure(part[:alike]))
+        following, place = self._next(begun, lambda cut: self._encoded(part[cut - like.start :], cut))
+        return None if place is None else begun.joined(following, *place, part)
+
+    def _encoded(self, part: str, start: int) -> Piece:
         assert self._plain is not None
-        sure = part.rstrip() if self._strips else part
         with self._calling():
             encoding = self._plain.encode(part, add_special_tokens=False)
-        return _Piece(encoding, start, start + len(part), start + len(sure))
+        return Piece.of(encoding, part, start, start + self._sure(part))
 
-    def _next(self, text: Given, piece: "_Piece") -> "tuple[_Piece, tuple[int, int] | None]":
+    def _sure(self, part: str) -> int:
+        """How many characters what follows this text cannot change, but for those near it."""
+        return len(part.rstrip() if self._strips else part)
+
+    def _next(self, piece: Piece, piece_at: Callable[[int], Piece]) -> tuple[Piece, tuple[int, int] | None]:
         """The next piece, and the place of their join: the index of the same token in both."""
         within = [False, True] if self._joins_within_words else [False]
         for anywhere in within:
             cut = piece.last_cut(piece.sure - self._overlap, anywhere)
             if cut is not None:
-                following = self._piece_of(text, cut, self._piece)
+                following = piece_at(cut)
                 upto = piece.sure - self._overlap // 4
-                join = _join(piece, following, upto, upto - self._overlap // 2, anywhere)
-                if join is not None:
-                    return following, join
+                place = join(piece, following, upto, upto - self._overlap // 2, anywhere)
+                if place is not None:
+                    return following, place
         return piece, None
 
-    def _added(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer adds before and after a text."""
-        with self._calling():
-            encoding = self._whole.encode("a")
-        own = [n for n, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
-        if not own:
-            return [], []
-        return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before and after a text."""
+    encoding = tokenizer.encode("a")
+    own = [n for n, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    if not own:
+        return [], []
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
 
 def _after(skip: int, begins: Iterable[int]) -> int:
@@ -203,63 +226,6 @@ def joined(pieces: "Iterable[array[int]]") -> "array[int]":
     for some in pieces:
         ids.extend(some)
     return ids
-
-
-class _Piece:
-    """The encoding of text[start:end], with places in the whole text.
-
-    sure: what comes after may change tokens near it; of white space at the end, an added token may take all.
-    """
-
-    def __init__(self, encoding: Encoding, start: int, end: int, sure: int):
-        self.start, self.end, self.sure = start, end, sure
-        self.first = 0  # tokens before it belong to the piece before
-        self.ids = array(IDS, encoding.ids)
-        self.begin = array("q", (start + b for b, _ in encoding.offsets))
-        ends = [start + e for _, e in encoding.offsets]
-        reach = array("q", accumulate(ends, max))
-        words = encoding.word_ids
-        count = len(self.ids)
-        # For each token: can the text be cut before it, and does a word begin there.
-        self.cuts = bytearray(
-            n == 0 or (reach[n - 1] <= self.begin[n] and self.begin[n - 1] < self.begin[n]) for n in range(count)
-        )
-        self.word_begins = bytearray(
-            bool(self.cuts[n]) and (n == 0 or words[n] is None or words[n] != words[n - 1]) for n in range(count)
-        )
-
-    def begins_as(self, shorter: "_Piece") -> bool:
-        """Whether this piece has the first used token of `shorter` too; if so, this piece is used from there."""
-        n = self.first = shorter.first
-        return n == 0 or (self.ids[: n + 1] == shorter.ids[: n + 1] and self.begin[: n + 1] == shorter.begin[: n + 1])
-
-    def last_cut(self, before: int, anywhere: bool) -> int | None:
-        """The last place up to `before` where a word begins (any token, if cuts may be anywhere); never the first."""
-        can = self.cuts if anywhere else self.word_begins
-        found = (n for n in range(len(self.ids) - 1, self.first, -1) if can[n] and self.begin[n] <= before)
-        n = next(found, None)
-        return None if n is None or self.begin[n] <= self.start else self.begin[n]
-
-
-def _join(one: _Piece, two: _Piece, upto: int, enough: int, anywhere: bool) -> tuple[int, int] | None:
-    """The index, in each piece, of the first token from which both agree up to `upto`; None if there is none.
-
-    They agree in AGREE tokens or from the character `enough` on: there may be fewer tokens, of long words.
-    """
-    a = next((n for n in range(len(one.ids) - 1, -1, -1) if one.begin[n] < upto), None)
-    b = next((n for n in range(len(two.ids) - 1, -1, -1) if two.begin[n] < upto), None)
-    if a is None or b is None:
-        return None
-    same, found = 0, None
-    while a >= one.first and b >= 0 and one.ids[a] == two.ids[b] and one.begin[a] == two.begin[b]:
-        if one.word_begins[a] != two.word_begins[b] and b > 0:
-            break
-        same += 1
-        good = one.cuts[a] and two.cuts[b] if anywhere else one.word_begins[a] and two.word_begins[b]
-        if good and (same >= AGREE or one.begin[a] <= enough):
-            found = a, b
-        a, b = a - 1, b - 1
-    return found
 
 
 def _knows_places(parts: dict) -> bool:

@@ -1,8 +1,8 @@
 """Prompts as a caller may give them: a text or token ids, one or a batch."""
 
+from array import array
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
-from operator import index
 
 from xlstm_ray.errors import UsageError
 from xlstm_ray.text.ondisk import TextFile
@@ -52,8 +52,12 @@ def require_text(prompt: str) -> None:
         raise UsageError(f"the prompt is not Unicode text ({err.reason} at character {err.start})") from None
 
 
-def token_ids(prompt: Sequence[int]) -> list[int]:
+def token_ids(prompt: Sequence[int]) -> "array[int]":
+    """int64. Raises UsageError for what is not a list of whole numbers."""
     try:
-        return [index(token) for token in prompt]
+        return array("q", prompt)
+    except OverflowError:
+        odd = next(token for token in prompt if not -1 << 63 <= token < 1 << 63)
+        raise UsageError(f"token {odd} is outside the model's vocabulary") from None
     except TypeError:
         raise UsageError(f"a prompt is a text or a list of token ids, not {repr(prompt)[:80]}") from None

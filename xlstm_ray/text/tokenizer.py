@@ -10,6 +10,7 @@ from tempfile import TemporaryFile, gettempdir
 from threading import RLock
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -159,19 +160,19 @@ class Text:
         skip = len(before)
         return self._encoder.taken_by(lambda pieces: take(begun(pieces)), text, between, special=whole, skip=skip)
 
-    def _checked(self, prompt: Given, ids: "Sequence[int] | array[int]") -> Tensor:
+    def _checked(self, prompt: Given, ids: "array[int]") -> Tensor:
         """The prompt's tokens, int32, if all are in the vocabulary."""
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
-        vocabulary = self.vocabulary
-        odd = next((t for t in (min(ids), max(ids)) if not 0 <= t < vocabulary), None)
+        vocabulary, found = self.vocabulary, np.frombuffer(ids, ids.typecode)
+        odd = next((t for t in (int(found.min()), int(found.max())) if not 0 <= t < vocabulary), None)
         if odd is not None and isinstance(prompt, str | TextFile):
             raise CheckpointError(
                 f"{self._file}: makes token {odd} of the prompt, but config.json says vocab_size {vocabulary}"
             )
         if odd is not None:
             raise UsageError(f"token {odd} is outside the model's vocabulary of {vocabulary}")
-        return torch.frombuffer(ids if isinstance(ids, array) else array("i", ids), dtype=torch.int32)
+        return torch.from_numpy(found.view(np.int32) if found.itemsize == 4 else found.astype(np.int32))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
