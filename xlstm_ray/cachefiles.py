@@ -57,7 +57,7 @@ class Folder:
 
     def __init__(self, path: Path, *, make: bool = True):
         self.path = path
-        self._seen: dict[str, tuple[float, int]] = {}  # by name: time and size of the files that were read
+        self._seen: set[str] = set()  # names of the files that were read
         try:
             if make:
                 path.mkdir(parents=True, exist_ok=True)
@@ -95,23 +95,24 @@ class Folder:
                             found[entry.name] = info
         return found
 
-    def read(self) -> tuple[list[KeptFile], list[str], Collection[str]]:
+    def read(self, known: Collection[str] = ()) -> tuple[list[KeptFile], list[str], Collection[str]]:
         """The new states since the last call; the names of files that are not whole states; and the names of all files.
 
-        Only headers are read: a file's contents are checked when it is used.
+        Only headers are read: a file's contents are checked when it is used. known: names of files that are not new.
         """
-        there, new, refused = self.entries(), [], []
-        for name, info in there.items():
-            mark = info.st_mtime, info.st_size
-            if name not in self._seen:
-                try:
-                    new.append(self._header(name, info))
-                except OSError:  # it is gone, or cannot be read now, which says nothing about what it holds
-                    continue
-                except StateError:
-                    refused.append(name)
-            self._seen[name] = mark
-        self._seen = {name: mark for name, mark in self._seen.items() if name in there}
+        new, refused = [], []
+        with os.scandir(self.path) as entries:
+            there = {e.name: e for e in entries if NAME.fullmatch(e.name) and e.is_file(follow_symlinks=False)}
+        seen = {name for name in there if name in self._seen or name in known}
+        for name in [name for name in there if name not in seen]:
+            try:
+                new.append(self._header(name, there[name].stat(follow_symlinks=False)))
+            except OSError:  # it is gone, or cannot be read now, which says nothing about what it holds
+                continue
+            except StateError:
+                refused.append(name)
+            seen.add(name)
+        self._seen = seen
         return new, refused, there.keys()
 
     def remove(self, names: Collection[str]) -> int:

@@ -92,6 +92,20 @@ def test_nobody_waits_for_a_disk_that_does_not_keep_up(on_host, load, tmp_path, 
         assert cache.counts.unwritten == 0
 
 
+def test_files_of_its_own_are_not_read_to_learn_of_them(load, tmp_path, monkeypatch):
+    looked: list[str] = []
+    header = Folder._header
+    monkeypatch.setattr(Folder, "_header", lambda self, name, info: looked.append(name) or header(self, name, info))
+    with load(cache_dir=tmp_path, cache_every=1) as one, load(cache_dir=tmp_path, cache_every=1) as other:
+        for prompt in PROMPTS:
+            one.prefill(prompt)
+            while one._core.cache.unwritten:
+                sleep(0.001)
+        assert not looked
+        assert other.prefill(PROMPTS[0]).stats.row_cache[0].tier == "disk"
+        assert {*looked} == {path.name for path in files(tmp_path)}
+
+
 def test_a_kept_file_has_a_checksum_and_the_digest_of_its_state(load, tmp_path):
     with load(cache_dir=tmp_path) as lm, load() as cold:
         lm.prefill(PROMPTS[0])

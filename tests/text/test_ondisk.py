@@ -120,6 +120,15 @@ def test_hashes_of_a_long_prompts_beginnings_are_few_and_the_same() -> None:
         assert long.at(length) == Chain(b"root", memoryview(numbers[:length])).at(length)
 
 
+@pytest.mark.parametrize("length", [0, 63, 64, 1000, STEP * LINKS + 10])
+def test_a_chain_goes_on_from_that_of_a_beginning(length: int) -> None:
+    numbers = array("i", range(STEP * LINKS + 200))
+    begun = Chain(b"root", memoryview(numbers)[:length])
+    for more in (0, 1, 130):  # at the last, fewer places are kept than before
+        whole = memoryview(numbers)[: length + more]
+        assert [*Chain(b"root", whole, begun).kept()] == [*Chain(b"root", whole).kept()]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")

@@ -284,7 +284,8 @@ class Cache:
             if now == self._looked:
                 return
             self._looked = now
-            new, refused, there = self._folder.read()
+            own = {f"{e.name}.state" for e in self._tree.entries if DISK in e.tiers}
+            new, refused, there = self._folder.read(own)
         except OSError:  # the folder was removed; a failed write will report it
             new, refused, there = [], [], ()
         for name in refused:

@@ -139,8 +139,9 @@ class Reuse:
         assert self._cache is not None
         going, hit = self._going[0], self.hits[0]
         going.advance(len(going.tokens))
-        tokens = array("i", [*going.ids, *answer])
-        run, chain = hit.run._replace(length=len(tokens)), Chain(hit.chain.root, memoryview(tokens))
+        tokens = array("i", going.ids.tobytes())
+        tokens.extend(answer)
+        run, chain = hit.run._replace(length=len(tokens)), Chain(hit.chain.root, memoryview(tokens), hit.chain)
         start = Start(rows, logits, LaterTrail(going.trail, array("i", answer)))
         with self._cache.turn():
             self._cache.keep(replace(hit, run=run, chain=chain), len(tokens), start, cold=False)

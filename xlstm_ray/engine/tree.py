@@ -6,9 +6,10 @@ some prompt: at every STEP tokens, and where a state is kept. The nodes show whe
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 from xlstm_ray.engine.windows import Group, plan_windows
@@ -16,6 +17,7 @@ from xlstm_ray.text.ondisk import TokenFile
 
 STEP = 64  # tokens: the place where two prompts part is known to this precision
 LINKS = 1 << 14  # hashes of a prompt that are kept
+READ = 1 << 16  # tokens that are looked at together, some steps
 NODES = 1 << 16  # beginnings without a state that are remembered
 EVICTED = 256  # evicted states that are remembered
 KEPT_A_PROMPT = 8  # the most states that are kept along a long prompt
@@ -32,17 +34,18 @@ class Chain:
     """The hashes of a prompt's beginnings. tokens: int32, contiguous, or in a file.
 
     every: tokens between two hashes that are kept. Of a prompt of more than a million tokens some are left out, so that
-    they take no more memory.
+    they take no more memory. begun: the chain of a beginning.
     """
 
-    def __init__(self, root: bytes, tokens: memoryview | TokenFile):
+    def __init__(self, root: bytes, tokens: memoryview | TokenFile, begun: "Chain | None" = None):
         self.root, self.length, self.every = root, len(tokens), STEP
         while self.length // self.every > LINKS:
             self.every *= 2
         self._tokens = tokens
-        self._links = [root]
-        for place in self.places:
-            self._links.append(self._hash(self._links[-1], place - self.every, place))
+        self._links: list[bytes] = [root] if begun is None or begun.every != self.every else [*begun._links]
+        done, steps = (len(self._links) - 1) * self.every, self.every // STEP
+        hashes = self._hashes(self._links[-1], done, self.length // self.every * self.every)
+        self._links += islice(hashes, steps - 1, None, steps)
 
     @property
     def places(self) -> range:
@@ -52,14 +55,22 @@ class Chain:
     def at(self, length: int) -> bytes:
         """The hash of the first `length` tokens."""
         block, rest = divmod(length, self.every)
-        return self._hash(self._links[block], length - rest, length)
-
-    def _hash(self, value: bytes, start: int, end: int) -> bytes:
-        """The hash of the first `end` tokens; value: of the first `start`."""
-        data = memoryview(self._tokens[start:end].tobytes())
-        for at in range(0, len(data), 4 * STEP):
-            value = hashlib.blake2b(value + data[at : at + 4 * STEP], digest_size=16).digest()
+        value = self._links[block]
+        for later in self._hashes(value, length - rest, length):
+            value = later
         return value
+
+    def kept(self) -> Iterator[tuple[int, bytes]]:
+        """The places, and the hashes there."""
+        return zip(self.places, self._links[1:], strict=True)
+
+    def _hashes(self, value: bytes, start: int, end: int) -> Iterator[bytes]:
+        """The hashes after each step up to `end`; value: of the first `start` tokens."""
+        for begin in range(start, end, READ):
+            data = self._tokens[begin : min(end, begin + READ)].tobytes()
+            for at in range(0, len(data), 4 * STEP):
+                value = hashlib.blake2b(value + data[at : at + 4 * STEP], digest_size=16).digest()
+                yield value
 
 
 class Run(NamedTuple):
@@ -223,8 +234,11 @@ class Tree:
     def see(self, chain: Chain) -> None:
         """Remember this prompt's beginnings: where a later prompt parts from it, a state is worth keeping."""
         before = None
-        for place in chain.places:
-            before = self._link(before, chain.at(place), place)
+        for place, key in chain.kept():
+            node = self._nodes.get(key)
+            if node is None or (before is not None and before.next != place):
+                node = self._link(before, key, place)
+            before = node
         if len(self._nodes) > NODES + len(self.entries):
             free = [key for key, node in self._nodes.items() if not node.entries]
             for key in free[: len(free) - NODES * 3 // 4]:
