@@ -13,6 +13,7 @@ from services import Here, model, serving_here
 
 import xlstm_ray
 from xlstm_ray.serve.options import Options
+from xlstm_ray.serve.pages import AT
 from xlstm_ray.serve.server import Server
 
 __all__ = ["model"]
@@ -342,3 +343,10 @@ def test_the_page_may_load_nothing_from_elsewhere_and_stand_in_no_frame(service)
     assert service.ask("/", host="evil.example").status == 403
     for path in ("/page/", "/page/none.js", "/page/..%2fapp.py"):
         assert service.ask(path).status == 404
+
+
+def test_no_other_file_is_sent_as_a_page(service, tmp_path):
+    (tmp_path / "own.html").write_text("of this machine")
+    for path in AT:
+        got = service.ask(f"{path}?path={tmp_path}/own.html")
+        assert (got.status, got.error["param"]) == (400, "path")

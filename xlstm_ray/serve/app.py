@@ -16,7 +16,7 @@ from xlstm_ray import __version__
 from xlstm_ray.errors import UsageError, XlstmRayError
 from xlstm_ray.serve.access import Access
 from xlstm_ray.serve.answering import reply_to
-from xlstm_ray.serve.body import fields_once, read_body, takes
+from xlstm_ray.serve.body import fields_known, read_body, takes
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Documents
 from xlstm_ray.serve.fields import Body, Chat, Completion, Detokenize, Tokenize, read
@@ -33,9 +33,9 @@ from xlstm_ray.text.template import OWN, Template
 def make_app(desk: Desk, documents: Documents | None, template: Template | None = None) -> App:
     """The app of a service. It has the engine when the desk opens. documents: None: it has none. template: of chats."""
     options, began = desk.options, int(time())
+    fields = [Depends(fields_known)]
     # FastAPI's own pages of documentation load scripts from elsewhere.
-    once = [Depends(fields_once)]
-    app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None, dependencies=once)
+    app = FastAPI(title="xlstm-ray", version=__version__, docs_url=None, redoc_url=None, dependencies=fields)
     app.state.desk = desk
 
     @app.exception_handler(Refused)

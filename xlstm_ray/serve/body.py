@@ -41,12 +41,20 @@ async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes
     yield bytes(piece)
 
 
-async def fields_once(request: Request) -> None:
-    """Raise Refused where a field in the address is given twice: one of the two would have no effect."""
+async def fields_known(request: Request) -> None:
+    """Raise Refused for a field in the address that the call does not take, or that is given twice: it would have no
+
+    effect. What a call takes is what its function does.
+    """
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
     seen = set()
     for name, _ in request.query_params.multi_items():
         if name in seen:
             raise Refused(400, f"`{name[:80]}` is given more than once in the address; give it once", param=name[:80])
+        if name not in known:
+            there = f"there is: {', '.join(known)}" if known else "there is none; fields are in the body"
+            text = f"`{name[:80]}` is not a field in the address here; {there}"
+            raise Refused(400, text, param=name[:80], code="unknown_field")
         seen.add(name)
 
 

@@ -1,5 +1,6 @@
 """The web page: files of this package that load nothing from elsewhere. Whoever has no key sees them, and no more."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -23,8 +24,13 @@ HEADERS = {
 def add_pages(app: FastAPI) -> None:
     """Add them to the app, each at its address in AT."""
     for address, name in AT.items():
+        app.add_api_route(address, _page(FOLDER / name), methods=["GET", "HEAD"], include_in_schema=False)
 
-        def page(path: Path = FOLDER / name) -> Response:
-            return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
 
-        app.add_api_route(address, page, methods=["GET", "HEAD"], include_in_schema=False)
+def _page(path: Path) -> Callable[[], Response]:
+    """What sends this file. It has no parameters: to FastAPI they are fields in the address, which callers may set."""
+
+    def page() -> Response:
+        return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
+
+    return page

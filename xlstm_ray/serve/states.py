@@ -6,9 +6,9 @@ from errno import ENOSPC
 from os import strerror
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,8 +29,9 @@ POLL_S = 0.1
 PIECE = 1 << 20  # bytes of a download at once
 FILES = "text/plain", "application/octet-stream"  # what a document's body may be besides JSON
 FORM = "application/x-www-form-urlencoded"
-ASKED = "state", "ttl"  # what may be in an address, besides an id
 HEADER = 32 << 20  # bytes of a state's file besides its tensors, at most
+Base = Annotated[str | None, Query(alias="state", description="The document that the text follows.")]
+Ttl = Annotated[str | None, Query(description="Seconds without use after which it goes.")]
 
 
 class NewState(BaseModel):
@@ -52,13 +53,15 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
     """Add them to the app."""
 
     @app.post("/v1/states", openapi_extra=takes(NewState))
-    async def new(request: Request) -> Response:
+    async def new(
+        request: Request, name: Annotated[str | None, Query(alias="id")] = None, base: Base = None, ttl: Ttl = None
+    ) -> Response:
         """Begin to read a document; answers at once, with its id.
 
         A body of text/plain or application/octet-stream is a file, as with PUT, and the fields are in the address.
         """
         if _kind(request) in FILES:
-            return await take_file(request, request.query_params.get("id"), "id", *ASKED)
+            return await take_file(request, name, base, ttl)
         _ = desk.engine
         desk.account(request.scope["tenant"]).admit()
         if _kind(request) == "multipart/form-data":
@@ -68,6 +71,8 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
         if _kind(request) == FORM and not data.lstrip().startswith(b"{"):  # what curl calls any file
             text = "the body is not a JSON object; a text is sent as text/plain, or by PUT to /v1/states/NAME"
             raise Refused(415, text)
+        for odd in request.query_params:
+            raise Refused(400, f"`{odd}` is in the address of a body that is JSON; put it there", param=odd)
         body = read(NewState, data, {})
         desk.require_model(body.model)
         tenant = request.scope["tenant"]
@@ -82,18 +87,17 @@ def add_states(app: FastAPI, desk: Desk, documents: Documents) -> None:
             return JSONResponse((await documents.add(record.of(source), path)).info(), 202)
 
     @app.put("/v1/states/{name}")
-    async def upload(request: Request, name: str) -> Response:
+    async def upload(request: Request, name: str, base: Base = None, ttl: Ttl = None) -> Response:
         """Begin to read a document that is a file of text, or take one that is the state of `--state-out`.
 
         `?state=`: the text follows that document.
         """
-        return await take_file(request, name, *ASKED)
+        return await take_file(request, name, base, ttl)
 
-    async def take_file(request: Request, name: str | None, *fields: str) -> Response:
+    async def take_file(request: Request, name: str | None, base: str | None, ttl: str | None) -> Response:
         engine = desk.engine
         desk.account(request.scope["tenant"]).admit()
-        ttl, base = _ttl(request, fields), request.query_params.get("state")
-        record = Record.named(name, tenant=request.scope["tenant"], ttl=ttl, base=base)
+        record = Record.named(name, tenant=request.scope["tenant"], ttl=_seconds(ttl), base=base)
         if base is not None:
             await documents.state(record.tenant, base)  # it is there
         documents.require_room(record)  # before all of it was sent
@@ -189,20 +193,15 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _ttl(request: Request, fields: Sequence[str]) -> float | None:
-    """The time to live in an address, of the fields that may be there. Raises Refused for anything else."""
-    for name in request.query_params:
-        if name not in fields:
-            there = ", ".join(fields)
-            raise Refused(400, f"`{name}` is not a field here; there is: {there}", param=name, code="unknown_field")
-    given = request.query_params.get("ttl")
+def _seconds(ttl: str | None) -> float | None:
+    """The time to live in an address. Raises Refused."""
     try:
-        ttl = None if given is None else float(given)
+        seconds = None if ttl is None else float(ttl)
     except ValueError:
-        ttl = -1.0
-    if ttl is not None and not 0 < ttl <= 1e9:
-        raise Refused(400, f"`ttl` is {str(given)[:80]!r}; allowed: a number of seconds above 0", param="ttl")
-    return ttl
+        seconds = -1.0
+    if seconds is not None and not 0 < seconds <= 1e9:
+        raise Refused(400, f"`ttl` is {str(ttl)[:80]!r}; allowed: a number of seconds above 0", param="ttl")
+    return seconds
 
 
 async def _events(document: Document, ping_s: float) -> AsyncIterator[str]:
