@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -48,6 +49,7 @@ SAME = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "stop", "ignore_eos", "min_tokens", "n"),
 )
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 COMPLETION_TOKENS = 16  # of an answer whose length is not given, as OpenAI has it
 
 
@@ -270,7 +272,7 @@ class Detokenize(BaseModel):
 
 
 def _are_tokens(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+    return isinstance(given, list) and set(map(type, given)) == {int}
 
 
 def one_prompt(given: Any) -> str | list[int]:
@@ -319,7 +321,7 @@ def parse(data: bytes) -> dict[str, Any]:
 
     try:
         found = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-        if b"\\u" in data:
+        if SURROGATE.search(data):
             json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is not a text
     except (ValueError, RecursionError) as err:
         raise Refused(400, f"the body is not JSON ({one_line(err)})") from None
