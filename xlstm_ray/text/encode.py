@@ -23,9 +23,11 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import groupby
 from typing import TypeVar
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from xlstm_ray.text.ondisk import TextFile
 from xlstm_ray.text.pieces import IDS, Kept, Piece, join
@@ -111,17 +113,16 @@ class TextEncoder:
     def _pieces(
         self, text: Given, on_piece: Callable[[int], object], special: bool, skip: int
     ) -> "Iterator[array[int]]":
-        if len(text) <= self._piece:
+        if len(text) <= min(self._piece, 2 * self._overlap):  # to go on from another saves nothing
             raise _Whole
         if self._plain is None:
+            whole = self._whole
             with self._calling():
-                parts = json.loads(self._whole.to_str())
-                # Off: it changes offsets and adds tokens at the ends of a text, but pieces are inside of one.
-                plain = Tokenizer.from_str(json.dumps(parts | {"post_processor": None}))
-                self._added = _added(self._whole)
-            self._strips = any(token["lstrip"] for token in parts["added_tokens"])
-            self._joins_within_words = _joins_within_words(parts)
-            self._knows_places = _knows_places(parts)
+                plain = _plain(whole)
+                self._added = _added(whole)
+                self._strips = any(token.lstrip for token in whole.get_added_tokens_decoder().values())
+                self._joins_within_words = _joins_within_words(whole)
+                self._knows_places = _knows_places(whole)
             self._plain = plain  # at last: other threads look whether it is there
         if not self._knows_places:
             raise _Whole
@@ -202,6 +203,19 @@ class TextEncoder:
         return piece, None
 
 
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer with the same model, and no post-processor: that one changes offsets, and adds tokens at a text's
+    ends, but pieces are inside of one."""
+    plain = Tokenizer(tokenizer.model)
+    plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    plain.encode_special_tokens = tokenizer.encode_special_tokens
+    added = tokenizer.get_added_tokens_decoder()
+    for special, tokens in groupby((added[n] for n in sorted(added)), key=lambda token: token.special):
+        (plain.add_special_tokens if special else plain.add_tokens)(list(tokens))
+    assert repr(plain.get_added_tokens_decoder()) == repr(added)
+    return plain
+
+
 def _added(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a tokenizer adds before and after a text."""
     encoding = tokenizer.encode("a")
@@ -228,29 +242,23 @@ def joined(pieces: "Iterable[array[int]]") -> "array[int]":
     return ids
 
 
-def _knows_places(parts: dict) -> bool:
-    """Whether a tokenizer (its JSON) has right offsets: the library's are wrong after a dropped character."""
-    model = parts["model"]
+def _knows_places(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has right offsets: the library's are wrong after a dropped character."""
+    model, parts = tokenizer.model, (tokenizer.pre_tokenizer, tokenizer.normalizer)
     return (
-        model["type"] != "BPE"
-        or model.get("unk_token") is not None
-        or any(_has(parts[key], "ByteLevel") for key in ("pre_tokenizer", "normalizer"))
+        not isinstance(model, BPE)
+        or model.unk_token is not None
+        or any(b'"type":"ByteLevel"' in part.__getstate__() for part in parts if part is not None)
     )
 
 
-def _has(part: dict | None, kind: str) -> bool:
-    return json.dumps({"type": kind})[1:-1] in json.dumps(part)
-
-
-def _joins_within_words(parts: dict) -> bool:
-    """Whether a word may be cut at any of its tokens: only if nothing but merges decides its tokens.
-
-    parts: a tokenizer's JSON.
-    """
-    model, cutter = parts["model"], parts["pre_tokenizer"]
-    cutters = cutter.get("pretokenizers", [cutter]) if cutter else []
+def _joins_within_words(tokenizer: Tokenizer) -> bool:
+    """Whether a word may be cut at any of its tokens: only if nothing but merges decides its tokens."""
+    model, cutter = tokenizer.model, tokenizer.pre_tokenizer
+    parts = None if cutter is None else json.loads(cutter.__getstate__())
+    cutters = parts.get("pretokenizers", [parts]) if parts else []
     return (
-        model["type"] == "BPE"
-        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
+        isinstance(model, BPE)
+        and not (model.continuing_subword_prefix or model.end_of_word_suffix or model.ignore_merges)
         and all(one["type"] in ("ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit") for one in cutters)
     )
