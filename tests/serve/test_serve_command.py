@@ -69,6 +69,22 @@ def test_garbage_collections_pass_over_what_was_there_before_it_serves(model, tm
     assert others < frozen / 10
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_it_compiles_a_signal_ends_it_at_once(model, tmp_path, number):
+    """What is compiled holds up whoever wants to stop it: here the compiler never ends."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ntouch "$(dirname "$0")/began"\nexec sleep 600\n')
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", "--model", str(model)]
+    with programs.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until((tmp_path / "began").exists)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert (said, errors.strip().splitlines()[-1]) == ("", "interrupted")
+
+
 def test_a_second_signal_ends_requests_with_an_error_that_says_why(model):
     with serving("--model", model, *WORDS) as service:
         stream = service.send("/v1/completions", {"prompt": "b", "max_tokens": 4000, "stream": True})

@@ -30,7 +30,7 @@ from xlstm_ray.cli.output import leave_terminal, show, tell
 from xlstm_ray.cli.replicas import Wanted, open_replicas, require_fleet, smaller_tiles
 from xlstm_ray.cli.reporter import ProgressKind, Reporter
 from xlstm_ray.cli.session import open_engine, require_places, run_under_keeper
-from xlstm_ray.cli.signals import handling, leave_at_once
+from xlstm_ray.cli.signals import handling, leave_at_once, stop_on_signals
 from xlstm_ray.errors import Interrupted, UsageError, pip_install
 from xlstm_ray.files import MIB
 from xlstm_ray.serve.options import Slots
@@ -183,7 +183,8 @@ def serve(
         )
         with opened as (engine, room, report):
             with handling(signalled, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                places = room()
+                with stop_on_signals():  # nobody is served yet, and to compile takes long
+                    places = room()
                 settle()
                 server.open(engine, places, _documents(settings, engine, places))
                 report.close()
