@@ -5,6 +5,7 @@ run_ffn) -> Pipeline.result.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -16,7 +17,7 @@ from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.options import GridOptions
 from xlstm_ray.actors.pipeline import Pipeline
-from xlstm_ray.actors.placement import Placement
+from xlstm_ray.actors.placement import END_S, Placement
 from xlstm_ray.actors.recovery import Recovery
 from xlstm_ray.actors.shard import WorkerSpec
 from xlstm_ray.actors.spans import Spans
@@ -38,7 +39,7 @@ class RayExecutor:
     logits_on = torch.device("cpu")
 
     def __init__(self, ray: ModuleType, spec: WorkerSpec, layout: list[list[Shard]], options: GridOptions):
-        link = Link(ray)
+        link = self._link = Link(ray)
         self.placement = Placement(link, spec, layout, options)
         self._pipeline = (Spans if options.spans > 1 else Pipeline)(link, self.placement)
         self.watch = Watch(link, self.placement.seats, options)
@@ -112,6 +113,8 @@ class RayExecutor:
         Returns in bounded time in any state of Ray and raises nothing: the results are already there.
         """
         self.watch.close()
+        with suppress(GridLost, self._link.failure):  # what was begun still adds references
+            self._link.ask(lambda: None, timeout_s=END_S)
         self._pipeline.close()
         self.placement.close()
 

@@ -35,6 +35,10 @@ class Link:
 
     def ask(self, call: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         """Call Ray; return its result or raise its error. GridLost if it takes over timeout_s (None: patience_s)."""
+        return self.answer(self.begin(call, *args, **options), timeout_s)
+
+    def begin(self, call: Callable[..., Any], *args: Any, **options: Any) -> "Future[Any]":
+        """Call Ray after all calls before, not waiting: most of a call's time, Python is free. See `answer`."""
         if self.gone:
             raise GridLost(self.gone)
         if self._asked is None:
@@ -42,6 +46,10 @@ class Link:
             Thread(target=_answer, args=(self._asked,), name="ray", daemon=True).start()
         answer: Future[Any] = Future()
         self._asked.put((answer, lambda: call(*args, **options)))
+        return answer
+
+    def answer(self, answer: "Future[Any]", timeout_s: float | None = None) -> Any:
+        """The result of what was begun, or its error, as `ask`."""
         until = monotonic() + (timeout_s if timeout_s is not None else self._patience_s)
         while not answer.done():
             try:

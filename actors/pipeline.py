@@ -6,6 +6,7 @@ call before.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,18 +24,18 @@ from xlstm_ray.sampling.logprobs import Logprobs
 
 
 class Pending(NamedTuple):
-    """A step in flight: references to the last stage's result, and to every seat's state if it is kept."""
+    """A step in flight. refs: references to the last stage's result, and to every seat's state if it is kept."""
 
     made: Made
     step: Step
-    result: Any
-    states: list[Any]
+    refs: "Future[list[Any]]"  # Link.answer has them
 
 
 class Pipeline:
     """Makes the actor calls for a step, a state or logits, and joins their results.
 
-    Nothing here waits: calls return references, and Link.get turns references into values.
+    Nothing here waits for an actor: calls return references, and Link.get turns references into values. All calls are
+    made by the link's thread, in order.
     """
 
     def __init__(self, link: Link, placement: Placement):
@@ -63,8 +64,15 @@ class Pipeline:
         return f"stage {stage}"
 
     def make(self, made: Made, drop: Iterable[int]) -> Pending | None:
-        """Make the calls for a state, and first drop others. Returns None if it has no result."""
-        return self._link.ask(self._make, made, (*made.drop, *drop))
+        """Make the calls for a state, and first drop others. Returns None if it has no result.
+
+        It does not wait for those of a step: they take a millisecond, in which the next result can be looked at.
+        """
+        refs = self._link.begin(self._make, made, (*made.drop, *drop))
+        if made.step is not None:
+            return Pending(made, made.step, refs)
+        self._link.answer(refs)
+        return None
 
     def state(self, number: int) -> list[Any]:
         """A state after all calls so far, as a reference for each seat; `join` takes their values."""
@@ -114,15 +122,16 @@ class Pipeline:
         self._last.clear()
         self._tokens.clear()
 
-    def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
+    def _make(self, made: Made, drop: tuple[int, ...]) -> list[Any]:
+        """Returns a step's references, as Pending has them."""
         if made.step is not None:
             return self._submit(made, made.step, drop, self._stages)
         if made.rows:
             self._every_seat("take", made.state, list(made.rows), drop)
-            return None
+            return []
         wires = None if made.source is None else {name: to_wire(tensor) for name, tensor in made.source.items()}
         self._every_seat("load_state", made.state, self._link.ray.put(wires), made.batch, drop)
-        return None
+        return []
 
     def _every_seat(self, method: str, *args: Any) -> None:
         """Call all seats: the call waits for all earlier calls of their blocks, and all later ones wait for it."""
@@ -139,7 +148,7 @@ class Pipeline:
 
     def _submit(
         self, made: Made, step: Step, drop: tuple[int, ...], way: list[list[Seat]], home: int | None = None
-    ) -> Pending:
+    ) -> list[Any]:
         """The calls of a step through these stages. home: as in Call."""
         x: Any = to_wire(step.tokens)
         call = Call(
@@ -169,7 +178,7 @@ class Pipeline:
                 for seat in seats:
                     kept = self._placement.call(seat, "kept", f"state after {_tile(made.order)}", "snapshot")
                     states.append(kept(call, *self._before(seat)))
-        return Pending(made, step, x, states)
+        return [x, *states]
 
     def _through_stage(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:
         (seat,), ask, tile = seats, self._placement.call, _tile(call.number)

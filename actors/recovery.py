@@ -79,7 +79,7 @@ class Recovery:
     def has_room(self) -> bool:
         """Whether another step would keep the actors busy."""
         # Fetching a state is slower than a result: keep one more step in flight.
-        depth = self._placement.depth + bool(self._under_way and self._under_way[0].states)
+        depth = self._placement.depth + bool(self._under_way and self._under_way[0].step.keep)
         return len(self._under_way) + len(self._waiting) + len(self._ready) < depth
 
     def result(self) -> tuple[tuple[int, Step], StepResult]:
@@ -108,7 +108,7 @@ class Recovery:
         def calls() -> list[Any]:
             while self._waiting:  # the states that it is made from
                 self._advance()
-            return ask()
+            return self._link.ask(ask)
 
         return self.ask(calls)
 
@@ -161,7 +161,7 @@ class Recovery:
         except self._link.failure as error:
             self._recover(error)
             return
-        made, step, _, _ = self._under_way.popleft()
+        made, step, _ = self._under_way.popleft()
         now = perf_counter()
         result, self._before = result._replace(seconds=now - self._before), now
         self._times.append(result.seconds)
@@ -187,8 +187,8 @@ class Recovery:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
     def _result(self, pending: Pending, under_way: int) -> StepResult:
-        get = self._get_patiently if pending.states else self._link.get
-        return self._pipeline.result(pending, get([pending.result, *pending.states], self._deadline(under_way)))
+        get = self._get_patiently if pending.step.keep else self._link.get
+        return self._pipeline.result(pending, get(self._link.answer(pending.refs), self._deadline(under_way)))
 
     def _get_patiently(self, refs: list[Any], timeout_s: float) -> list[Any]:
         """Link.get, but it waits longer while no actor hangs: a batch's state may take minutes over a network."""
@@ -239,7 +239,7 @@ class Recovery:
                 ) from error
             try:
                 self._replace(error)
-                self._link.get(self._pipeline.reset(), self.options.first_deadline_s)
+                self._link.get(self._link.ask(self._pipeline.reset), self.options.first_deadline_s)
             except self._link.failure as again:
                 error = again
                 continue

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
-from xlstm_ray.actors.pipeline import Pending, Pipeline
+from xlstm_ray.actors.pipeline import Pipeline
 from xlstm_ray.actors.placement import Placement, Seat
 from xlstm_ray.actors.wire import to_wire
 from xlstm_ray.runtime.executor import Step
@@ -62,20 +62,20 @@ class Spans(Pipeline):
         self._readers.clear()
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _make(self, made: Made, drop: tuple[int, ...]) -> Pending | None:
+    def _make(self, made: Made, drop: tuple[int, ...]) -> list[Any]:
         for number in drop:
             self._drop(number)
         if made.step is not None:
             return self._step(made, made.step)
         if made.rows:
             self._take(made)
-            return None
+            return []
         seat = self._new_home(made.state, self._next())
         wires = None if made.source is None else {name: to_wire(tensor) for name, tensor in made.source.items()}
         self._last_call(seat, "load_state", made.state, self._link.ray.put(wires), made.batch, ())
-        return None
+        return []
 
-    def _step(self, made: Made, step: Step) -> Pending:
+    def _step(self, made: Made, step: Step) -> list[Any]:
         home = self._homes[made.src]
         is_tile = step.tokens.shape[1] >= self._placement.options.least_span and not step.in_place
         if not is_tile or not home.of_tile:
@@ -85,9 +85,9 @@ class Spans(Pipeline):
             return self._submit(made, step, (), [[home.seat]])
         seat = self._seats[(home.seat.index + 1) % len(self._seats)]
         self._homes[made.state] = Home(seat, is_tile)
-        pending = self._submit(made, step, (), [[seat]], home.seat.index)
+        refs = self._submit(made, step, (), [[seat]], home.seat.index)
         self._readers[made.src].append(self._last[seat.index, 0])
-        return pending
+        return refs
 
     def _take(self, made: Made) -> None:
         """Make a state of rows at the home of most of them."""
