@@ -36,11 +36,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 class Other:
     """A service made of the standard library alone. It answers 0, 1, 2; a token is a word; its cache is endless.
 
-    chats_only: it lacks /v1/completions. counts: its answers have token counts.
+    chats_only: it lacks /v1/completions. counts: its answers have token counts. fields: that its bodies may have.
     """
 
-    def __init__(self, *, chats_only: bool = False, counts: bool = True):
-        self.chats_only, self.counts = chats_only, counts
+    def __init__(self, *, chats_only: bool = False, counts: bool = True, fields: set[str] = FIELDS):
+        self.chats_only, self.counts, self.fields = chats_only, counts, fields
         self.seen: list[list[str]] = []
         self.asked: list[str] = []
         self.most = self.now = 0
@@ -61,14 +61,14 @@ class Other:
         self.asked.append(request.path)
         if request.path not in ("/v1/chat/completions", "/v1/completions") or (self.chats_only and not chat):
             self.say(request, 404, {"error": {"message": "no such thing"}})
-        elif odd := set(body) - FIELDS:
+        elif odd := set(body) - self.fields:
             self.say(request, 400, {"error": {"message": f"Unknown parameter: {odd}"}})
         else:
             text = " ".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
             self.stream(request, text.split(), body, chat=chat)
 
     def stream(self, request: BaseHTTPRequestHandler, words: list[str], body: dict[str, Any], *, chat: bool) -> None:
-        cached, count = self.known(words), body["max_tokens"]
+        cached, count = self.known(words), body.get("max_tokens") or body["max_completion_tokens"]
         usage = {
             "prompt_tokens": len(words),
             "completion_tokens": count,
@@ -158,8 +158,17 @@ def test_a_service_of_others_is_measured(run, tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
+NEWEST = {"chats_only": True, "fields": FIELDS - {"max_tokens", "temperature"} | {"max_completion_tokens"}}
+
+
 @pytest.mark.parametrize(
-    ("kind", "path"), [({"chats_only": True}, "/v1/chat/completions"), ({"counts": False}, "/v1/completions")]
+    ("kind", "path"),
+    [
+        ({"chats_only": True}, "/v1/chat/completions"),
+        (NEWEST, "/v1/chat/completions"),
+        ({"counts": False}, "/v1/completions"),
+        ({"counts": False, "fields": FIELDS - {"stream_options"}}, "/v1/completions"),
+    ],
 )
 def test_it_makes_do_with_what_there_is(run, kind, path):
     other = Other(**kind)

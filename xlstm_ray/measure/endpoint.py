@@ -12,6 +12,9 @@ from xlstm_ray.errors import ServiceError
 COMPLETIONS, CHATS, STATES = "/v1/completions", "/v1/chat/completions", "/v1/states"
 CANNOT = 400, 404, 405, 422, 501  # an endpoint says that it has no such thing, or does not know a field
 SAMPLE = 256  # words, of which the tokens are counted
+# How an answer's length is told, with what goes beside it; OpenAI's newer models know the second way alone.
+LENGTHS: tuple[tuple[str, dict[str, Any]], ...] = ("max_tokens", {"temperature": 0}), ("max_completion_tokens", {})
+USAGE = {"stream_options": {"include_usage": True}}
 
 
 @dataclass
@@ -50,15 +53,23 @@ class Endpoint:
         self.service = service
         self.model = model or self._first_model()
         self._more: dict[str, Any] = {}
-        self.completes = self._can(COMPLETIONS, {"prompt": "a"})
-        self.chats = self._can(CHATS, {"messages": [{"role": "user", "content": "a"}]})
+        self._lengths = dict.fromkeys((COMPLETIONS, CHATS), LENGTHS[0])
+        self._usage: dict[str, Any] = USAGE
+        self.completes = self._takes(COMPLETIONS, {"prompt": "a"})
+        self.chats = self._takes(CHATS, {"messages": [{"role": "user", "content": "a"}]})
         if not (self.completes or self.chats):
             raise ServiceError(f"{service.url}: the model {self.model!r} takes neither completions nor chats there")
         fixed = {"ignore_eos": True}  # answers of one length; many know this, though it is not OpenAI's
         known = self._can(COMPLETIONS, {"prompt": "a", **fixed}) if self.completes else False
         self._more = fixed if known else {}
         self.documents = self._keeps_documents()
-        counted = self.ask(sample(SAMPLE), 1).prompt
+        try:
+            counted = self.ask(sample(SAMPLE), 1).prompt
+        except ServiceError as err:
+            if err.status not in CANNOT:
+                raise
+            self._usage = {}  # it does not count tokens of a stream
+            counted = self.ask(sample(SAMPLE), 1).prompt
         self.words_a_token = SAMPLE / counted if counted else 0.75
 
     def ask(self, text: str, tokens: int, state: str | None = None) -> Answer:
@@ -66,12 +77,12 @@ class Endpoint:
         after = {} if state is None else {"state": state}
         if not self.completes:
             return self.chat([{"role": "user", "content": text}], tokens)
-        return self._streamed(COMPLETIONS, {"prompt": text, "max_tokens": tokens, **after, **self._more})
+        return self._streamed(COMPLETIONS, {"prompt": text, **after}, tokens)
 
     def chat(self, messages: Sequence[Mapping[str, str]], tokens: int) -> Answer:
         """The next message of a conversation; where there are no chats, of its text."""
         if self.chats:
-            return self._streamed(CHATS, {"messages": messages, "max_tokens": tokens, **self._more})
+            return self._streamed(CHATS, {"messages": messages}, tokens)
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return self.ask(f"{text}assistant:", tokens)
 
@@ -92,8 +103,8 @@ class Endpoint:
         self.service.delete(state_path(name))
 
     # ------------------------------------------------------------------------------------------------------------------
-    def _streamed(self, path: str, body: dict[str, Any]) -> Answer:
-        asked = {"model": self.model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    def _streamed(self, path: str, body: dict[str, Any], tokens: int) -> Answer:
+        asked = {**self._asked(path, tokens), "stream": True, **self._usage, **self._more}
         seen = Answer(perf_counter())
         usage: dict[str, Any] = {}
         for event in self.service.events(path, {**asked, **body}):
@@ -116,10 +127,22 @@ class Endpoint:
             raise ServiceError(f"{self.service.url}: its list of models is empty; `model` names one")
         return str(found[0]["id"])
 
+    def _asked(self, path: str, tokens: int) -> dict[str, Any]:
+        """What every body of this address has. tokens: of the answer."""
+        name, beside = self._lengths[path]
+        return {"model": self.model, name: tokens, **beside}
+
+    def _takes(self, path: str, body: dict[str, Any]) -> bool:
+        """Whether it answers this, in any of the ways to tell an answer's length: the one is kept."""
+        for self._lengths[path] in LENGTHS:
+            if self._can(path, body):
+                return True
+        return False
+
     def _can(self, path: str, body: dict[str, Any]) -> bool:
         """Whether it answers this."""
         try:
-            self.service.post(path, {"model": self.model, "max_tokens": 1, "temperature": 0, **body})
+            self.service.post(path, {**self._asked(path, 1), **body})
         except ServiceError as err:
             if err.status not in CANNOT or err.code == "model_not_found":
                 raise
