@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from tempfile import TemporaryFile
 
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 import xlstm_ray
 from xlstm_ray.choose import DEMO_MODEL
 from xlstm_ray.config import ModelConfig
-from xlstm_ray.errors import MemoryLimitError
+from xlstm_ray.errors import MemoryLimitError, UsageError
 from xlstm_ray.text import encode, pieces
 from xlstm_ray.text.encode import Led, TextEncoder
 from xlstm_ray.text.ondisk import TextFile
@@ -355,3 +356,17 @@ def test_a_conversation_is_cut_from_where_its_last_turn_begins(lengths):
         lengths.clear()
         assert text.conversation(said) == text.tokenizer.encode(said, add_special_tokens=False).ids
         assert not turn or sum(lengths) < 2 * encode.OVERLAP
+
+
+@pytest.mark.parametrize("kind", [list, tuple, partial(array, "i"), partial(array, "q")])
+def test_token_ids_are_taken_from_any_list_of_whole_numbers_and_copied(kind):
+    text = Text(DEMO_MODEL, ModelConfig.from_file(DEMO_MODEL / "config.json"))
+    given = kind([3, 0, 1])
+    made = text.tokens(given)
+    assert (made.tolist(), made.dtype) == ([3, 0, 1], torch.int32)
+    if isinstance(given, array):
+        given[0] = 9
+        assert made.tolist() == [3, 0, 1]
+    for odd in (-1, text.vocabulary):
+        with pytest.raises(UsageError, match=f"token {odd} is outside the model's vocabulary"):
+            text.tokens(kind([1, odd]))

@@ -53,9 +53,9 @@ def require_text(prompt: str) -> None:
 
 
 def token_ids(prompt: Sequence[int]) -> "array[int]":
-    """int64. Raises UsageError for what is not a list of whole numbers."""
+    """int64; int32 of an array of these. Raises UsageError for what is not a list of whole numbers."""
     try:
-        return array("q", prompt)
+        return array("i" if isinstance(prompt, array) and prompt.typecode == "i" else "q", prompt)
     except OverflowError:
         odd = next(token for token in prompt if not -1 << 63 <= token < 1 << 63)
         raise UsageError(f"token {odd} is outside the model's vocabulary") from None
