@@ -110,14 +110,15 @@ class Cache:
         after: int = 0,
         whole: bool = True,
         asked: Iterable[int] = (),
+        begun: Chain | None = None,
     ) -> Hit:
-        """Find the longest state to go on from, and lease it.
+        """Find the longest state to go on from, and lease it. begun: the chain of an earlier look-up.
 
         tokens: int32. salt: the tenant. after, whole: as in Tree.longest. asked: positions whose states must be kept.
         """
         self._settle()
         self._look()
-        chain = Chain(root_of(self._maker.model, salt), tokens)
+        chain = Chain(root_of(self._maker.model, salt), tokens, begun)
         while True:
             found = self._tree.longest(chain, run, self._numerics, exact=self.plan.exact, after=after, whole=whole)
             tier, start = (None, None) if found.entry is None else self._start_of(found.entry)

@@ -36,10 +36,14 @@ class Share:
 
 
 class Reuse:
-    """The hits of a prefill's rows. cache: None if it is off; then there are no hits."""
+    """The hits of a prefill's rows. cache: None if it is off; then there are no hits.
 
-    def __init__(self, cache: Cache | None, going: Sequence[Going], share: Share):
+    before: an earlier look-up of these rows, of which the hashes are taken.
+    """
+
+    def __init__(self, cache: Cache | None, going: Sequence[Going], share: Share, before: "Reuse | None" = None):
         self._cache, self._going, self._share = cache, going, share
+        self._chains = {} if before is None else {b: hit.chain for b, hit in before.hits.items()}
         self.hits: dict[int, Hit] = {}
         self._ended = False
 
@@ -75,6 +79,7 @@ class Reuse:
                 after=self._going[b].seen,
                 whole=whole,
                 asked=self._share.keep_at,
+                begun=self._chains.get(b),
             )
             for b, run in runs.items()
         }

@@ -154,7 +154,7 @@ class Task:
         if self.windows is not None and kept == self.kept:
             return
         self.begun, self.kept = 0 if state is None else (state.begun or state.tokens)[0], kept
-        reuse = Reuse(cache, [self.going], self.request.share)
+        reuse = Reuse(cache, [self.going], self.request.share, self.reuse)
         reuse.find([ALONE], [self.begun], numerics)
         if self.reuse is not None:
             if not reuse.found:  # only longer states are found
