@@ -10,11 +10,12 @@ replica that has read its beginning. Serve's proxy has no authentication, so the
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
 
 from xlstm_ray.choose import Setup, setup_of
+from xlstm_ray.files import MIB
 from xlstm_ray.serve.app import make_app
 from xlstm_ray.serve.desk import Desk
 from xlstm_ray.serve.documents import Documents
@@ -48,10 +49,19 @@ class Options(BaseModel):
     decoders: int = 0
     max_replicas: int | None = None
     settings: dict[str, Any] = {}
+    states_mb: int = Field(4096, ge=1)
     drain_s: float = 60.0
     max_stall_ms: float | None = None
     num_cpus: float = 1
     num_gpus: float = 0
+
+    @field_validator("settings")
+    @classmethod
+    def _each_once(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name in settings:
+            if name in cls.model_fields:
+                raise ValueError(f"{name} is an argument of its own; take it out of the settings")
+        return settings
 
 
 @serve.deployment(max_ongoing_requests=AT_ONCE)
@@ -65,7 +75,7 @@ class Ingress:
         # Serve's proxy is what listens.
         service = ServiceOptions(host="0.0.0.0", keys=read_keys(options.token_file), name=name, folder=folder)
         self.desk = Desk(service)
-        self.documents = Documents(self.desk, Shelf(folder), service.states_bytes)
+        self.documents = Documents(self.desk, Shelf(folder), options.states_mb * MIB)
         self.template = find_template(setup.model, None)
         await self.documents.restore()
         remote = Remote(setup, readers, decoders)

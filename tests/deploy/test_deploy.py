@@ -249,6 +249,8 @@ def test_the_services_configuration_is_what_serve_and_the_app_take() -> None:
     assert json.loads(taken.stdout) | application["args"] == json.loads(taken.stdout)
     assert "['routes']" in served_by(config.replace("route_prefix:", "routes:"), {}).stderr
     assert "replica\n" in served_by(config, {**application["args"], "replica": 2}).stderr
+    twice = served_by(config, {**application["args"], "settings": {"states_mb": 1}}).stderr
+    assert "states_mb is an argument of its own" in twice
 
 
 def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:

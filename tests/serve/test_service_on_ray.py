@@ -176,7 +176,7 @@ def behind_a_proxy(head: Head, model: Path, tmp_path: Path) -> Iterator[Client]:
     (application,) = config["applications"]
     sizes = {"tile_size": 32, "chunk_size": 16, "chunkwise_backend": "native", "cache_memory_mb": 64, "threads": 1}
     own = {"model": str(model), "name": "tiny", "device": "cpu", "token_file": str(tmp_path / "keys"), "num_cpus": 1}
-    kinds = {"num_gpus": 0, "replicas": 2, "decoders": 1, "max_stall_ms": 60_000}
+    kinds = {"num_gpus": 0, "replicas": 2, "decoders": 1, "max_stall_ms": 60_000, "states_mb": 64}
     application["args"] |= own | kinds | {"settings": sizes}
     application["runtime_env"] = {"env_vars": {"PYTHONPATH": f"{ROOT / 'deploy'}:{ROOT}"}}  # where the image has it
     config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": free_port()}}
@@ -221,6 +221,7 @@ def test_a_state_goes_from_who_reads_to_who_answers(here, behind_a_proxy, home):
     assert got.headers["x-xlstm-cache"].startswith("hit tokens=150 of=150")
     usage = got.json["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (150, 3)
+    assert behind_a_proxy.ask("/load").json["documents"]["most"] == 64 << 20
     behind_a_proxy.ask("/v1/states", {"id": "doc", "prompt": "h" * 300})
     while behind_a_proxy.ask("/v1/states/doc").json["status"] != "ready":
         time.sleep(0.05)

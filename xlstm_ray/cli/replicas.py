@@ -17,9 +17,10 @@ from xlstm_ray.settings import Settings, table
 if TYPE_CHECKING:
     from xlstm_ray.serve.remote import Remote
 
-OF_THE_HEAD = """
+NOT_A_REPLICAS = """
     ray_address ray_token_path ray_state_dir ray_temp_dir ray_local_mode ray_dashboard ray_dashboard_port ray_keep_alive
-"""
+    states_mb
+"""  # of the head, and of this process, which has the documents
 FOR_A_GRID = "stages", "spans", "actors_per_device", "journal", "resume"
 
 
@@ -99,9 +100,9 @@ def open_replicas(
     """What takes the requests; the number of all its slots; the reporter. port: where the service listens."""
     from xlstm_ray.choose import choose_setup
 
-    heads = {name: table()[name].default for name in OF_THE_HEAD.split()}
-    others = {name: source for name, source in settings.sources.items() if name not in heads}
-    inner = settings.model_copy(update={**heads, "sources": others})
+    usual = {name: table()[name].default for name in NOT_A_REPLICAS.split()}
+    others = {name: source for name, source in settings.sources.items() if name not in usual}
+    inner = settings.model_copy(update={**usual, "sources": others})
     model = choose_setup(inner).model  # what is wrong is told before anything starts
     with Reporter(progress) as report, ExitStack() as open_:
         with leave_at_once():
