@@ -1,6 +1,7 @@
 """The service with its model in actors on Ray, and with replicas of it: real heads, processes and signals."""
 
 import ast
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from string import ascii_letters
 from typing import Any
@@ -298,18 +300,18 @@ def test_documents_are_asked_at_any_replica(here, two, tmp_path):
 def test_a_state_moves_to_another_replica_where_its_own_is_much_busier(here, two):
     """From each of the two: a replica may not take any other for the one that it is to ask."""
     letters = iter(ascii_letters)
-    document = f"{next(letters)}~" * 5_000
+    document = f"{next(letters)}~" * 2_000
     names = [two.complete(document, max_tokens=1).headers["x-xlstm-replica"]]
     while len(names) < 2:  # new ones take turns, but for what is still under way
-        document = f"{next(letters)}~" * 5_000
+        document = f"{next(letters)}~" * 2_000
         names += {two.complete(document, max_tokens=1).headers["x-xlstm-replica"]} - {*names}
     for first in names:
         for _ in range(6):  # where a fetch was slow, states are computed again for a time: on a busy machine
             while two.complete(document, max_tokens=1).headers["x-xlstm-replica"] != first:
-                document = f"{next(letters)}~" * 5_000
+                document = f"{next(letters)}~" * 2_000
             known = crowded_out(here, two, first, document)
-            document = f"{next(letters)}~" * 5_000
-            if known.startswith("hit tokens=10000 of=10003 tier=replica"):
+            document = f"{next(letters)}~" * 2_000
+            if known.startswith("hit tokens=4000 of=4003 tier=replica"):
                 break
             assert known.startswith("miss ")
         else:
@@ -317,21 +319,27 @@ def test_a_state_moves_to_another_replica_where_its_own_is_much_busier(here, two
 
 
 def crowded_out(here: Client, two: Client, first: str, document: str) -> str:
-    """Questions to a document that `first` has read, until the other one gets one; what that knew of it."""
-    streams = []
+    """Answers about a document that `first` has read, until the other one gives one; what that knew of it."""
+    streams, said = [], []
+    fields = {"max_tokens": 4000, "temperature": 0, "logprobs": 0, "stream": True}
     for n in range(100, 120):  # five are enough where nothing else is under way at the other one
-        body = {"prompt": f"{document}{n}", "max_tokens": 4000, "temperature": 0}
-        got = two.ask("/v1/completions", {**body, "max_tokens": 6})
-        if got.headers["x-xlstm-replica"] != first:
+        streams.append(two.send("/v1/completions", {"prompt": f"{document}{n}", **fields}))
+        reply = HTTPResponse(streams[-1])
+        reply.begin()  # it is under way
+        if reply.headers["x-xlstm-replica"] != first:
             break
-        streams.append(two.send("/v1/completions", {**body, "stream": True}))
-        assert streams[-1].recv(15) == b"HTTP/1.1 200 OK"
-    assert got.headers["x-xlstm-replica"] != first
-    assert got.json["choices"] == here.complete(body["prompt"], max_tokens=6).json["choices"]
-    for stream in streams:
+    assert reply.headers["x-xlstm-replica"] != first
+    for stream in streams[:-1]:
         stream.close()
-    assert two.complete(f"{document}!", max_tokens=1).headers["x-xlstm-cache"].startswith("hit tokens=10000 ")
-    return got.headers["x-xlstm-cache"]
+    while len(said) < 6:
+        if (line := reply.readline()).startswith(b"data: "):
+            (choice,) = json.loads(line.removeprefix(b"data: "))["choices"]
+            said += choice["logprobs"]["tokens"]
+    reply.close()
+    streams[-1].close()
+    assert said[:6] == chosen(here, f"{document}{n}")["tokens"]
+    assert two.complete(f"{document}!", max_tokens=1).headers["x-xlstm-cache"].startswith("hit tokens=4000 ")
+    return reply.headers["x-xlstm-cache"]
 
 
 def test_a_replica_that_is_killed_under_load_costs_no_answer(here, two, home):
