@@ -60,7 +60,6 @@ MARKED = {
     """,
     "metal": "metal mps simulator",
     "compile": """
-        test_bench_scaling
         test_autoscale
         test_parity_command
         test_transformers
@@ -99,6 +98,7 @@ MARKED = {
     """,
     "slow": """
         test_bench
+        test_bench_scaling
         test_bench_serve
         test_bad_requests
         test_batch
@@ -168,6 +168,8 @@ MARKED = {
         test_an_answer_is_printed_when_its_group_has_ended
         test_two_thousand_prompts_need_what_their_windows_take
         test_cluster_files_are_what_rays_launcher_takes
+        test_a_large_file_is_appended_without_holding_it
+        test_what_a_file_appends_is_what_its_text_does
         test_pieces_joined_are_what_decoding_makes_of_all
         test_text_that_is_given_in_between_is_not_printed
         test_a_long_text_is_not_encoded_at_once

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 from tiny import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,7 @@ SIZES = "--tile-size 32 --document 256 --prompt 128 --answer 4 --questions 2 --r
 def goals(model: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     env = {**os.environ, "XLSTM_MODEL": str(model), **{f"XLSTM_{name}": value for name, value in SETTINGS.items()}}
     command = [sys.executable, ROOT / "scripts" / "serve_goals.py", *SIZES.split(), "--cache-mb", "64", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    return programs.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
 def test_every_goal_has_a_number(tmp_path):
