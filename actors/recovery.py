@@ -79,8 +79,14 @@ class Recovery:
     def has_room(self) -> bool:
         """Whether another step would keep the actors busy."""
         # Fetching a state is slower than a result: keep one more step in flight.
-        depth = self._placement.depth + bool(self._under_way and self._under_way[0].step.keep)
+        depth = self._depth + bool(self._under_way and self._under_way[0].step.keep)
         return len(self._under_way) + len(self._waiting) + len(self._ready) < depth
+
+    @property
+    def _depth(self) -> int:
+        """Steps in flight that keep the actors busy."""
+        reads = any(pending.step.chunk_size > 1 for pending in self._under_way)
+        return self._placement.depth if reads else self._placement.tokens
 
     def result(self) -> tuple[tuple[int, Step], StepResult]:
         """The oldest step that was not fetched yet, with the number of the state after it; and its result."""
@@ -129,14 +135,14 @@ class Recovery:
             try:
                 if timeout_s is not None:
                     return self._link.get(calls(), timeout_s)
-                return self._get_patiently(calls(), self._deadline(self._placement.depth + 1))
+                return self._get_patiently(calls(), self._deadline(self._depth + 1))
             except self._link.failure as error:
                 self._recover(error)
 
     def _ask_for_waiting(self) -> None:
         """Submit waiting requests until the actors are busy."""
         self._require()
-        while self._waiting and (self._waiting[0].step is None or len(self._under_way) <= self._placement.depth):
+        while self._waiting and (self._waiting[0].step is None or len(self._under_way) <= self._depth):
             made, *later = self._waiting
             drop = set() if later else self._take_freed() - made.uses  # later requests may still need them
             if not self._under_way:

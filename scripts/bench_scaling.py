@@ -12,7 +12,7 @@ tiles in turn (`--spans`); --stages says how many GPUs, in either.
 A contestant is a process that has loaded, compiled and run once: on one GPU it is one process without Ray, on more a
 grid of one actor a GPU. Loaded at a time are one GPU's and those of one number: in a round they run one after the
 other, each length in turn. Each then answers --rows requests for every decoding step that it has in flight: one, or on
-GPUs two a stage; and again with answers of twice the length. Tokens a second are the difference: the prompts' time is
+GPUs three a stage; and again with answers of twice the length. Tokens a second are the difference: the prompts' time is
 in neither. Each run is printed as it ends. With --out, it is a line of JSON, too; the same command again, or one with
 other --stages, --layout, --tokens or --rounds, makes only the runs that are missing. The first line has the other
 settings, and a file that has others there is refused.

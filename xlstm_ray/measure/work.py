@@ -93,11 +93,11 @@ def need(loaded: Loaded, model: Model, machines: int) -> Need:
 
 def need_of(loaded: Loaded, model: Model, stages: Sequence[range]) -> list[Need]:
     """The memory need of the machine of each stage. On GPUs it leaves results where the next stage reads them, in a
-    place for each step in flight (two a stage), and two more."""
+    place for each step in flight (three a stage), and two more."""
     whole = computed_need(loaded, Call(1, 1, loaded.tile))
     if loaded.device == "cuda" and len(stages) > 1:
         result = loaded.tile * loaded.config.hidden_size * loaded.itemsize
-        whole = replace(whole, tile=whole.tile + (2 * len(stages) + 2) * result)
+        whole = replace(whole, tile=whole.tile + (3 * len(stages) + 2) * result)
     weights = [sum(model.sizes.blocks[b] for b in stage) for stage in stages]
     weights[0] += model.sizes.first
     weights[-1] += model.sizes.of_last if len(stages) > 1 else model.sizes.last
