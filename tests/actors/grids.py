@@ -137,6 +137,47 @@ def all_answers(lm, prompt):
 """
 
 
+# The beginning of a script: a grid whose faults are found within seconds. CHAOS has the number of kills as an argument.
+GRID = """
+    import dataclasses, json, os, random, signal, sys, threading, time
+    import torch
+    import xlstm_ray
+    from xlstm_ray.engine.request import Request
+
+    def say(**row): print(json.dumps(row), flush=True)
+    model, address, stages, heads, prompt = sys.argv[1:6]
+    lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, stages=int(stages),
+        heads_per_band=int(heads), device="cpu", threads=1, tile_size=16, chunk_size=16, journal_every=3)
+    executor = lm.executor
+    def options(**changes):
+        for part in (executor.placement, executor.recovery):
+            part.options = dataclasses.replace(part.options, **changes)
+    options(least_deadline_s=4.0, answer_timeout_s=2.0)
+"""
+CHAOS = """
+    # Actors are killed at random moments, each time after some progress.
+    stop, progress, killed, rounds = threading.Event(), threading.Event(), [], []
+    kills = int(sys.argv[6])
+    def killer():
+        while len(killed) < kills and not stop.is_set():
+            if progress.wait(0.05):
+                time.sleep(random.uniform(0, 0.3))
+                process = random.choice([s.process for s in executor.placement.seats])
+                if process is not None and process.pid not in killed and process.is_running():  # a zombie runs, too
+                    process.kill()
+                    killed.append(process.pid)
+                    progress.clear()
+    threading.Thread(target=killer, daemon=True).start()
+    digests = set()
+    while len(killed) < kills and len(rounds) < 20:  # the prompt again and again: as long as it takes
+        rounds.append(1)
+        digests.add(lm.prefill(prompt, on_progress=lambda p: progress.set()).state.digest())
+    digests.add(lm.prefill(prompt).state.digest())  # the last kill may have come between two prefills
+    say(chaos=sorted(digests), killed=len(killed), chaos_restarts=executor.restarts)
+    stop.set()
+"""
+
+
 class InProcess(dict[int, dict[str, Any]]):
     """By heads a band: the queued backend's results, computed on first use, for one thread like actors."""
 

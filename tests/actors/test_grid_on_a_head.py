@@ -1,4 +1,4 @@
-"""Runs on a head of ours: places, deadlines, memory limits, connections, journals, full disks."""
+"""Runs on a head of ours: places, faults, deadlines, memory limits, connections, journals, full disks."""
 
 import csv
 import importlib.util
@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from collections import ChainMap
 
 import pytest
 import torch
 from containers import container, needs_containers
 from grids import (
+    CHAOS,
+    GRID,
     PROMPT,
     SIZES,
     TILE,
@@ -282,6 +285,117 @@ def test_a_programs_own_connection_is_used_and_two_engines_share_one(home, head,
     for refusal in (by_engine, *others):
         assert f"connected to Ray at {head.address} already" in refusal["said"]
         assert not refusal["head_started"]
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def faults(home, head, model, tmp_path_factory):
+    """What a grid of two stages printed, whose actors die and hang. One of compiled actors is in test_grid.py."""
+    text = (
+        GRID
+        + CHAOS
+        + """
+    # The last stage's actor is killed when a snapshot's tile is here, its logits are not, and more tiles are under way.
+    plain, seen = executor.logits, []
+    def logits(hidden):
+        executor.logits = plain
+        os.kill(executor.placement.seats[-1].process.pid, signal.SIGKILL)
+        return plain(hidden)
+    executor.logits = logits
+    result = lm.prefill(prompt, on_progress=lambda p: seen.append(p.tiles_done))
+    say(between=result.state.digest(), between_restarts=executor.restarts, between_tiles=seen)
+
+    # An actor is suspended, so it hangs.
+    pids = [s.process.pid for s in executor.placement.seats]
+    def hang(p):
+        if p.tiles_done == 7 and pids:
+            os.kill(pids.pop(), signal.SIGSTOP)
+    say(hung=lm.prefill(prompt, on_progress=hang).state.digest(), hang_restarts=executor.restarts)
+
+    # An actor is killed between two tokens of two answers, while a third state is kept.
+    kept = lm.prefill(prompt[:96])
+    turns = [lm.generate(prompt[:96], max_new_tokens=9), lm.generate(prompt[3:64], max_new_tokens=9)]
+    pieces = []
+    for pair in zip(*turns):
+        pieces.append(pair)
+        if len(pieces) == 4:
+            os.kill(executor.placement.seats[0].process.pid, signal.SIGKILL)
+    again, other = ["".join(texts) for texts in zip(*pieces)]
+    say(text_again=again, after_again=turns[0].state().digest(), kept_again=kept.state.digest())
+    say(other_again=other, other_after_again=turns[1].state().digest())
+
+    # An actor is killed while many requests are served.
+    from xlstm_ray.sampling import Sampling
+    lm.serve(slots=4, buckets=(4,))
+    def ask(n):
+        return lm.submit(Request(prompt[n:90 + 7 * n], sampling=Sampling(max_new_tokens=5 + n)))
+    say(requests=[ask(n).result(120).text for n in range(8)])
+    handles, before = [ask(n) for n in range(8)], executor.restarts
+    handles[1].result(120)
+    os.kill(executor.placement.seats[1].process.pid, signal.SIGKILL)
+    say(requests_again=[handle.result(120).text for handle in handles], requests_lost=executor.restarts - before)
+
+    # The first stage's actor dies each time, before it has done anything new.
+    done = threading.Event()
+    def always():
+        while not done.is_set():
+            process = executor.placement.seats[0].process
+            if process is not None and process.is_running():
+                process.kill()
+            time.sleep(0.02)
+    def begin(p):
+        if p.tiles_done == 7:
+            threading.Thread(target=always, daemon=True).start()
+    options(retries=1)
+    result = lm.prefill(prompt, on_progress=begin)
+    done.set()
+    result.state.save(sys.argv[7])
+    say(lost=str(result.ended_by), code=result.ended_by.exit_code, complete=result.complete, left=result.state.tokens)
+    lm.close()
+    """
+    )
+    lost = tmp_path_factory.mktemp("lost") / "state"
+    return dict(ChainMap({"lost_state": lost}, *script(home, text, model, head.address, 2, 4, PROMPT, 2, lost)))
+
+
+def test_actors_killed_at_random_moments_change_no_bit(faults, in_process):
+    assert faults["killed"] == 2
+    assert faults["chaos_restarts"] >= 2
+    assert faults["chaos"] == [in_process[4]["digest"]]
+
+
+def test_an_actor_killed_between_a_tile_and_its_logits_changes_no_bit_and_loses_no_tile(faults, in_process):
+    assert faults["between"] == in_process[4]["digest"]
+    assert faults["between_restarts"] > faults["chaos_restarts"]
+    assert faults["between_tiles"] == [n + 1 for n in range(47)]
+
+
+def test_a_hung_actor_is_found_and_replaced(faults, in_process):
+    assert faults["hung"] == in_process[4]["digest"]
+    assert faults["hang_restarts"] > faults["between_restarts"]
+
+
+def test_an_actor_killed_while_decoding_changes_no_token(faults, in_process):
+    expected = in_process[4]
+    assert (faults["text_again"], faults["after_again"]) == (expected["text"], expected["after"])
+    assert (faults["other_again"], faults["other_after_again"]) == (expected["other"], expected["other_after"])
+    assert faults["kept_again"] == expected["kept"]
+
+
+def test_an_actor_killed_while_requests_are_served_changes_no_token_of_any(faults):
+    assert faults["requests_lost"] > 0
+    assert faults["requests_again"] == faults["requests"]
+
+
+def test_an_actor_that_always_dies_ends_the_run_with_a_state_to_go_on_from(faults, in_process, model):
+    assert faults["code"] == 4
+    assert not faults["complete"]
+    (kept,) = faults["left"]
+    assert f"failed 2 times in a row from tile {kept // TILE} on" in faults["lost"]
+    assert 6 * TILE <= kept < len(PROMPT)
+    rest = resumed(model, RecurrentState.load(faults["lost_state"]))
+    assert rest.state.digest() == in_process[4]["digest"]
+    assert rest.stats.resumed_tokens == kept
 
 
 # -- journal -----------------------------------------------------------------------------------------------------------

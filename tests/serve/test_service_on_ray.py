@@ -14,6 +14,7 @@ from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
+import programs
 import psutil
 import pytest
 import yaml
@@ -63,7 +64,7 @@ def test_on_a_grid_answers_are_those_of_this_process_and_outlive_an_actor(model,
             pass
         assert chosen(service, PROMPTS[2][100:], state="doc") == alone[PROMPTS[2]]
         (head,) = status(state_dir(tmp_path)).heads
-        stream = service.send("/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 1000, "stream": True})
+        stream = service.send("/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 300, "stream": True})
         assert stream.recv(15) == b"HTTP/1.1 200 OK"
         os.kill(next(actor.pid for actor in head.actors if "Shard" in actor.name), signal.SIGKILL)
         assert b"".join(iter(lambda: stream.recv(1 << 16), b"")).count(b"[DONE]") == 1
@@ -420,7 +421,7 @@ def test_replicas_tell_their_figures(two):
 def test_a_stall_that_no_tile_keeps_is_refused_by_what_a_replicas_place_measures(head, home, model):
     sizes = ["--model", model, *WORDS, "--ray-address", head.address, "--replicas", 2, "--max-stall-ms", "0.001"]
     command = [sys.executable, "-m", "xlstm_ray", "serve", "--port", "0", *map(str, sizes)]
-    ran = subprocess.run(command, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, check=False)
+    ran = programs.run(command, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.startswith("error: --max-stall-ms is 0.001, and --tile-size 32 takes ")
 
