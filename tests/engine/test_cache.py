@@ -456,6 +456,8 @@ def test_no_prompt_waits_until_a_state_that_is_hardly_of_use_has_left_the_device
         others: list[Future[Any]] = [Future() for _ in range(MOVERS)]
         lm._core.states._under_way += others
         lm.prefill(BOOK[:150])
+        lm.prefill(OTHER[200 : 200 + TILE - 1])  # less than a tile
+        lm.prefill(OTHER[300 : 300 + TILE // 2], keep_at=[CHUNK])
         for other in others:
             other.set_result({})
         assert hits(lm.prefill([*BOOK[:70], *OTHER[70:150]])) == [(0, None)]
@@ -463,6 +465,8 @@ def test_no_prompt_waits_until_a_state_that_is_hardly_of_use_has_left_the_device
         assert hits(lm.prefill([*BOOK[:70], *OTHER[70:150]]))[0][0] == 150
         lm.prefill(OTHER[:150])
         assert hits(lm.prefill([*OTHER[:70], *BOOK[70:150]]))[0][0] == 64
+        assert hits(lm.prefill(OTHER[200 : 200 + TILE - 1]))[0][0] == 0
+        assert hits(lm.prefill(OTHER[300 : 300 + TILE // 2]))[0][0] == CHUNK
 
 
 def test_a_reader_who_leaves_is_gone_while_windows_are_under_way_and_their_states_are_kept(plain, monkeypatch):

@@ -162,10 +162,10 @@ class Cache:
             self._tree.drop(entry)  # if it is in no tier any more
             self._fit()
 
-    def keep(self, hit: Hit, length: int, start: Start, *, cold: bool = True) -> None:
-        """Keep the state after `length` tokens of a prompt. cold: whether a cold run has the same windows."""
+    def keep(self, hit: Hit, length: int, start: Start, *, cold: bool = True, slight: bool = False) -> None:
+        """Keep the state after `length` tokens of a prompt. cold: a cold run has its windows. slight: saves little."""
         likely = length in hit.likely or not cold
-        if (not cold and self.plan.exact) or (not likely and self._states.crowded):  # no prompt waits for such a state
+        if (not cold and self.plan.exact) or (self._states.crowded and (slight or not likely)):  # nobody waits for it
             return
         self._settle()
         tiles = None if cold else -1

@@ -131,8 +131,10 @@ class Reuse:
             if self._cache.plan.folder is not None:
                 part.begin()  # a file has logits
             row = Start(part.rows.pick([n]), part.some(partial(_row, n)), self._going[b].trail)
+            asked = {hit.run.end_before(place) for place in self._share.keep_at}
+            slight = seen - hit.use.hit_tokens < hit.run.tile and seen not in asked
             with self._cache.turn():
-                self._cache.keep(hit, seen, row, cold=cold and hit.exact)
+                self._cache.keep(hit, seen, row, cold=cold and hit.exact, slight=slight)
 
     @property
     def keeps_answers(self) -> bool:
