@@ -9,6 +9,7 @@ Waiting for results is done here too: it checks the head from time to time.
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from time import monotonic
@@ -20,6 +21,7 @@ from xlstm_ray.files import MIB
 from xlstm_ray.supervisor.presence import LOOK_S, PATIENCE_S, Presence
 from xlstm_ray.supervisor.ray_inside import session_dir
 
+CALLS, RESULTS = "calls", "results"  # lanes
 LEAST_DISK = 64 * MIB  # with less left, Ray's processes end when they cannot write
 
 
@@ -30,22 +32,22 @@ class Link:
         self.ray, self._patience_s = ray, patience_s
         self.head: str = ray.get_runtime_context().gcs_address
         self._presence = Presence(self.head, patience_s)
-        self._asked: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] | None = None
+        self._lanes: dict[str, SimpleQueue[tuple[Future[Any], Callable[[], Any]]]] = {}  # of a thread each
         self.gone: str | None = None  # the reason, if it is gone
 
     def ask(self, call: Callable[..., Any], *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
         """Call Ray; return its result or raise its error. GridLost if it takes over timeout_s (None: patience_s)."""
-        return self.answer(self.begin(call, *args, **options), timeout_s)
+        return self.answer(self.begin(lambda: call(*args, **options)), timeout_s)
 
-    def begin(self, call: Callable[..., Any], *args: Any, **options: Any) -> "Future[Any]":
-        """Call Ray after all calls before, not waiting: most of a call's time, Python is free. See `answer`."""
+    def begin(self, call: Callable[[], Any], lane: str = CALLS) -> "Future[Any]":
+        """Call Ray after all calls of this lane before, not waiting: most of a call's time, Python is free."""
         if self.gone:
             raise GridLost(self.gone)
-        if self._asked is None:
-            self._asked = SimpleQueue()
-            Thread(target=_answer, args=(self._asked,), name="ray", daemon=True).start()
+        if lane not in self._lanes:
+            self._lanes[lane] = SimpleQueue()
+            Thread(target=_answer, args=(self._lanes[lane],), name=f"ray {lane}", daemon=True).start()
         answer: Future[Any] = Future()
-        self._asked.put((answer, lambda: call(*args, **options)))
+        self._lanes[lane].put((answer, call))
         return answer
 
     def answer(self, answer: "Future[Any]", timeout_s: float | None = None) -> Any:
@@ -99,7 +101,7 @@ class Link:
             if until is not None and monotonic() >= until:
                 raise self.ray.exceptions.GetTimeoutError(f"no answer in {timeout_s:.0f} s")
         try:
-            return self.ask(self.ray.get, refs)
+            return self.answer(self.begin(partial(self.ray.get, refs), RESULTS))  # they are there: not behind calls
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, XlstmRayError):
                 raise error.cause from None
@@ -113,10 +115,10 @@ class Link:
         try:
             self.require_head()
         except GridLost:
-            self._asked = None
+            self._lanes.clear()
             raise
         if monotonic() >= until:
-            self._asked = None  # its thread is abandoned with the call
+            self._lanes.clear()  # their threads are abandoned with the call
             raise self._lost(f"Ray's head at {self.head} or this machine's raylet does not answer")
 
     def require_head(self) -> None:

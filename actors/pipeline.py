@@ -7,6 +7,7 @@ call before.
 
 from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ class Pipeline:
 
         It does not wait for those of a step: they take a millisecond, in which the next result can be looked at.
         """
-        refs = self._link.begin(self._make, made, (*made.drop, *drop))
+        refs = self._link.begin(partial(self._make, made, (*made.drop, *drop)))
         if made.step is not None:
             return Pending(made, made.step, refs)
         self._link.answer(refs)
