@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from services import Here, model, serving_here
 
+from xlstm_ray.text.encode import TextEncoder
+from xlstm_ray.text.pieces import Piece
 from xlstm_ray.text.template import Template
 
 __all__ = ["model"]
@@ -101,3 +103,38 @@ def test_chats_and_what_comes_after_a_document_tell_tokens_too(service):
         (choice,) = got.json["choices"]
         assert choice["prompt_token_ids"] == service.engine.encode_more(text)
         assert len(choice["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "a word " * 90, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "a word " * 90, "max_tokens": 1, "add_special_tokens": False}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a word " * 90}], "max_tokens": 1}),
+        ("/tokenize", {"prompt": "a word " * 90}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a word " * 90}]}),
+    ],
+)
+def test_how_fast_a_text_is_cut_tells_nobody_what_another_has_sent(path, fields, model, monkeypatch):
+    """What is known of its beginning is of one key and one salt."""
+    encoded: list[int] = []
+    plain = TextEncoder._encoded
+
+    def counted(self: TextEncoder, part: str, start: int) -> Piece:
+        encoded.append(len(part))
+        return plain(self, part, start)
+
+    monkeypatch.setattr(TextEncoder, "_encoded", counted)
+    for size, characters in (("piece", 256), ("overlap", 64)):
+        monkeypatch.setitem(TextEncoder.__init__.__kwdefaults__, size, characters)
+    with serving_here(model, template=Template(TEMPLATE, "test", {}), keys=["first", "other"]) as service:
+
+        def cut(key: str, **more: str) -> int:
+            encoded.clear()
+            assert service.ask(path, {**fields, **more}, authorization=f"Bearer {key}").status == 200
+            return sum(encoded)
+
+        assert cut("first") >= 630 > cut("first")
+        assert cut("other") >= 630 > cut("other")
+        if path != "/tokenize":
+            assert cut("other", cache_salt="mine") >= 630 > cut("other", cache_salt="mine")

@@ -338,6 +338,9 @@ def test_of_a_text_that_begins_as_one_before_little_is_encoded(lengths):
     assert encoded(text[:20_000] + " more") < 2 * encode.OVERLAP
     assert encoded(text) > len(text) - 20_000 > 3 * encode.PIECE
     assert encoded(text) == 0
+    lengths.clear()
+    assert encoder.encode(text, tenant="another") == encoder.encode(text)  # who pays for all of it, once
+    assert sum(lengths) >= len(text)
     for end in (" one more", " 2 others\n\n", "", "e" * 100):
         assert encoded(text + end) < 2 * encode.OVERLAP
     assert encoded(text[:-5000]) < 2 * encode.OVERLAP

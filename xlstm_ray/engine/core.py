@@ -136,8 +136,9 @@ class Core:
         state: RecurrentState | None,
         *,
         any_numerics: bool = False,
+        tenant: str = "",
     ) -> tuple[list[Going], RecurrentState | None]:
-        """What each row has to read, and the state to go on from, with as many rows.
+        """What each row has to read, and the state to go on from, with as many rows. tenant: as in Text.tokens.
 
         Raises UsageError and StateError for wrong arguments; see Engine.prefill for prompt, append and state.
         """
@@ -148,7 +149,7 @@ class Core:
                 raise UsageError("neither a prompt nor a state was given")
             given = as_batch(prompt)
             texts = [p if isinstance(p, str | TextFile) else None for p in given]
-            return prompts([self._tokens(p) for p in given], texts, state), state
+            return prompts([self._tokens(p, None, tenant) for p in given], texts, state), state
         if prompt is not None:
             raise UsageError("a prompt and what to append were both given; give one")
         if state is None:
@@ -158,13 +159,13 @@ class Core:
             state = state.spread(len(more))
         elif len(more) == 1:
             more *= state.batch
-        return appended(more, state, lambda new, row: self._tokens(new, row.end.tokens)), state
+        return appended(more, state, lambda new, row: self._tokens(new, row.end.tokens, tenant)), state
 
-    def _tokens(self, given: Given, after: Sequence[int] | None = None) -> Tensor | Stored:
+    def _tokens(self, given: Given, after: Sequence[int] | None, tenant: str) -> Tensor | Stored:
         """The tokens of a prompt, or of a text after others: of a file, in a file."""
         if isinstance(given, TextFile | TokenFile):
             return Stored(self.text.on_disk(given, after))
-        return self.text.tokens(given, after)
+        return self.text.tokens(given, after, tenant)
 
     def rows_of(self, state: RecurrentState) -> HeldRows:
         """The rows of a state; without a copy if an earlier call left them with the executor."""

@@ -129,16 +129,16 @@ class Engine:
         return self._running.stays
 
     # -- tokens --------------------------------------------------------------------------------------------------------
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens, with the begin token if the model's configuration asks for it.
+    def encode(self, prompt: Prompt, *, tenant: str = "") -> list[int]:
+        """A prompt's tokens, with the begin token if the model's configuration asks for it. tenant: as in `prefill`.
 
         Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        return self._core.text.tokens(prompt).tolist()
+        return self._core.text.tokens(prompt, tenant=tenant).tolist()
 
-    def encode_more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
+    def encode_more(self, more: Prompt, after: Sequence[int] = (), *, tenant: str = "") -> list[int]:
         """As `Text.more`: the tokens of a text that follows the tokens `after`."""
-        return self._core.text.more(more, after)
+        return self._core.text.more(more, after, tenant)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, with that of special ones. Raises UsageError for a token outside the vocabulary."""
@@ -200,7 +200,7 @@ class Engine:
             return PrefillResult(state, state.logits, stats, prompt_logprobs=scores)
         began = perf_counter()
         core.on_phase("cutting the prompt into tokens")
-        going, state = core.going_on(prompt, append, state, any_numerics=any_numerics)
+        going, state = core.going_on(prompt, append, state, any_numerics=any_numerics, tenant=tenant)
         share = Share(tenant, keep_at)
         asked = Asked(Each(all_logits, prompt_logprobs), on_progress, on_ready, should_stop, on_snapshot, share)
         return Prefill(core, going, state, asked, encode_s=perf_counter() - began).run()

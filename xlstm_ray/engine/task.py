@@ -66,7 +66,7 @@ class Task:
             core.require_whole(state)
             going = unchanged(state)
         else:
-            (going,), state = core.going_on(_one(request.prompt), _one(request.append), state)
+            (going,), state = core.going_on(_one(request.prompt), _one(request.append), state, tenant=request.tenant)
         both = (core.nothing, HeldRows([None])) if state is None else (state.logits, core.rows_of(state))
         return cls(number, request, handle, going, Snapshot([going.seen], *both), resumed=going.seen)
 

@@ -95,7 +95,7 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         prompts = body.prompts()
         bare = not body.add_special_tokens or body.state is not None  # a text after a state never has any
         if body.return_token_ids or (bare and body.state is None):
-            cut = partial(encode, bare=bare)
+            cut = partial(encode, tenant=whose(request, body), bare=bare)
             prompts = [await asyncio.to_thread(cut, p) if isinstance(p, str) else p for p in prompts]
         ask = await ask_of(request, body, prompts)
         if body.echo:
@@ -112,9 +112,9 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         text = rendered(body.plain(), answer=body.add_generation_prompt, more=body.chat_template_kwargs)
         prompt: Prompt = text
         if body.state is None:
-            prompt = await asyncio.to_thread(conversation, text)
+            prompt = await asyncio.to_thread(conversation, text, whose(request, body))
         elif body.return_token_ids:
-            prompt = await asyncio.to_thread(partial(encode, bare=True), text)
+            prompt = await asyncio.to_thread(partial(encode, tenant=whose(request, body), bare=True), text)
         return await reply_to(request, desk, body, await ask_of(request, body, [prompt]), Chats(engine.decode))
 
     @app.post("/tokenize", openapi_extra=takes(Tokenize))
@@ -128,9 +128,10 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         if body.messages is not None:
             plain = [message.plain() for message in body.messages]
             text = rendered(plain, answer=body.add_generation_prompt)
-            tokens = await asyncio.to_thread(conversation, text)
+            tokens = await asyncio.to_thread(conversation, text, request.scope["tenant"])
         else:
-            tokens = await asyncio.to_thread(encode, body.prompt or "", bare=not body.add_special_tokens)
+            cut = partial(encode, tenant=request.scope["tenant"], bare=not body.add_special_tokens)
+            tokens = await asyncio.to_thread(cut, body.prompt or "")
         return JSONResponse({"count": len(tokens), "max_model_len": None, "tokens": tokens})
 
     @app.post("/detokenize", openapi_extra=takes(Detokenize))
@@ -159,8 +160,14 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         """Figures for Prometheus."""
         return Response(desk.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    def encode(text: str, *, bare: bool = False) -> list[int]:
-        return desk.engine.encode_more(text) if bare else desk.engine.encode(text)
+    def encode(text: str, *, tenant: str, bare: bool) -> list[int]:
+        engine = desk.engine
+        return engine.encode_more(text, tenant=tenant) if bare else engine.encode(text, tenant=tenant)
+
+    def whose(request: Request, body: Body) -> str:
+        """With whom a body's prompts share what is known."""
+        tenant = str(request.scope["tenant"])
+        return f"{tenant}/{body.cache_salt}" if body.cache_salt else tenant
 
     def rendered(messages: Sequence[Mapping[str, str]], *, answer: bool, more: dict[str, Any] | None = None) -> str:
         """The text of a conversation."""
@@ -179,9 +186,9 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         except UsageError as err:
             raise Refused(400, str(err), param="messages") from None
 
-    def conversation(text: str) -> list[int]:
+    def conversation(text: str, tenant: str) -> list[int]:
         """The tokens of a rendered conversation: its template writes special tokens itself."""
-        tokens, config = encode(text, bare=True), desk.engine.config
+        tokens, config = encode(text, tenant=tenant, bare=True), desk.engine.config
         if config.force_bos_token_insert and config.bos_token_id not in (None, *tokens[:1]):
             tokens.insert(0, int(config.bos_token_id or 0))
         return tokens
@@ -195,8 +202,7 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
         if state is not None and body.repetition_penalty not in (None, 1):
             text = "`repetition_penalty` needs the prompt's tokens, and a state does not have them; leave one out"
             raise Refused(400, text, param="repetition_penalty")
-        salt = f"{tenant}/{body.cache_salt}" if body.cache_salt else tenant
-        return Ask(prompts, sampling, -body.priority, salt, state, scores=body.scores_asked())
+        return Ask(prompts, sampling, -body.priority, whose(request, body), state, scores=body.scores_asked())
 
     def model() -> dict[str, Any]:
         about = {"id": options.name, "object": "model", "created": began, "owned_by": "xlstm-ray"}

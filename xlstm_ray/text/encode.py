@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -86,13 +87,15 @@ class TextEncoder:
         *,
         special: bool = True,
         skip: int = 0,
+        tenant: str = "",
     ) -> "array[int]":
         """The token ids of the text. on_piece is called after every piece with the number of finished characters.
 
         special: with the tokens that the tokenizer adds around a text. skip: without those that begin before so many
-        characters; it is not for special ones. Raises the errors of the tokenizers library.
+        characters; it is not for special ones. tenant: whose texts it may go on from. Raises the errors of the
+        tokenizers library.
         """
-        return self.taken_by(joined, text, on_piece, special=special, skip=skip)
+        return self.taken_by(joined, text, on_piece, special=special, skip=skip, tenant=tenant)
 
     def taken_by(
         self,
@@ -102,16 +105,17 @@ class TextEncoder:
         *,
         special: bool = True,
         skip: int = 0,
+        tenant: str = "",
     ) -> T:
         """What `take` makes of the ids, which come some at a time. It is called once more if that does not work out."""
         assert not (special and skip)
         try:
-            return take(self._pieces(text, on_piece, special, skip))
+            return take(self._pieces(text, on_piece, special, skip, tenant))
         except _Whole:
             return take([self._at_once(text, special, skip)])
 
     def _pieces(
-        self, text: Given, on_piece: Callable[[int], object], special: bool, skip: int
+        self, text: Given, on_piece: Callable[[int], object], special: bool, skip: int, tenant: str
     ) -> "Iterator[array[int]]":
         if len(text) <= min(self._piece, 2 * self._overlap):  # to go on from another saves nothing
             raise _Whole
@@ -128,14 +132,15 @@ class TextEncoder:
             raise _Whole
         before, after = self._added if special else ([], [])
         yield array(IDS, before)
+        piece_of = partial(self._piece_of, text, tenant)
         at, size = 0, self._piece
-        piece = self._piece_of(text, at, size)
+        piece = piece_of(at, size)
         piece.first = _after(skip, piece.begin)
         while piece.end < len(text):
-            following, place = self._next(piece, lambda cut: self._piece_of(text, cut, self._piece))
+            following, place = self._next(piece, lambda cut: piece_of(cut, self._piece))
             if place is None:  # repeat this piece with twice the length
                 size *= 2
-                longer = self._piece_of(text, at, size)
+                longer = piece_of(at, size)
                 if not longer.begins_as(piece):
                     raise _Whole
                 piece = longer
@@ -155,12 +160,12 @@ class TextEncoder:
             first = _after(skip, (start for start, _ in encoding.offsets)) if skip else 0
             return array(IDS, encoding.ids[first:])
 
-    def _piece_of(self, text: Given, start: int, size: int) -> Piece:
+    def _piece_of(self, text: Given, tenant: str, start: int, size: int) -> Piece:
         """text[start:start + size], encoded. A file's are not kept: it takes no memory, and comes once."""
         part = text[start : start + size]
         if not isinstance(text, str):
             return self._encoded(part, start)
-        like, alike = self._kept.like(part, start)
+        like, alike = self._kept.like(part, start, tenant)
         piece = None
         if like is not None and like.text == part:
             piece = like
@@ -170,7 +175,8 @@ class TextEncoder:
         if piece is None:
             piece = self._encoded(part, start)
         # It takes the place of one that has little else: many questions to one text keep it once.
-        self._kept.keep(piece, like if like is not None and len(like.text) <= alike + self._overlap else None)
+        instead = like if like is not None and len(like.text) <= alike + self._overlap else None
+        self._kept.keep(piece, instead, tenant)
         return replace(piece)  # `first` is its user's
 
     def _continued(self, like: Piece, alike: int, part: str) -> Piece | None:

@@ -82,16 +82,17 @@ def _last(marks: np.ndarray) -> int:
 
 
 class Kept:
-    """The pieces that were used last, up to MOST characters. For any threads."""
+    """The pieces that were used last, up to MOST characters. For any threads. Tenants do not share them: from the time
+    that a text takes, one could tell what another has."""
 
     def __init__(self) -> None:
-        self._pieces: list[Piece] = []  # the one that was used last comes last
+        self._pieces: list[tuple[str, Piece]] = []  # with their tenants; the one that was used last comes last
         self._lock = Lock()
 
-    def like(self, text: str, start: int) -> tuple[Piece | None, int]:
+    def like(self, text: str, start: int, tenant: str) -> tuple[Piece | None, int]:
         """The piece with the longest beginning of a text, and how many characters that has."""
         with self._lock:
-            pieces = [piece for piece in self._pieces if piece.start == start]
+            pieces = [piece for owner, piece in self._pieces if piece.start == start and owner == tenant]
         best, most = None, 0
         for piece in pieces:
             if piece.text == text:
@@ -101,14 +102,18 @@ class Kept:
                 best, most = piece, alike
         return best, most
 
-    def keep(self, piece: Piece, instead: Piece | None) -> None:
+    def keep(self, piece: Piece, instead: Piece | None, tenant: str) -> None:
         """Keep a piece that is used now, `instead` of another."""
+
+        def same(owner: str, other: Piece) -> bool:
+            return owner == tenant and other.start == piece.start and other.text == piece.text
+
         with self._lock:
-            others = [p for p in self._pieces if p is not instead and (p.start != piece.start or p.text != piece.text)]
+            others = [(owner, one) for owner, one in self._pieces if one is not instead and not same(owner, one)]
             free, kept = MOST, []
-            for one in [piece, *reversed(others)]:
+            for owner, one in [(tenant, piece), *reversed(others)]:
                 if len(one.text) <= free:
-                    kept.append(one)
+                    kept.append((owner, one))
                     free -= len(one.text)
             self._pieces = kept[::-1]
 

@@ -54,13 +54,13 @@ class Text:
         """How many tokens the model knows."""
         return self._config.vocab_size
 
-    def tokens(self, prompt: Given, after: Sequence[int] | None = None) -> Tensor:
+    def tokens(self, prompt: Given, after: Sequence[int] | None = None, tenant: str = "") -> Tensor:
         """A prompt's tokens (T,) int32, with the begin token if the model's configuration asks for it.
 
-        after: of a text that follows these tokens, as with `more`. Raises UsageError for an empty prompt or a token
-        outside the vocabulary.
+        after: of a text that follows these tokens, as with `more`. tenant: only of his texts some tokens are known
+        already. Raises UsageError for an empty prompt or a token outside the vocabulary.
         """
-        ids = self._taken(prompt, joined, after) if isinstance(prompt, str | TextFile) else token_ids(prompt)
+        ids = self._taken(prompt, joined, after, tenant) if isinstance(prompt, str | TextFile) else token_ids(prompt)
         return self._checked(prompt, ids)
 
     def on_disk(self, prompt: TextFile | TokenFile, after: Sequence[int] | None = None) -> TokenFile:
@@ -77,17 +77,17 @@ class Text:
             return TokenFile.of((ids for ids in pieces if len(self._checked(prompt, ids))), prompt.folder)
 
         try:
-            return self._taken(prompt, write, after)
+            return self._taken(prompt, write, after)  # nothing of a file is kept
         except OSError as err:
             where = prompt.folder or gettempdir()
             raise OutputError(f"{where}: the prompt's tokens cannot be kept there ({err.strerror})") from None
 
-    def more(self, more: Prompt, after: Sequence[int] = ()) -> list[int]:
+    def more(self, more: Prompt, after: Sequence[int] = (), tenant: str = "") -> list[int]:
         """The tokens of a text that follows the tokens `after`: without a begin token or other tokens around a text.
 
         Some tokenizers put a space before a text's first word; here it is avoided if possible.
         """
-        return self.tokens(more, after).tolist()
+        return self.tokens(more, after, tenant).tolist()
 
     def conversation(self, rendered: str) -> list[int]:
         """The tokens of what a chat template made, which writes special tokens itself."""
@@ -131,7 +131,11 @@ class Text:
         return ""
 
     def _taken(
-        self, prompt: str | TextFile, take: "Callable[[Iterable[array[int]]], T]", after: Sequence[int] | None
+        self,
+        prompt: str | TextFile,
+        take: "Callable[[Iterable[array[int]]], T]",
+        after: Sequence[int] | None,
+        tenant: str = "",
     ) -> T:
         """What `take` makes of a text's tokens, which come some at a time. after: what it follows; None: a prompt."""
         if isinstance(prompt, str):
@@ -158,7 +162,9 @@ class Text:
 
         text = before + prompt if isinstance(prompt, str) else Led(before, prompt) if before else prompt
         skip = len(before)
-        return self._encoder.taken_by(lambda pieces: take(begun(pieces)), text, between, special=whole, skip=skip)
+        return self._encoder.taken_by(
+            lambda pieces: take(begun(pieces)), text, between, special=whole, skip=skip, tenant=tenant
+        )
 
     def _checked(self, prompt: Given, ids: "array[int]") -> Tensor:
         """The prompt's tokens, int32, if all are in the vocabulary."""
