@@ -10,7 +10,7 @@ import threading
 
 import programs
 import pytest
-from services import WORDS, model, serving, serving_here
+from services import WORDS, Client, model, serving, serving_here
 from test_documents import until
 
 from xlstm_ray.errors import GridLost, UsageError
@@ -205,6 +205,21 @@ def test_only_those_with_a_key_come_in_and_tenants_share_nothing(model):
             assert got.headers["x-xlstm-cache"].startswith(word)
             texts.append(got.json["choices"])
         assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_service_that_loads_says_so_and_takes_nothing():
+    server = Server(Options(port=0), threading.Event())
+    try:
+        client = Client(f"http://127.0.0.1:{server.port}")
+        load = client.ask("/load")
+        assert (load.status, load.json["status"], load.json["documents"]) == (200, "loading", None)
+        for path, body in (("/health", None), ("/v1/completions", {"prompt": "a"}), ("/v1/states", None)):
+            got = client.ask(path, body)
+            assert (got.status, got.error["code"]) == (503, "loading")
+            assert int(got.headers["retry-after"]) > 0
+        assert client.ask("/").status == client.ask("/metrics").status == 200
+    finally:
+        server.close()
 
 
 def test_strange_names_and_pages_are_kept_out(model):

@@ -68,7 +68,8 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
     @app.get("/load")
     async def load(request: Request) -> Response:
         """What the service does now: its status, slots, cache and documents."""
-        own = None if documents is None else documents.room(request.scope["tenant"])
+        known = None if documents is None or not documents.restored else documents
+        own = known and known.room(request.scope["tenant"])
         return JSONResponse({**desk.load(), "documents": own})
 
     @app.get("/version")

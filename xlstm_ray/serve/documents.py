@@ -82,7 +82,7 @@ class Documents:
         self._cutting = asyncio.Lock()  # texts that are cut one after the other, so that requests are cut beside one
         self._all: dict[tuple[str, str], Document] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._restored = False
+        self.restored = False  # whether they are known
 
     # -- what callers do -----------------------------------------------------------------------------------------------
     def of(self, tenant: str) -> list[Document]:
@@ -214,7 +214,7 @@ class Documents:
             )
             self._all[record.tenant, record.name] = document
             self._touch(document)
-        self._restored = True
+        self.restored = True
 
     async def go_on(self) -> None:
         """Read on what an earlier service had begun."""
@@ -230,7 +230,7 @@ class Documents:
 
     # ------------------------------------------------------------------------------------------------------------------
     def _require_restored(self) -> None:
-        if not self._restored:
+        if not self.restored:
             raise Refused(503, "the model is being loaded", code="loading", retry_s=LOADING_S)
 
     async def _base(self, document: Document) -> RecurrentState | None:
