@@ -42,10 +42,7 @@ async def pieces(request: Request, most: int, least: int) -> AsyncIterator[bytes
 
 
 async def fields_known(request: Request) -> None:
-    """Raise Refused for a field in the address that the call does not take, or that is given twice: it would have no
-
-    effect. What a call takes is what its function does.
-    """
+    """Raise Refused for a field in the address that the call's function does not take, or that is given twice."""
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     seen = set()
     for name, _ in request.query_params.multi_items():
