@@ -5,6 +5,7 @@
     python scripts/bench_serving.py --only mixed --requests 200 --rate 20 --png serving.png
     python scripts/bench_serving.py --only memory --many 1000
     python scripts/bench_serving.py --model DIR --device cuda --slots 64
+    python scripts/bench_serving.py --url http://127.0.0.1:8000 --url http://127.0.0.1:8001    # services that run
 
 Tables (medians of rounds; all contestants are engines of this process, which take turns):
 
@@ -15,6 +16,9 @@ Tables (medians of rounds; all contestants are engines of this process, which ta
     hit       a prompt that was seen and a new end of 64 tokens, against the same length unseen; and an exact repeat
     http      prompts of 64 tokens, one at a time and 32 at once, over HTTP from another process against submit here
     memory    --many requests through one engine: resident memory on the way, and the computed need
+
+With --url, services of one model instead, by one caller in turn: how much later than the first the others say the first
+token to prompts of 64 tokens that never repeat. A key is taken from XLSTM_RAY_API_KEY.
 
 Figures: tokens a second over all, time to the first token (TTFT) and between two tokens (ITL), p50 and p99.
 """
@@ -342,6 +346,31 @@ class Bench:
         figure.savefig(path, dpi=120)
 
 
+def services(urls: list[str], rounds: int, seed: int) -> None:
+    from xlstm_ray.client.keys import find_key
+    from xlstm_ray.client.service import Service
+
+    rng, times = random.Random(seed), {url: list[float]() for url in urls}
+    callers = {url: Service(url, find_key(None)) for url in urls}
+
+    def first_token(url: str) -> float:
+        prompt = [rng.randrange(1, 256) for _ in range(64)]
+        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
+        began, first = time.perf_counter(), 0.0
+        for _ in callers[url].events("/v1/completions", body):
+            first = first or time.perf_counter() - began
+        return first
+
+    for turn in range(-4, 40 * rounds):  # the first ones are not counted: connections, code
+        for url in urls:
+            seconds = first_token(url)
+            times[url] += [seconds] if turn >= 0 else []
+    print("| service | TTFT p50, p99 ms | p50 more than the first |\n| --- | --- | --- |")
+    for url in urls:
+        own, late = (1e3 * percent(times[url], share) for share in (0.5, 0.99))
+        print(f"| {url} | {own:.1f}, {late:.1f} | {own - 1e3 * percent(times[urls[0]], 0.5):.1f} |", flush=True)
+
+
 TABLES = "streams", "mixed", "long", "unique", "hit", "http", "memory"
 
 
@@ -361,8 +390,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=24, help="pairs of requests of each length of unique")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--url", action="append", help="a service that runs; give it for each")
     parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()
+    if args.url:
+        services(args.url, args.rounds, args.seed)
+        return
     asked = args.only.split(",")
     if unknown := [name for name in asked if name not in TABLES]:
         parser.error(f"--only {unknown[0]}: not one of {', '.join(TABLES)}")
