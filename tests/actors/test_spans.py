@@ -305,7 +305,7 @@ def test_a_new_reader_gets_the_same_memory_and_one_elsewhere_none(work: SpanWork
     assert not any(isinstance(block, Spot) for block in work.give(0, 1, 1))
 
 
-@pytest.mark.parametrize(("nodes", "why", "places"), [("ab", "", 0), ("aa", "no peer access", 0), ("aa", "", 6)])
+@pytest.mark.parametrize(("nodes", "why", "places"), [("ab", "", 0), ("aa", "no peer access", 0), ("aa", "", 8)])
 def test_a_replaced_reader_is_handed_tensors_only_where_it_can_read_them(nodes: str, why: str, places: int) -> None:
     """The sender was there before, and may still leave them for the reader before this one."""
     seats = [Seat(n, f"seat {n}", Shard(range(n, n + 1), range(1), range(1))) for n in range(2)]
@@ -315,7 +315,7 @@ def test_a_replaced_reader_is_handed_tensors_only_where_it_can_read_them(nodes: 
     here = SimpleNamespace(
         options=SimpleNamespace(start_timeout_s=1.0),
         seats=seats,
-        depth=4,
+        tokens=6,
         over_host={},
         _spans=False,
         _link=SimpleNamespace(get=lambda refs, timeout_s: refs),
