@@ -40,6 +40,7 @@ from typing import Any
 import psutil
 
 from xlstm_ray.engine.request import End, Piece, Reading
+from xlstm_ray.errors import XlstmRayError
 
 SUFFIX = 64  # tokens after a prompt that was seen
 
@@ -394,7 +395,10 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()
     if args.url:
-        services(args.url, args.rounds, args.seed)
+        try:
+            services(args.url, args.rounds, args.seed)
+        except XlstmRayError as err:  # a service that is not there, a wrong key
+            parser.error(str(err))
         return
     asked = args.only.split(",")
     if unknown := [name for name in asked if name not in TABLES]:
