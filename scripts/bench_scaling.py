@@ -22,6 +22,7 @@ The tables have medians over rounds. For a prompt:
     x one        how many times as fast as one, in the rounds beside it
     by number    x one, over the number of GPUs
     on paper     what the layout allows at most, by number, where nothing takes time but the blocks (docs/scaling.md)
+    fill         the time on paper in which some have nothing to do: stages fill and drain, a last round has few tiles
     rest         the time beyond that: transfers, calls, uneven stages
 """
 
@@ -235,19 +236,21 @@ def table(rows: list[Row], args: argparse.Namespace) -> dict[int, dict[Way, floa
     for tokens in args.tokens:
         tiles = -(-tokens // args.tile_size)
         print(f"\n{tokens:,} tokens, {tiles} tiles of {args.tile_size}")
-        print("             tokens/s        seconds   TTFT s   x one   by number   on paper     rest   MiB, most")
+        print("             tokens/s        seconds   TTFT s   x one   by number   on paper", end="")
+        print("     fill     rest   MiB, most")
         for way in every:
             runs = runs_of(tokens, way)
             seconds = [row["seconds"] for row in runs]
             middle, paper = statistics.median(seconds), way.tiles(tiles, args.blocks)
             base = statistics.median(row["seconds"] for row in runs_of(tokens, one, way))
             fast = times.setdefault(tokens, {})[way] = base / middle
-            rest = middle - base * paper / one.tiles(tiles, args.blocks)
+            alone = one.tiles(tiles, args.blocks)
+            fill, rest = base * (paper / alone - one.number / way.number), middle - base * paper / alone
             print(
                 f"{way.number:3d} {way.layout:7s} {tokens / middle:10,.0f} {min(seconds):7.2f} to {max(seconds):<6.2f}"
                 f"{statistics.median(row['ttft_s'] for row in runs):7.2f} {fast:7.2f}"
                 f"{fast * one.number / way.number:12.2f} {tiles / paper / way.number:10.2f} "
-                f"{1e3 * rest:6.0f}ms {max(row['memory'] for row in runs) / 2**20:11,.0f}"
+                f"{1e3 * fill:6.0f}ms {1e3 * rest:6.0f}ms {max(row['memory'] for row in runs) / 2**20:11,.0f}"
             )
     if args.answer:
         print(f"\n{args.rows} requests for each step in flight, {PROMPT} + {args.answer} tokens each")
