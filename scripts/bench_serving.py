@@ -40,7 +40,6 @@ from typing import Any
 import psutil
 
 from xlstm_ray.engine.request import End, Piece, Reading
-from xlstm_ray.errors import XlstmRayError
 
 SUFFIX = 64  # tokens after a prompt that was seen
 
@@ -49,9 +48,10 @@ CALLER = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
+from xlstm_ray.client.keys import find_key
 from xlstm_ray.client.service import Service
+from xlstm_ray.errors import XlstmRayError
 
-service, pool = Service(sys.argv[1]), ThreadPoolExecutor(64)
 
 def ask(prompt):
     began, first = perf_counter(), None
@@ -60,10 +60,36 @@ def ask(prompt):
         first = first or perf_counter() - began
     return first
 
-for line in sys.stdin:
-    asked = json.loads(line)
-    print(json.dumps(list(pool.map(ask, [asked["prompt"]] * asked["count"]))), flush=True)
+try:
+    service, pool = Service(sys.argv[1], find_key(None)), ThreadPoolExecutor(64)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(list(pool.map(ask, [asked["prompt"]] * asked["count"]))), flush=True)
+except XlstmRayError as err:  # a service that is not there, a wrong key
+    sys.exit(f"error: {err}")
 """
+
+
+class Caller:
+    """A process that asks a service."""
+
+    def __init__(self, url: str):
+        command = [sys.executable, "-c", CALLER, url]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, prompt: list[int], count: int = 1) -> list[float]:
+        """The seconds to the first token of so many requests at once. Ends this program where the caller has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(self._process.wait())  # its error stands above
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 @dataclass
@@ -268,14 +294,7 @@ class Bench:
         lm = self.engine(many)
         server = Server(Options(port=0), threading.Event())
         server.open(lm, many)
-        caller = subprocess.Popen(
-            [sys.executable, "-c", CALLER, server.desk.options.url.replace(":0", f":{server.port}")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert caller.stdin is not None
-        assert caller.stdout is not None
+        caller = Caller(server.desk.options.url.replace(":0", f":{server.port}"))
         text = "The capital of France is a city on a river, and its people have always said that " * 8
         prompt = lm.encode(text)[:64]
         print("\n| http, 64 tokens | submit: TTFT p50, p99 ms | over HTTP | p50 more |\n| --- | --- | --- | --- |")
@@ -285,17 +304,14 @@ class Bench:
             over: list[float] = []
             for _ in range(rounds):
                 inside += run(lm, [(0.0, self.request(lm, prompt, 4), True)] * count).ttft
-                caller.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
-                caller.stdin.flush()
-                over += json.loads(caller.stdout.readline())
+                over += caller.ask(prompt, count)
             own, more = ([1e3 * percent(values, p) for p in (0.5, 0.99)] for values in (inside, over))
             added[count] = more[0] - own[0]
             print(
                 f"| {count} at once | {own[0]:.1f}, {own[1]:.1f} | {more[0]:.1f}, {more[1]:.1f} | {added[count]:.1f} |",
                 flush=True,
             )
-        caller.stdin.close()
-        caller.wait()
+        caller.close()
         server.close()
         return added
 
@@ -348,28 +364,17 @@ class Bench:
 
 
 def services(urls: list[str], rounds: int, seed: int) -> None:
-    from xlstm_ray.client.keys import find_key
-    from xlstm_ray.client.service import Service
-
     rng, times = random.Random(seed), {url: list[float]() for url in urls}
-    callers = {url: Service(url, find_key(None)) for url in urls}
-
-    def first_token(url: str) -> float:
-        prompt = [rng.randrange(1, 256) for _ in range(64)]
-        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
-        began, first = time.perf_counter(), 0.0
-        for _ in callers[url].events("/v1/completions", body):
-            first = first or time.perf_counter() - began
-        return first
-
+    callers = {url: Caller(url) for url in urls}
     for turn in range(-4, 40 * rounds):  # the first ones are not counted: connections, code
         for url in urls:
-            seconds = first_token(url)
-            times[url] += [seconds] if turn >= 0 else []
+            seconds = callers[url].ask([rng.randrange(1, 256) for _ in range(64)])
+            times[url] += seconds if turn >= 0 else []
     print("| service | TTFT p50, p99 ms | p50 more than the first |\n| --- | --- | --- |")
     for url in urls:
         own, late = (1e3 * percent(times[url], share) for share in (0.5, 0.99))
         print(f"| {url} | {own:.1f}, {late:.1f} | {own - 1e3 * percent(times[urls[0]], 0.5):.1f} |", flush=True)
+        callers[url].close()
 
 
 TABLES = "streams", "mixed", "long", "unique", "hit", "http", "memory"
@@ -395,10 +400,7 @@ def main() -> None:
     parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()
     if args.url:
-        try:
-            services(args.url, args.rounds, args.seed)
-        except XlstmRayError as err:  # a service that is not there, a wrong key
-            parser.error(str(err))
+        services(args.url, args.rounds, args.seed)
         return
     asked = args.only.split(",")
     if unknown := [name for name in asked if name not in TABLES]:
