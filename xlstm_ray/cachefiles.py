@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -86,13 +85,9 @@ class Folder:
     def entries(self) -> dict[str, os.stat_result]:
         """The state files by name."""
         found = {}
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                if NAME.fullmatch(entry.name):
-                    with suppress(FileNotFoundError):  # another process removes them too
-                        info = entry.stat(follow_symlinks=False)
-                        if stat.S_ISREG(info.st_mode):
-                            found[entry.name] = info
+        for name, entry in self._there().items():
+            with suppress(FileNotFoundError):  # another process removes them too
+                found[name] = entry.stat(follow_symlinks=False)
         return found
 
     def read(self, known: Collection[str] = ()) -> tuple[list[KeptFile], list[str], Collection[str]]:
@@ -100,9 +95,7 @@ class Folder:
 
         Only headers are read: a file's contents are checked when it is used. known: names of files that are not new.
         """
-        new, refused = [], []
-        with os.scandir(self.path) as entries:
-            there = {e.name: e for e in entries if NAME.fullmatch(e.name) and e.is_file(follow_symlinks=False)}
+        new, refused, there = [], [], self._there()
         seen = {name for name in there if name in self._seen or name in known}
         for name in [name for name in there if name not in seen]:
             try:
@@ -161,6 +154,11 @@ class Folder:
     def tidy(self) -> None:
         """Remove temporary files of killed writers."""
         sweep(self.path)
+
+    def _there(self) -> dict[str, "os.DirEntry[str]"]:
+        """The state files by name, not looked at."""
+        with os.scandir(self.path) as entries:
+            return {e.name: e for e in entries if NAME.fullmatch(e.name) and e.is_file(follow_symlinks=False)}
 
     def _header(self, name: str, info: os.stat_result) -> KeptFile:
         path = self.path / name
