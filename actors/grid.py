@@ -46,7 +46,7 @@ class RayExecutor:
         self.recovery = Recovery(link, self.placement, self._pipeline, self.watch, options)
         self.metrics = self.watch.metrics
         cuda = spec.device == "cuda"
-        self.parallel = self.placement.tokens if cuda else len(layout)
+        self.parallel = self.placement.token_depth if cuda else len(layout)
         one_band = len(layout[0]) == 1
         self.chooses: Literal["no", "here", "there"] = "there" if one_band and (spec.graphs or not cuda) else "no"
         self._names, self._row = Names(self.recovery.free), state_bytes(spec.config)

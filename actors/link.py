@@ -50,17 +50,17 @@ class Link:
         self._lanes[lane].put((answer, call))
         return answer
 
-    def answer(self, answer: "Future[Any]", timeout_s: float | None = None) -> Any:
+    def answer(self, begun: "Future[Any]", timeout_s: float | None = None) -> Any:
         """The result of what was begun, or its error, as `ask`."""
         until = monotonic() + (timeout_s if timeout_s is not None else self._patience_s)
-        while not answer.done():
+        while not begun.done():
             try:
-                answer.exception(max(0.0, min(LOOK_S, until - monotonic())))
+                begun.exception(max(0.0, min(LOOK_S, until - monotonic())))
             except TimeoutError:
-                self._asked_in_vain(answer, until)
-        error = answer.exception()
+                self._asked_in_vain(begun, until)
+        error = begun.exception()
         if error is None:
-            return answer.result()
+            return begun.result()
         if isinstance(error, (self.ray.exceptions.RayError, XlstmRayError)):
             raise error
         # Ray's clients raise these if the other end is gone, or forgot this job when its raylet ended.

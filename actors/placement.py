@@ -63,7 +63,7 @@ class Placement:
         # than there are stages, four GPUs waited a fifth of their time for steps on their way.
         self.depth = 2 * len(layout)
         # Of tokens on GPUs, three: there a stage computes for less than 3 ms, and a step travels for as long.
-        self.tokens = (3 if spec.device == "cuda" else 2) * len(layout)
+        self.token_depth = (3 if spec.device == "cuda" else 2) * len(layout)
         self.over_host: dict[int, str] = {}  # on cuda, by stage: why its results go to the next one over the host
         self.restarts = 0  # the number of actors that replaced another
         self._groups: list[Any] = []
@@ -237,7 +237,7 @@ class Placement:
                 offer = self.call(sender, "offer", "offer memory")()
                 (why,) = self._link.get([self.call(reader, "read", "read another GPU")(offer)], timeout_s)
             # One more than may be in flight, and one that is being written. The reader before this one could perhaps.
-            self._link.get(self.each([sender], "hand_over", 0 if why else self.tokens + 2), timeout_s)
+            self._link.get(self.each([sender], "hand_over", 0 if why else self.token_depth + 2), timeout_s)
             self.over_host[sender.index] = why
 
     def _load(self, seats: list[Seat]) -> None:

@@ -86,7 +86,7 @@ class Recovery:
     def _depth(self) -> int:
         """Steps in flight that keep the actors busy."""
         reads = any(pending.step.chunk_size > 1 for pending in self._under_way)
-        return self._placement.depth if reads else self._placement.tokens
+        return self._placement.depth if reads else self._placement.token_depth
 
     def result(self) -> tuple[tuple[int, Step], StepResult]:
         """The oldest step that was not fetched yet, with the number of the state after it; and its result."""

@@ -315,7 +315,7 @@ def test_a_replaced_reader_is_handed_tensors_only_where_it_can_read_them(nodes: 
     here = SimpleNamespace(
         options=SimpleNamespace(start_timeout_s=1.0),
         seats=seats,
-        tokens=6,
+        token_depth=6,
         over_host={},
         _spans=False,
         _link=SimpleNamespace(get=lambda refs, timeout_s: refs),

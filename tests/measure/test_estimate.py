@@ -211,7 +211,7 @@ def test_what_gpus_leave_for_the_next_one_is_part_of_the_need(tmp_path: Path, sl
     left, made = spans.need.state - one.need.state - arriving, sum(places.nbytes for places in ring._rings)
     assert left > made if slstm_at == [1, 2] else left == made  # the larger ones come first, and nothing smaller stays
     assert (spans.tile_size, stages.tile_size) == (one.tile_size, one.tile_size)
-    ring = Ring(3 * 3 + 2)  # on GPUs `Placement.tokens` is three a stage
+    ring = Ring(3 * 3 + 2)  # on GPUs `Placement.token_depth` is three a stage
     ring.put(torch.zeros(1, one.tile_size, config.hidden_size, dtype=torch.bfloat16))
     assert stages.need.tile - one.need.tile == ring._rings[0].nbytes
 

@@ -189,9 +189,9 @@ class Work:
         state = task.state = self._executor.submit(task.state, step._replace(logits="last" if last else "none"))
 
         def take(result: StepResult) -> None:
-            wanted = windows.take(result).wanted
-            logits, here = result.logits, None
-            task.logits = task.logits if logits is None else logits[0]
+            wanted, here = windows.take(result).wanted, None
+            if result.logits is not None:
+                task.logits = result.logits[0]
             if wanted:
                 ref, tensors = (state, None) if result.state is None else (None, result.state)
                 here = windows.snapshot(core.states.rows(ref, 1, tensors))
@@ -204,7 +204,7 @@ class Work:
                     self._prompt_read(task)
             if here is not None:  # after the first token was told: on a GPU this takes milliseconds
                 began = perf_counter()
-                task.keep(here if logits is None else Snapshot([read], logits.cpu(), here.rows))
+                task.keep(here if result.logits is None else Snapshot([read], result.logits.cpu(), here.rows))
                 self.steps.add("snapshot", perf_counter() - began)
 
         self._under_way.append(Flight("prefill", began, take))

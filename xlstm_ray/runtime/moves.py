@@ -105,8 +105,8 @@ class Moves:
                 for (name, tensor), place in zip(tensors.items(), places, strict=True)
             }
             if (joined := _joined(list(tensors.values()))) is not None:
-                halves = buffer[: len(joined)].numpy(), joined.numpy()
-                pairs = list(zip(*(np.array_split(half, COPIERS) for half in halves), strict=True))
+                both = buffer[: len(joined)].numpy(), joined.numpy()
+                pairs = list(zip(*(np.array_split(one, COPIERS) for one in both), strict=True))
             else:
                 pairs = [(views[name].numpy(), tensor.numpy()) for name, tensor in tensors.items()]
             list(self._copiers.map(_copy, [pairs[n::COPIERS] for n in range(COPIERS)]))
