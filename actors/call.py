@@ -1,6 +1,6 @@
 """A step as an actor sees it, and what it leaves there until somebody asks for it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,6 +28,17 @@ class Call(NamedTuple):
     following: tuple[Wire, int] | None  # as in Following
     rows: Rows | None  # of a token's step whose next tokens the last stage chooses
     home: int | None = None  # which other actor has the state `src`, where actors have all blocks
+
+    def packed(self) -> list[Any]:
+        """As lists, numbers and bytes, which Ray packs in a tenth of the time of our classes: 3 us."""
+        rows = self.rows and self.rows.packed()
+        return [*self._replace(drop=list(self.drop), rows=rows)]  # type: ignore[arg-type]
+
+    @classmethod
+    def unpacked(cls, packed: list[Any]) -> "Call":
+        call = cls(*packed)
+        rows: Any = call.rows
+        return call._replace(drop=tuple(call.drop), rows=rows and Rows.unpacked(rows))
 
 
 class Done(NamedTuple):

@@ -4,10 +4,14 @@ deploy/grafana-dashboard.json draws these names. All are gauges, even counts and
 gauge 20 s after its run, but keeps a counter as long as the head lives.
 """
 
+from bisect import bisect_left
 from collections import Counter
+from itertools import accumulate
+from time import monotonic
 from typing import Any, Literal
 
 TILE_SECONDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]  # bounds of the histogram's buckets
+SHOWN_S = 0.1  # steps of tokens are shown so seldom: each would take a tenth of the driver's time for it
 
 
 class GridMetrics:
@@ -22,6 +26,9 @@ class GridMetrics:
             return metric
 
         self._counted: Counter[tuple[Any, ...]] = Counter()
+        self._done = [0] * (len(TILE_SECONDS) + 1)  # tiles by bucket
+        self._tokens_done = 0
+        self._shown = 0.0  # monotonic time
         self._tiles = make("tiles_total", "Tiles done.")
         self._tokens = make("tokens_total", "Tokens done, over all rows of a batch and all prompts.")
         self._prompt = make("prompt_tokens", "New tokens of the prompt that is read, over all rows of a batch.")
@@ -33,14 +40,20 @@ class GridMetrics:
         self._restarts = make("restarts_total", "Actors that were replaced.")
         self._limits = make("memory_events_total", "Memory limits that were met.", "limit")
 
-    def tile(self, tokens: int, seconds: float, under_way: int) -> None:
-        """A tile's result has come."""
-        self._count(self._tiles)
+    def tile(self, tokens: int, seconds: float, under_way: int, *, one_of_many: bool = False) -> None:
+        """A tile's result has come. one_of_many: shown within SHOWN_S, or when none is under way; else at once."""
+        self._done[bisect_left(TILE_SECONDS, seconds)] += 1
+        self._tokens_done += tokens
+        now = monotonic()
+        if one_of_many and under_way and now - self._shown < SHOWN_S:
+            return
+        self._shown = now
+        self._tiles.set(sum(self._done))
         if tokens:
-            self._count(self._tokens, tokens)
+            self._tokens.set(self._tokens_done)
             self._rate.set(tokens / seconds if seconds > 0 else 0.0)
-        for bound in (*TILE_SECONDS, float("inf")):
-            self._count(self._buckets, int(seconds <= bound), le="+Inf" if bound == float("inf") else str(bound))
+        for bound, count in zip((*map(str, TILE_SECONDS), "+Inf"), accumulate(self._done), strict=True):
+            self._buckets.set(count, tags={"le": bound})
         self._depth.set(under_way)
 
     def progress(self, done: int, total: int) -> None:

@@ -198,7 +198,7 @@ class Pipeline:
             before = [ref for ref in before if ref not in tokens.values() or ref is tokens.get(call.src)]
         name = f"token {_tile(call.number)} {self._where(s, seat)}"
         ask = self._placement.call(seat, "token", name, self._token_group, results=2)
-        result, tokens[call.dst] = ask(call, x, *before)
+        result, tokens[call.dst] = ask(call.packed(), x, *before)
         return result
 
     def _through_bands(self, seats: list[Seat], s: int, call: Call, x: Any) -> Any:

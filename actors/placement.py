@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, pairwise
 from math import prod
@@ -40,6 +40,7 @@ class Seat:
     group: Any = None  # its placement group, and which of the group's bundles it has
     bundle: int = 0
     handle: Any = None
+    calls: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)  # the handle's; slow to make
     node: str = ""  # Ray's id of its node
     process: psutil.Process | None = None  # the actor's, if it is visible from this process
 
@@ -109,8 +110,11 @@ class Placement:
     # -- questions to actors -------------------------------------------------------------------------------------------
     def call(self, seat: Seat, method: str, name: str, group: str = "compute", results: int = 1) -> Callable[..., Any]:
         """A function that calls a method of a seat's actor and returns references. name: what Ray shows."""
-        call = seat.handle.call.options(name=name, concurrency_group=group, num_returns=results).remote
-        return partial(call, method)
+        key = method, name, group, results
+        if key not in seat.calls:
+            call = seat.handle.call.options(name=name, concurrency_group=group, num_returns=results).remote
+            seat.calls[key] = partial(call, method)
+        return seat.calls[key]
 
     def each(self, seats: Sequence[Seat], method: str, *args: Any) -> list[Any]:
         """Call the same method of the actors of these seats; returns a reference for each."""
@@ -292,6 +296,7 @@ class Placement:
         wait_for_end(processes, self.options.answer_timeout_s)
         for seat in seats:
             seat.handle = seat.process = None
+            seat.calls.clear()
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

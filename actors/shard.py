@@ -235,9 +235,10 @@ class ShardWork:
             return self._hand_on(done.result)
 
     # -- tokens: launched in order by two threads, of which one waits for the device meanwhile -------------------------
-    def token(self, call: Call, x: Wire | Spot, *_after: None) -> tuple[Any, None]:
+    def token(self, packed: list[Any], x: Wire | Spot, *_after: None) -> tuple[Any, None]:
         """A token of each row through the stage, if one band has all heads: as `run` and `output` in one call. After
-        the last stage, with call.rows: the tokens (B,) that it has chosen, alone."""
+        the last stage, with call.rows: the tokens (B,) that it has chosen, alone. packed: Call.packed."""
+        call = Call.unpacked(packed)
         with self._launch:
             if call.epoch != self.epoch:
                 return None, None
@@ -382,7 +383,7 @@ class ShardWork:
     def _hand_on(self, result: tuple[Tensor, ...] | Spot) -> Any:
         if isinstance(result, Spot):
             return result
-        return tuple(map(to_wire, result)) if self.is_last else to_wire(result[0])
+        return [*map(to_wire, result)] if self.is_last else to_wire(result[0])
 
     def _compute(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._threads()

@@ -31,7 +31,8 @@ class Watch:
 
     def tile(self, step: Step, seconds: float, under_way: int) -> None:
         """Update metrics after a step, with the watchdogs' new reports. Never waits for them."""
-        self.metrics.tile(int((step.end - step.start).sum()), seconds, under_way)
+        tokens = int((step.end - step.start).sum())
+        self.metrics.tile(tokens, seconds, under_way, one_of_many=step.chunk_size == 1)
         for node, ref in list(self._reports.items()):
             ready, _ = self._ray.wait([ref], timeout=0)
             if not ready:

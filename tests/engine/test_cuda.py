@@ -170,7 +170,7 @@ def test_an_actors_work_is_the_same_graph(lm):
     work.run(Call(0, 0, 0, 1, [0, 0], [64, 64], 64, False, "none", (), None, None), ids.numpy(), None)
     for number, (dst, in_place) in enumerate(((1, True), (1, True), (2, False)), 1):
         call = Call(0, number, 1, dst, [0, 0], [1, 1], 1, False, "last", (), None, None)
-        (hidden, logits), _ = work.token(call, torch.full((2, 1), number).numpy(), None)
+        (hidden, logits), _ = work.token(call.packed(), torch.full((2, 1), number).numpy(), None)
         state = executor.submit(state, decoding_step([number] * 2, in_place=in_place))
         result = executor.result()
         assert result.logits is not None

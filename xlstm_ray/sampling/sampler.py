@@ -9,7 +9,6 @@ in a CUDA graph. float64 is not used: mps lacks it.
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ ONE = 40  # the likeliest token's weight is 2^40; a vocabulary of 2^22 tokens su
 HALF, HALF_MASK = 31, (1 << 31) - 1  # products of 62 bits are computed in two halves
 GOLDEN = 0x9E3779B97F4A7C15
 MIXED = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
+NUMBERS, WHOLES = 5, 6  # columns of a sampler's tensors
 LEAST_DIVISOR = 1e-30  # what logits are divided by: smaller numbers underflow in float32, and leave no number
 
 
@@ -47,15 +47,23 @@ def needs_of(sampling: Sampling, vocabulary: int) -> Needs:
 
 
 class Rows(NamedTuple):
-    """What chooses tokens of n rows elsewhere, as a Sampler has it at their positions: all but counts and biases.
-
-    Arrays: with every token they go to another process, and to pickle tensors takes five times as long.
-    """
+    """What chooses tokens of n rows elsewhere, as a Sampler has it at their positions: all but counts and biases."""
 
     needs: Needs
-    numbers: np.ndarray[Any, Any]  # (n, 5) float32
-    wholes: np.ndarray[Any, Any]  # (n, 6) int64
+    numbers: Tensor  # (n, 5) float32, on the CPU
+    wholes: Tensor  # (n, 6) int64, on the CPU
     ends: tuple[int, ...]
+
+    def packed(self) -> list[Any]:
+        """As lists, numbers and bytes, which are quickly sent."""
+        return [[*self.needs], self.numbers.numpy().tobytes(), self.wholes.numpy().tobytes(), [*self.ends]]
+
+    @classmethod
+    def unpacked(cls, packed: list[Any]) -> "Rows":
+        needs, numbers, wholes, ends = packed
+        floats = torch.frombuffer(bytearray(numbers), dtype=torch.float32).view(-1, NUMBERS)
+        whole = torch.frombuffer(bytearray(wholes), dtype=torch.int64).view(-1, WHOLES)
+        return cls(Needs(*needs), floats, whole, tuple(ends))
 
 
 class Sampler:
@@ -132,14 +140,13 @@ class Sampler:
         needs = Needs(*map(max, zip(Needs(), *taken, strict=True)))
         if needs.counts or needs.bias:
             return None
-        return Rows(needs, self._numbers[slots].cpu().numpy(), self._wholes[slots].cpu().numpy(), self.ends)
+        return Rows(needs, self._numbers[slots].cpu(), self._wholes[slots].cpu(), self.ends)
 
     def set_rows(self, rows: Rows) -> None:
         """Put these rows of another sampler into the first slots; its end tokens must be the same."""
         n = len(rows.numbers)
-        # Copies: an array that Ray brings may not be written, and from_numpy warns of that.
-        self._numbers[:n].copy_(torch.tensor(rows.numbers), non_blocking=True)
-        self._wholes[:n].copy_(torch.tensor(rows.wholes), non_blocking=True)
+        self._numbers[:n].copy_(rows.numbers, non_blocking=True)
+        self._wholes[:n].copy_(rows.wholes, non_blocking=True)
         self.needs = rows.needs
 
     def choose(self, logits: Tensor, slots: Tensor) -> Tensor:
