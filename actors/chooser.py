@@ -13,16 +13,17 @@ class Chooser:
 
     def __init__(self, vocabulary: int, device: torch.device):
         self._vocabulary, self._where = vocabulary, device if device.type == "cuda" else "cpu"
-        self._samplers: dict[tuple[int, tuple[int, ...]], Sampler] = {}  # by rows and end tokens: graphs have them
+        self._choices: dict[tuple[int, tuple[int, ...]], Choice] = {}  # by rows and end tokens: graphs have them
         self.logits: dict[int, Tensor] = {}  # by state: those of its last step
 
     def choice(self, rows: Rows) -> Choice:
         """How to choose for these rows."""
         key = len(rows.numbers), rows.ends
-        if key not in self._samplers:
-            self._samplers[key] = Sampler(key[0], self._vocabulary, ends=rows.ends, device=self._where)
-        self._samplers[key].set_rows(rows)
-        return Choice(self._samplers[key], torch.arange(key[0]))
+        if key not in self._choices:
+            sampler = Sampler(key[0], self._vocabulary, ends=rows.ends, device=self._where)
+            self._choices[key] = Choice(sampler, torch.arange(key[0]))
+        self._choices[key].sampler.set_rows(rows)
+        return self._choices[key]
 
     @staticmethod
     def pick(choice: Choice, logits: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Ray shares between the processes of a node without copying; bfloat16 travels as 
 must never be written to. Between GPUs of one host only a Spot travels: the next stage reads from this one's GPU.
 """
 
-import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from xlstm_ray.runtime.executor import Choice, Following, Step
 from xlstm_ray.runtime.graphs import Graphs
 from xlstm_ray.runtime.worker import Move, build_worker
 from xlstm_ray.supervisor.processes import this_machine, this_process
+from xlstm_ray.threads import settle
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ShardWork:
             self._compute(alone if self.tokens is None else self.tokens.warm_up, batch, size, chunk_size)
         self._compute(self.worker.warm_up_logits, batch)
         self.worker.kernels.wait()
-        gc.collect()  # frees the compiler's graphs, which are cycles; later work makes no cycles
+        settle()  # frees the compiler's graphs, which are cycles; later work makes no cycles
         empty_cache(self.device)
 
     def reset(self, epoch: int) -> None:
@@ -313,7 +313,7 @@ class ShardWork:
 
     def _by_graph(self, graphs: Graphs, call: Call, x: Wire | Spot, choice: Choice | None) -> tuple[Tensor, ...]:
         """A token of each row through the whole stage, as a CUDA graph if it is in place."""
-        here = self._copies.enter(x) if isinstance(x, Spot) else from_wire(x, self.spec.dtype)
+        here = self._copies.mapped.view(x) if isinstance(x, Spot) else from_wire(x, self.spec.dtype)
         in_place = call.src == call.dst
         start, end = torch.tensor(call.start), torch.tensor(call.end)
         if not in_place:

@@ -86,7 +86,9 @@ def contestant(args: argparse.Namespace) -> None:
 
     import xlstm_ray
     from xlstm_ray import Request, Sampling
+    from xlstm_ray.threads import collect_seldom, settle
 
+    collect_seldom()
     (layout,), (number,) = args.layout, args.stages
     executor = "ray" if number > 1 else "queued"
     grid: dict[str, Any] = {"chunkwise_backend": f"{executor}_{args.kernel}"}
@@ -126,6 +128,7 @@ def contestant(args: argparse.Namespace) -> None:
     if args.answer:
         lm.serve(slots=count, buckets=(args.rows,))
         answer(count)
+    settle()
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         tokens = json.loads(line)

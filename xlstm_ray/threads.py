@@ -1,4 +1,4 @@
-"""What a process sets before torch is loaded."""
+"""What a process of ours sets before torch is loaded, and once its model is."""
 
 import gc
 import os
@@ -21,3 +21,13 @@ def collect_seldom() -> None:
     By default it looks at each 700 new objects, and torch with its compiler makes half a million, which stay.
     """
     gc.set_threshold(50_000, 20, 20)
+
+
+def settle() -> None:
+    """Have the garbage collector pass over all that is there now: it stays as long as the process does.
+
+    Else a full collection looks at the half million objects of torch and its compiler, for 0.1 to 0.2 s, and all answers
+    wait for it.
+    """
+    gc.collect()
+    gc.freeze()

@@ -35,6 +35,7 @@ from xlstm_ray.errors import Interrupted, UsageError, pip_install
 from xlstm_ray.files import MIB
 from xlstm_ray.serve.options import Slots
 from xlstm_ray.settings import Settings
+from xlstm_ray.threads import settle
 
 if TYPE_CHECKING:
     from xlstm_ray.engine.engine import Engine
@@ -161,7 +162,6 @@ def serve(
     with leave_at_once():
         from xlstm_ray.memory.room import require_documents
         from xlstm_ray.serve.server import Server
-        from xlstm_ray.serve.warm import settle
         from xlstm_ray.text.template import find_template
     template = find_template(choose_model(settings), chat_template)
     if wanted and not settings.force:  # otherwise the model's need has them

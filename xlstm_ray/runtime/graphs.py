@@ -41,12 +41,16 @@ class Seat:
         self.rows, self.owner, self.half = rows, -1, 0  # the half in which the state is now
         self.last = -1  # the state of the last step
         self._parts = [[worker.fresh_state(n, rows) for n in range(len(worker.blocks))] for _ in range(2)]
+        self._views: dict[tuple[int, int], States] = {}
         self.graphs: dict[tuple, Captured] = {}
         self.given: dict[int, Tensor] = {}  # by the number of rows, (4, B) int64: tokens, start, end, slots
 
     def views(self, batch: int, half: int) -> States:
-        """The states of the first rows."""
-        return [tuple(part[:batch] for part in state) for state in self._parts[half]]  # type: ignore[misc]
+        """The states of the first rows. Never change the list."""
+        if (batch, half) not in self._views:
+            views = [tuple(part[:batch] for part in state) for state in self._parts[half]]
+            self._views[batch, half] = views  # type: ignore[assignment]
+        return self._views[batch, half]
 
     def has(self, state: AnyState) -> bool:
         """Whether the first block's state is here."""

@@ -25,12 +25,12 @@ from xlstm_ray.engine.figures import Figures
 from xlstm_ray.engine.request import End, Event, Handle, Piece, Request, Usage
 from xlstm_ray.errors import StateError, XlstmRayError
 from xlstm_ray.serve.options import Slots
-from xlstm_ray.serve.warm import begin, settle
+from xlstm_ray.serve.warm import begin
 from xlstm_ray.state import RecurrentState
 from xlstm_ray.supervisor.ray_inside import job_has_ended
 from xlstm_ray.text.answer import Finish
 from xlstm_ray.text.ondisk import TextFile, TokenFile
-from xlstm_ray.threads import collect_seldom
+from xlstm_ray.threads import collect_seldom, settle
 
 TOGETHER_S = 0.02  # pieces of one answer within this time travel together: each message costs the asker a millisecond
 STATES = 8  # given states that a replica keeps, so that the next question finds them

@@ -1,6 +1,5 @@
 """What is compiled before an engine serves."""
 
-import gc
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,15 +31,6 @@ def begin(engine: Engine, wanted: Slots) -> int:
     if engine.plan.warms_up and engine.executor.chooses == "here":  # a CUDA graph has what chooses the tokens
         first_answers(engine, min(slots, GROUP_SIZES[-1]))
     return slots
-
-
-def settle() -> None:
-    """Have the garbage collector pass over all that is there now: it stays as long as the process does.
-
-    Else a full collection looks at the half million objects of torch and its compiler, and all answers wait for it.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def first_answers(engine: Engine, most: int) -> None:
