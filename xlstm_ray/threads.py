@@ -26,8 +26,7 @@ def collect_seldom() -> None:
 def settle() -> None:
     """Have the garbage collector pass over all that is there now: it stays as long as the process does.
 
-    Else a full collection looks at the half million objects of torch and its compiler, for 0.1 to 0.2 s, and all answers
-    wait for it.
+    Else a full collection looks at the half million objects of torch and its compiler: all wait, for 0.1 to 0.2 s.
     """
     gc.collect()
     gc.freeze()

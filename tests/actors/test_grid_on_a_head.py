@@ -4,11 +4,15 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import time
+import urllib.request
 from collections import ChainMap
 
+import programs
 import pytest
 import torch
 from containers import container, needs_containers
@@ -38,6 +42,7 @@ from xlstm_ray import RecurrentState
 from xlstm_ray.config import Quantization
 from xlstm_ray.errors import StateError
 from xlstm_ray.quantize import quantize_model
+from xlstm_ray.supervisor.records import Head
 
 __all__ = ["head", "home", "in_process", "model", "models"]
 
@@ -513,3 +518,48 @@ def test_a_grid_of_integers_gives_the_bits_of_one_process(home, head, model, tmp
         expected = [state.digest(), "".join(lm.generate(state=state, max_new_tokens=9)), 4]
     torch.set_num_threads(os.cpu_count() or 1)
     assert found == expected
+
+
+ANSWERS = """
+    import sys
+    import xlstm_ray
+    from xlstm_ray import Request, Sampling
+    with xlstm_ray.load(sys.argv[1], device="cpu", chunkwise_backend="ray_compiled_chunks", ray_address=sys.argv[2],
+            stages=2, threads=1, tile_size=32, chunk_size=16) as lm:
+        lm.serve(slots=2, buckets=(1,))
+        prompts = [[n, *range(63)] for n in range(2)]
+        for handle in [lm.submit(Request(prompt, sampling=Sampling(max_new_tokens=50))) for prompt in prompts]:
+            handle.result()
+        print("answered", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_all_steps_are_counted_though_those_of_tokens_are_shown_seldom(home, head, model):
+    """Two answers at once, two tiles of a prompt each, and a step for each token but the last."""
+    program = [sys.executable, "-c", textwrap.dedent(ANSWERS), str(model), head.address]
+    env = {**environment(home), "RAY_metrics_report_interval_ms": "1000"}
+    process = programs.Popen(program, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    tiles, tokens, name = 2 * (2 + 49), 2 * (64 + 49), "ray_xlstm_ray_"
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "answered\n"
+        deadline = time.monotonic() + 60
+        while not re.search(rf"^{name}tiles_total{{.*}} {tiles}(\.0)?$", figures := metrics(head), re.MULTILINE):
+            assert time.monotonic() < deadline, [line for line in figures.splitlines() if line.startswith(name)]
+            time.sleep(0.5)
+        assert re.findall(rf"^{name}tokens_total{{.*}} (\S+)$", figures, re.MULTILINE) == [f"{tokens}.0"]
+        buckets = re.findall(rf'^{name}tile_seconds_bucket{{.*le="(.*?)".*}} (\S+)$', figures, re.MULTILINE)
+        counts = [float(count) for _, count in sorted(buckets, key=lambda bucket: float(bucket[0]))]
+        assert counts == sorted(counts)
+        assert counts[-1] == tiles
+    finally:
+        process.kill()
+        process.wait()
+
+
+def metrics(head: Head) -> str:
+    """What Prometheus would read."""
+    asked = urllib.request.Request(head.metrics_url, headers={"Authorization": f"Bearer {head.token_path.read_text()}"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=20) as answer:
+        return answer.read().decode()
