@@ -11,6 +11,7 @@ import textwrap
 import time
 import urllib.request
 from collections import ChainMap
+from itertools import pairwise
 
 import programs
 import pytest
@@ -521,38 +522,57 @@ def test_a_grid_of_integers_gives_the_bits_of_one_process(home, head, model, tmp
 
 
 ANSWERS = """
-    import sys
+    import json, sys
     import xlstm_ray
     from xlstm_ray import Request, Sampling
     with xlstm_ray.load(sys.argv[1], device="cpu", chunkwise_backend="ray_compiled_chunks", ray_address=sys.argv[2],
             stages=2, threads=1, tile_size=32, chunk_size=16) as lm:
-        lm.serve(slots=2, buckets=(1,))
-        prompts = [[n, *range(63)] for n in range(2)]
-        for handle in [lm.submit(Request(prompt, sampling=Sampling(max_new_tokens=50))) for prompt in prompts]:
-            handle.result()
-        print("answered", flush=True)
+        lm.serve(slots=3, buckets=(1,))
+        submit, order = lm.executor.submit, []
+        def noted(state, step):
+            order.append("window" if step.chunk_size > 1 else state.number)
+            return submit(state, step)
+        lm.executor.submit = noted
+        def ask(first, length, tokens):
+            prompt = [first, *(n % 90 for n in range(length - 1))]
+            return lm.submit(Request(prompt, sampling=Sampling(max_new_tokens=tokens)))
+        answers = [ask(first, 64, 60) for first in range(2)]
+        for answer in answers:
+            next(event for event in answer if type(event).__name__ == "Piece")
+        ask(2, 640, 1).result()
+        for answer in answers:
+            answer.result()
+        print(json.dumps(order), flush=True)
         sys.stdin.readline()
 """
 
 
-def test_all_steps_are_counted_though_those_of_tokens_are_shown_seldom(home, head, model):
-    """Two answers at once, two tiles of a prompt each, and a step for each token but the last."""
+def test_batches_step_once_between_two_windows_and_all_steps_are_counted(home, head, model):
+    """Two answers and a long prompt. Steps of tokens are shown ten times a second: the last ones, too."""
     program = [sys.executable, "-c", textwrap.dedent(ANSWERS), str(model), head.address]
     env = {**environment(home), "RAY_metrics_report_interval_ms": "1000"}
     process = programs.Popen(program, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    tiles, tokens, name = 2 * (2 + 49), 2 * (64 + 49), "ray_xlstm_ray_"
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "answered\n"
+        order = json.loads(process.stdout.readline())
+        windows = [n for n, what in enumerate(order) if what == "window"]
+        assert (len(windows), len(order)) == (2 + 2 + 20, 2 + 2 + 20 + 2 * 59)
+        for first, second in pairwise(windows[-20:]):
+            between = order[first + 1 : second]
+            assert len(between) == len(set(between)) == 2
         deadline = time.monotonic() + 60
-        while not re.search(rf"^{name}tiles_total{{.*}} {tiles}(\.0)?$", figures := metrics(head), re.MULTILINE):
-            assert time.monotonic() < deadline, [line for line in figures.splitlines() if line.startswith(name)]
+        while not (
+            found := re.search(rf'tiles_total{{.*run="(\w+)".*}} {len(order)}\.0$', figures := metrics(head), re.M)
+        ):
+            assert time.monotonic() < deadline, [line for line in figures.splitlines() if "_tiles_total{" in line]
             time.sleep(0.5)
-        assert re.findall(rf"^{name}tokens_total{{.*}} (\S+)$", figures, re.MULTILINE) == [f"{tokens}.0"]
-        buckets = re.findall(rf'^{name}tile_seconds_bucket{{.*le="(.*?)".*}} (\S+)$', figures, re.MULTILINE)
+        mine = [line for line in figures.splitlines() if f'run="{found[1]}"' in line]  # runs before leave after 20 s
+        tokens = [line.split()[-1] for line in mine if line.startswith("ray_xlstm_ray_tokens_total")]
+        assert tokens == [f"{64 + 64 + 640 + 2 * 59}.0"]
+        buckets = re.findall(r'tile_seconds_bucket{.*le="(.*?)".*} (\S+)$', "\n".join(mine), re.MULTILINE)
         counts = [float(count) for _, count in sorted(buckets, key=lambda bucket: float(bucket[0]))]
         assert counts == sorted(counts)
-        assert counts[-1] == tiles
+        assert counts[-1] == len(order)
     finally:
         process.kill()
         process.wait()
