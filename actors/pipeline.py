@@ -130,8 +130,10 @@ class Pipeline:
         if made.rows:
             self._every_seat("take", made.state, list(made.rows), drop)
             return []
-        wires = None if made.source is None else {name: to_wire(tensor) for name, tensor in made.source.items()}
-        self._every_seat("load_state", made.state, self._link.ray.put(wires), made.batch, drop)
+        given = None
+        if made.source is not None:
+            given = self._link.ray.put({name: to_wire(tensor) for name, tensor in made.source.items()})
+        self._every_seat("load_state", made.state, given, made.batch, drop)
         return []
 
     def _every_seat(self, method: str, *args: Any) -> None:
