@@ -130,11 +130,14 @@ class Pipeline:
         if made.rows:
             self._every_seat("take", made.state, list(made.rows), drop)
             return []
-        given = None
-        if made.source is not None:
-            given = self._link.ray.put({name: to_wire(tensor) for name, tensor in made.source.items()})
-        self._every_seat("load_state", made.state, given, made.batch, drop)
+        self._every_seat("load_state", made.state, self._stored(made.source), made.batch, drop)
         return []
+
+    def _stored(self, source: dict[str, Tensor] | None) -> Any:
+        """A state's tensors in Ray's store, once for all actors."""
+        if source is None:  # a fresh state
+            return None
+        return self._link.ray.put({name: to_wire(tensor) for name, tensor in source.items()})
 
     def _every_seat(self, method: str, *args: Any) -> None:
         """Call all seats: the call waits for all earlier calls of their blocks, and all later ones wait for it."""

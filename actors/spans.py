@@ -13,7 +13,6 @@ from xlstm_ray.actors.lineage import Made
 from xlstm_ray.actors.link import Link
 from xlstm_ray.actors.pipeline import Pipeline
 from xlstm_ray.actors.placement import Placement, Seat
-from xlstm_ray.actors.wire import to_wire
 from xlstm_ray.runtime.executor import Step
 
 
@@ -71,8 +70,7 @@ class Spans(Pipeline):
             self._take(made)
             return []
         seat = self._new_home(made.state, self._next())
-        wires = None if made.source is None else {name: to_wire(tensor) for name, tensor in made.source.items()}
-        self._last_call(seat, "load_state", made.state, self._link.ray.put(wires), made.batch, ())
+        self._last_call(seat, "load_state", made.state, self._stored(made.source), made.batch, ())
         return []
 
     def _step(self, made: Made, step: Step) -> list[Any]:
