@@ -223,6 +223,11 @@ class ModelConfig(BaseModel):
         """DH: the head dimension of an sLSTM block."""
         return self.hidden_size // self.num_heads
 
+    def begun(self, tokens: list[int]) -> list[int]:
+        """The tokens of a text, behind the begin token if the model wants it and they lack it."""
+        begin = [self.bos_token_id] if self.force_bos_token_insert and self.bos_token_id is not None else []
+        return tokens if tokens[:1] == begin else [*begin, *tokens]
+
     def state_shapes(self, n: int, heads: int) -> dict[str, tuple[int, ...]]:
         """The tensors of block n's state for one row and `heads` heads, by name; heads are dimension 0."""
         if n in self.slstm_at:

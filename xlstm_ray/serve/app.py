@@ -189,10 +189,7 @@ def make_app(desk: Desk, documents: Documents | None, template: Template | None 
 
     def conversation(text: str, tenant: str) -> list[int]:
         """The tokens of a rendered conversation: its template writes special tokens itself."""
-        tokens, config = encode(text, tenant=tenant, bare=True), desk.engine.config
-        if config.force_bos_token_insert and config.bos_token_id not in (None, *tokens[:1]):
-            tokens.insert(0, int(config.bos_token_id or 0))
-        return tokens
+        return desk.engine.config.begun(encode(text, tenant=tenant, bare=True))
 
     async def ask_of(request: Request, body: Body, prompts: Sequence[Prompt | None]) -> Ask:
         tenant = request.scope["tenant"]

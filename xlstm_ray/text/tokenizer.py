@@ -91,9 +91,7 @@ class Text:
 
     def conversation(self, rendered: str) -> list[int]:
         """The tokens of what a chat template made, which writes special tokens itself."""
-        tokens, bos = self.more(rendered), self._config.bos_token_id
-        wanted = self._config.force_bos_token_insert and bos not in (None, tokens[0])
-        return [bos or 0, *tokens] if wanted else tokens
+        return self._config.begun(self.more(rendered))
 
     def likeliest(self, logits: Tensor, count: int) -> list[NextToken]:
         """The likeliest next tokens: logits (vocabulary,) -> id, text, log probability. Equal ones are in the order of
