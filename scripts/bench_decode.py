@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from arguments import contestants, positive, positives
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from xlstm_ray.config import ModelConfig
@@ -198,7 +199,7 @@ def tile_products(c: ModelConfig, kind: str, tokens: int, args: argparse.Namespa
 def compare_prefill(c: ModelConfig, args: argparse.Namespace) -> None:
     made: dict = {}
     kinds = [word.partition(":")[2] for word in args.contestants.split(",") if word.startswith("this:")]
-    for tokens in map(int, args.prefill.split(",")):
+    for tokens in args.prefill:
         field = {(k, f.__name__): f(c, k, tokens, args, made) for k in kinds for f in (tiles, tile_products)}
         seconds: dict[tuple[str, str], list[float]] = {word: [] for word in field}
         for run in field.values():
@@ -251,12 +252,16 @@ def step_bytes(c: ModelConfig, kind: str, B: int, made: dict) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 4096), ("blocks", 32), ("heads", 8), ("vocab", 50304), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--batches", default="1,8,32,64", help="rows, with commas between them")
-    parser.add_argument("--contestants", default="this:bfloat16,products:bfloat16,this:float8")
-    parser.add_argument("--prefill", help="measure prefills of so many tokens instead, whole tiles, with commas")
-    parser.add_argument("--tile-size", type=int, default=4096, help="of --prefill")
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--batches", type=positives, default=[1, 8, 32, 64], help="rows, with commas between them")
+    parser.add_argument(
+        "--contestants", type=contestants(CONTESTANTS), default="this:bfloat16,products:bfloat16,this:float8"
+    )
+    parser.add_argument("--prefill", type=positives, help="measure prefills of so many tokens instead, with commas")
+    parser.add_argument("--tile-size", type=positive, default=4096, help="of --prefill")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it measures kernels of NVIDIA GPUs, and torch sees none here")
     c, made = config_of(args), {}
     if args.prefill:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {c.num_blocks} blocks, D {c.hidden_size}, "
@@ -268,7 +273,7 @@ def main() -> None:
     print(f"{card}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s; {c.num_blocks} blocks, "
           f"D {c.hidden_size}; medians of {args.rounds} alternating rounds of {STEPS} steps", flush=True)  # fmt: skip
     torch.cuda.empty_cache()
-    for B in map(int, args.batches.split(",")):
+    for B in args.batches:
         field = {}
         for word in args.contestants.split(","):
             name, _, kind = word.partition(":")

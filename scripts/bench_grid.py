@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import device, plainly, positive
+
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 
@@ -132,24 +134,27 @@ def pair(grid: str, directory: Path, argv: list[str], args: argparse.Namespace) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grids", default="stages:2,bands:2", help="stages:N and bands:N, with commas between")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--tokens", type=positive, default=32768)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2, help="of the queued backend; the grid's actors share as many")
-    parser.add_argument("--tile-size", type=int, default=1024)
-    parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--journal-every", type=int, help="tiles between the grid's snapshots [default: by device]")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument(
+        "--threads", type=positive, default=2, help="of the queued backend; the grid's actors share them"
+    )
+    parser.add_argument("--tile-size", type=positive, default=1024)
+    parser.add_argument("--chunk-size", type=positive, default=64)
+    parser.add_argument("--journal-every", type=positive, help="tiles between snapshots [default: by device]")
+    parser.add_argument("--hidden", type=positive, default=1024)
+    parser.add_argument("--blocks", type=positive, default=12)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--vocab", type=positive, default=2048)
     parser.add_argument("--store", default="bfloat16")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:
-        contestant(args.contestant, args.model, args)
+        with plainly():
+            contestant(args.contestant, args.model, args)
         return
     from bench_prefill import make_model
 

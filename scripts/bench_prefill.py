@@ -41,6 +41,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arguments import contestants, device, plainly, positive, positives, whole
+
 SELF = Path(__file__).resolve()
 PROMPT = 32  # tokens, before --decode
 PREFILL = "this:float32,transformers:float32,products:float32,this:bfloat16,products:bfloat16"
@@ -336,19 +338,23 @@ class Contestant:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 512), ("blocks", 8), ("heads", 4), ("vocab", 2048)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--decode", type=int, help="measure so many tokens of an answer instead, one row")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tile-size", type=int)
-    parser.add_argument("--chunk-size", type=int)
-    parser.add_argument("--device", default="auto")
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--decode", type=positive, help="measure so many tokens of an answer instead, one row")
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--tile-size", type=positive)
+    parser.add_argument("--chunk-size", type=positive)
+    parser.add_argument("--device", type=device, default="auto")
     parser.add_argument(
-        "--memory-tokens", default="4096,65536", help="prompt lengths for the memory table; '' for none"
+        "--memory-tokens",
+        type=lambda text: positives(text) if text else [],
+        default=[4096, 65536],
+        help="prompt lengths for the memory table; '' for none",
     )
     parser.add_argument("--store", default="float32", help="dtype that the random model is stored in")
     parser.add_argument(
         "--contestants",
+        type=contestants(CONTESTANTS),
         help="kind:dtype, with commas between them [default: this, transformers, products; with --decode memory too]",
     )
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
@@ -356,14 +362,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.decode:
-        args.tokens, args.memory_tokens = args.decode, ""
+        args.tokens, args.memory_tokens = args.decode, []
     if args.contestants is None:
         args.contestants = DECODE if args.decode else PREFILL
     if "memory" in args.contestants and not args.decode:
         parser.error("memory is the limit of decoding; give --decode N")
     args.passed = [word for word in sys.argv[1:] if args.serve is None]
     if args.serve:
-        serve(args.serve, args.dtype, args)
+        with plainly():
+            serve(args.serve, args.dtype, args)
         return
     if any(kind in args.contestants for kind in ("transformers", "kernels")) and not _is_there("transformers"):
         sys.path.insert(0, str(SELF.parents[1]))
@@ -409,7 +416,7 @@ def compare_speed(args: argparse.Namespace) -> None:
 
 
 def compare_memory(args: argparse.Namespace) -> None:
-    lengths = [int(word) for word in args.memory_tokens.split(",")]
+    lengths = args.memory_tokens
     stored = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     print("peak memory above the weights, MiB")
     for kind, dtype in (word.split(":") for word in args.contestants.split(",") if "products" not in word):

@@ -12,6 +12,7 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from arguments import positive, positives
 from torch import Tensor
 
 from xlstm_ray.kernels.compiled import compile_strict
@@ -63,16 +64,16 @@ def compile_each_size(fn: Callable) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight [default: 4096]")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--rows", default="1,4,16,64,512", help="rows of x, with commas between")
+    parser.add_argument("--size", type=positive, default=4096, help="rows and columns of the weight [default: 4096]")
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--rows", type=positives, default=[1, 4, 16, 64, 512], help="rows of x, with commas between")
     args = parser.parse_args()
     torch.set_num_threads(1)
     made = forms(torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)) / args.size**0.5)
-    print(f"{'rows of x':<32}" + "".join(f"{n:>8}" for n in args.rows.split(",")))
+    print(f"{'rows of x':<32}" + "".join(f"{n:>8}" for n in args.rows))
     table: dict[str, list[str]] = {name: [] for name in made}
     with torch.inference_mode():
-        for M in map(int, args.rows.split(",")):
+        for M in args.rows:
             x = torch.randn(M, args.size).bfloat16()
             now = {name: f for name, f in made.items() if "inside" not in name or M <= 16}
             times: dict[str, list[float]] = {name: [] for name in now}

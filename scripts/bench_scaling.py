@@ -38,6 +38,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from arguments import device, plainly, positive, positives, whole
+
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 BEGAN = time.perf_counter()
@@ -295,30 +297,26 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stages", type=numbers, help="how many GPUs, with commas [default: 1, 2, 4, 8 as far as there are]"
+        "--stages", type=positives, help="how many GPUs, with commas [default: 1, 2, 4, 8 as far as there are]"
     )
     parser.add_argument("--layout", type=names, default=["stages"], help="stages, spans, or both with a comma")
-    parser.add_argument("--tokens", type=numbers, default=[16384, 65536, 262144], help="of a prompt, with commas")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=16, help="requests for each step in flight")
-    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer; 0 for no requests")
-    parser.add_argument("--tile-size", type=int, default=4096)
-    parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--tokens", type=positives, default=[16384, 65536, 262144], help="of a prompt, with commas")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rows", type=positive, default=16, help="requests for each step in flight")
+    parser.add_argument("--answer", type=whole, default=64, help="tokens of an answer; 0 for no requests")
+    parser.add_argument("--tile-size", type=positive, default=4096)
+    parser.add_argument("--chunk-size", type=positive, default=256)
     for name, default in (("hidden", 4096), ("blocks", 32), ("heads", 8), ("vocab", 50304)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--store", default="bfloat16", help="dtype that the random model is stored in")
     parser.add_argument("--kernel", help="[default: triton_chunks on cuda, compiled_chunks elsewhere]")
-    parser.add_argument("--threads", type=int, default=2, help="on the CPU, over all actors")
-    parser.add_argument("--threads-each", type=int, help="on the CPU, of each actor, instead: bits depend on it")
+    parser.add_argument("--threads", type=positive, default=2, help="on the CPU, over all actors")
+    parser.add_argument("--threads-each", type=positive, help="on the CPU, of each actor, instead: bits depend on it")
     parser.add_argument("--out", type=Path, help="a file of runs, a line of JSON each")
     parser.add_argument("--png", type=Path, help="draw it (needs matplotlib)")
     parser.add_argument("--model", type=Path, help="a folder of the random model, for the next time; made if missing")
@@ -326,7 +324,8 @@ def main() -> None:
     args = parser.parse_args()
     args.kernel = args.kernel or ("triton_chunks" if args.device == "cuda" else "compiled_chunks")
     if args.contestant:
-        contestant(args)
+        with plainly():
+            contestant(args)
         return
     if args.stages is None:
         import torch

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from arguments import device, positive, whole
 
 from xlstm_ray.engine.request import End, Piece, Reading
 
@@ -384,18 +385,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(TABLES), help="tables, with commas between")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=device, default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--slots", type=positive, default=16)
+    parser.add_argument("--requests", type=positive, default=48)
     parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second")
-    parser.add_argument("--answer", type=int, default=64, help="tokens of a stream's answer")
-    parser.add_argument("--long", type=int, default=16384, help="tokens of the long prompt")
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the longest prompt of unique and hit")
-    parser.add_argument("--many", type=int, default=1000, help="requests of the memory's table")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of requests of each length of unique")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--answer", type=positive, default=64, help="tokens of a stream's answer")
+    parser.add_argument("--long", type=positive, default=16384, help="tokens of the long prompt")
+    parser.add_argument("--prompt", type=positive, default=8192, help="tokens of the longest prompt of unique and hit")
+    parser.add_argument("--many", type=positive, default=1000, help="requests of the memory's table")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--pairs", type=positive, default=24, help="pairs of requests of each length of unique")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--url", action="append", help="a service that runs; give it for each")
     parser.add_argument("--png", type=Path, help="draw streams, mixed and long (needs matplotlib)")
     args = parser.parse_args()

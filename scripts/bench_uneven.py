@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+from arguments import positive
 
 SELF = Path(__file__).resolve()
 sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
@@ -109,15 +110,15 @@ def alone(directory: Path, options: dict, tokens: list[int], blocks: int, tile: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.25, help="of its time that the slow node has")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--by-hand", help="blocks of the first stage, with commas between [default: all]")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--tile-size", type=int, default=256)
-    parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--tokens", type=positive, default=8192)
+    parser.add_argument("--tile-size", type=positive, default=256)
+    parser.add_argument("--chunk-size", type=positive, default=64)
+    parser.add_argument("--hidden", type=positive, default=512)
+    parser.add_argument("--blocks", type=positive, default=8)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--vocab", type=positive, default=2048)
     parser.add_argument("--store", default="float32")
     args = parser.parse_args()
     from bench_prefill import make_model

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from arguments import positive, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -194,13 +195,13 @@ def slots(n: int) -> Iterator[set[int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=positive, default=1)
     parser.add_argument("--faults", help="names with commas between; '-' may stand for a space")
-    parser.add_argument("--soak", type=int, metavar="RUNS", help="this many runs without a fault, instead")
-    parser.add_argument("--at-once", type=int, default=1, metavar="RUNS")
-    parser.add_argument("--load", type=int, default=0, metavar="LOOPS", help="busy loops during the runs")
-    parser.add_argument("--tiles", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--soak", type=positive, metavar="RUNS", help="this many runs without a fault, instead")
+    parser.add_argument("--at-once", type=positive, default=1, metavar="RUNS")
+    parser.add_argument("--load", type=whole, default=0, metavar="LOOPS", help="busy loops during the runs")
+    parser.add_argument("--tiles", type=positive, default=400)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--limit-s", type=float, default=300.0, help="for each run: then it is killed, and is bad")
     parser.add_argument("--time-s", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--json", type=Path, help="write a JSON line a run to this file")

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from arguments import positive
+
 SELF = Path(__file__).resolve()
 sys.path.insert(0, str(SELF.parents[1]))
 
@@ -141,8 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model directory [default: the demo model]")
     parser.add_argument("--lengths", default="512,2048,8192", help="prompt lengths in tokens, with commas between")
-    parser.add_argument("--tile-size", type=int, help="tokens of a tile [default: as xlstm-ray]")
-    parser.add_argument("--prefill", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tile-size", type=positive, help="tokens of a tile [default: as xlstm-ray]")
+    parser.add_argument("--prefill", type=positive, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.backends.mps.is_available():
         sys.exit("error: this machine has no mps device")

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from arguments import positive, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -268,12 +269,12 @@ def calm(args: argparse.Namespace, state_dir: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", type=positive, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--questions", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--replicas", type=int)
-    parser.add_argument("--max-replicas", type=int)
+    parser.add_argument("--questions", type=positive, default=24)
+    parser.add_argument("--seed", type=whole, default=0)
+    parser.add_argument("--replicas", type=positive)
+    parser.add_argument("--max-replicas", type=positive)
     parser.add_argument("--kill-every", type=float, help="seconds between two deaths of a replica")
     args = parser.parse_args()
     if args.replicas is None and (args.max_replicas is not None or args.kill_every is not None):

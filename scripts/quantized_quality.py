@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from arguments import positive
 from torch import Tensor
 
 import xlstm_ray
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, help="only so many [default: all]")
+    parser.add_argument("--tokens", type=positive, help="only so many [default: all]")
     parser.add_argument("--cases", default="8:128,8:32,4:128,4:64,4:32,4:32:ends", help="bits:group[:ends]")
     args = parser.parse_args()
     tokens, size, apart = read(args.text, args.model)

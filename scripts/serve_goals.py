@@ -30,6 +30,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -347,12 +349,12 @@ def ms(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", type=Path, metavar="DIR", help="a random model of 7B is there, or made there first")
-    parser.add_argument("--chunk-size", type=int)
+    parser.add_argument("--chunk-size", type=positive)
     parser.add_argument("--workloads", default="document,edited,unique,mixed", help="all but unique are needed")
     numbers = {"tile-size": 512, "slots": 16, "document": 65536, "prompt": 8192, "answer": 32, "questions": 4}
     numbers |= {"rounds": 3, "pairs": 12, "cache-mb": 8192, "most-s": 360, "seed": 0}
     for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
+        parser.add_argument(f"--{name}", type=positive, default=default, help=f"[{default}]")
     args = parser.parse_args()
     args.running = []
 
