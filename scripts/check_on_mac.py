@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from arguments import positive
-
 SELF = Path(__file__).resolve()
-sys.path.insert(0, str(SELF.parents[1]))
+sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 
 import xlstm_ray  # noqa: E402, I001  before torch: it sets what OpenMP reads
 import torch  # noqa: E402
+from arguments import positive  # noqa: E402
 from xlstm_ray.choose import DEMO_MODEL, setup_of  # noqa: E402
 from xlstm_ray.config import Quantization  # noqa: E402
 from xlstm_ray.errors import XlstmRayError  # noqa: E402
