@@ -49,6 +49,10 @@ class Watch:
             self._next_look = monotonic() + self._options.watch_every_s
             self._request()
 
+    def require_head(self) -> None:
+        """Raise GridLost if the head is known to be gone."""
+        self._link.require_head()
+
     def last_look(self) -> None:
         """Wait, for a short time, for what the watchdogs have seen until now."""
         for _ in range(2 if self._watchdogs else 0):  # a report that was requested before, and one of now

@@ -125,6 +125,11 @@ class Running:
         used = [] if self._watch is None else list(self._watch.used.values())
         return (sum(s.process_bytes for s in used), sum(s.device_driver_bytes for s in used)) if used else None
 
+    def require_head(self) -> None:
+        """Raise GridLost if the head of a grid is known to be gone."""
+        if self._watch is not None:
+            self._watch.require_head()
+
     def helpers_lost(self) -> list[str]:
         """A line for each of Ray's helpers that ended since the last call. The run goes on without them."""
         if self._head is None or self.plan.head is None:

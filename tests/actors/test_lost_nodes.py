@@ -313,3 +313,36 @@ def test_a_full_disk_under_rays_folder_is_named(model, tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"the disk of Ray's folder {disk / 't'}" in line
     assert "0 MiB free: make room there" in line
+
+
+def test_a_service_that_nobody_asks_ends_with_its_head(model, tmp_path):
+    """Else it would say that it is well until the next request, which it could not answer."""
+    state_dir = tmp_path / ".local" / "state" / "xlstm-ray"
+    with as_in_actors():
+        head = start_head(HeadOptions(state_dir=state_dir, stays=True, num_cpus=1, object_store_bytes=75 << 20))
+    said = script(
+        tmp_path,
+        """
+        import json, sys, time
+        from pathlib import Path
+        import xlstm_ray
+        from xlstm_ray.supervisor.status import status
+        from xlstm_ray.supervisor.stop import stop_head
+        model, address, state_dir = sys.argv[1:]
+        lm = xlstm_ray.load(model, chunkwise_backend="ray_compiled_chunks", ray_address=address, device="cpu",
+            threads=1, tile_size=16, chunk_size=16)
+        lm.serve(slots=1)
+        time.sleep(5)  # it has looked
+        print(json.dumps(lm.failed and str(lm.failed)), flush=True)
+        (item,) = status(Path(state_dir)).heads
+        stop_head(item.head, Path(state_dir))
+        until = time.monotonic() + 60
+        while lm.failed is None and time.monotonic() < until:
+            time.sleep(0.2)
+        print(json.dumps(str(lm.failed)), flush=True)
+        lm.close()
+        """,
+        model, head.address, state_dir,
+    )  # fmt: skip
+    assert said[0] is None
+    assert said[1].startswith(f"Ray's head at {head.address} is gone")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,9 +22,10 @@ from tiny import model
 
 import xlstm_ray
 from xlstm_ray import RecurrentState
+from xlstm_ray.cli.keeper import _watch
 from xlstm_ray.engine.driver import Progress
 from xlstm_ray.engine.journal import LOCK_FILE, Journal
-from xlstm_ray.errors import OutputError, StateError
+from xlstm_ray.errors import GridLost, OutputError, StateError
 from xlstm_ray.files import STATE
 
 __all__ = ["model"]
@@ -303,3 +305,16 @@ def test_a_journal_in_this_process_is_one_engines(model, tmp_path):
     (tmp_path / "k").write_text("a file")
     with pytest.raises((OutputError, StateError), match="k"):
         xlstm_ray.load(model, **PLAIN, journal=tmp_path / "k")
+
+
+def test_a_run_that_is_killed_before_it_reads_a_signal_ends_with_a_line():
+    ours, theirs = socket.socketpair()
+    with ours:
+        run = [sys.executable, "-c", "import time; time.sleep(60)"]
+        with theirs, subprocess.Popen(run, pass_fds=[theirs.fileno()]) as child:
+            theirs.close()
+            ours.send(bytes([signal.SIGTERM]))
+            child.terminate()
+            with pytest.raises(GridLost, match=r"this run's process was killed \(SIGTERM\)") as lost:
+                _watch(child, ours)
+    assert lost.value.exit_code == 128 + signal.SIGTERM

@@ -66,7 +66,7 @@ def start() -> int:
 
 def _watch(child: "subprocess.Popen[bytes]", ours: socket.socket) -> int:
     kept: dict[str, Any] = {}
-    with ours.makefile("rb") as lines:
+    with ours.makefile("rb") as lines, suppress(ConnectionResetError):  # it was killed before it had read a signal
         for line in lines:
             said = json.loads(line)
             if "code" in said:
@@ -83,9 +83,9 @@ def _watch(child: "subprocess.Popen[bytes]", ours: socket.socket) -> int:
     if kept.get("held"):
         text = _moved(Path(kept["held"]), Path(kept["place"]), text)
     lost = GridLost(f"{RAY_GONE}; {text}")
-    if code == -signal.SIGKILL:
-        lost = GridLost(f"this run's process was killed (SIGKILL); {text}")
-        lost.exit_code = 128 + signal.SIGKILL
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        lost = GridLost(f"this run's process was killed ({signal.Signals(-code).name}); {text}")
+        lost.exit_code = 128 - code
     raise lost
 
 

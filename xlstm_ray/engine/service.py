@@ -18,6 +18,8 @@ from xlstm_ray.engine.windows import GROUP_SIZES
 from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import MemoryLimitError, UsageError, XlstmRayError
 
+LOOK_S = 2.0  # between two looks for a grid's head, while nobody asks anything
+
 
 class Service:
     """Serves requests of any thread.
@@ -150,9 +152,12 @@ class Service:
         """Take in what callers have sent. Returns False if the service must end."""
         while True:
             try:
-                call = self._inbox.get(block=wait)
+                call = self._inbox.get(block=wait, timeout=LOOK_S)
             except Empty:
-                return True
+                if not wait:
+                    return True
+                self._core.running.require_head()  # else only the next request would find that it is gone
+                continue
             if call is None:
                 return False
             call()
