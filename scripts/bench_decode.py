@@ -22,15 +22,12 @@ and the states twice: the share says how near it is to that.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from arguments import contestants, positive, positives
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from xlstm_ray.config import ModelConfig
 from xlstm_ray.kernels import chunkwise_backend
 from xlstm_ray.layout import make_layout

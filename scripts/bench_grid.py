@@ -23,7 +23,6 @@ from pathlib import Path
 from arguments import device, plainly, positive
 
 SELF = Path(__file__).resolve()
-sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 
 
 def contestant(kind: str, directory: Path, args: argparse.Namespace) -> None:

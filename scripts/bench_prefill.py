@@ -62,7 +62,6 @@ def make_model(directory: Path, args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    sys.path.insert(0, str(SELF.parents[1]))
     from xlstm_ray.config import ModelConfig
     from xlstm_ray.headers import INDEX_FILE
     from xlstm_ray.tensors import HEAD, OUT_NORM, expected_tensors
@@ -373,7 +372,6 @@ def main() -> None:
             serve(args.serve, args.dtype, args)
         return
     if any(kind in args.contestants for kind in ("transformers", "kernels")) and not _is_there("transformers"):
-        sys.path.insert(0, str(SELF.parents[1]))
         from xlstm_ray.errors import pip_install
 
         parser.error(

@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 from arguments import device, plainly, positive, positives, whole
 
 SELF = Path(__file__).resolve()
-sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 BEGAN = time.perf_counter()
 PROMPT, FEW = 64, 2  # tokens of a request's prompt; tiles of the first run, at least
 Row = dict[str, Any]

@@ -17,7 +17,6 @@ import os
 import secrets
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -29,8 +28,6 @@ from pathlib import Path
 import psutil
 from arguments import positive
 
-SELF = Path(__file__).resolve()
-sys.path[:0] = [str(SELF.parents[1]), str(SELF.parent)]
 PERIOD_S = 0.02
 
 

@@ -35,7 +35,7 @@ import psutil
 from arguments import positive, whole
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 TILE = 32
 SIZES = ["--device", "cpu", "--threads", "1", "--tile-size", str(TILE), "--chunk-size", "16"]

@@ -35,7 +35,6 @@ import psutil
 from arguments import positive, whole
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from xlstm_ray.client.service import Service, state_path  # noqa: E402
 from xlstm_ray.errors import ServiceError  # noqa: E402

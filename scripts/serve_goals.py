@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 from arguments import positive
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench_prefill import make_model  # noqa: E402
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,15 @@ def after_tiles(
     code = run.wait(120)
     assert acted, said
     return subprocess.CompletedProcess(run.args, code, out, "".join(said))
+
+
+def asked(url: str, head: Head | None = None) -> str:
+    """What this address answers, with the head's token if it is given."""
+    request = urllib.request.Request(url)
+    if head is not None:
+        request.add_header("Authorization", f"Bearer {head.token_path.read_text()}")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        return answer.read().decode()
 
 
 def resumed(model: Path, state: RecurrentState, **more: Any) -> PrefillResult:

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from grids import asked
 from tiny import make_model
 
 from xlstm_ray.supervisor.records import Head, dashboard_line
@@ -64,14 +64,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[str], H
         process.wait()
         for item in status(state_dir).heads:
             stop_head(item.head, state_dir)
-
-
-def asked(url: str, head: Head | None = None) -> str:
-    request = urllib.request.Request(url)
-    if head is not None:
-        request.add_header("Authorization", f"Bearer {head.token_path.read_text()}")
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
-        return answer.read().decode()
 
 
 def figures(head: Head) -> dict[str, float]:

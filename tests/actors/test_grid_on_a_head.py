@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections import ChainMap
 from itertools import pairwise
 
@@ -25,6 +24,7 @@ from grids import (
     TILE,
     after_tiles,
     as_in_actors,
+    asked,
     command,
     environment,
     head,
@@ -43,7 +43,6 @@ from xlstm_ray import RecurrentState
 from xlstm_ray.config import Quantization
 from xlstm_ray.errors import StateError
 from xlstm_ray.quantize import quantize_model
-from xlstm_ray.supervisor.records import Head
 
 __all__ = ["head", "home", "in_process", "model", "models"]
 
@@ -562,7 +561,9 @@ def test_batches_step_once_between_two_windows_and_all_steps_are_counted(home, h
             assert len(between) == len(set(between)) == 2
         deadline = time.monotonic() + 60
         while not (
-            found := re.search(rf'tiles_total{{.*run="(\w+)".*}} {len(order)}\.0$', figures := metrics(head), re.M)
+            found := re.search(
+                rf'tiles_total{{.*run="(\w+)".*}} {len(order)}\.0$', figures := asked(head.metrics_url, head), re.M
+            )
         ):
             assert time.monotonic() < deadline, [line for line in figures.splitlines() if "_tiles_total{" in line]
             time.sleep(0.5)
@@ -576,10 +577,3 @@ def test_batches_step_once_between_two_windows_and_all_steps_are_counted(home, h
     finally:
         process.kill()
         process.wait()
-
-
-def metrics(head: Head) -> str:
-    """What Prometheus would read."""
-    asked = urllib.request.Request(head.metrics_url, headers={"Authorization": f"Bearer {head.token_path.read_text()}"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=20) as answer:
-        return answer.read().decode()

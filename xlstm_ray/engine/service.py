@@ -17,8 +17,7 @@ from xlstm_ray.engine.task import Task
 from xlstm_ray.engine.windows import GROUP_SIZES
 from xlstm_ray.engine.work import Work
 from xlstm_ray.errors import MemoryLimitError, UsageError, XlstmRayError
-
-LOOK_S = 2.0  # between two looks for a grid's head, while nobody asks anything
+from xlstm_ray.supervisor.presence import LOOK_S
 
 
 class Service:
